@@ -1,0 +1,10 @@
+"""Memformer: models that read sequences of any length with a memory of fixed size, trained with exact gradients."""
+
+from . import replay
+from .config import MemformerConfig
+from .model import Memformer
+from .objectives import memory_replay_backprop
+
+__all__ = ["Memformer", "MemformerConfig", "__version__", "memory_replay_backprop", "replay"]
+
+__version__ = "1.0.0.dev0"

@@ -1,0 +1,69 @@
+"""Multi-head attention, of a sequence over itself and over a context whose keys and values are given.
+
+Shapes: x (batch, length, dim); heads split dim. The context's keys and values come from outside because one product
+serves all layers of a stack (:class:`ContextProjection`), and because they need to be computed once per segment only.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .positions import attend
+
+__all__ = ["ContextProjection", "CrossAttention", "SelfAttention", "merge_heads", "split_heads"]
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values, each (batch, heads, keys, head_dim)."""
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, length, dim) -> (batch, heads, length, dim / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(batch, heads, length, head_dim) -> (batch, length, heads * head_dim)."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence over itself; ``positions`` does the attending (see ``positions.py``)."""
+
+    def __init__(self, dim: int, heads: int, positions: nn.Module):
+        super().__init__()
+        self.heads = heads
+        self.positions = positions
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
+        return self.to_out(merge_heads(self.positions(q, k, v, mask, causal)))
+
+
+class CrossAttention(nn.Module):
+    """Attention of a sequence over given keys and values, without positions."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: KeysValues, mask: Tensor | None = None) -> Tensor:
+        return self.to_out(merge_heads(attend(split_heads(self.to_q(x), self.heads), *context, mask)))
+
+
+class ContextProjection(nn.Module):
+    """Keys and values of one context for all layers of a stack, by one product."""
+
+    def __init__(self, dim: int, heads: int, layers: int):
+        super().__init__()
+        self.heads, self.layers = heads, layers
+        self.to_kv = nn.Linear(dim, 2 * layers * dim)
+
+    def forward(self, context: Tensor) -> list[KeysValues]:
+        """(batch, keys, dim) -> one pair per layer."""
+        parts = self.to_kv(context).chunk(2 * self.layers, -1)
+        heads = [split_heads(part, self.heads) for part in parts]
+        return list(zip(heads[::2], heads[1::2], strict=True))

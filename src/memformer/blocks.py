@@ -1,0 +1,44 @@
+"""The layers of encoder and decoder: pre-norm residual blocks (paper, section 3.2). Shapes: x (batch, length, dim)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .attention import CrossAttention, KeysValues, SelfAttention
+
+__all__ = ["Block", "feed_forward"]
+
+
+def feed_forward(dim: int, factor: int = 4) -> nn.Sequential:
+    """dim -> factor * dim -> dim."""
+    return nn.Sequential(nn.Linear(dim, factor * dim), nn.GELU(), nn.Linear(factor * dim, dim))
+
+
+class Block(nn.Module):
+    """Self-attention, attention over a context, feed-forward.
+
+    In the encoder the context is the memory (memory reading) and self-attention is bidirectional; in the decoder the
+    context is the encoder's output and self-attention is causal.
+    """
+
+    def __init__(self, dim: int, heads: int, positions: nn.Module, causal: bool, dropout: float):
+        super().__init__()
+        self.causal = causal
+        self.self_norm, self.context_norm, self.feed_norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.self_attention = SelfAttention(dim, heads, positions)
+        self.context_attention = CrossAttention(dim, heads)
+        self.feed_forward = feed_forward(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, context: KeysValues, mask: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> Tensor:
+        """``mask`` is for self-attention, ``context_mask`` for the context; both boolean, True where one may look."""
+        x = self._add(x, self.self_norm, lambda y: self.self_attention(y, mask, self.causal))
+        x = self._add(x, self.context_norm, lambda y: self.context_attention(y, context, context_mask))
+        return self._add(x, self.feed_norm, self.feed_forward)
+
+    def _add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        return x + self.dropout(part(norm(x)))

@@ -1,0 +1,92 @@
+"""Settings that check themselves. Imports nothing of the project."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+__all__ = ["MemformerConfig", "Positions", "Writer"]
+
+Positions = Literal["rotary", "relative", "bucketed"]
+Writer = Literal["normalised", "gated"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemformerConfig:
+    """Every setting of a :class:`~memformer.Memformer`; its keywords are these fields, and are described there.
+
+    Raises:
+        ValueError: a field is out of range or missing; the message names it.
+    """
+
+    dim: int
+    num_memory_slots: int
+    enc_num_tokens: int
+    enc_max_seq_len: int
+    enc_depth: int = 6
+    enc_heads: int = 8
+    dec_num_tokens: int | None = None
+    dec_max_seq_len: int | None = None
+    dec_depth: int = 6
+    dec_heads: int = 8
+    encoder_only: bool = False
+    num_mem_updates: int = 1
+    mem_update_attn_heads: int = 8
+    memory_writer: Writer = "normalised"
+    write_temperature: float = 0.25
+    positions: Positions = "rotary"
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        decoder = [] if self.encoder_only else ["dec_num_tokens", "dec_max_seq_len", "dec_depth", "dec_heads"]
+        for name in ["dec_num_tokens", "dec_max_seq_len"]:
+            if not self.encoder_only and getattr(self, name) is None:
+                raise ValueError(f"{name}: a decoder needs it, got None. Set it, or encoder_only=True")
+        for name in ["dim", "num_memory_slots", "enc_num_tokens", "enc_max_seq_len", "enc_depth", "enc_heads",
+                     "num_mem_updates", "mem_update_attn_heads", *decoder]:  # fmt: skip
+            check_positive_int(name, getattr(self, name))
+        for name in ["enc_heads", "mem_update_attn_heads", *[n for n in decoder if n == "dec_heads"]]:
+            if self.dim % getattr(self, name):
+                raise ValueError(f"{name}: must divide dim, got {getattr(self, name)} heads for dim {self.dim}")
+        for name, choices in (("memory_writer", get_args(Writer)), ("positions", get_args(Positions))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.positions == "rotary":
+            for name in ["enc_heads", *[n for n in decoder if n == "dec_heads"]]:
+                if self.dim // getattr(self, name) % 2:
+                    raise ValueError(
+                        f"positions: rotary needs an even width per head, got dim {self.dim} / {name} "
+                        f"{getattr(self, name)} = {self.dim // getattr(self, name)}. Change dim or the heads, or use "
+                        "positions='relative'"
+                    )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
+        if not self.write_temperature > 0:
+            raise ValueError(f"write_temperature: expected a number above 0, got {self.write_temperature}")
+        if self.tie_embeddings and not self.encoder_only and self.enc_num_tokens != self.dec_num_tokens:
+            raise ValueError(
+                "tie_embeddings: encoder and decoder need the same vocabulary, got enc_num_tokens "
+                f"{self.enc_num_tokens} and dec_num_tokens {self.dec_num_tokens}"
+            )
+        if self.tie_embeddings and self.encoder_only:
+            raise ValueError("tie_embeddings: there is nothing to tie in an encoder-only model")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MemformerConfig:
+        """Raises ValueError for unknown and for missing names."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
+        if unknown or missing:
+            raise ValueError(f"model configuration: unknown settings {unknown}, missing settings {missing}")
+        return cls(**values)
+
+
+def check_positive_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")

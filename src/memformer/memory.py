@@ -1,0 +1,110 @@
+"""The memory's writers: how M_{t-1} and a segment's encoding become M_t (paper v2, section 3.3).
+
+Shapes: memory (batch, slots, dim), x (batch, length, dim), mask (batch, length), True where x is kept.
+A writer is a module with ``initial(batch_size)`` and ``forward(memory, x, mask)``, which writes once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import merge_heads, split_heads
+from .blocks import feed_forward
+
+__all__ = ["GatedWriter", "NormalisedWriter", "normalise", "slot_attention"]
+
+
+def slot_attention(
+    q: Tensor, own_k: Tensor, own_v: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Memory slot attention: slot i attends itself and the whole segment, never another slot.
+
+        a_i = softmax([q_i . k_i ; q_i . k_x] / (sqrt(head_dim) temperature)) ;  m_i' = a_i [v_i ; v_x]
+
+    Args:
+        q, own_k, own_v: (batch, heads, slots, head_dim), each slot's query, key and value.
+        k, v: (batch, heads, length, head_dim), the segment's.
+        mask: (batch, length), True where the segment is kept; None keeps all.
+        temperature: below 1 sharpens the attention.
+    """
+    q = q / (math.sqrt(q.shape[-1]) * temperature)
+    to_itself = (q * own_k).sum(-1, keepdim=True)
+    to_segment = q @ k.transpose(-1, -2)
+    if mask is not None:
+        to_segment = to_segment.masked_fill(~mask[:, None, None, :], float("-inf"))
+    weights = torch.cat([to_itself, to_segment], -1).softmax(-1)
+    return weights[..., :1] * own_v + weights[..., 1:] @ v
+
+
+def normalise(memory: Tensor, bias: Tensor) -> Tensor:
+    """Biased memory normalisation, the forgetting mechanism: (m + b) / |m + b|. ``bias``: (slots, dim)."""
+    return F.normalize(memory + bias, dim=-1)
+
+
+class NormalisedWriter(nn.Module):
+    """Slot attention with the slot's own value unprojected, then biased normalisation (paper v2).
+
+    A slot that attends itself alone is only pulled towards its bias, so it holds content over many segments; slots live
+    on the unit sphere, and with nothing written drift back to where they began, faster where the bias is longer.
+    There is no projection after the heads: it would change a slot that keeps its content.
+    """
+
+    def __init__(self, dim: int, slots: int, heads: int, temperature: float):
+        super().__init__()
+        self.heads, self.temperature = heads, temperature
+        self.norm = nn.LayerNorm(dim)
+        self.slot_qk = nn.Linear(dim, 2 * dim, bias=False)
+        self.segment_kv = nn.Linear(dim, 2 * dim, bias=False)
+        # A tenth of the sphere's radius: a slot's content has a half-life of about ten segments at the start.
+        self.bias = nn.Parameter(0.1 * F.normalize(torch.randn(slots, dim), dim=-1))
+        # x has norm sqrt(dim); its values must be of the size of a slot, which is 1, or one write would erase it.
+        with torch.no_grad():
+            self.segment_kv.weight[dim:].normal_(std=1 / dim)
+
+    def initial(self, batch_size: int) -> Tensor:
+        return F.normalize(self.bias, dim=-1).expand(batch_size, -1, -1)
+
+    def attend(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The slots after slot attention, before they are normalised."""
+        q, own_k = self.slot_qk(self.norm(memory)).chunk(2, -1)
+        parts = [split_heads(part, self.heads) for part in (q, own_k, memory, *self.segment_kv(x).chunk(2, -1))]
+        return merge_heads(slot_attention(*parts, mask, self.temperature))
+
+    def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return normalise(self.attend(memory, x, mask), self.bias)
+
+
+class GatedWriter(nn.Module):
+    """Slot attention with projected values, a feed-forward, and a GRU that gates the write (the earlier library's parts).
+
+    The GRU comes last, so that a slot stays a gated mean of bounded candidates however often it is written.
+    """
+
+    def __init__(self, dim: int, slots: int, heads: int, temperature: float):
+        super().__init__()
+        self.heads, self.temperature = heads, temperature
+        self.norm, self.feed_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.slot_qkv = nn.Linear(dim, 3 * dim)
+        self.segment_kv = nn.Linear(dim, 2 * dim)
+        self.to_out = nn.Linear(dim, dim)
+        self.feed_forward = feed_forward(dim)
+        self.gru = nn.GRUCell(dim, dim)
+        self.slots = nn.Parameter(torch.randn(slots, dim))
+
+    def initial(self, batch_size: int) -> Tensor:
+        return self.slots.expand(batch_size, -1, -1)
+
+    def attend(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the slots found, before the feed-forward and the gate."""
+        slots, segment = self.slot_qkv(self.norm(memory)).chunk(3, -1), self.segment_kv(x).chunk(2, -1)
+        parts = [split_heads(part, self.heads) for part in (*slots, *segment)]
+        return self.to_out(merge_heads(slot_attention(*parts, mask, self.temperature)))
+
+    def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        found = self.attend(memory, x, mask)
+        found = found + self.feed_forward(self.feed_norm(found))
+        return self.gru(found.flatten(0, 1), memory.flatten(0, 1)).view_as(memory)

@@ -1,0 +1,413 @@
+"""The Memformer: an encoder that reads and writes a memory of fixed size, and a decoder that reads the encoder.
+
+The one place that turns a configuration into modules. Shapes: tokens (batch, length), memory (batch, slots, dim).
+The model does not know the replay engine; ``objectives.py`` joins them.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_model
+from torch import Tensor, nn
+
+from .attention import ContextProjection
+from .blocks import Block
+from .config import MemformerConfig, Positions, Writer
+from .memory import GatedWriter, NormalisedWriter
+from .positions import BucketedBias, RelativeEncoding, Rotary, causal_mask
+
+__all__ = ["Decoder", "EncOnlyResults", "Encoder", "Memformer", "Results", "token_losses"]
+
+
+class Results(NamedTuple):
+    """What an encoder-decoder returns.
+
+    Attributes:
+        enc_out: (batch, length, dim), zero where the source is masked.
+        mem: (batch, slots, dim), the memory after the segment.
+        dec_out: the mean loss in nats over the kept targets, a scalar; None without a target.
+    """
+
+    enc_out: Tensor
+    mem: Tensor
+    dec_out: Tensor | None
+
+
+class EncOnlyResults(NamedTuple):
+    """What an encoder-only model returns: :class:`Results` without a loss."""
+
+    enc_out: Tensor
+    mem: Tensor
+
+
+class Encoder(nn.Module):
+    """Reads a segment and the memory in every layer (paper, section 3.2)."""
+
+    def __init__(self, embedding: nn.Embedding, layers: list[Block], heads: int, dropout: float):
+        super().__init__()
+        dim = embedding.embedding_dim
+        self.embedding = embedding
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(layers)
+        self.memory_norm = nn.LayerNorm(dim)
+        self.memory_projection = ContextProjection(dim, heads, len(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, src: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(batch, length) and (batch, slots, dim) -> (batch, length, dim), zero where ``mask`` is False."""
+        x = self.dropout(self.embedding(src))
+        contexts = self.memory_projection(self.memory_norm(memory))
+        visible = None if mask is None else _visible(mask)[:, None, None, :]
+        for layer, context in zip(self.layers, contexts, strict=True):
+            x = layer(x, context, visible)
+        x = self.norm(x)
+        return x if mask is None else x * mask[..., None]
+
+
+class Decoder(nn.Module):
+    """Predicts each token of a target from those before it and from the encoder's output."""
+
+    def __init__(self, embedding: nn.Embedding, layers: list[Block], heads: int, dropout: float, tied: bool):
+        super().__init__()
+        dim, tokens = embedding.embedding_dim, embedding.num_embeddings
+        self.embedding = embedding
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(layers)
+        self.context_projection = ContextProjection(dim, heads, len(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.to_logits = nn.Linear(dim, tokens)
+        if tied:
+            self.to_logits.weight = embedding.weight
+
+    def forward(
+        self, tgt: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, tgt_mask: Tensor | None = None
+    ) -> Tensor:
+        """(batch, length) and (batch, source, dim) -> logits (batch, length, tokens), of the token after each position.
+
+        A masked target is seen by no other position, and its own position does not know which token it was.
+        """
+        x = self.dropout(self.embedding(tgt))
+        mask = None
+        if tgt_mask is not None:
+            x = x * tgt_mask[..., None]
+            length = tgt.shape[1]
+            itself = torch.eye(length, dtype=torch.bool, device=tgt.device)
+            mask = (tgt_mask[:, None, None, :] & causal_mask(length, length, tgt.device)) | itself
+        context_mask = None if src_mask is None else _visible(src_mask)[:, None, None, :]
+        for layer, context in zip(self.layers, self.context_projection(enc_out), strict=True):
+            x = layer(x, context, mask, context_mask)
+        return self.to_logits(self.norm(x))
+
+
+class Memformer(nn.Module):
+    """A Transformer with an external memory of fixed size, for sequences of any length, segment by segment.
+
+    Args:
+        dim: width of the model.
+        num_memory_slots: number K of memory slots.
+        enc_num_tokens, enc_max_seq_len: the encoder's vocabulary, and the length of a segment.
+        enc_depth, enc_heads: the encoder's layers, and attention heads in each.
+        dec_num_tokens, dec_max_seq_len, dec_depth, dec_heads: the same for the decoder.
+        encoder_only: without a decoder; the call then returns ``(enc_out, mem)``.
+        num_mem_updates: how often the memory is written per segment.
+        mem_update_attn_heads: heads of the writing attention.
+        memory_writer: "normalised" (paper v2) or "gated" (the earlier library's); see ``memory.py``.
+        write_temperature: temperature of the writing attention; below 1 sharpens it (paper v2).
+        positions: "rotary" (the fastest), "relative" (paper v1) or "bucketed" (the earlier library's).
+        dropout: probability, on the embeddings and on every sublayer's output.
+        tie_embeddings: one matrix for both embeddings and the output projection.
+
+    Raises:
+        ValueError: a setting is missing or out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_memory_slots: int,
+        enc_num_tokens: int,
+        enc_max_seq_len: int,
+        enc_depth: int = 6,
+        enc_heads: int = 8,
+        dec_num_tokens: int | None = None,
+        dec_max_seq_len: int | None = None,
+        dec_depth: int = 6,
+        dec_heads: int = 8,
+        encoder_only: bool = False,
+        num_mem_updates: int = 1,
+        mem_update_attn_heads: int = 8,
+        memory_writer: Writer = "normalised",
+        write_temperature: float = 0.25,
+        positions: Positions = "rotary",
+        dropout: float = 0.0,
+        tie_embeddings: bool = False,
+    ):
+        super().__init__()
+        self.config = config = MemformerConfig(
+            dim=dim,
+            num_memory_slots=num_memory_slots,
+            enc_num_tokens=enc_num_tokens,
+            enc_max_seq_len=enc_max_seq_len,
+            enc_depth=enc_depth,
+            enc_heads=enc_heads,
+            dec_num_tokens=dec_num_tokens,
+            dec_max_seq_len=dec_max_seq_len,
+            dec_depth=dec_depth,
+            dec_heads=dec_heads,
+            encoder_only=encoder_only,
+            num_mem_updates=num_mem_updates,
+            mem_update_attn_heads=mem_update_attn_heads,
+            memory_writer=memory_writer,
+            write_temperature=write_temperature,
+            positions=positions,
+            dropout=dropout,
+            tie_embeddings=tie_embeddings,
+        )
+        embedding = nn.Embedding(enc_num_tokens, dim)
+        nn.init.normal_(embedding.weight, std=dim**-0.5)
+        layers = _layers(config, enc_depth, enc_heads, enc_max_seq_len, causal=False)
+        self.encoder = Encoder(embedding, layers, enc_heads, dropout)
+        writer = {"normalised": NormalisedWriter, "gated": GatedWriter}[memory_writer]
+        self.writer = writer(dim, num_memory_slots, mem_update_attn_heads, write_temperature)
+        self.decoder: Decoder | None = None
+        if encoder_only:
+            if dec_num_tokens is not None or dec_max_seq_len is not None:
+                warnings.warn("encoder_only=True: the decoder's settings (dec_...) have no effect", stacklevel=2)
+            return
+        assert dec_num_tokens is not None and dec_max_seq_len is not None  # checked by the configuration
+        if not tie_embeddings:
+            embedding = nn.Embedding(dec_num_tokens, dim)
+            nn.init.normal_(embedding.weight, std=dim**-0.5)
+        layers = _layers(config, dec_depth, dec_heads, dec_max_seq_len, causal=True)
+        self.decoder = Decoder(embedding, layers, dec_heads, dropout, tie_embeddings)
+
+    def get_initial_mem(self, batch_size: int) -> Tensor:
+        """The learned memory before the first segment, (batch, slots, dim)."""
+        return self.writer.initial(batch_size)
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor | None = None,
+        mems: Tensor | None = None,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> Results | EncOnlyResults:
+        """Read one segment, and predict a target if there is one.
+
+        Args:
+            src: (batch, length <= enc_max_seq_len) token ids.
+            tgt: (batch, length <= dec_max_seq_len) token ids: the first starts the decoder, the rest are predicted.
+            mems: (batch, slots, dim), the memory before the segment; None for the learned initial memory.
+            src_mask, tgt_mask: boolean like ``src`` and ``tgt``, True for tokens that exist. Masked ones change nothing
+                anywhere; a lane whose whole segment is masked keeps its memory.
+            reset: (batch,) boolean: lanes that start again from the learned initial memory (a new document).
+
+        Returns:
+            ``(enc_out, mem, loss)`` as :class:`Results`, or ``(enc_out, mem)`` from an encoder-only model.
+
+        Raises:
+            ValueError: a shape, dtype, length or token id does not fit; the message says what was expected.
+        """
+        if tgt is not None:
+            self.check_target(tgt, tgt_mask, src.shape[0])
+        elif tgt_mask is not None:
+            raise ValueError("tgt_mask: given without tgt")
+        enc_out, mem = self.encode(src, mems, src_mask, reset)
+        if self.decoder is None:
+            return EncOnlyResults(enc_out, mem)
+        if tgt is None:
+            return Results(enc_out, mem, None)
+        losses, counted = token_losses(self.decoder, tgt, enc_out, src_mask, tgt_mask)
+        return Results(enc_out, mem, losses.sum() / counted.sum().clamp(min=1))
+
+    def encode(
+        self, src: Tensor, mems: Tensor | None = None, src_mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> EncOnlyResults:
+        """Read one segment and write the memory: what :meth:`forward` does before the decoder."""
+        self.check_source(src, mems, src_mask, reset)
+        return self.step(src, mems, src_mask, reset)
+
+    def step(
+        self, src: Tensor, mems: Tensor | None = None, src_mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> EncOnlyResults:
+        """:meth:`encode` for inputs that were checked already: the critical path of a rollout."""
+        initial = self.get_initial_mem(src.shape[0])
+        mem = initial if mems is None else mems
+        if reset is not None:
+            mem = torch.where(reset[:, None, None], initial, mem)
+        enc_out = self.encoder(src, mem, src_mask)
+        written = mem
+        for _ in range(self.config.num_mem_updates):
+            written = self.writer(written, enc_out, src_mask)
+        written = written.to(mem.dtype)
+        if src_mask is not None:
+            written = torch.where(src_mask.any(1)[:, None, None], written, mem)
+        return EncOnlyResults(enc_out, written)
+
+    def decode(
+        self, tgt: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, tgt_mask: Tensor | None = None
+    ) -> Tensor:
+        """Logits (batch, length, dec_num_tokens) of the token after each position of ``tgt``, given the encoder's output.
+
+        Raises:
+            ValueError: as :meth:`forward`, and for an encoder-only model.
+        """
+        decoder = self._decoder("decode")
+        _check_tokens("tgt", tgt, decoder.embedding.num_embeddings, self.config.dec_max_seq_len or 0, "dec")
+        _check_mask("tgt_mask", tgt_mask, tgt)
+        if enc_out.dim() != 3 or enc_out.shape[0] != tgt.shape[0] or enc_out.shape[2] != self.config.dim:
+            expected = f"({tgt.shape[0]}, length, {self.config.dim})"
+            raise ValueError(f"enc_out: expected shape {expected}, got {tuple(enc_out.shape)}")
+        if src_mask is not None:
+            _check_mask("src_mask", src_mask, enc_out[..., 0])
+        return decoder(tgt, enc_out, src_mask, tgt_mask)
+
+    def check_source(
+        self, src: Tensor, mems: Tensor | None, src_mask: Tensor | None, reset: Tensor | None, max_len: int | None = None
+    ) -> None:
+        """Raise ValueError where a source does not fit; ``max_len`` is the longest one allowed (default: one segment)."""
+        config = self.config
+        _check_tokens("src", src, config.enc_num_tokens, max_len or config.enc_max_seq_len, "enc")
+        _check_mask("src_mask", src_mask, src)
+        batch = src.shape[0]
+        if mems is not None:
+            expected = (batch, config.num_memory_slots, config.dim)
+            if tuple(mems.shape) != expected:
+                raise ValueError(
+                    f"mems: expected shape {expected} (batch of src, num_memory_slots, dim), got {tuple(mems.shape)}"
+                )
+            dtype = next(self.writer.parameters()).dtype
+            if mems.dtype != dtype:
+                raise ValueError(f"mems: expected dtype {dtype}, that of the model, got {mems.dtype}")
+        if reset is not None and (reset.dtype != torch.bool or tuple(reset.shape) != (batch,)):
+            raise ValueError(
+                f"reset: expected a boolean tensor of shape ({batch},), one per lane of src, got {reset.dtype} "
+                f"of shape {tuple(reset.shape)}"
+            )
+
+    def check_target(self, tgt: Tensor, tgt_mask: Tensor | None, batch_size: int) -> None:
+        """Raise ValueError where a target does not fit a source of that batch size."""
+        decoder = self._decoder("a target")
+        _check_tokens("tgt", tgt, decoder.embedding.num_embeddings, self.config.dec_max_seq_len or 0, "dec")
+        _check_mask("tgt_mask", tgt_mask, tgt)
+        if tgt.shape[0] != batch_size:
+            raise ValueError(f"tgt: expected the batch size of src, {batch_size}, got {tgt.shape[0]}")
+        if tgt.shape[1] < 2:
+            raise ValueError("tgt: expected at least 2 tokens, the one that starts the decoder and one to predict, got 1")
+
+    def _decoder(self, purpose: str) -> Decoder:
+        if self.decoder is None:
+            raise ValueError(f"{purpose}: this model is encoder_only and has no decoder")
+        return self.decoder
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``; the folder is made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self, str(folder / "model.safetensors"))
+        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Memformer:
+        """The model that :meth:`save_pretrained` wrote, on the CPU, in its dtype.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged or does not fit the other.
+        """
+        config_file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+        for file in (config_file, weights):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: not found; a model's folder holds config.json and model.safetensors")
+        try:
+            values = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config_file}: not a JSON file ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{config_file}: expected a JSON object with the model's settings")
+        model = cls(**MemformerConfig.from_dict(values).to_dict())
+        try:
+            dtypes = {tensor.dtype for tensor in load_file(weights).values()}
+            model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+            load_model(model, weights)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{weights}: damaged, or not the weights of {config_file}: {error}") from error
+        return model
+
+
+def token_losses(
+    decoder: Decoder, tgt: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, tgt_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loss of each predicted token in nats, zero where it does not count, and whether it counts.
+
+    Both (batch, length - 1) for ``tgt`` (batch, length). A kept token counts if another kept one stands before it; the
+    first one starts the decoder.
+    """
+    kept = None if tgt_mask is None else tgt_mask[:, :-1]
+    logits = decoder(tgt[:, :-1], enc_out, src_mask, kept)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    losses = F.cross_entropy(logits.transpose(1, 2), tgt[:, 1:].long(), reduction="none")
+    if tgt_mask is None:
+        return losses, torch.ones_like(tgt[:, 1:], dtype=torch.bool)
+    counted = tgt_mask[:, 1:] & (tgt_mask.cumsum(1)[:, :-1] > 0)
+    return losses * counted, counted
+
+
+def _layers(config: MemformerConfig, depth: int, heads: int, max_len: int, causal: bool) -> list[Block]:
+    def positions() -> nn.Module:
+        head_dim = config.dim // heads
+        if config.positions == "bucketed":
+            return BucketedBias(heads, causal)
+        return {"rotary": Rotary, "relative": RelativeEncoding}[config.positions](head_dim, max_len)
+
+    return [Block(config.dim, heads, positions(), causal, config.dropout) for _ in range(depth)]
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """The mask, but all True in lanes where it is all False: attention over nothing has no value, and these lanes'
+    outputs are zeroed anyway."""
+    return mask | ~mask.any(1, keepdim=True)
+
+
+def _check_tokens(name: str, tokens: Tensor, vocabulary: int, max_len: int, prefix: str) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"{name}: expected token ids of shape (batch, length), got {got}")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: expected token ids of dtype int64 or int32, got {tokens.dtype}")
+    batch, length = tokens.shape
+    if not batch or not length:
+        raise ValueError(f"{name}: expected at least one lane and one token, got shape {tuple(tokens.shape)}")
+    if length > max_len:
+        raise ValueError(
+            f"{name}: expected at most {prefix}_max_seq_len = {max_len} tokens, got {length}. Cut it into segments and "
+            "carry the memory (memory_replay_backprop does), or build the model with a longer one"
+        )
+    if torch.compiler.is_compiling():
+        return
+    low, high = (int(x) for x in tokens.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"{name}: token id {low if low < 0 else high} is outside the table of {prefix}_num_tokens = {vocabulary} "
+            f"(ids 0 to {vocabulary - 1})"
+        )
+
+
+def _check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name}: expected dtype bool, True for tokens that exist, got {mask.dtype}. Convert: mask.bool()")
+    if mask.shape != like.shape:
+        raise ValueError(f"{name}: expected the shape of its tokens, {tuple(like.shape)}, got {tuple(mask.shape)}")

@@ -1,0 +1,156 @@
+"""What a rollout of a Memformer is trained for, and the adapter between the model and the replay engine.
+
+The encoder with its memory is the replay's cell, the critical path; the decoder and its loss are the readout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import replay
+from .model import Memformer, token_losses
+from .segments import Segment, Targets, cut
+
+__all__ = ["memory_replay_backprop", "rollout"]
+
+READOUT_TOKENS = 2048
+"""Targets per call of the decoder in a rollout: enough for a matrix product to run at its full rate."""
+
+
+def rollout(
+    model: Memformer,
+    segments: Sequence[Segment],
+    mems: Tensor | None = None,
+    *,
+    divisor: Tensor | float | None = None,
+    method: Callable[..., replay.Rollout] = replay.memory_replay,
+) -> replay.Rollout:
+    """Run a model with a decoder over segments that were checked already, and add up their losses.
+
+    Args:
+        segments: at least one with a target.
+        mems: (batch, slots, dim), the memory before the first; None for the learned initial memory.
+        divisor: what each segment's summed loss is divided by; None for its number of counted targets.
+        method: :func:`~memformer.replay.memory_replay`, or :func:`~memformer.replay.full_bptt`, which equals it.
+    """
+    sizes = [s.tgt.numel() for s in segments if s.tgt is not None]
+    readout = functools.partial(_read_out, model, divisor)
+    at_once = max(1, READOUT_TOKENS // max(sizes, default=1))
+    return method(functools.partial(_encode, model), segments, mems, readout, readout_segments=at_once)
+
+
+def memory_replay_backprop(
+    model: Memformer,
+    src: Tensor,
+    tgt: Targets = None,
+    src_mask: Tensor | None = None,
+    tgt_mask: Targets = None,
+    *,
+    mems: Tensor | None = None,
+    loss_fn: Callable[[int, Tensor], Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Back-propagate through a sequence of any length, holding the graph of one segment (paper, Algorithm 1, MRBP).
+
+    The gradients are those of plain back-propagation through time, accumulated in ``.grad`` as ``loss.backward()`` does.
+
+    Args:
+        model: a :class:`~memformer.Memformer`.
+        src: (batch, length of any size) token ids, cut into segments of ``enc_max_seq_len``.
+        tgt: (batch, length) for the last segment, or a list with one such tensor or None per segment.
+        src_mask: boolean like ``src``, True for tokens that exist. ``tgt_mask``: the same for ``tgt``.
+        mems: (batch, slots, dim), the memory to start from; None for the learned initial memory.
+        loss_fn: ``loss_fn(index, enc_out) -> scalar or None``, in place of a target (for encoder-only models): called
+            once per segment. Whatever it uses gets its gradients too.
+
+    Returns:
+        ``(loss, mems)``, both detached: the sum of the segments' mean losses in nats, and the final memory.
+
+    Raises:
+        ValueError: as :meth:`Memformer.forward`, or if there is nothing to predict.
+    """
+    if not isinstance(model, Memformer):
+        raise ValueError(
+            f"model: expected a Memformer, got {type(model).__name__}. Other models, and wrapped ones, go through "
+            "memformer.replay.memory_replay"
+        )
+    if (loss_fn is None) == (tgt is None):
+        raise ValueError("expected either tgt or loss_fn" + ("" if tgt is None else ", got both"))
+    if tgt is None and tgt_mask is not None:
+        raise ValueError("tgt_mask: given without tgt")
+    model.check_source(src, mems, src_mask, None, max_len=max(src.shape[-1], 1))
+    segments = cut(model.config.enc_max_seq_len, src, tgt, src_mask, tgt_mask)
+    for i, segment in enumerate(segments):
+        if segment.tgt is not None:
+            model.check_target(segment.tgt, segment.tgt_mask, src.shape[0])
+        elif segment.tgt_mask is not None:
+            raise ValueError(f"tgt_mask: segment {i} has one, but no tgt")
+    if loss_fn is not None:
+        return _backprop_own_loss(model, segments, mems, loss_fn)
+    outcome = rollout(model, segments, mems)
+    outcome.loss.backward()
+    return outcome.loss.detach(), outcome.memory.detach()
+
+
+def _backprop_own_loss(
+    model: Memformer, segments: list[Segment], mems: Tensor | None, loss_fn: Callable[[int, Tensor], Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    outputs, memory = replay.scan(functools.partial(_encode, model), segments, mems)
+    losses, reached = [], []
+    for i, output in enumerate(outputs):
+        # Each loss is back-propagated to the encoder's output and freed at once, by plain autograd.
+        leaf = output.detach().requires_grad_()
+        loss = loss_fn(i, leaf)
+        if loss is None:
+            continue
+        if not isinstance(loss, Tensor) or loss.dim():
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn: expected a scalar loss or None for segment {i}, got {got}")
+        loss.backward()
+        losses.append(loss.detach())
+        if leaf.grad is not None:
+            reached.append((output, leaf.grad))
+    if not losses:
+        raise ValueError("loss_fn: returned None for every segment, so there is nothing to back-propagate")
+    torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])
+    return torch.stack(losses).sum(), memory.detach()
+
+
+def _encode(model: Memformer, segment: Segment, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+    return model.step(segment.src, memory, segment.src_mask, segment.reset)
+
+
+def _read_out(
+    model: Memformer, divisor: Tensor | float | None, outputs: list[Tensor], segments: list[Segment]
+) -> Tensor | None:
+    """The decoder's loss on several segments in one call."""
+    pairs = [(output, segment) for output, segment in zip(outputs, segments, strict=True) if segment.tgt is not None]
+    if not pairs:
+        return None
+    assert model.decoder is not None  # there is a target, and targets are checked
+    enc_out, src_mask = _concatenate([x for x, _ in pairs], [s.src_mask for _, s in pairs])
+    tgt, tgt_mask = _concatenate([s.tgt for _, s in pairs], [s.tgt_mask for _, s in pairs])
+    losses, counted = token_losses(model.decoder, tgt, enc_out, src_mask, tgt_mask)
+    per_segment = losses.unflatten(0, (len(pairs), -1)).sum((1, 2))
+    if divisor is None:
+        divisor = counted.unflatten(0, (len(pairs), -1)).sum((1, 2)).clamp(min=1)
+    return (per_segment / divisor).sum()
+
+
+def _concatenate(tensors: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Along the batch, padded to the longest; the mask is None where nothing is masked or padded."""
+    longest = max(x.shape[1] for x in tensors)
+    if all(mask is None for mask in masks) and all(x.shape[1] == longest for x in tensors):
+        return torch.cat(tensors), None
+    padded, padded_masks = [], []
+    for x, mask in zip(tensors, masks, strict=True):
+        missing = longest - x.shape[1]
+        if mask is None:
+            mask = x.new_ones(x.shape[:2], dtype=torch.bool)
+        padded.append(F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)))
+        padded_masks.append(F.pad(mask, (0, missing)))
+    return torch.cat(padded), torch.cat(padded_masks)

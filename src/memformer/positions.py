@@ -1,0 +1,141 @@
+"""How positions enter attention: three interchangeable parts, each a module called as ``(q, k, v, mask, causal)``.
+
+Shapes: q (batch, heads, length, head_dim), k and v (batch, heads, keys, head_dim); the result has q's shape. The queries
+are the last ``length`` of the ``keys`` positions, so a cached prefix needs no offset. ``mask`` is boolean, True where a
+query may look, and broadcasts to (batch, heads, length, keys).
+
+Only distances matter, so padding on either side of a sequence changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["BucketedBias", "RelativeEncoding", "Rotary", "attend", "causal_mask"]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention without positions. The mask-free and boolean-mask cases stay on torch's fast path."""
+    if causal and (mask is not None or q.shape[-2] != k.shape[-2]):
+        mask, causal = with_causal(mask, q, k), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def causal_mask(length: int, keys: int, device: torch.device) -> Tensor:
+    """(length, keys), True where query ``i``, at position ``keys - length + i``, may see key ``j``."""
+    return relative_distance(length, keys, device) >= 0
+
+
+def with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    allowed = causal_mask(q.shape[-2], k.shape[-2], q.device)
+    return allowed if mask is None else mask & allowed
+
+
+def relative_distance(length: int, keys: int, device: torch.device) -> Tensor:
+    """(length, keys): i - j, positive where the key lies in the query's past."""
+    i = torch.arange(keys - length, keys, device=device)
+    return i[:, None] - torch.arange(keys, device=device)
+
+
+class Rotary(nn.Module):
+    """Rotary positions: queries and keys are rotated, so that q_i . k_j depends on i - j (Su et al., RoFormer, 2021)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, max_len: int, base: float = 10_000.0):
+        super().__init__()
+        frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.arange(max_len, dtype=torch.float64)[:, None] * frequencies
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1).float(), persistent=False)
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1).float(), persistent=False)
+
+    def rotate(self, x: Tensor, start: int = 0) -> Tensor:
+        stop = start + x.shape[-2]
+        swapped = torch.cat([x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+        return x * self.cos[start:stop].to(x.dtype) + swapped * self.sin[start:stop].to(x.dtype)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        return attend(self.rotate(q, k.shape[-2] - q.shape[-2]), self.rotate(k), v, mask, causal)
+
+
+class BucketedBias(nn.Module):
+    """A learned bias per head and bucket of distances, added to the logits (Raffel et al., T5; the earlier library).
+
+    Half of the buckets count single distances, the rest grow logarithmically up to ``max_distance``. Without
+    ``causal`` the future has buckets of its own. The bias needs a gradient, which takes attention off torch's fast path.
+    """
+
+    def __init__(self, heads: int, causal: bool, buckets: int = 32, max_distance: int = 128):
+        super().__init__()
+        self.causal, self.buckets, self.max_distance = causal, buckets, max_distance
+        self.bias = nn.Embedding(buckets, heads)
+        nn.init.normal_(self.bias.weight, std=0.02)
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """The bucket of each distance i - j (positive: the past)."""
+        buckets, offset = self.buckets, torch.zeros_like(distance)
+        if self.causal:
+            distance = distance.clamp(min=0)
+        else:
+            buckets //= 2
+            offset = (distance < 0) * buckets
+            distance = distance.abs()
+        exact = buckets // 2
+        ratio = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
+        far = (exact + ratio * (buckets - exact)).long().clamp(max=buckets - 1)
+        return offset + torch.where(distance < exact, distance, far)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        distance = relative_distance(q.shape[-2], k.shape[-2], q.device)
+        bias = self.bias(self.bucket(distance)).permute(2, 0, 1).to(q.dtype)[None]
+        if causal:
+            mask = with_causal(mask, q, k)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, float("-inf"))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class RelativeEncoding(nn.Module):
+    """The paper's simplified relative encoding (v1, section 2.1): one table R of distances, for keys and values.
+
+    A_ij = q_i . (k_j + R_{i-j}) ; out_i = sum_j softmax(A)_ij (v_j + R_{i-j}). The table is shared by the heads.
+    """
+
+    def __init__(self, head_dim: int, max_len: int):
+        super().__init__()
+        self.max_len = max_len
+        self.table = nn.Parameter(torch.randn(2 * max_len - 1, head_dim) * 0.02)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        length, keys = q.shape[-2], k.shape[-2]
+        # The table's rows for the distances keys - 1 down to 1 - length: key j of query i is then at column
+        # length - 1 - i + j, so that one shift per row turns distances into keys.
+        rows = self.table[self.max_len - length : self.max_len + keys - 1].flip(0)
+        by_distance = q @ rows.T
+        logits = (q @ k.transpose(-1, -2) + _distance_to_key(by_distance, keys)) / math.sqrt(q.shape[-1])
+        if causal:
+            mask = with_causal(mask, q, k)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf"))
+        weights = logits.softmax(-1)
+        return weights @ v + _key_to_distance(weights) @ rows
+
+
+def _distance_to_key(x: Tensor, keys: int) -> Tensor:
+    """(..., length, width) -> (..., length, keys) with width = length + keys - 1: row i is read from length - 1 - i on."""
+    length, width = x.shape[-2:]
+    flat = F.pad(x, (0, 1)).flatten(-2)[..., length - 1 : length - 1 + length * width]
+    return flat.unflatten(-1, (length, width))[..., :keys]
+
+
+def _key_to_distance(x: Tensor) -> Tensor:
+    """The transpose of :func:`_distance_to_key`: row i is written from length - 1 - i on, the rest is zero."""
+    length, keys = x.shape[-2:]
+    width = length + keys - 1
+    flat = F.pad(F.pad(x, (0, width - keys)).flatten(-2), (length - 1, 1))
+    return flat.unflatten(-1, (length, width + 1))[..., :width]

@@ -1,0 +1,55 @@
+"""Cutting sequences, masks and targets into segments. Imports torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Segment", "cut"]
+
+Targets = Tensor | Sequence["Tensor | None"] | None
+
+
+class Segment(NamedTuple):
+    """What a model reads in one step of a rollout, and what it then predicts.
+
+    Attributes:
+        src: (batch, length) token ids.
+        src_mask: (batch, length) boolean, True for tokens that exist; None for all.
+        reset: (batch,) boolean, lanes that start from the initial memory; None for none.
+        tgt, tgt_mask: (batch, target length), the target and its mask; None without one.
+    """
+
+    src: Tensor
+    src_mask: Tensor | None = None
+    reset: Tensor | None = None
+    tgt: Tensor | None = None
+    tgt_mask: Tensor | None = None
+
+
+def cut(
+    length: int, src: Tensor, tgt: Targets = None, src_mask: Tensor | None = None, tgt_mask: Targets = None
+) -> list[Segment]:
+    """Cut a source into segments of at most ``length`` tokens, and give each its target.
+
+    ``tgt`` is one tensor, for the last segment, or a sequence with one target or None per segment; ``tgt_mask`` alike.
+
+    Raises:
+        ValueError: the sequences' lengths differ from the number of segments.
+    """
+    sources = src.split(length, 1)
+    masks = [None] * len(sources) if src_mask is None else src_mask.split(length, 1)
+    targets = _per_segment("tgt", tgt, len(sources))
+    target_masks = _per_segment("tgt_mask", tgt_mask, len(sources))
+    return [Segment(s, m, None, t, tm) for s, m, t, tm in zip(sources, masks, targets, target_masks, strict=True)]
+
+
+def _per_segment(name: str, given: Targets, count: int) -> list[Tensor | None]:
+    if given is None or isinstance(given, Tensor):
+        return [None] * (count - 1) + [given]
+    items = list(given)
+    if len(items) != count:
+        raise ValueError(f"{name}: expected one entry (or None) for each of the {count} segments, got {len(items)}")
+    return items
