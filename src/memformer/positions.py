@@ -56,7 +56,7 @@ class Rotary(nn.Module):
 
     def rotate(self, x: Tensor, start: int = 0) -> Tensor:
         stop = start + x.shape[-2]
-        swapped = torch.cat([x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+        swapped = x.roll(x.shape[-1] // 2, -1)
         return x * self.cos[start:stop].to(x.dtype) + swapped * self.sin[start:stop].to(x.dtype)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -240,16 +240,16 @@ class _Recording:
         sizes = [len(value.leaves) for value in self.values]
         starts = [sum(sizes[:t]) for t in range(len(sizes) + 1)]
         carry = list(output_grads[starts[-1] :])
-        parameter_grads: list[Tensor | None] = [None] * len(self.parameters)
+        parameter_grads = _GradientSums(len(self.parameters))
         segment_grads: list[list[Tensor | None]] = []
         with self.environment.random_numbers_kept():
             for t in reversed(range(len(self.segments))):
                 upstream = [*output_grads[starts[t] : starts[t + 1]], *carry]
                 grads, carry, of_segment = self._replay_segment(t, upstream)
-                parameter_grads = [_add(total, grad) for total, grad in zip(parameter_grads, grads, strict=True)]
+                parameter_grads.add(grads)
                 segment_grads.append(of_segment)
         of_memory = [g for g, leaf in zip(carry, self.memories[0].leaves, strict=True) if _requires_grad(leaf)]
-        return [*parameter_grads, *of_memory, *(grad for grads in reversed(segment_grads) for grad in grads)]
+        return [*parameter_grads.totals, *of_memory, *(grad for grads in reversed(segment_grads) for grad in grads)]
 
     def _replay_segment(self, t: int, upstream: list[Tensor | None]) -> tuple[list, list, list]:
         """Gradients of the parameters, of all leaves of the memory before ``t``, and of the segment's trained leaves."""
@@ -351,7 +351,7 @@ class _ReadoutRun:
     def run(self, scale: Tensor | None) -> Tensor:
         """The loss; leaves the gradients, times ``scale``, in ``self.grads``."""
         losses: list[Tensor | None] = []
-        parameter_grads: list[Tensor | None] = [None] * len(self.parameters)
+        parameter_grads = _GradientSums(len(self.parameters))
         others: list[Tensor | None] = []
         for values, segments in _chunks(self.values, self.segments, self.size):
             pairs = [(value.cut(_requires_grad), part.cut(_requires_grad)) for value, part in zip(values, segments, strict=True)]
@@ -365,10 +365,9 @@ class _ReadoutRun:
             if loss is not None and loss.requires_grad:
                 grads = torch.autograd.grad(loss, [*self.parameters, *sources], scale, allow_unused=True)
             del loss
-            own = grads[: len(self.parameters)]
-            parameter_grads = [_add(total, grad) for total, grad in zip(parameter_grads, own, strict=True)]
+            parameter_grads.add(grads[: len(self.parameters)])
             others += grads[len(self.parameters) :]
-        self.grads = parameter_grads + others
+        self.grads = parameter_grads.totals + others
         return _sum_of_losses(losses)
 
     def backward(self, scale: Tensor) -> list[Tensor | None]:
@@ -607,8 +606,25 @@ def _version(leaf: Any) -> int:
     return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
 
 
-def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """``total + grad``. The first sum is out of place: autograd may hand out tensors that share their storage."""
-    if total is None or grad is None:
-        return grad if total is None else total
-    return total + grad
+class _GradientSums:
+    """Sums of gradients, one per input; the second summand makes a sum our own, and later ones are added in place.
+
+    Not the first: autograd may hand out tensors that share their storage.
+    """
+
+    def __init__(self, count: int):
+        self.totals: list[Tensor | None] = [None] * count
+        self._own = [False] * count
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        for i, grad in enumerate(grads):
+            total = self.totals[i]
+            if grad is None:
+                continue
+            if total is None:
+                self.totals[i] = grad
+            elif self._own[i]:
+                total.add_(grad)
+            else:
+                self.totals[i] = total + grad
+                self._own[i] = True
