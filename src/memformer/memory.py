@@ -19,7 +19,14 @@ __all__ = ["GatedWriter", "NormalisedWriter", "normalise", "slot_attention"]
 
 
 def slot_attention(
-    q: Tensor, own_k: Tensor, own_v: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+    q: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Memory slot attention: slot i attends itself and the whole segment, never another slot.
 
@@ -72,14 +79,14 @@ class NormalisedWriter(nn.Module):
         """The slots after slot attention, before they are normalised."""
         q, own_k = self.slot_qk(self.norm(memory)).chunk(2, -1)
         parts = [split_heads(part, self.heads) for part in (q, own_k, memory, *self.segment_kv(x).chunk(2, -1))]
-        return merge_heads(slot_attention(*parts, mask, self.temperature))
+        return merge_heads(slot_attention(*parts, mask=mask, temperature=self.temperature))
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return normalise(self.attend(memory, x, mask), self.bias)
 
 
 class GatedWriter(nn.Module):
-    """Slot attention with projected values, a feed-forward, and a GRU that gates the write (the earlier library's parts).
+    """Slot attention with projected values, a feed-forward, and a GRU that gates the write (the earlier library).
 
     The GRU comes last, so that a slot stays a gated mean of bounded candidates however often it is written.
     """
@@ -102,7 +109,7 @@ class GatedWriter(nn.Module):
         """What the slots found, before the feed-forward and the gate."""
         slots, segment = self.slot_qkv(self.norm(memory)).chunk(3, -1), self.segment_kv(x).chunk(2, -1)
         parts = [split_heads(part, self.heads) for part in (*slots, *segment)]
-        return self.to_out(merge_heads(slot_attention(*parts, mask, self.temperature)))
+        return self.to_out(merge_heads(slot_attention(*parts, mask=mask, temperature=self.temperature)))
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         found = self.attend(memory, x, mask)

@@ -1,8 +1,8 @@
 """How positions enter attention: three interchangeable parts, each a module called as ``(q, k, v, mask, causal)``.
 
-Shapes: q (batch, heads, length, head_dim), k and v (batch, heads, keys, head_dim); the result has q's shape. The queries
-are the last ``length`` of the ``keys`` positions, so a cached prefix needs no offset. ``mask`` is boolean, True where a
-query may look, and broadcasts to (batch, heads, length, keys).
+Shapes: q (batch, heads, length, head_dim), k and v (batch, heads, keys, head_dim); the result has q's shape. The
+queries are the last ``length`` of the ``keys`` positions, so a cached prefix needs no offset. ``mask`` is boolean, True
+where a query may look, and broadcasts to (batch, heads, length, keys).
 
 Only distances matter, so padding on either side of a sequence changes nothing.
 """
@@ -10,6 +10,7 @@ Only distances matter, so padding on either side of a sequence changes nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -42,17 +43,27 @@ def relative_distance(length: int, keys: int, device: torch.device) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Rotary positions: queries and keys are rotated, so that q_i . k_j depends on i - j (Su et al., RoFormer, 2021)."""
+    """Queries and keys are rotated by their positions, so that q_i . k_j depends on i - j (Su et al., 2021)."""
 
     cos: Tensor
     sin: Tensor
 
     def __init__(self, head_dim: int, max_len: int, base: float = 10_000.0):
         super().__init__()
-        frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles = torch.arange(max_len, dtype=torch.float64)[:, None] * frequencies
-        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1).float(), persistent=False)
-        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1).float(), persistent=False)
+        self.head_dim, self.max_len, self.base = head_dim, max_len, base
+        for name, table in zip(("cos", "sin"), self._tables(), strict=True):
+            self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        frequencies = self.base ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
+        angles = torch.arange(self.max_len, dtype=torch.float64)[:, None] * frequencies
+        return torch.cat([angles.cos(), angles.cos()], -1), torch.cat([-angles.sin(), angles.sin()], -1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        # A cast starts from full precision: in a float64 model, tables that were float32 once would be wrong by 1e-8.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.cos, self.sin = (table.to(self.cos) for table in self._tables())
+        return self
 
     def rotate(self, x: Tensor, start: int = 0) -> Tensor:
         stop = start + x.shape[-2]
@@ -67,7 +78,7 @@ class BucketedBias(nn.Module):
     """A learned bias per head and bucket of distances, added to the logits (Raffel et al., T5; the earlier library).
 
     Half of the buckets count single distances, the rest grow logarithmically up to ``max_distance``. Without
-    ``causal`` the future has buckets of its own. The bias needs a gradient, which takes attention off torch's fast path.
+    ``causal`` the future has buckets of its own. The bias needs a gradient, so attention leaves torch's fast path.
     """
 
     def __init__(self, heads: int, causal: bool, buckets: int = 32, max_distance: int = 128):
@@ -127,7 +138,7 @@ class RelativeEncoding(nn.Module):
 
 
 def _distance_to_key(x: Tensor, keys: int) -> Tensor:
-    """(..., length, width) -> (..., length, keys) with width = length + keys - 1: row i is read from length - 1 - i on."""
+    """(..., length, width) -> (..., length, keys), width = length + keys - 1: row i is read from length - 1 - i on."""
     length, width = x.shape[-2:]
     flat = F.pad(x, (0, 1)).flatten(-2)[..., length - 1 : length - 1 + length * width]
     return flat.unflatten(-1, (length, width))[..., :keys]

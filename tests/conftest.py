@@ -1,0 +1,11 @@
+import pytest
+import torch
+
+# The models of the tests are so small that a second thread costs more than it brings.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same numbers whichever tests run, in whatever order."""
+    torch.manual_seed(0)

@@ -1,0 +1,68 @@
+"""What several test files share: tiny models, random inputs, comparisons of gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memformer import Memformer
+
+VOCABULARY = 11
+WRITERS = ["normalised", "gated"]
+POSITIONS = ["rotary", "relative", "bucketed"]
+
+
+def tiny(**changes: Any) -> Memformer:
+    """A small model in float64, without its decoder for ``encoder_only=True``; ``changes`` are Memformer's keywords."""
+    settings = {
+        "dim": 8, "num_memory_slots": 3, "mem_update_attn_heads": 2,
+        "enc_num_tokens": VOCABULARY, "enc_depth": 2, "enc_heads": 2, "enc_max_seq_len": 6,
+    }  # fmt: skip
+    if not changes.get("encoder_only"):
+        settings |= {"dec_num_tokens": VOCABULARY, "dec_depth": 2, "dec_heads": 2, "dec_max_seq_len": 6}
+    model = Memformer(**(settings | changes)).double()
+    # At their first values the position tables and the biases are so small that an error in them would not show.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "positions" in name or name.endswith("bias"):
+                parameter.normal_()
+    return model
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(VOCABULARY, shape)
+
+
+def memory(model: Memformer, batch_size: int) -> Tensor:
+    """A memory as some earlier segment could have left it."""
+    x = torch.randn(batch_size, model.config.num_memory_slots, model.config.dim, dtype=torch.float64)
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def mask(*rows: str) -> Tensor:
+    """``mask("110", "111")``: one row per lane, 1 for tokens that exist."""
+    return torch.tensor([[mark == "1" for mark in row] for row in rows])
+
+
+def take_grads(*modules: nn.Module) -> dict[str, Tensor | None]:
+    """The gradients by name, which are then cleared."""
+    grads = {f"{i}.{name}": p.grad for i, module in enumerate(modules) for name, p in module.named_parameters()}
+    for module in modules:
+        module.zero_grad(set_to_none=True)
+    return grads
+
+
+def assert_same_grads(
+    actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], rtol: float = 1e-10
+) -> None:
+    """Each gradient within ``rtol`` of its own largest entry; missing ones are missing in both."""
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        if grad is None or actual[name] is None:
+            assert (grad is None) == (actual[name] is None), f"{name}: only one of the two has a gradient"
+            continue
+        # 1e-14: gradients that are zero in exact arithmetic (a key's bias, say) are rounding errors in both.
+        atol = max(rtol * float(grad.abs().max()), 1e-14)
+        torch.testing.assert_close(actual[name], grad, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")

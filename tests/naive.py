@@ -1,0 +1,187 @@
+"""Slow references, one lane at a time and in loops, after the papers' equations. They share nothing but parameters.
+
+Shapes: x, q, k, v (length, dim), memory (slots, dim), mask (length,), allowed (length, keys).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from memformer.blocks import Block
+from memformer.memory import GatedWriter, NormalisedWriter
+from memformer.model import Memformer
+from memformer.positions import BucketedBias, RelativeEncoding, Rotary
+
+
+def head(x: Tensor, h: int, heads: int) -> Tensor:
+    width = x.shape[-1] // heads
+    return x[..., h * width : (h + 1) * width]
+
+
+# --- Positions: the logit of a pair, and the value that it brings -----------------------------------------------------
+
+Logit = Callable[[Tensor, Tensor, int, int], Tensor]
+Value = Callable[[Tensor, int], Tensor]
+
+
+def position_terms(positions: nn.Module | None) -> tuple[Logit, Value]:
+    """``logit(q_i, k_j, head, distance)`` and ``value(v_j, distance)``, each q_i, k_j, v_j (head_dim,)."""
+
+    def plain(q: Tensor, k: Tensor, h: int, distance: int) -> Tensor:
+        return q @ k / math.sqrt(len(q))
+
+    def rotated(q: Tensor, k: Tensor, h: int, distance: int) -> Tensor:
+        # Entries m and m + half are one complex number, turned by the position times a frequency.
+        half = len(q) // 2
+        frequency = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        turn = torch.polar(torch.ones_like(frequency), distance * frequency)
+        pairs = torch.complex(q[:half], q[half:]) * torch.complex(k[:half], -k[half:]) * turn
+        return pairs.real.sum() / math.sqrt(len(q))
+
+    def biased(q: Tensor, k: Tensor, h: int, distance: int) -> Tensor:
+        return plain(q, k, h, distance) + positions.bias.weight[bucket(distance, positions.causal), h]
+
+    def row(distance: int) -> Tensor:
+        return positions.table[distance + positions.max_len - 1]
+
+    if positions is None:
+        return plain, lambda v, distance: v
+    if isinstance(positions, Rotary):
+        return rotated, lambda v, distance: v
+    if isinstance(positions, BucketedBias):
+        return biased, lambda v, distance: v
+    assert isinstance(positions, RelativeEncoding)
+    return lambda q, k, h, distance: plain(q, k + row(distance), h, distance), lambda v, distance: v + row(distance)
+
+
+def bucket(distance: int, causal: bool, buckets: int = 32, max_distance: int = 128) -> int:
+    """T5's buckets, one number at a time."""
+    if not causal:
+        buckets //= 2
+    first = buckets if distance < 0 and not causal else 0
+    size = max(distance, 0) if causal else abs(distance)
+    exact = buckets // 2
+    if size < exact:
+        return first + size
+    octaves = math.log(size / exact) / math.log(max_distance / exact)
+    return first + min(exact + int(octaves * (buckets - exact)), buckets - 1)
+
+
+# --- Attention and layers ---------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, allowed: Tensor | None = None, positions: nn.Module | None = None
+) -> Tensor:
+    """The queries are the last of the keys' positions."""
+    logit, value = position_terms(positions)
+    rows = []
+    for i in range(len(q)):
+        distance = [len(k) - len(q) + i - j for j in range(len(k))]
+        seen = [j for j in range(len(k)) if allowed is None or allowed[i, j]]
+        parts = []
+        for h in range(heads):
+            logits = [logit(head(q[i], h, heads), head(k[j], h, heads), h, distance[j]) for j in seen]
+            weights = torch.stack(logits).softmax(0)
+            parts.append(sum(w * value(head(v[j], h, heads), distance[j]) for w, j in zip(weights, seen, strict=True)))
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
+
+
+def block(
+    layer: Block, x: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None, context_allowed: Tensor | None
+) -> Tensor:
+    own, other = layer.self_attention, layer.context_attention
+    q, k, v = own.to_qkv(layer.self_norm(x)).chunk(3, -1)
+    x = x + own.to_out(attention(q, k, v, own.heads, allowed, own.positions))
+    q = other.to_q(layer.context_norm(x))
+    x = x + other.to_out(attention(q, keys, values, other.heads, context_allowed))
+    return x + layer.feed_forward(layer.feed_norm(x))
+
+
+def layer_context(projection: nn.Linear, context: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer, from its own rows of the common projection."""
+    dim = context.shape[-1]
+    first, second = (slice((2 * index + n) * dim, (2 * index + n + 1) * dim) for n in (0, 1))
+    weight, bias = projection.weight, projection.bias
+    return context @ weight[first].T + bias[first], context @ weight[second].T + bias[second]
+
+
+def encode(model: Memformer, src: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(length,) tokens of which at least one is kept -> (length, dim), zero where masked."""
+    encoder, x = model.encoder, model.encoder.embedding.weight[src]
+    kept = torch.ones(len(src), dtype=torch.bool) if mask is None else mask
+    for i, layer in enumerate(encoder.layers):
+        context = layer_context(encoder.memory_projection.to_kv, encoder.memory_norm(memory), i)
+        x = block(layer, x, *context, kept.expand(len(src), -1), None)
+    return encoder.norm(x) * kept[:, None]
+
+
+def loss(
+    model: Memformer, tgt: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, tgt_mask: Tensor | None = None
+) -> Tensor:
+    """The mean loss of one lane, each token predicted by a decoder that was given only the tokens before it."""
+    kept = torch.ones(len(tgt), dtype=torch.bool) if tgt_mask is None else tgt_mask
+    losses = []
+    for n in range(1, len(tgt)):
+        if kept[n] and kept[:n].any():
+            logits = last_logits(model, tgt[:n], kept[:n], enc_out, src_mask)
+            losses.append(-logits.log_softmax(0)[tgt[n]])
+    return torch.stack(losses).mean()
+
+
+def last_logits(model: Memformer, tgt: Tensor, kept: Tensor, enc_out: Tensor, src_mask: Tensor | None) -> Tensor:
+    decoder = model.decoder
+    x = decoder.embedding.weight[tgt] * kept[:, None]
+    allowed = torch.tensor([[i == j or bool(i > j and kept[j]) for j in range(len(tgt))] for i in range(len(tgt))])
+    context_allowed = None if src_mask is None else src_mask.expand(len(tgt), -1)
+    for i, layer in enumerate(decoder.layers):
+        context = layer_context(decoder.context_projection.to_kv, enc_out, i)
+        x = block(layer, x, *context, allowed, context_allowed)
+    return decoder.to_logits(decoder.norm(x[-1]))
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def slot_attention(
+    q: Tensor, own_k: Tensor, own_v: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, temperature: float
+) -> Tensor:
+    """q, own_k, own_v (slots, dim): each slot alone before itself and the kept tokens (paper v2, section 3.3)."""
+    kept = [j for j in range(len(k)) if mask is None or mask[j]]
+    slots = []
+    for i in range(len(q)):
+        parts = []
+        for h in range(heads):
+            seen_k = torch.stack([head(own_k[i], h, heads), *(head(k[j], h, heads) for j in kept)])
+            seen_v = torch.stack([head(own_v[i], h, heads), *(head(v[j], h, heads) for j in kept)])
+            query = head(q[i], h, heads)
+            weights = (seen_k @ query / (math.sqrt(len(query)) * temperature)).softmax(0)
+            parts.append(weights @ seen_v)
+        slots.append(torch.cat(parts))
+    return torch.stack(slots)
+
+
+def write(writer: NormalisedWriter | GatedWriter, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    k, v = writer.segment_kv(x).chunk(2, -1)
+    normed = writer.norm(memory)
+    if isinstance(writer, NormalisedWriter):
+        q, own_k = writer.slot_qk(normed).chunk(2, -1)
+        moved = slot_attention(q, own_k, memory, k, v, writer.heads, mask, writer.temperature) + writer.bias
+        return torch.stack([slot / slot.square().sum().sqrt() for slot in moved])
+    q, own_k, own_v = writer.slot_qkv(normed).chunk(3, -1)
+    found = writer.to_out(slot_attention(q, own_k, own_v, k, v, writer.heads, mask, writer.temperature))
+    found = found + writer.feed_forward(writer.feed_norm(found))
+    return torch.stack([gru(writer.gru, new, old) for new, old in zip(found, memory, strict=True)])
+
+
+def gru(cell: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
+    """h' = (1 - z) n + z h, with z the part that is kept."""
+    from_x = (cell.weight_ih @ x + cell.bias_ih).chunk(3)
+    from_h = (cell.weight_hh @ h + cell.bias_hh).chunk(3)
+    r, z = (torch.sigmoid(from_x[gate] + from_h[gate]) for gate in (0, 1))
+    return (1 - z) * torch.tanh(from_x[2] + r * from_h[2]) + z * h

@@ -1,0 +1,141 @@
+"""The writers against loops over slots and heads, and what they promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import naive
+from helpers import WRITERS, mask
+from memformer.attention import merge_heads, split_heads
+from memformer.memory import GatedWriter, NormalisedWriter, normalise, slot_attention
+
+DIM, SLOTS, HEADS, BATCH, LENGTH = 8, 3, 2, 2, 5
+MASKS = [None, mask("11100", "01011"), mask("00000", "11111")]
+
+
+def make(kind: str, temperature: float = 0.5) -> NormalisedWriter | GatedWriter:
+    writer = {"normalised": NormalisedWriter, "gated": GatedWriter}[kind](DIM, SLOTS, HEADS, temperature).double()
+    for parameter in writer.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    return writer
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def assert_same(actual: Tensor, expected: Tensor, sources: list[Tensor]) -> None:
+    """The values, and the gradients of ``sources``."""
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    upstream = torch.randn_like(actual)
+    pairs = (torch.autograd.grad(x, sources, upstream, retain_graph=True) for x in (actual, expected))
+    torch.testing.assert_close(*pairs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kept", MASKS)
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_slot_attention_equals_loops(kept: Tensor | None, temperature: float) -> None:
+    slots, segment = [randn(BATCH, SLOTS, DIM) for _ in range(3)], [randn(BATCH, LENGTH, DIM) for _ in range(2)]
+    parts = [split_heads(x, HEADS) for x in (*slots, *segment)]
+    actual = merge_heads(slot_attention(*parts, mask=kept, temperature=temperature))
+    lanes = [
+        naive.slot_attention(*(x[b] for x in (*slots, *segment)), HEADS, None if kept is None else kept[b], temperature)
+        for b in range(BATCH)
+    ]
+    assert_same(actual, torch.stack(lanes), slots + segment)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kept", MASKS)
+def test_writer_equals_loops(kind: str, kept: Tensor | None) -> None:
+    writer, memory, x = make(kind), randn(BATCH, SLOTS, DIM), randn(BATCH, LENGTH, DIM)
+    lanes = [naive.write(writer, memory[b], x[b], None if kept is None else kept[b]) for b in range(BATCH)]
+    # The initial memory's parameter of the gated writer is not part of a write.
+    sources = [p for name, p in writer.named_parameters() if name != "slots"]
+    assert_same(writer(memory, x, kept), torch.stack(lanes), [memory, x, *sources])
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_slots_do_not_see_each_other(kind: str) -> None:
+    writer, memory, x = make(kind), randn(1, SLOTS, DIM), randn(1, LENGTH, DIM)
+    before = writer(memory, x)
+    changed = memory.detach().clone()
+    changed[:, 1] = torch.randn(DIM)
+    after = writer(changed, x)
+    assert torch.equal(after[:, [0, 2]], before[:, [0, 2]])
+    assert not torch.allclose(after[:, 1], before[:, 1])
+    (grad,) = torch.autograd.grad(before[:, 0].sum(), memory)
+    assert grad[:, 0].abs().sum() > 0
+    assert not grad[:, 1:].any()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_masked_tokens_do_not_reach_the_memory(kind: str) -> None:
+    writer, memory, x = make(kind), randn(1, SLOTS, DIM), randn(1, LENGTH, DIM)
+    kept = mask("01101")
+    written = writer(memory, x, kept)
+    torch.testing.assert_close(written, writer(memory, x[:, kept[0]]), rtol=1e-12, atol=1e-12)
+    (grad,) = torch.autograd.grad(written.square().sum() + written.sum(), x)
+    assert not grad[~kept].any()
+    assert (grad[kept] != 0).all()
+
+
+def test_a_slot_that_attends_itself_alone_keeps_its_content() -> None:
+    """Exactly: there is no projection of the slot's own value, and none after the heads."""
+    writer, memory, x = make("normalised"), randn(BATCH, SLOTS, DIM), randn(BATCH, LENGTH, DIM)
+    nothing = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    assert torch.equal(writer.attend(memory, x, nothing), memory)
+    with torch.no_grad():  # and so where the slot's own key outshines every token's
+        writer.slot_qk.weight.copy_(1e3 * torch.eye(DIM).repeat(2, 1))
+        writer.segment_kv.weight[:DIM] = 0
+        writer.norm.bias.zero_()
+        writer.norm.weight.fill_(1)
+    assert torch.equal(writer.attend(memory, x), memory)
+
+
+def test_with_nothing_written_a_slot_drifts_to_where_it_began() -> None:
+    writer = make("normalised")
+    initial = writer.initial(1)
+    memory = torch.nn.functional.normalize(initial + 0.5 * torch.randn(1, SLOTS, DIM), dim=-1)
+    nothing = torch.zeros(1, LENGTH, dtype=torch.bool)
+    torch.testing.assert_close(writer(initial, randn(1, LENGTH, DIM), nothing), initial)
+    for _ in range(100):
+        memory = writer(memory, randn(1, LENGTH, DIM), nothing)
+    torch.testing.assert_close(memory, initial, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_normalised_memory_has_norm_1(dtype: torch.dtype) -> None:
+    writer = make("normalised").to(dtype)
+    memory = writer.initial(BATCH)
+    for _ in range(4):
+        torch.testing.assert_close(memory.norm(dim=-1), torch.ones(BATCH, SLOTS, dtype=dtype), rtol=0, atol=1e-6)
+        memory = writer(memory, 3 * torch.randn(BATCH, LENGTH, DIM, dtype=dtype))
+
+
+def test_normalise_is_the_papers() -> None:
+    memory, bias = randn(BATCH, SLOTS, DIM), randn(SLOTS, DIM)
+    moved = memory[1, 2] + bias[2]
+    torch.testing.assert_close(normalise(memory, bias)[1, 2], moved / moved.square().sum().sqrt())
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_initial_memory_is_learned_and_the_same_for_all_lanes(kind: str) -> None:
+    writer = make(kind)
+    initial = writer.initial(3)
+    assert initial.shape == (3, SLOTS, DIM)
+    assert torch.equal(initial[0], initial[2])
+    parameter = writer.bias if kind == "normalised" else writer.slots
+    (grad,) = torch.autograd.grad((initial * torch.randn_like(initial)).sum(), parameter)
+    assert (grad != 0).all()
+
+
+def test_a_low_temperature_sharpens() -> None:
+    """Near zero a slot takes the value of the one thing that it matches best."""
+    q, own_k, own_v = (torch.randn(1, 1, 1, 4) for _ in range(3))
+    k, v = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4)
+    best = torch.cat([own_k, k], 2).mul(q).sum(-1).argmax()
+    expected = torch.cat([own_v, v], 2)[0, 0, best]
+    torch.testing.assert_close(slot_attention(q, own_k, own_v, k, v, temperature=1e-4)[0, 0, 0], expected)
