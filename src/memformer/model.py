@@ -175,14 +175,16 @@ class Memformer(nn.Module):
         nn.init.normal_(embedding.weight, std=dim**-0.5)
         layers = _layers(config, enc_depth, enc_heads, enc_max_seq_len, causal=False)
         self.encoder = Encoder(embedding, layers, enc_heads, dropout)
-        writer = {"normalised": NormalisedWriter, "gated": GatedWriter}[memory_writer]
-        self.writer = writer(dim, num_memory_slots, mem_update_attn_heads, write_temperature)
+        writers: dict[str, type[NormalisedWriter] | type[GatedWriter]]
+        writers = {"normalised": NormalisedWriter, "gated": GatedWriter}
+        self.writer = writers[memory_writer](dim, num_memory_slots, mem_update_attn_heads, write_temperature)
         self.decoder: Decoder | None = None
         if encoder_only:
             if dec_num_tokens is not None or dec_max_seq_len is not None:
                 warnings.warn("encoder_only=True: the decoder's settings (dec_...) have no effect", stacklevel=2)
             return
-        assert dec_num_tokens is not None and dec_max_seq_len is not None  # checked by the configuration
+        assert dec_num_tokens is not None, "the configuration checks it"
+        assert dec_max_seq_len is not None, "the configuration checks it"
         if not tie_embeddings:
             embedding = nn.Embedding(dec_num_tokens, dim)
             nn.init.normal_(embedding.weight, std=dim**-0.5)
@@ -257,7 +259,7 @@ class Memformer(nn.Module):
     def decode(
         self, tgt: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, tgt_mask: Tensor | None = None
     ) -> Tensor:
-        """Logits (batch, length, dec_num_tokens) of the token after each position of ``tgt``, given the encoder's output.
+        """Logits (batch, length, dec_num_tokens) of the token after each position, given the encoder's output.
 
         Raises:
             ValueError: as :meth:`forward`, and for an encoder-only model.
@@ -273,9 +275,14 @@ class Memformer(nn.Module):
         return decoder(tgt, enc_out, src_mask, tgt_mask)
 
     def check_source(
-        self, src: Tensor, mems: Tensor | None, src_mask: Tensor | None, reset: Tensor | None, max_len: int | None = None
+        self,
+        src: Tensor,
+        mems: Tensor | None,
+        src_mask: Tensor | None,
+        reset: Tensor | None,
+        max_len: int | None = None,
     ) -> None:
-        """Raise ValueError where a source does not fit; ``max_len`` is the longest one allowed (default: one segment)."""
+        """Raise ValueError where a source does not fit; ``max_len`` is the longest allowed (default: one segment)."""
         config = self.config
         _check_tokens("src", src, config.enc_num_tokens, max_len or config.enc_max_seq_len, "enc")
         _check_mask("src_mask", src_mask, src)
@@ -303,7 +310,7 @@ class Memformer(nn.Module):
         if tgt.shape[0] != batch_size:
             raise ValueError(f"tgt: expected the batch size of src, {batch_size}, got {tgt.shape[0]}")
         if tgt.shape[1] < 2:
-            raise ValueError("tgt: expected at least 2 tokens, the one that starts the decoder and one to predict, got 1")
+            raise ValueError("tgt: expected at least 2 tokens, one that starts the decoder and one to predict, got 1")
 
     def _decoder(self, purpose: str) -> Decoder:
         if self.decoder is None:
@@ -408,6 +415,8 @@ def _check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
     if mask is None:
         return
     if mask.dtype != torch.bool:
-        raise ValueError(f"{name}: expected dtype bool, True for tokens that exist, got {mask.dtype}. Convert: mask.bool()")
+        raise ValueError(
+            f"{name}: expected dtype bool, True for tokens that exist, got {mask.dtype}. Convert: mask.bool()"
+        )
     if mask.shape != like.shape:
         raise ValueError(f"{name}: expected the shape of its tokens, {tuple(like.shape)}, got {tuple(mask.shape)}")

@@ -56,7 +56,7 @@ def memory_replay_backprop(
 ) -> tuple[Tensor, Tensor]:
     """Back-propagate through a sequence of any length, holding the graph of one segment (paper, Algorithm 1, MRBP).
 
-    The gradients are those of plain back-propagation through time, accumulated in ``.grad`` as ``loss.backward()`` does.
+    The gradients are those of plain back-propagation through time, added to ``.grad`` as ``loss.backward()`` does.
 
     Args:
         model: a :class:`~memformer.Memformer`.
@@ -128,16 +128,16 @@ def _read_out(
     model: Memformer, divisor: Tensor | float | None, outputs: list[Tensor], segments: list[Segment]
 ) -> Tensor | None:
     """The decoder's loss on several segments in one call."""
-    pairs = [(output, segment) for output, segment in zip(outputs, segments, strict=True) if segment.tgt is not None]
-    if not pairs:
+    kept = [(output, s, s.tgt) for output, s in zip(outputs, segments, strict=True) if s.tgt is not None]
+    if not kept:
         return None
     assert model.decoder is not None  # there is a target, and targets are checked
-    enc_out, src_mask = _concatenate([x for x, _ in pairs], [s.src_mask for _, s in pairs])
-    tgt, tgt_mask = _concatenate([s.tgt for _, s in pairs], [s.tgt_mask for _, s in pairs])
+    enc_out, src_mask = _concatenate([output for output, _, _ in kept], [s.src_mask for _, s, _ in kept])
+    tgt, tgt_mask = _concatenate([tgt for _, _, tgt in kept], [s.tgt_mask for _, s, _ in kept])
     losses, counted = token_losses(model.decoder, tgt, enc_out, src_mask, tgt_mask)
-    per_segment = losses.unflatten(0, (len(pairs), -1)).sum((1, 2))
+    per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
-        divisor = counted.unflatten(0, (len(pairs), -1)).sum((1, 2)).clamp(min=1)
+        divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)
     return (per_segment / divisor).sum()
 
 
