@@ -23,13 +23,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -310,8 +309,8 @@ class _Replay(torch.autograd.Function):
         return tuple(leaves)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Any, ...]:
+        _refuse_double_backward()
         return (None, *ctx.recording.replay(output_grads))
 
 
@@ -354,7 +353,10 @@ class _ReadoutRun:
         parameter_grads = _GradientSums(len(self.parameters))
         others: list[Tensor | None] = []
         for values, segments in _chunks(self.values, self.segments, self.size):
-            pairs = [(value.cut(_requires_grad), part.cut(_requires_grad)) for value, part in zip(values, segments, strict=True)]
+            pairs = [
+                (value.cut(_requires_grad), part.cut(_requires_grad))
+                for value, part in zip(values, segments, strict=True)
+            ]
             sources = [x for pair in pairs for _, found in pair for x in found.values()]
             with torch.enable_grad():
                 loss = _call_readout(self.readout, [v for (v, _), _ in pairs], [s for _, (s, _) in pairs])
@@ -377,7 +379,9 @@ class _ReadoutRun:
             self.values = self.segments = []
         grads, self.grads = self.grads, None
         if grads is None:
-            raise RuntimeError("this rollout was already back-propagated: call backward once, on the sum of the losses.")
+            raise RuntimeError(
+                "this rollout was already back-propagated: call backward once, on the sum of the losses."
+            )
         return grads if self.half else [None if grad is None else grad * scale for grad in grads]
 
 
@@ -388,9 +392,17 @@ class _ReadOut(torch.autograd.Function):
         return run.forward()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        _refuse_double_backward()
         return (None, *ctx.run.backward(scale))
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "backward was called with create_graph=True, but a replayed gradient has no graph of its own. For gradients "
+            "of gradients use replay.full_bptt."
+        )
 
 
 # --- The environment of a run: random numbers, autocast, grad mode -------------------------------------------------------
@@ -562,32 +574,31 @@ def _check_reach(function: Any, outputs: Sequence[Tensor], known: Sequence[Tenso
             stray.append(variable)
         stack.extend(following for following, _ in node.next_functions if following is not None)
     if stray:
-        names = ", ".join(f"'{_tensor_name(function, x)}' of shape {tuple(x.shape)}" for x in stray)
+        names = ", ".join(_describe(function, x, seen) for x in stray)
         raise ValueError(
             f"{_name(function)} uses {names}, which requires a gradient and would get none. Name it in params=[...], "
             "or pass an nn.Module (or a method bound to one) that owns it."
         )
 
 
-def _tensor_name(function: Any, tensor: Tensor) -> str:
-    """The name under which a callable sees a tensor: for error messages."""
+def _describe(function: Any, leaf: Tensor, graph: Container[Any]) -> str:
+    """The name under which a callable sees a leaf, or a tensor derived from it, for error messages."""
     while isinstance(function, functools.partial):
         function = function.func
     function = getattr(function, "__func__", function)
     if not inspect.isfunction(function):
         function = getattr(type(function), "forward", None) or getattr(type(function), "__call__", None)
-    if not inspect.isfunction(function):
-        return "a tensor"
-    scope = inspect.getclosurevars(function)
-    defaults = {k: v.default for k, v in inspect.signature(function).parameters.items()}
-    for name, value in {**scope.globals, **scope.nonlocals, **defaults}.items():
-        if value is tensor:
-            return name
-        if isinstance(value, nn.Module):
-            for inner, parameter in value.named_parameters():
-                if parameter is tensor:
-                    return f"{name}.{inner}"
-    return "a tensor"
+    scope: dict[str, Any] = {}
+    if inspect.isfunction(function):
+        seen = inspect.getclosurevars(function)
+        defaults = {k: v.default for k, v in inspect.signature(function).parameters.items()}
+        scope = {**seen.globals, **seen.nonlocals, **defaults}
+    for name, value in scope.items():
+        inner = value.named_parameters() if isinstance(value, nn.Module) else ()
+        for full_name, x in [(name, value), *((f"{name}.{part}", x) for part, x in inner)]:
+            if x is leaf or (isinstance(x, Tensor) and x.grad_fn in graph):
+                return f"'{full_name}' of shape {tuple(x.shape)}"
+    return f"a tensor of shape {tuple(leaf.shape)}"
 
 
 def _name(function: Any) -> str:

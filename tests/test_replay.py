@@ -1,0 +1,325 @@
+"""Memory replay equals plain back-propagation through time, in every mode in which a model is trained."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memformer import replay
+from replay_cells import CELLS, DIM, assert_equal, by, final_memory_loss, outcome, problem, same_as_bptt
+
+problems = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(sorted(CELLS)),
+        "wanted": st.lists(st.booleans(), min_size=1, max_size=6).filter(any),
+        "batch": st.integers(1, 3),
+        "length": st.integers(1, 4),
+        "dropout": st.sampled_from([0.0, 0.4]),
+        "seed": st.integers(0, 1000),
+        "inputs_need_grad": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem_=problems, at_once=st.none() | st.integers(1, 4))
+def test_equals_bptt(problem_, at_once):
+    same_as_bptt(*problem(**problem_), at_once)
+
+
+@settings(max_examples=30, deadline=None)
+@given(problem_=problems, keep=st.integers(0, 5))
+def test_scan_outputs_are_differentiable(problem_, keep):
+    """A loss over all outputs, and over one of them alone."""
+    model, segments, memory = problem(**problem_)
+    keep = min(keep, len(segments) - 1)
+
+    def plain():
+        values, state = [], memory
+        for segment in segments:
+            value, state = model.encode(segment, state)
+            values.append(value)
+        return values, state
+
+    def loss(values, after):
+        outs = [v["out"] if isinstance(v, dict) else v for v in values]
+        together = torch.cat(outs, 1).logsumexp(1).sum()
+        return together + outs[keep].square().sum() + final_memory_loss(after), (values, after)
+
+    actual = outcome(
+        model, segments, memory, lambda: loss(*replay.scan(model.encode, segments, memory, params=[model]))
+    )
+    assert_equal(actual, outcome(model, segments, memory, lambda: loss(*plain())))
+
+
+@pytest.mark.parametrize("rnn_type", [nn.LSTM, nn.GRU])
+def test_equals_torchs_own_recurrence_over_the_whole_sequence(rnn_type):
+    """Not against our own loop: torch runs the sequence in one call."""
+    torch.manual_seed(0)
+    rnn = rnn_type(3, 5, num_layers=2, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 23, 3, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
+    state = (state, state.detach() * 2) if rnn_type is nn.LSTM else state
+    target = torch.randn(2, 23, 5, dtype=torch.float64)
+
+    whole, after = rnn(x, state)
+    F.mse_loss(whole, target).backward()
+    expected = [x.grad, *(p.grad for p in rnn.parameters())]
+    x.grad = None
+    rnn.zero_grad()
+
+    values, memory = replay.scan(rnn, x.split(4, 1), state)
+    F.mse_loss(torch.cat(values, 1), target).backward()
+    assert_equal({"grads": [x.grad, *(p.grad for p in rnn.parameters())]}, {"grads": expected})
+    assert_equal({"memory": memory}, {"memory": after})
+
+
+def test_two_models_in_series():
+    torch.manual_seed(0)
+    lower, upper = (nn.GRU(DIM, DIM, batch_first=True, dtype=torch.float64) for _ in range(2))
+    both = nn.ModuleList([lower, upper])
+    segments = [torch.randn(2, 3, DIM, dtype=torch.float64) for _ in range(5)]
+    zeros = torch.zeros(1, 2, DIM, dtype=torch.float64)
+
+    def plain():
+        whole, _ = upper(lower(torch.cat(segments, 1), zeros)[0], zeros)
+        return whole.square().sum(), whole
+
+    def replayed():
+        middle, _ = replay.scan(lower, segments, zeros)
+        values, _ = replay.scan(upper, middle, zeros)
+        whole = torch.cat(values, 1)
+        return whole.square().sum(), whole
+
+    assert_equal(outcome(both, segments, zeros, replayed), outcome(both, segments, zeros, plain))
+
+
+def test_carries_on_from_a_rollout_without_a_cut():
+    """The final memory stays differentiable: two rollouts in a row are one."""
+    model, segments, memory = problem("dict", [True] * 6)
+
+    def run(method):
+        def both():
+            first = method(model, segments[:3], memory)
+            second = method(model, segments[3:], first.memory)
+            return first.loss + second.loss, second.memory
+
+        return outcome(model, segments, memory, both)
+
+    assert_equal(run(replay.memory_replay), by(replay.full_bptt, model, segments, memory, None) | run(replay.full_bptt))
+
+
+def test_detached_memory_truncates():
+    model, segments, memory = problem("lstm", [True] * 4)
+    first = replay.memory_replay(model, segments[:2], memory)
+    cut = replay.detach(first.memory)
+    assert not any(x.requires_grad for x in cut)
+    replay.memory_replay(model, segments[2:], cut).loss.backward()
+    assert memory[0].grad is None
+    assert segments[2][1].grad is not None
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_gradient_accumulation(at_once):
+    model, segments, memory = problem("gru", [True] * 4)
+
+    def twice(method):
+        single = by(method, model, segments, memory, at_once)["parameters"]
+        single = {name: g.clone() for name, g in single.items()}
+        rollout = method(model, segments, memory)
+        rollout.loss.backward()
+        return single, {name: p.grad for name, p in model.named_parameters()}
+
+    assert_equal(dict(enumerate(twice(replay.memory_replay))), dict(enumerate(twice(replay.full_bptt))))
+
+
+def test_frozen_parameters_stay_without_gradient():
+    model, segments, memory = problem("lstm", [True] * 3)
+    model.cell.rnn.weight_hh_l0.requires_grad_(False)
+    same_as_bptt(model, segments, memory)
+    assert model.cell.rnn.weight_hh_l0.grad is None
+
+
+def test_everything_frozen_gives_a_loss_without_graph():
+    model, segments, memory = problem("gru", [True] * 3, inputs_need_grad=False)
+    model.requires_grad_(False)
+    assert not replay.memory_replay(model, segments, memory).loss.requires_grad
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_no_grad_mode(at_once):
+    model, segments, memory = problem("dict", [True, False, True], dropout=0.4)
+    results = []
+    for method in (replay.memory_replay, replay.full_bptt):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            if at_once is None:
+                results.append(method(model, segments, memory))
+            else:
+                results.append(method(model.encode, segments, memory, model.read_out, readout_segments=at_once))
+    assert not results[0].loss.requires_grad
+    torch.testing.assert_close(results[0].loss, results[1].loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 3])
+def test_autocast_bfloat16(at_once):
+    """Weights are cast and cached without a graph while recording; the segment with a graph must cast them anew."""
+    model, segments, memory = problem("dict", [True] * 4)
+    model, segments = model.float(), [(i, {**s, "x": s["x"].detach().float()}) for i, s in segments]
+    memory = {k: v.detach().float() if k in ("state", "constant") else v for k, v in memory.items()}
+
+    def run(method):
+        for p in model.parameters():
+            p.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            if at_once is None:
+                rollout = method(model, segments, memory)
+            else:
+                rollout = method(
+                    model.encode, segments, memory, model.read_out, readout_segments=at_once, params=[model]
+                )
+            rollout.loss.backward()  # inside the region, where cached casts live on
+        return {"loss": rollout.loss, "grads": [p.grad for p in model.parameters()]}
+
+    actual, expected = run(replay.memory_replay), run(replay.full_bptt)
+    assert expected["grads"][1].abs().sum() > 0
+    assert_equal(actual, expected, rtol=2e-2, atol=2e-3)
+
+
+def test_float16_readout_keeps_small_gradients():
+    """Scaled before it is back-propagated, as a gradient scaler asks: computed unscaled, the gradient is zero."""
+    cell = nn.Linear(2, 2, dtype=torch.float16)
+
+    def step(segment, memory):
+        return cell(segment) + memory, memory
+
+    def read_out(values, segments):
+        return torch.stack(values).sum() * 2.0**-20 * 2.0**-8
+
+    segments = [torch.ones(1, 2, dtype=torch.float16) * 2.0**-4 for _ in range(3)]
+    memory = torch.zeros(1, 2, dtype=torch.float16)
+
+    def run(method):
+        cell.zero_grad()
+        rollout = method(step, segments, memory, read_out, params=cell)
+        (rollout.loss.float() * 2.0**24).backward()
+        return {"grad": cell.weight.grad}
+
+    expected = run(replay.full_bptt)
+    assert (expected["grad"] > 0).all()
+    assert_equal(run(replay.memory_replay), expected, rtol=1e-3, atol=0)
+
+
+def test_gradient_scaler():
+    model, segments, memory = problem("gru", [True] * 3)
+
+    def run(method):
+        model.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.0)
+        scaler.scale(method(model, segments, memory).loss).backward()
+        scaler.unscale_(optimiser)
+        scaler.step(optimiser)
+        scaler.update()
+        return {"grads": [p.grad for p in model.parameters()]}
+
+    assert_equal(run(replay.memory_replay), run(replay.full_bptt))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_activation_checkpointing_inside_a_cell(dropout):
+    model, segments, memory = problem("dict", [True] * 4, dropout=dropout)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, segment, memory):
+            return checkpoint(self.inner, segment, memory, use_reentrant=False)
+
+    cell = Checkpointed()
+    results = [
+        outcome(cell, segments, memory, lambda m=m: (lambda r: (r.loss, r.memory))(m(cell, segments, memory)))
+        for m in (replay.memory_replay, replay.full_bptt)
+    ]
+    assert_equal(*results)
+
+
+def test_compiled_cell():
+    model, segments, memory = problem("dict", [True] * 3)
+    compiled = torch.compile(model.cell, backend="aot_eager")
+    inner = [segment for _, segment in segments]
+
+    def run(cell):
+        values, after = replay.scan(cell, inner, memory)
+        return sum(v["out"].square().sum() for v in values), after
+
+    actual = outcome(model, segments, memory, lambda: run(compiled))
+    assert_equal(actual, outcome(model, segments, memory, lambda: run(model.cell)))
+
+
+def test_partials_and_bound_methods_bring_their_parameters():
+    model, segments, memory = problem("lstm", [True] * 3)
+
+    def step(scale, model, segment, memory):
+        loss, memory = model(segment, memory)
+        return loss * scale, memory
+
+    cell = functools.partial(functools.partial(step, 2.0), model)
+    run = lambda method: outcome(  # noqa: E731
+        model, segments, memory, lambda: (lambda r: (r.loss, r.memory))(method(cell, segments, memory))
+    )
+    assert_equal(run(replay.memory_replay), run(replay.full_bptt))
+    replay.memory_replay(model.forward, segments, memory).loss.backward()
+    assert model.cell.rnn.weight_ih_l0.grad is not None
+
+
+def test_a_tensor_named_in_params_gets_its_gradient():
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    derived = scale.square()  # not a leaf: the gradient goes on to `scale`
+    segments = [torch.tensor(float(i + 1), dtype=torch.float64) for i in range(4)]
+
+    def cell(x, memory):
+        memory = memory * derived + x
+        return memory.square(), memory
+
+    def run(method):
+        scale.grad = None
+        method(cell, segments, torch.zeros((), dtype=torch.float64), params=[derived]).loss.backward(retain_graph=True)
+        return {"grad": scale.grad}
+
+    assert_equal(run(replay.memory_replay), run(replay.full_bptt))
+
+
+def test_memory_may_start_as_none():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.initial = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+        def forward(self, x, memory):
+            memory = (self.initial if memory is None else memory) * x
+            return memory.sum(), memory
+
+    cell = Own()
+    replay.memory_replay(cell, [torch.tensor(3.0), torch.tensor(5.0)], None).loss.backward()
+    assert cell.initial.grad.tolist() == [18.0, 18.0]
+
+
+def test_an_unused_memory_and_a_loss_without_parameters():
+    """Segments that nothing depends on, and a loss that needs no gradient at all, are no special cases."""
+    weight = nn.Linear(1, 1)
+
+    def cell(x, memory):
+        return (weight(x).sum() if x.item() == 1 else x.sum()), memory
+
+    segments = [torch.ones(1) * i for i in range(3)]
+    rollout = replay.memory_replay(cell, segments, torch.zeros(1), params=weight)
+    rollout.loss.backward()
+    assert weight.weight.grad.item() == 1.0

@@ -1,0 +1,120 @@
+"""What is alive and when: one segment's graph, whatever the number of segments; and who is visited in which order."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from memformer import replay
+
+
+class Counted(nn.Module):
+    """Notes which segment it visits, and with or without a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.visits: list[tuple[int, bool]] = []
+
+    def forward(self, segment, memory):
+        self.visits.append((int(segment[0, 0]), torch.is_grad_enabled()))
+        memory = torch.tanh(self.linear(memory + segment))
+        return memory.square().sum(), memory
+
+
+def segments(count):
+    return [torch.full((2, 8), float(t)) for t in range(count)]
+
+
+def test_visits_forward_without_graph_then_back_with_one():
+    cell = Counted()
+    replay.memory_replay(cell, segments(4), torch.zeros(2, 8)).loss.backward()
+    assert cell.visits == [(0, False), (1, False), (2, False), (3, True), (2, True), (1, True), (0, True)]
+
+
+def test_readout_runs_once_with_gradients_after_all_cells():
+    cell, calls = Counted(), []
+    head = nn.Linear(8, 1)
+
+    def encode(segment, memory):
+        _, memory = cell(segment, memory)
+        return memory, memory
+
+    def read_out(values, parts):
+        calls.append((len(cell.visits), [int(p[0, 0]) for p in parts], torch.is_grad_enabled()))
+        return head(torch.cat(values)).sum()
+
+    rollout = replay.memory_replay(
+        encode, segments(5), torch.zeros(2, 8), read_out, readout_segments=2, params=[cell, head]
+    )
+    rollout.loss.backward()
+    assert calls == [(5, [0, 1], True), (5, [2, 3], True), (5, [4], True)]
+
+
+def live_tensors(run):
+    """The most tensors that autograd holds at once, while ``run`` runs."""
+    alive: set[int] = set()
+    most = 0
+
+    class Held:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def pack(tensor):
+        nonlocal most
+        held = Held(tensor.detach())
+        alive.add(id(held))
+        most = max(most, len(alive))
+        weakref.finalize(held, alive.discard, id(held))
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        run()
+    return most
+
+
+@pytest.mark.parametrize("readout", [None, lambda values, parts: sum(v.square().sum() for v in values)])
+def test_live_graph_does_not_grow_with_the_horizon(readout):
+    def run(method, count):
+        cell = Counted()
+
+        def encode(segment, memory):
+            loss, memory = cell(segment, memory)
+            return (loss if readout is None else memory), memory
+
+        return live_tensors(
+            lambda: method(encode, segments(count), torch.zeros(2, 8), readout, params=cell).loss.backward()
+        )
+
+    few, many = run(replay.memory_replay, 4), run(replay.memory_replay, 64)
+    assert few == many > 0
+    assert run(replay.full_bptt, 64) > 10 * many  # the count can grow
+
+
+def test_a_graph_is_freed_before_the_next_is_built():
+    """Two graphs alive at once would double the peak."""
+    one = live_tensors(lambda: Counted()(segments(1)[0], torch.zeros(2, 8))[0].backward())
+    cell = Counted()
+    rollout = lambda: replay.memory_replay(cell, segments(9), torch.zeros(2, 8)).loss.backward()  # noqa: E731
+    assert live_tensors(rollout) <= one + 1  # and the sum of two losses
+
+
+def test_backward_frees_the_recorded_memories():
+    cell = Counted()
+    seen = []
+
+    def encode(segment, memory):
+        loss, after = cell(segment, memory)
+        seen.append(weakref.ref(after))
+        return loss, after
+
+    rollout = replay.memory_replay(encode, segments(4), torch.zeros(2, 8), params=cell)
+    rollout.loss.backward()
+    final = rollout.memory
+    loss = rollout.loss
+    del rollout
+    held = [ref() for ref in seen]
+    assert sum(x is not None for x in held) <= 1, "a memory outlived its backward"
+    assert final.shape == (2, 8)
+    assert loss.dim() == 0
