@@ -220,11 +220,12 @@ class Memformer(nn.Module):
         Raises:
             ValueError: a shape, dtype, length or token id does not fit; the message says what was expected.
         """
+        self.check_source(src, mems, src_mask, reset)
         if tgt is not None:
             self.check_target(tgt, tgt_mask, src.shape[0])
         elif tgt_mask is not None:
             raise ValueError("tgt_mask: given without tgt")
-        enc_out, mem = self.encode(src, mems, src_mask, reset)
+        enc_out, mem = self.step(src, mems, src_mask, reset)
         if self.decoder is None:
             return EncOnlyResults(enc_out, mem)
         if tgt is None:
@@ -269,7 +270,7 @@ class Memformer(nn.Module):
         _check_mask("tgt_mask", tgt_mask, tgt)
         if enc_out.dim() != 3 or enc_out.shape[0] != tgt.shape[0] or enc_out.shape[2] != self.config.dim:
             expected = f"({tgt.shape[0]}, length, {self.config.dim})"
-            raise ValueError(f"enc_out: expected shape {expected}, got {tuple(enc_out.shape)}")
+            raise ValueError(f"enc_out: expected shape {expected}, got {_describe(enc_out)}")
         if src_mask is not None:
             _check_mask("src_mask", src_mask, enc_out[..., 0])
         return decoder(tgt, enc_out, src_mask, tgt_mask)
@@ -288,18 +289,15 @@ class Memformer(nn.Module):
         _check_mask("src_mask", src_mask, src)
         batch = src.shape[0]
         if mems is not None:
-            expected = (batch, config.num_memory_slots, config.dim)
-            if tuple(mems.shape) != expected:
+            shape, dtype = (batch, config.num_memory_slots, config.dim), next(self.writer.parameters()).dtype
+            if not _is_tensor(mems, shape, dtype):
                 raise ValueError(
-                    f"mems: expected shape {expected} (batch of src, num_memory_slots, dim), got {tuple(mems.shape)}"
+                    f"mems: expected {dtype}, that of the model, of shape {shape} (batch of src, num_memory_slots, dim), "
+                    f"got {_describe(mems)}"
                 )
-            dtype = next(self.writer.parameters()).dtype
-            if mems.dtype != dtype:
-                raise ValueError(f"mems: expected dtype {dtype}, that of the model, got {mems.dtype}")
-        if reset is not None and (reset.dtype != torch.bool or tuple(reset.shape) != (batch,)):
+        if reset is not None and not _is_tensor(reset, (batch,), torch.bool):
             raise ValueError(
-                f"reset: expected a boolean tensor of shape ({batch},), one per lane of src, got {reset.dtype} "
-                f"of shape {tuple(reset.shape)}"
+                f"reset: expected torch.bool of shape ({batch},), one per lane of src, got {_describe(reset)}"
             )
 
     def check_target(self, tgt: Tensor, tgt_mask: Tensor | None, batch_size: int) -> None:
@@ -388,11 +386,10 @@ def _visible(mask: Tensor) -> Tensor:
 
 
 def _check_tokens(name: str, tokens: Tensor, vocabulary: int, max_len: int, prefix: str) -> None:
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-        got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"{name}: expected token ids of shape (batch, length), got {got}")
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name}: expected token ids of dtype int64 or int32, got {tokens.dtype}")
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name}: expected token ids, torch.int64 or int32 of shape (batch, length), got {_describe(tokens)}"
+        )
     batch, length = tokens.shape
     if not batch or not length:
         raise ValueError(f"{name}: expected at least one lane and one token, got shape {tuple(tokens.shape)}")
@@ -412,11 +409,16 @@ def _check_tokens(name: str, tokens: Tensor, vocabulary: int, max_len: int, pref
 
 
 def _check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
+    if mask is not None and not _is_tensor(mask, tuple(like.shape), torch.bool):
         raise ValueError(
-            f"{name}: expected dtype bool, True for tokens that exist, got {mask.dtype}. Convert: mask.bool()"
+            f"{name}: expected torch.bool of its tokens' shape {tuple(like.shape)}, True for tokens that exist, "
+            f"got {_describe(mask)}"
         )
-    if mask.shape != like.shape:
-        raise ValueError(f"{name}: expected the shape of its tokens, {tuple(like.shape)}, got {tuple(mask.shape)}")
+
+
+def _is_tensor(x: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return isinstance(x, Tensor) and tuple(x.shape) == shape and x.dtype == dtype
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -6,6 +6,7 @@ The encoder with its memory is the replay's cell, the critical path; the decoder
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -82,7 +83,7 @@ def memory_replay_backprop(
         raise ValueError("expected either tgt or loss_fn" + ("" if tgt is None else ", got both"))
     if tgt is None and tgt_mask is not None:
         raise ValueError("tgt_mask: given without tgt")
-    model.check_source(src, mems, src_mask, None, max_len=max(src.shape[-1], 1))
+    model.check_source(src, mems, src_mask, None, max_len=sys.maxsize)
     segments = cut(model.config.enc_max_seq_len, src, tgt, src_mask, tgt_mask)
     for i, segment in enumerate(segments):
         if segment.tgt is not None:
