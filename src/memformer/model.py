@@ -292,8 +292,8 @@ class Memformer(nn.Module):
             shape, dtype = (batch, config.num_memory_slots, config.dim), next(self.writer.parameters()).dtype
             if not _is_tensor(mems, shape, dtype):
                 raise ValueError(
-                    f"mems: expected {dtype}, that of the model, of shape {shape} (batch of src, num_memory_slots, dim), "
-                    f"got {_describe(mems)}"
+                    f"mems: expected {dtype}, that of the model, of shape {shape} (batch of src, num_memory_slots, "
+                    f"dim), got {_describe(mems)}"
                 )
         if reset is not None and not _is_tensor(reset, (batch,), torch.bool):
             raise ValueError(

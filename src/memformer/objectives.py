@@ -101,7 +101,7 @@ def _backprop_own_loss(
     model: Memformer, segments: list[Segment], mems: Tensor | None, loss_fn: Callable[[int, Tensor], Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     outputs, memory = replay.scan(functools.partial(_encode, model), segments, mems)
-    losses, reached = [], []
+    losses, reached, trains = [], [], False
     for i, output in enumerate(outputs):
         # Each loss is back-propagated to the encoder's output and freed at once, by plain autograd.
         leaf = output.detach().requires_grad_()
@@ -111,12 +111,14 @@ def _backprop_own_loss(
         if not isinstance(loss, Tensor) or loss.dim():
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn: expected a scalar loss or None for segment {i}, got {got}")
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
+            trains = True
         losses.append(loss.detach())
-        if leaf.grad is not None:
+        if leaf.grad is not None and output.requires_grad:  # a frozen model's does not
             reached.append((output, leaf.grad))
-    if not losses:
-        raise ValueError("loss_fn: returned None for every segment, so there is nothing to back-propagate")
+    if not trains:
+        raise ValueError("loss_fn: returned no loss that requires a gradient, so there is nothing to back-propagate")
     torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])
     return torch.stack(losses).sum(), memory.detach()
 
