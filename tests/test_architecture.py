@@ -13,7 +13,7 @@ import memformer
 PACKAGE = Path(memformer.__file__).parent
 
 LAYERS = [
-    {"replay", "config", "segments"},
+    {"replay", "schedules", "config", "segments"},
     {"positions"},
     {"attention"},
     {"blocks"},
