@@ -26,15 +26,24 @@ problems = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(problem_=problems, at_once=st.none() | st.integers(1, 4))
-def test_equals_bptt(problem_, at_once):
-    same_as_bptt(*problem(**problem_), at_once)
+tails = st.integers(1, 7)
+schedules = st.one_of(
+    st.builds(replay.EveryMemory, tails),
+    st.builds(replay.EveryKth, st.integers(1, 4), tails),
+    st.builds(replay.Binomial, st.integers(1, 4), tails),
+    st.builds(replay.Budget, st.integers(20_000, 100_000)),
+)
 
 
-@settings(max_examples=30, deadline=None)
-@given(problem_=problems, keep=st.integers(0, 5))
-def test_scan_outputs_are_differentiable(problem_, keep):
+@settings(max_examples=100, deadline=None)
+@given(problem_=problems, at_once=st.none() | st.integers(1, 4), schedule=schedules)
+def test_equals_bptt(problem_, at_once, schedule):
+    same_as_bptt(*problem(**problem_), at_once, schedule=schedule)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem_=problems, keep=st.integers(0, 5), schedule=schedules)
+def test_scan_outputs_are_differentiable(problem_, keep, schedule):
     """A loss over all outputs, and over one of them alone."""
     model, segments, memory = problem(**problem_)
     keep = min(keep, len(segments) - 1)
@@ -52,7 +61,10 @@ def test_scan_outputs_are_differentiable(problem_, keep):
         return together + outs[keep].square().sum() + final_memory_loss(after), (values, after)
 
     actual = outcome(
-        model, segments, memory, lambda: loss(*replay.scan(model.encode, segments, memory, params=[model]))
+        model,
+        segments,
+        memory,
+        lambda: loss(*replay.scan(model.encode, segments, memory, schedule=schedule, params=[model])),
     )
     assert_equal(actual, outcome(model, segments, memory, lambda: loss(*plain())))
 

@@ -205,5 +205,5 @@ def test_a_cell_that_returns_another_number_of_leaves_in_replay():
         loss, memory = cell(segment, memory[0])
         return loss, ((memory,) if len(calls) < 4 else (memory, memory))
 
-    with pytest.raises(RuntimeError, match="segment 1 returned 3 leaves in replay and 2 when it was recorded"):
+    with pytest.raises(RuntimeError, match="segment 1 returned other leaves in replay than when it was recorded"):
         run(step, SEGMENTS, (ZEROS,), params=cell).loss.backward()

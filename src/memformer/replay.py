@@ -1,45 +1,78 @@
-"""Memory replay back-propagation (MRBP) for any recurrent cell: exact gradients, one segment's graph alive at a time.
+"""Memory replay back-propagation (MRBP) for any recurrent cell: exact gradients, at the memory that you choose.
 
-A *cell* maps ``(segment, memory)`` to ``(value, memory)``. Three functions run it over a rollout and agree in every number:
+A *cell* maps ``(segment, memory)`` to ``(value, memory)``. Three functions run it over a rollout and agree in every
+number:
 
 - :func:`full_bptt` is plain autograd: the reference, whose graph grows with the number of segments;
-- :func:`memory_replay` records the memories without a graph, then replays segment by segment (paper, Algorithm 1);
+- :func:`memory_replay` records memories without a graph, then replays segment by segment (paper, Algorithm 1);
 - :func:`scan` does the same for outputs that are used further downstream.
 
-Memories, segments and values are pytrees of tensors (tuples, lists, dicts, ``None``). This file imports torch alone.
+:func:`accumulate` is memory replay that adds to ``.grad`` on the spot, for parameters that FSDP shards.
+Memories, segments and values are pytrees of tensors (tuples, lists, dicts, ``None``). Of this project only ground level
+is imported: ``schedules.py`` (what to store, as integers) and ``reach.py`` (what is trained).
 
 How it works. One ``torch.autograd.Function`` has the parameters, the initial memory and the segments as inputs, so that
-each gradient leaves it once: an optimiser, a gradient scaler, clipping and DistributedDataParallel see an ordinary loss.
-Its forward keeps the memory before each segment; only the last segment is run with a graph, and is not computed twice.
-Its backward walks from the last segment to the first and frees each graph before it builds the next.
+each gradient leaves it once: an optimiser, a gradient scaler, clipping and DistributedDataParallel see an ordinary
+loss. A schedule's plan lists the actions of its forward and of its backward (:class:`_Rollout` carries them out): by
+default forward stores the memory before each segment, and only the last segment is run with a graph, and not twice;
+backward walks from the last segment to the first and frees each graph before it builds the next.
 
-What is not known here: whether replaying a cell gives the same numbers as recording it. Random numbers of torch's
-own generators and autocast are put back; a cell that keeps other state of its own (a Python counter, BatchNorm's running
-statistics, a private ``torch.Generator``) is outside what can be replayed.
+What is not known here: whether replaying a cell gives the same numbers as recording it. Random numbers of torch's own
+generators and autocast are put back; a cell that keeps other state of its own (a Python counter, BatchNorm's running
+statistics, a private ``torch.Generator``) is outside what can be replayed. ``check=True`` finds it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+import itertools
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["Rollout", "detach", "full_bptt", "memory_replay", "scan"]
+from .reach import Params, check_reach, name_of, trained_tensors
+from .schedules import Action, Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule
+
+__all__ = [
+    "Binomial",
+    "Budget",
+    "EveryKth",
+    "EveryMemory",
+    "MemoryGradients",
+    "Offload",
+    "Plan",
+    "Rollout",
+    "Schedule",
+    "Sizes",
+    "accumulate",
+    "burn_in",
+    "check_equal_across_ranks",
+    "detach",
+    "full_bptt",
+    "measure",
+    "memory_replay",
+    "reset",
+    "scan",
+]
 
 Tree = Any
 """A pytree: a tensor, or tuples, lists and dicts of them; ``None`` and plain numbers are allowed as leaves."""
 
 Cell = Callable[[Tree, Tree], tuple[Tree, Tree]]
 Readout = Callable[[list[Tree], list[Tree]], "Tensor | None"]
-Params = Iterable["Tensor | nn.Module"]
+Grads = list["Tensor | None"]
+Weights = Sequence[float] | Tensor
+
+EVERY_MEMORY = EveryMemory()
+"""The default schedule: the paper's."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +89,7 @@ class Rollout:
     memory: Tree
 
 
-def detach(memory: Tree) -> Tree:
-    """The same memory, cut from the graph: the boundary between two rollouts in truncated BPTT."""
-    leaves, spec = tree_flatten(memory)
-    return tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+# --- The functions ----------------------------------------------------------------------------------------------------
 
 
 def full_bptt(
@@ -69,6 +99,8 @@ def full_bptt(
     readout: Readout | None = None,
     *,
     readout_segments: int = 1,
+    segment_weights: Weights | None = None,
+    memory_gradients: MemoryGradients | None = None,
     params: Params = (),
 ) -> Rollout:
     """Back-propagation through time by plain autograd: the reference that :func:`memory_replay` equals.
@@ -76,13 +108,21 @@ def full_bptt(
     Arguments, result and errors are those of :func:`memory_replay`; ``params`` is accepted and not needed.
     """
     segments = _segment_list(segments)
+    weights = _weight_list(segment_weights, len(segments))
+    if memory_gradients is not None:
+        memory_gradients.start(len(segments))
     values = []
-    for segment in segments:
+    for t, segment in enumerate(segments):
+        memory = _watched(memory_gradients, t, memory)
         value, memory = _call(cell, segment, memory)
         values.append(value)
+    memory = _watched(memory_gradients, len(segments), memory)
     if readout is None:
-        return Rollout(_sum_of_losses(values), memory)
-    losses = [_call_readout(readout, *chunk) for chunk in _chunks(values, segments, readout_segments)]
+        return Rollout(_sum_of_losses(values, weights), memory)
+    losses = [
+        _call_readout(readout, values[part], segments[part], weights and weights[part])
+        for part in _chunks(len(segments), readout_segments)
+    ]
     return Rollout(_sum_of_losses(losses), memory)
 
 
@@ -93,46 +133,249 @@ def memory_replay(
     readout: Readout | None = None,
     *,
     readout_segments: int = 1,
+    segment_weights: Weights | None = None,
+    schedule: Schedule = EVERY_MEMORY,
+    memory_gradients: MemoryGradients | None = None,
+    check: bool = False,
     params: Params = (),
 ) -> Rollout:
-    """Run ``cell`` over ``segments`` with the gradients of BPTT and the graph of one segment (paper, Algorithm 1, MRBP).
+    """Run ``cell`` over ``segments`` with the gradients of BPTT and few graphs alive (paper, Algorithm 1, MRBP).
 
     Args:
-        cell: ``cell(segment, memory) -> (value, memory)``. Without ``readout``, ``value`` is the segment's scalar loss or
-            ``None``. An ``nn.Module``, a method bound to one, or a ``functools.partial`` of these; a plain function must
-            name what it trains in ``params``.
+        cell: ``cell(segment, memory) -> (value, memory)``. Without ``readout``, ``value`` is the segment's scalar loss
+            or ``None``. An ``nn.Module``, a method bound to one, or a ``functools.partial`` of these; a plain function
+            must name what it trains in ``params``.
         segments: one pytree per segment.
         memory: the memory before the first segment, a pytree; may be ``None`` if the cell then makes its own.
-        readout: ``readout(values, segments) -> scalar loss or None`` over lists of equal length. What only the loss needs
-            (a decoder) belongs here: it is off the critical path, so it runs once, and never while memories are recorded.
+        readout: ``readout(values, segments) -> scalar loss or None`` over lists of equal length. What only the loss
+            needs (a decoder) belongs here: it is off the critical path, so it runs once, and never while memories are
+            recorded.
         readout_segments: how many segments one call of ``readout`` gets; the losses of the calls are added. More is
             faster on short segments, and the readout's graph grows with it.
+        segment_weights: one factor per segment for its loss. A readout over several segments then returns one loss
+            per segment, shape (segments of the call,).
+        schedule: which memories and graphs to keep; more of them is faster. ``print(schedule.plan(len(segments)))``
+            says what one costs.
+        memory_gradients: takes down the norm of the memory's gradient between segments, and clips it if asked.
+        check: compare what the cell returns in replay with its recording, which is kept for it: for debugging.
         params: further tensors or modules that ``cell`` or ``readout`` use and that are to be trained.
 
     Raises:
         ValueError: no segments, no loss anywhere, a loss that is not a scalar, a tensor that needs a gradient and would
-            get none (its name is given), a memory changed in place, a cell wrapped in DistributedDataParallel.
-        RuntimeError: in backward, if the rollout was already back-propagated or its tensors were changed since.
+            get none (its name is given), a memory changed in place, a cell wrapped in DistributedDataParallel or FSDP.
+        RuntimeError: in backward, if the rollout was already back-propagated, its tensors were changed since, gradients
+            of gradients are asked for, or ``check`` finds a segment whose replay differs.
     """
     segments = _segment_list(segments)
-    values, memory = scan(cell, segments, memory, params=params)
+    weights = _weight_list(segment_weights, len(segments))
+    values, memory = scan(
+        cell, segments, memory, schedule=schedule, memory_gradients=memory_gradients, check=check, params=params
+    )
     if readout is None:
-        return Rollout(_sum_of_losses(values), memory)
-    return Rollout(_read_out(readout, values, segments, readout_segments, params), memory)
+        return Rollout(_sum_of_losses(values, weights), memory)
+    run = _ReadoutRun(readout, values, segments, readout_segments, weights, trained_tensors(readout, params))
+    return Rollout(_ReadOut.apply(run, *run.inputs), memory)  # type: ignore[no-untyped-call]
 
 
-def scan(cell: Cell, segments: Sequence[Tree], memory: Tree, *, params: Params = ()) -> tuple[list[Tree], Tree]:
+def scan(
+    cell: Cell,
+    segments: Sequence[Tree],
+    memory: Tree,
+    *,
+    schedule: Schedule = EVERY_MEMORY,
+    memory_gradients: MemoryGradients | None = None,
+    check: bool = False,
+    params: Params = (),
+) -> tuple[list[Tree], Tree]:
     """Run ``cell`` over ``segments``; the outputs stay differentiable, by replay.
 
     Returns ``(values, memory)``: one value per segment and the final memory. Any loss on any of them has the gradients
     of plain autograd, and models may be put in series. The values are kept, their graphs are not.
     Arguments and errors are those of :func:`memory_replay`.
     """
-    recording = _Recording(cell, _segment_list(segments), memory, _trained_tensors(cell, params))
-    return recording.outputs(_Replay.apply(recording, *recording.inputs))  # type: ignore[no-untyped-call]
+    rollout = _Rollout(
+        cell, _segment_list(segments), memory, schedule, memory_gradients, check, trained_tensors(cell, params)
+    )
+    return rollout.outputs(_Replay.apply(rollout, *rollout.inputs))  # type: ignore[no-untyped-call]
 
 
-# --- The critical path: record, then replay ----------------------------------------------------------------------------
+def accumulate(
+    cell: Cell,
+    segments: Sequence[Tree],
+    memory: Tree,
+    readout: Readout | None = None,
+    *,
+    readout_segments: int = 1,
+    segment_weights: Weights | None = None,
+    schedule: Schedule = EVERY_MEMORY,
+    sync: Callable[[bool], None] = lambda last: None,
+) -> Rollout:
+    """Memory replay with its backward at once, which adds to ``.grad`` segment by segment: for FSDP2 (``fully_shard``).
+
+    FSDP delivers gradients by hooks of its own when a graph is back-propagated, so they cannot leave through one
+    autograd function. Give its switch: ``accumulate(..., sync=model.set_requires_gradient_sync)``. Nothing needs to be
+    named in ``params``: whatever a graph reaches gets its gradient.
+
+    Args:
+        sync: called with False before a backward that others follow, with True before the last one of the readout and
+            the last one of the cell.
+        others: as for :func:`memory_replay`; memory and segments are inputs, and none of them may require a gradient.
+
+    Returns:
+        The loss and the final memory, both detached.
+
+    Raises:
+        ValueError: as :func:`memory_replay`; also if an input requires a gradient, if ranks have different numbers of
+            segments (each segment is a collective operation), or if no gradient reaches the first segment.
+    """
+    segments = _segment_list(segments)
+    weights = _weight_list(segment_weights, len(segments))
+    check_equal_across_ranks(len(segments), "the number of segments")
+    if any(_requires_grad(leaf) for leaf in tree_leaves((segments, memory))):
+        raise ValueError("accumulate: memory and segments are inputs here and get no gradient: detach them")
+    rollout = _Rollout(cell, segments, memory, schedule, None, False, None, sync)
+    values, memory = rollout.outputs(rollout.record())
+    cut = [_Leaves(value).cut(_carries_grad) for value in values]
+    losses: list[Tensor | None] = []
+    parts = list(_chunks(len(segments), len(segments) if readout is None else readout_segments))
+    for part in parts:
+        inputs = [value for value, _ in cut[part]]
+        if readout is None:
+            loss: Tensor | None = _sum_of_losses(inputs, weights)
+        else:
+            loss = _call_readout(readout, inputs, segments[part], weights and weights[part])
+            sync(part == parts[-1])
+        if loss is not None and loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(None if loss is None else loss.detach())
+        del loss
+    grads = [
+        leaf.grad if (leaf := found.get(i)) is not None else None
+        for (value, found) in cut
+        for i in range(len(tree_leaves(value)))
+    ]
+    rollout.replay([*grads, *[None] * len(tree_leaves(memory))])
+    return Rollout(_sum_of_losses(losses), memory)
+
+
+# --- Between rollouts -------------------------------------------------------------------------------------------------
+
+
+def detach(memory: Tree) -> Tree:
+    """The same memory, cut from the graph: the boundary between two rollouts in truncated BPTT."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, memory)
+
+
+def reset(memory: Tree, initial: Tree, lanes: Tensor) -> Tree:
+    """The memory, with ``initial`` (same shapes) in those lanes of the batch, dimension 0, where ``lanes`` is True.
+
+    Gradients go on to whichever of the two a lane takes: an initial memory that is learned is trained.
+    """
+
+    def choose(old: Any, new: Any) -> Any:
+        if not isinstance(old, Tensor):
+            return old
+        if old.shape[:1] != lanes.shape or lanes.dtype != torch.bool:
+            raise ValueError(
+                f"lanes: expected a boolean tensor of shape {tuple(old.shape[:1])}, one entry per lane of the memory, "
+                f"got {lanes.dtype} of shape {tuple(lanes.shape)}"
+            )
+        return torch.where(lanes.view(-1, *[1] * (old.dim() - 1)), new, old)
+
+    return tree_map(choose, memory, initial)
+
+
+def burn_in(cell: Cell, segments: Sequence[Tree], memory: Tree) -> Tree:
+    """The memory after ``segments``, without gradients or losses: overlap with the rollout before.
+
+    A carried memory was written by older parameters. To refresh it, keep the memory from some segments before the end
+    of a rollout, and run these again: ``memory = burn_in(cell, last_segments, older_memory)``.
+    """
+    with torch.no_grad():
+        for segment in segments:
+            _, memory = _call(cell, segment, memory)
+    return memory
+
+
+class MemoryGradients:
+    """How far credit reaches: the norm of the loss's gradient by the memory at each boundary between segments.
+
+    Pass one as ``memory_gradients=`` and read :attr:`norms` after backward.
+
+    Args:
+        max_norm: clip the gradient to this norm at each boundary, on its way back; None leaves it exact.
+    """
+
+    def __init__(self, max_norm: float | None = None):
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm: expected a positive number or None, got {max_norm}")
+        self.max_norm = max_norm
+        self._norms: list[Tensor | None] = []
+
+    @property
+    def norms(self) -> list[float]:
+        """``norms[t]`` is that of the memory before segment t (before clipping), the last one of the final memory."""
+        return [0.0 if norm is None else float(norm) for norm in self._norms]
+
+    def start(self, num_segments: int) -> None:
+        """Forget the rollout before."""
+        self._norms = [None] * (num_segments + 1)
+
+    def passing(self, boundary: int, grads: Sequence[Tensor | None]) -> Grads:
+        """Take down the norm of these gradients, one per leaf of the memory, and return what is to be passed on."""
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads if g is not None]
+        if not norms:
+            return list(grads)
+        norm = self._norms[boundary] = torch.linalg.vector_norm(torch.stack(norms))
+        if self.max_norm is None:
+            return list(grads)
+        factor = (self.max_norm / norm.clamp(min=1e-30)).clamp(max=1.0)
+        return [None if g is None else g * factor.to(g.dtype) for g in grads]
+
+
+def check_equal_across_ranks(number: int, what: str) -> None:
+    """Raise ValueError on every rank unless all ranks of the default process group give the same number.
+
+    Ranks whose rollouts differ in length are right under DistributedDataParallel. Where a segment is itself a
+    collective operation (FSDP, synchronised normalisation) they would wait for each other for ever: check before.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    numbers: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(numbers, number)
+    if len(set(numbers)) > 1:
+        raise ValueError(f"{what} differs between ranks, which would wait for each other for ever: {numbers}")
+
+
+class Sizes(NamedTuple):
+    """Bytes of one memory and of one segment's graph: ``schedule.plan(num_segments, *sizes)``."""
+
+    memory_bytes: int
+    graph_bytes: int
+
+
+def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> Sizes:
+    """Run one segment and count: the memory that it returns, and what autograd keeps of it besides parameters."""
+    storages: dict[int, int] = {}
+
+    def count(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x.detach()
+
+    environment = _Environment([x for x in tree_leaves((segment, memory)) if isinstance(x, Tensor)])
+    trained = trained_tensors(cell, params)
+    with environment.random_numbers_kept(), torch.enable_grad():
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            value, after = _call(cell, segment, memory)
+        for x in [*trained, *tree_leaves(segment)]:
+            if isinstance(x, Tensor):
+                storages.pop(x.untyped_storage().data_ptr(), None)
+        memory_bytes = sum(x.numel() * x.element_size() for x in tree_leaves(after) if isinstance(x, Tensor))
+        del value, after
+    return Sizes(memory_bytes, sum(storages.values()))
+
+
+# --- The critical path: record, then replay ---------------------------------------------------------------------------
 
 
 class _Leaves:
@@ -152,7 +395,7 @@ class _Leaves:
         return self.versions != [_version(leaf) for leaf in self.leaves]
 
     def cut(self, wants_grad: Callable[[Tensor], bool]) -> tuple[Tree, dict[int, Tensor]]:
-        """The tree with its tensors cut from their graph, and by position those of them that now collect a gradient."""
+        """The tree with its tensors cut from their graph; by position, those of them that now collect a gradient."""
         leaves, sources = list(self.leaves), {}
         for i, leaf in enumerate(self.leaves):
             if isinstance(leaf, Tensor):
@@ -164,125 +407,106 @@ class _Leaves:
 
 @dataclass
 class _Graph:
-    """One segment's graph: its outputs, and the leaves it starts from besides the parameters."""
+    """One segment's graph: the leaves of its value and memory, and those it starts from besides the parameters."""
 
-    value: _Leaves
-    memory: _Leaves
+    outputs: list[Any]
     memory_sources: dict[int, Tensor]
     segment_sources: dict[int, Tensor]
 
+    def sources(self) -> list[Tensor]:
+        return [*self.memory_sources.values(), *self.segment_sources.values()]
 
-class _Recording:
-    """A rollout's inputs, the memory before each of its segments, and what else it takes to run a segment again."""
 
-    def __init__(self, cell: Cell, segments: list[Tree], memory: Tree, parameters: list[Tensor]):
+class _Rollout:
+    """A rollout in progress: carries out the actions of a plan, those of forward and then those of backward.
+
+    It stands before some segment, with ``memory`` as it is there, and in backward with ``carry``, the loss's gradient
+    by each leaf of the memory after the segment that is next. ``parameters`` are None where gradients are added to
+    ``.grad`` on the spot (:func:`accumulate`).
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        segments: list[Tree],
+        memory: Tree,
+        schedule: Schedule,
+        watch: MemoryGradients | None,
+        check: bool,
+        parameters: list[Tensor] | None,
+        sync: Callable[[bool], None] = lambda last: None,
+    ):
         self.cell = cell
-        self.parameters = parameters
-        self.parameter_versions = [_version(p) for p in parameters]
         self.segments = [_Leaves(segment) for segment in segments]
-        self.memories = [_memory_leaves(memory, "the initial memory")]
-        self.values: list[_Leaves] = []
-        self.random_states: list[list[Tensor]] = []
-        self.last_graph: _Graph | None = None
+        self.initial = self.memory = _memory_leaves(memory, "the initial memory")
+        self.in_place = parameters is None
+        self.parameters = parameters or []
+        self.parameter_versions = [_version(p) for p in self.parameters]
+        given = [x for part in (self.initial, *self.segments) for x in part.tensors()]
+        self.inputs = self.parameters + [x for x in given if x.requires_grad]
+        self.environment = _Environment([*self.parameters, *given])
+        self.plan = self._plan(schedule)
+        self.shelf = _Shelf(self.plan.store_on)
+        self.graphs: dict[int, _Graph] = {}
+        self.recording = True
         self.spent = False
-        given = [x for part in (self.memories[0], *self.segments) for x in part.tensors()]
-        self.inputs = parameters + [x for x in given if x.requires_grad]
-        self.environment = _Environment([*parameters, *given])
+        self.recorded: list[_Recorded] = []
+        self.kept: list[list[Any]] | None = [] if check else None
+        self.sync = sync
+        self.watch = watch
+        if watch is not None:
+            watch.start(len(segments))
+
+    def _plan(self, schedule: Schedule) -> Plan:
+        count = len(self.segments)
+        if not self.environment.grad_enabled:
+            forward = tuple(Action("advance", t) for t in range(count))
+            return Plan(num_segments=count, recording=forward, replay=())
+        if not schedule.needs_sizes:
+            return schedule.plan(count)
+        return schedule.plan(
+            count, *measure(self.cell, self.segments[0].tree(), self.initial.tree(), params=self.parameters)
+        )
+
+    # Forward
 
     def record(self) -> list[Any]:
-        """Run every segment, the last one with its graph. Returns the leaves of all values and of the final memory."""
-        last = len(self.segments) - 1
-        for t in range(last):
-            self.random_states.append(self.environment.random_state(self.random_states))
-            with torch.no_grad():
-                self._keep(t, *_call(self.cell, self.segments[t].tree(), self.memories[t].tree()))
-        # A weight that autocast converted without a graph must not serve the segment that has one.
+        """The forward pass. Returns the leaves of all values and of the final memory."""
+        values: list[Any] = []
+        for action in self.plan.recording:
+            values += self._do(action)
+        # A weight that autocast converted here must not serve others: it may lack a graph, or keep ours alive.
         torch.clear_autocast_cache()
-        if self.environment.grad_enabled:
-            self.last_graph = self.graph(last)
-            self._keep(last, self.last_graph.value.tree(), self.last_graph.memory.tree())
-        else:
-            self._keep(last, *_call(self.cell, self.segments[last].tree(), self.memories[last].tree()))
-        return [leaf for part in (*self.values, self.memories[-1]) for leaf in part.leaves]
-
-    def _keep(self, t: int, value: Tree, memory: Tree) -> None:
-        if self.memories[t].changed():
-            raise ValueError(
-                f"the cell changed its memory in place in segment {t}, and replay needs that memory again. "
-                "Return a new tensor: use out-of-place operations, or work on a clone."
-            )
-        self.values.append(_Leaves(detach(value)))
-        self.memories.append(_memory_leaves(detach(memory), f"the memory after segment {t}"))
+        self.recording = False
+        leaves = values + self.memory.leaves
+        self.memory = self.initial
+        return leaves
 
     def outputs(self, leaves: Sequence[Any]) -> tuple[list[Tree], Tree]:
         """The trees of :meth:`record`'s leaves, after these went through the autograd function."""
+        specs = [*(recorded.value for recorded in self.recorded), self.recorded[-1].memory]
         trees, start = [], 0
-        for part in (*self.values, self.memories[-1]):
-            trees.append(tree_unflatten(leaves[start : start + len(part.leaves)], part.spec))
-            start += len(part.leaves)
+        for spec in specs:
+            trees.append(tree_unflatten(leaves[start : start + spec.num_leaves], spec))
+            start += spec.num_leaves
         return trees[:-1], trees[-1]
 
-    def graph(self, t: int) -> _Graph:
-        """Run segment ``t`` with a graph that starts at the memory before it."""
-        segment, segment_sources = self.segments[t].cut(lambda x: x.requires_grad)
-        memory, memory_sources = self.memories[t].cut(_carries_grad if t else lambda x: x.requires_grad)
-        with torch.enable_grad():
-            value, after = map(_Leaves, _call(self.cell, segment, memory))
-        graph = _Graph(value, after, memory_sources, segment_sources)
-        known = [*self.parameters, *memory_sources.values(), *segment_sources.values()]
-        _check_reach(self.cell, value.tensors() + after.tensors(), known)
-        return graph
+    # Backward
 
-    def replay(self, output_grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Walk from the last segment to the first; returns the gradient of each of ``self.inputs``."""
+    def replay(self, output_grads: Sequence[Tensor | None]) -> Grads:
+        """The backward pass; returns the gradient of each of ``self.inputs``."""
         self._check_unspent()
-        sizes = [len(value.leaves) for value in self.values]
-        starts = [sum(sizes[:t]) for t in range(len(sizes) + 1)]
-        carry = list(output_grads[starts[-1] :])
-        parameter_grads = _GradientSums(len(self.parameters))
-        segment_grads: list[list[Tensor | None]] = []
+        ends = list(itertools.accumulate(recorded.value.num_leaves for recorded in self.recorded))
+        self.value_grads = [list(output_grads[a:b]) for a, b in itertools.pairwise([0, *ends])]
+        self.parameter_grads = _GradientSums(len(self.parameters))
+        self.segment_grads: list[Tensor | None] = []
+        self._carry_to(len(self.segments), list(output_grads[ends[-1] :]))
         with self.environment.random_numbers_kept():
-            for t in reversed(range(len(self.segments))):
-                upstream = [*output_grads[starts[t] : starts[t + 1]], *carry]
-                grads, carry, of_segment = self._replay_segment(t, upstream)
-                parameter_grads.add(grads)
-                segment_grads.append(of_segment)
-        of_memory = [g for g, leaf in zip(carry, self.memories[0].leaves, strict=True) if _requires_grad(leaf)]
-        return [*parameter_grads.totals, *of_memory, *(grad for grads in reversed(segment_grads) for grad in grads)]
-
-    def _replay_segment(self, t: int, upstream: list[Tensor | None]) -> tuple[list, list, list]:
-        """Gradients of the parameters, of all leaves of the memory before ``t``, and of the segment's trained leaves."""
-        of_memory: list[Tensor | None] = [None] * len(self.memories[t].leaves)
-        of_segment: list[Tensor | None] = [None] * sum(x.requires_grad for x in self.segments[t].tensors())
-        nothing = [None] * len(self.parameters), of_memory, of_segment
-        graph, self.last_graph = self.last_graph, None
-        if all(grad is None for grad in upstream):
-            return nothing
-        if graph is None:
-            if self.memories[t].changed() or self.segments[t].changed():
-                raise RuntimeError(
-                    f"segment {t} or the memory before it was changed in place after it was recorded, so it cannot be "
-                    "replayed. Call backward first, or change a clone."
-                )
-            with self.environment.restored(self.random_states[t]):
-                graph = self.graph(t)
-        outputs = graph.value.leaves + graph.memory.leaves
-        if len(outputs) != len(upstream):
-            raise RuntimeError(
-                f"segment {t} returned {len(outputs)} leaves in replay and {len(upstream)} when it was recorded: "
-                "the cell is not a function of segment and memory alone."
-            )
-        pairs = [(x, g) for x, g in zip(outputs, upstream, strict=True) if g is not None and _requires_grad(x)]
-        if not pairs:
-            return nothing
-        sources = [*self.parameters, *graph.memory_sources.values(), *graph.segment_sources.values()]
-        grads = torch.autograd.grad(
-            [x for x, _ in pairs], sources, [g for _, g in pairs], allow_unused=True, materialize_grads=False
-        )
-        first = len(self.parameters)
-        for i, grad in zip(graph.memory_sources, grads[first:], strict=False):
-            of_memory[i] = grad
-        return list(grads[:first]), of_memory, list(grads[first + len(graph.memory_sources) :])
+            for action in self.plan.replay:
+                self._do(action)
+        self.memory = self.initial
+        of_memory = [g for g, leaf in zip(self.carry, self.initial.leaves, strict=True) if _requires_grad(leaf)]
+        return [*self.parameter_grads.totals, *of_memory, *self.segment_grads]
 
     def _check_unspent(self) -> None:
         if self.spent:
@@ -298,50 +522,285 @@ class _Recording:
                 "Replay runs the cell again and needs the same parameters: call backward first."
             )
 
+    # The actions
+
+    def _do(self, action: Action) -> list[Any]:
+        """Carry out one action. Returns the leaves of the value that it computed, if any."""
+        kind, t = action
+        if kind == "store":
+            self.shelf.put(t, self.memory, self.environment.random_state())
+        elif kind == "load":
+            self.memory = self.shelf.get(t)
+            self.environment.set_random_state(self.shelf.random_states[t])
+        elif kind == "drop":
+            self.shelf.drop(t)
+        elif kind == "advance":
+            with torch.no_grad():
+                return self._step(t, *self._call_cell(t, self.segments[t].tree(), self.memory.tree()))
+        elif kind == "graph" and (self.recording or self._upstream(t)):
+            return self._build_graph(t)
+        elif kind == "backward":
+            self._back_propagate(t)
+        return []
+
+    def _call_cell(self, t: int, segment: Tree, memory: Tree) -> tuple[Tree, Tree]:
+        if self.recording:
+            return _call(self.cell, segment, memory)
+        if self.memory.changed() or self.segments[t].changed():
+            raise RuntimeError(
+                f"segment {t} or the memory before it was changed in place after it was recorded, so it cannot be "
+                "replayed. Call backward first, or change a clone."
+            )
+        with self.environment.autocast_restored():
+            return _call(self.cell, segment, memory)
+
+    def _step(self, t: int, value: Tree, memory: Tree) -> list[Any]:
+        """Stand before segment ``t + 1``. Returns the leaves of the value of ``t``."""
+        if self.memory.changed():
+            raise ValueError(
+                f"the cell changed its memory in place in segment {t}, and replay needs that memory again. "
+                "Return a new tensor: use out-of-place operations, or work on a clone."
+            )
+        of_value = _Leaves(detach(value))
+        self.memory = _memory_leaves(detach(memory), f"the memory after segment {t}")
+        recorded = _Recorded(of_value.spec, self.memory.spec)
+        leaves = of_value.leaves + self.memory.leaves
+        if self.recording:
+            self.recorded.append(recorded)
+            if self.kept is not None:
+                self.kept.append(leaves)
+        elif recorded != self.recorded[t]:
+            raise RuntimeError(
+                f"segment {t} returned other leaves in replay than when it was recorded: {recorded}, was "
+                f"{self.recorded[t]}. The cell is not a function of segment and memory alone."
+            )
+        elif self.kept is not None:
+            _check_same(t, leaves, self.kept[t])
+        return of_value.leaves
+
+    def _build_graph(self, t: int) -> list[Any]:
+        """Run segment ``t`` with a graph that starts at the memory before it."""
+        torch.clear_autocast_cache()  # of weights that were converted without a graph
+        segment, segment_sources = self.segments[t].cut(_requires_grad)
+        memory, memory_sources = self.memory.cut(_carries_grad if t else _requires_grad)
+        with torch.enable_grad():
+            value, after = self._call_cell(t, segment, memory)
+        graph = self.graphs[t] = _Graph(tree_leaves((value, after)), memory_sources, segment_sources)
+        if not self.in_place:
+            outputs = [x for x in graph.outputs if isinstance(x, Tensor)]
+            check_reach(self.cell, outputs, [*self.parameters, *graph.sources()])
+        return self._step(t, value, after)
+
+    def _upstream(self, t: int) -> bool:
+        return any(grad is not None for grad in (*self.value_grads[t], *self.carry))
+
+    def _back_propagate(self, t: int) -> None:
+        """From the gradients by segment ``t``'s outputs to those by what its graph starts from; frees the graph."""
+        graph = self.graphs.pop(t, None)
+        before = self.recorded[t - 1].memory if t else self.initial.spec
+        of_memory: Grads = [None] * before.num_leaves
+        of_segment: Grads = [None] * sum(x.requires_grad for x in self.segments[t].tensors())
+        outputs = [] if graph is None else zip(graph.outputs, [*self.value_grads[t], *self.carry], strict=True)
+        pairs = [(x, g) for x, g in outputs if g is not None and _requires_grad(x)]
+        if graph is not None and pairs:
+            sources = graph.sources()
+            grads = self._gradients([x for x, _ in pairs], [g for _, g in pairs], sources, last=t == 0)
+            for i, grad in zip(graph.memory_sources, grads, strict=False):
+                of_memory[i] = grad
+            of_segment = grads[len(graph.memory_sources) :]
+        elif self.in_place and t == 0:
+            raise ValueError(
+                "accumulate: no gradient reaches the first segment, so the gradients were not synchronised"
+            )
+        self.segment_grads = of_segment + self.segment_grads
+        self._carry_to(t, of_memory)
+
+    def _gradients(self, outputs: list[Tensor], upstream: list[Tensor], sources: list[Tensor], last: bool) -> Grads:
+        """The gradients by ``sources``; those of the parameters are added up."""
+        if self.in_place:
+            self.sync(last)
+            torch.autograd.backward(outputs, upstream)
+            return [source.grad for source in sources]
+        grads = torch.autograd.grad(outputs, [*self.parameters, *sources], upstream, allow_unused=True)
+        self.parameter_grads.add(grads[: len(self.parameters)])
+        return list(grads[len(self.parameters) :])
+
+    def _carry_to(self, boundary: int, grads: Grads) -> None:
+        self.carry = grads if self.watch is None else self.watch.passing(boundary, grads)
+
+
+class _Recorded(NamedTuple):
+    """The structure of what a segment returned."""
+
+    value: TreeSpec
+    memory: TreeSpec
+
+
+class _Shelf:
+    """Stored memories with the state of the generators there, on the device, on the CPU, or in files."""
+
+    def __init__(self, place: str):
+        self.place = place
+        self.fetch: dict[int, Callable[[], _Leaves]] = {}
+        self.random_states: dict[int, list[Tensor]] = {}
+        self.latest: list[Tensor] = []
+        self.folder: Path | None = None
+
+    def put(self, t: int, memory: _Leaves, random_state: list[Tensor]) -> None:
+        if self.latest:  # equal states are shared: without dropout they all are
+            pairs = zip(self.latest, random_state, strict=True)
+            random_state = [old if torch.equal(old, new) else new for old, new in pairs]
+        self.latest = self.random_states[t] = random_state
+        if t == 0 or self.place == "device":  # the first memory is the caller's, who holds it anyway
+            self.fetch[t] = lambda: memory
+        elif self.place == "cpu":
+            self.fetch[t] = _moved_to_cpu(memory)
+        else:
+            self.fetch[t] = self._moved_to_disk(t, memory)
+
+    def get(self, t: int) -> _Leaves:
+        return self.fetch[t]()
+
+    def drop(self, t: int) -> None:
+        del self.fetch[t], self.random_states[t]
+        if self.folder is not None:
+            (self.folder / f"{t}.pt").unlink(missing_ok=True)
+
+    def _moved_to_disk(self, t: int, memory: _Leaves) -> Callable[[], _Leaves]:
+        if self.folder is None:
+            Path(self.place).mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix="memories-", dir=self.place))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        file = self.folder / f"{t}.pt"
+        devices = [x.device for x in memory.tensors()]
+        spec, others = memory.spec, [None if isinstance(x, Tensor) else x for x in memory.leaves]
+        positions = [i for i, x in enumerate(memory.leaves) if isinstance(x, Tensor)]
+        torch.save([x.clone() for x in memory.tensors()], file)  # a view would be saved with all that it is a view of
+
+        def fetch() -> _Leaves:
+            leaves = list(others)
+            for i, x, device in zip(positions, torch.load(file, weights_only=True), devices, strict=True):
+                leaves[i] = x.to(device)
+            return _Leaves(tree_unflatten(leaves, spec))
+
+        return fetch
+
+
+def _moved_to_cpu(memory: _Leaves) -> Callable[[], _Leaves]:
+    """Copies in pinned memory, ordered with the work of the current stream; the host waits for neither way."""
+
+    def away(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.device.type == "cpu":
+            return x
+        return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+
+    devices = [x.device if isinstance(x, Tensor) else None for x in memory.leaves]
+    leaves, spec = [away(x) for x in memory.leaves], memory.spec
+
+    def fetch() -> _Leaves:
+        back = [x if d is None else x.to(d, non_blocking=True) for x, d in zip(leaves, devices, strict=True)]
+        return _Leaves(tree_unflatten(back, spec))
+
+    return fetch
+
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, *inputs: Tensor) -> tuple[Any, ...]:
-        ctx.recording = recording
+    def forward(ctx: Any, rollout: _Rollout, *inputs: Tensor) -> tuple[Any, ...]:
+        ctx.rollout = rollout
         ctx.set_materialize_grads(False)
-        leaves = recording.record()
+        leaves = rollout.record()
         ctx.mark_non_differentiable(*(x for x in leaves if isinstance(x, Tensor) and not _carries_grad(x)))
         return tuple(leaves)
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Any, ...]:
         _refuse_double_backward()
-        return (None, *ctx.recording.replay(output_grads))
+        return (None, *ctx.rollout.replay(output_grads))
 
 
-# --- The readout: off the critical path, so it runs once, with its gradient ----------------------------------------------
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "backward was called with create_graph=True, but a replayed gradient has no graph of its own. For "
+            "gradients of gradients use replay.full_bptt."
+        )
+
+
+class _Boundary(torch.autograd.Function):
+    """The identity on a memory in plain autograd, for :class:`MemoryGradients`."""
+
+    @staticmethod
+    def forward(ctx: Any, watch: MemoryGradients, boundary: int, *leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.watch, ctx.boundary = watch, boundary
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for x in leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return (None, None, *ctx.watch.passing(ctx.boundary, grads))
+
+
+def _watched(watch: MemoryGradients | None, boundary: int, memory: Tree) -> Tree:
+    leaves, spec = tree_flatten(memory)
+    positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and _carries_grad(x)]
+    if watch is None or not positions:
+        return memory
+    passed = _Boundary.apply(watch, boundary, *(leaves[i] for i in positions))  # type: ignore[no-untyped-call]
+    for i, x in zip(positions, passed, strict=True):
+        leaves[i] = x
+    return tree_unflatten(leaves, spec)
+
+
+def _check_same(t: int, replayed: list[Any], recorded: list[Any]) -> None:
+    for new, old in zip(replayed, recorded, strict=True):
+        try:
+            torch.testing.assert_close(new, old, equal_nan=True)
+        except AssertionError as error:  # noqa: PERF203
+            raise RuntimeError(
+                f"segment {t} differs in replay from its recording, so its gradient would be wrong: {error}\nThe cell "
+                "uses something besides segment, memory, parameters and torch's own generators (a counter, running "
+                "statistics, a private generator, numpy's or Python's random numbers)."
+            ) from error
+
+
+# --- The readout: off the critical path, so it runs once, with its gradient -------------------------------------------
 
 
 class _ReadoutRun:
     """The readout over chunks of segments: its loss, and the gradients of values, segments and parameters.
 
-    The loss is a scalar, so its gradients can be computed at once and only be scaled in backward. In float16 an unscaled
-    gradient could underflow before a gradient scaler sees it: there the readout is run again in backward instead.
+    The loss is a scalar, so its gradients can be computed at once and only be scaled in backward. In float16 an
+    unscaled gradient could underflow before a gradient scaler sees it: there the readout is run again in backward.
     """
 
-    def __init__(self, readout: Readout, values: list[Tree], segments: list[Tree], size: int, parameters: list[Tensor]):
+    def __init__(
+        self,
+        readout: Readout,
+        values: list[Tree],
+        segments: list[Tree],
+        size: int,
+        weights: list[float] | None,
+        parameters: list[Tensor],
+    ):
         self.readout = readout
         self.parameters = parameters
         self.values = [_Leaves(value) for value in values]
         self.segments = [_Leaves(segment) for segment in segments]
-        self.size = size
-        parts = [part for pair in zip(self.values, self.segments, strict=True) for part in pair]
-        given = [x for part in parts for x in part.tensors()]
+        self.parts = list(_chunks(len(segments), size))
+        self.weights = weights
+        given = [
+            x for part in self.parts for leaves in (*self.values[part], *self.segments[part]) for x in leaves.tensors()
+        ]
         self.inputs = parameters + [x for x in given if x.requires_grad]
         self.environment = _Environment([*parameters, *given])
-        self.random_state = self.environment.random_state([])
+        self.random_state = self.environment.random_state()
         self.half = self.environment.uses_float16 or any(x.dtype == torch.float16 for x in self.inputs)
-        self.grads: list[Tensor | None] | None = None
+        self.grads: Grads | None = None
 
     def forward(self) -> Tensor:
         if not self.environment.grad_enabled:
-            values, segments = ([part.tree() for part in parts] for parts in (self.values, self.segments))
-            return _sum_of_losses([_call_readout(self.readout, *c) for c in _chunks(values, segments, self.size)])
+            return _sum_of_losses([self._call(part, _Leaves.tree) for part in self.parts])
         loss = self.run(None)
         if not self.half:
             self.values = self.segments = []
@@ -351,20 +810,21 @@ class _ReadoutRun:
         """The loss; leaves the gradients, times ``scale``, in ``self.grads``."""
         losses: list[Tensor | None] = []
         parameter_grads = _GradientSums(len(self.parameters))
-        others: list[Tensor | None] = []
-        for values, segments in _chunks(self.values, self.segments, self.size):
-            pairs = [
-                (value.cut(_requires_grad), part.cut(_requires_grad))
-                for value, part in zip(values, segments, strict=True)
-            ]
-            sources = [x for pair in pairs for _, found in pair for x in found.values()]
+        others: Grads = []
+        for part in self.parts:
+            sources: list[Tensor] = []
+
+            def cut(leaves: _Leaves, sources: list[Tensor] = sources) -> Tree:
+                tree, found = leaves.cut(_requires_grad)
+                sources += found.values()
+                return tree
+
             with torch.enable_grad():
-                loss = _call_readout(self.readout, [v for (v, _), _ in pairs], [s for _, (s, _) in pairs])
+                loss = self._call(part, cut)
             grads: Sequence[Tensor | None] = [None] * (len(self.parameters) + len(sources))
-            losses.append(loss if loss is None else loss.detach())
-            if loss is not None:
-                _check_reach(self.readout, [loss], [*self.parameters, *sources])
+            losses.append(None if loss is None else loss.detach())
             if loss is not None and loss.requires_grad:
+                check_reach(self.readout, [loss], [*self.parameters, *sources])
                 grads = torch.autograd.grad(loss, [*self.parameters, *sources], scale, allow_unused=True)
             del loss
             parameter_grads.add(grads[: len(self.parameters)])
@@ -372,9 +832,14 @@ class _ReadoutRun:
         self.grads = parameter_grads.totals + others
         return _sum_of_losses(losses)
 
-    def backward(self, scale: Tensor) -> list[Tensor | None]:
+    def _call(self, part: slice, tree: Callable[[_Leaves], Tree]) -> Tensor | None:
+        values, segments = ([tree(leaves) for leaves in of[part]] for of in (self.values, self.segments))
+        return _call_readout(self.readout, values, segments, self.weights and self.weights[part])
+
+    def backward(self, scale: Tensor) -> Grads:
         if self.half:
-            with self.environment.random_numbers_kept(), self.environment.restored(self.random_state):
+            with self.environment.random_numbers_kept(), self.environment.autocast_restored():
+                self.environment.set_random_state(self.random_state)
                 self.run(scale)
             self.values = self.segments = []
         grads, self.grads = self.grads, None
@@ -397,15 +862,7 @@ class _ReadOut(torch.autograd.Function):
         return (None, *ctx.run.backward(scale))
 
 
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "backward was called with create_graph=True, but a replayed gradient has no graph of its own. For gradients "
-            "of gradients use replay.full_bptt."
-        )
-
-
-# --- The environment of a run: random numbers, autocast, grad mode -------------------------------------------------------
+# --- The environment of a run: random numbers, autocast, grad mode ----------------------------------------------------
 
 
 class _Environment:
@@ -422,36 +879,33 @@ class _Environment:
         ]
         self.uses_float16 = any(enabled and dtype == torch.float16 for _, dtype, enabled in self.autocast)
 
-    def random_state(self, earlier: Sequence[list[Tensor]]) -> list[Tensor]:
-        """The generators' states now; a state equal to the latest earlier one is shared with it."""
-        states = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self.devices)]
-        latest = earlier[-1] if earlier else states
-        return [old if torch.equal(old, new) else new for old, new in zip(latest, states, strict=True)]
+    def random_state(self) -> list[Tensor]:
+        """The generators' states now."""
+        return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self.devices)]
 
-    def _set_random_state(self, states: list[Tensor]) -> None:
+    def set_random_state(self, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
         for device, state in zip(self.devices, states[1:], strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
 
     @contextlib.contextmanager
     def random_numbers_kept(self) -> Iterator[None]:
-        """Replays inside leave the generators as they were."""
-        states = self.random_state([])
+        """What is run inside leaves the generators as they were."""
+        states = self.random_state()
         try:
             yield
         finally:
-            self._set_random_state(states)
+            self.set_random_state(states)
 
     @contextlib.contextmanager
-    def restored(self, random_state: list[Tensor]) -> Iterator[None]:
-        self._set_random_state(random_state)
+    def autocast_restored(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for kind, dtype, enabled in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled))
             yield
 
 
-# --- What the user handed in -------------------------------------------------------------------------------------------
+# --- What the user handed in ------------------------------------------------------------------------------------------
 
 
 def _segment_list(segments: Sequence[Tree]) -> list[Tree]:
@@ -463,13 +917,22 @@ def _segment_list(segments: Sequence[Tree]) -> list[Tree]:
     return result
 
 
+def _weight_list(weights: Weights | None, count: int) -> list[float] | None:
+    if weights is None:
+        return None
+    result = [float(w) for w in weights]
+    if len(result) != count:
+        raise ValueError(f"segment_weights: expected one for each of the {count} segments, got {len(result)}")
+    return result
+
+
 def _memory_leaves(memory: Tree, what: str) -> _Leaves:
     leaves = _Leaves(memory)
     for leaf in leaves.leaves:
         if leaf is not None and not isinstance(leaf, (Tensor, bool, int, float, str)):
             raise ValueError(
                 f"{what} holds a {type(leaf).__name__}, through which no gradient could flow: expected a pytree of "
-                "tensors (tuples, lists, dicts, None). Register the type with torch.utils._pytree, or return its fields."
+                "tensors (tuples, lists, dicts, None). Register it with torch.utils._pytree, or return its fields."
             )
     return leaves
 
@@ -478,19 +941,27 @@ def _call(cell: Cell, segment: Tree, memory: Tree) -> tuple[Tree, Tree]:
     result = cell(segment, memory)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         got = f"{len(result)} values" if isinstance(result, (tuple, list)) else type(result).__name__
-        raise ValueError(f"a cell returns (value, memory); {_name(cell)} returned {got}")
+        raise ValueError(f"a cell returns (value, memory); {name_of(cell)} returned {got}")
     return result[0], result[1]
 
 
-def _call_readout(readout: Readout, values: list[Tree], segments: list[Tree]) -> Tensor | None:
+def _call_readout(
+    readout: Readout, values: list[Tree], segments: list[Tree], weights: list[float] | None
+) -> Tensor | None:
     loss = readout(values, segments)
-    if loss is not None and (not isinstance(loss, Tensor) or loss.dim()):
+    if loss is None:
+        return None
+    several = weights is not None and len(weights) > 1
+    if not isinstance(loss, Tensor) or loss.shape != ((len(segments),) if several else ()):
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"a readout returns a scalar loss or None; {_name(readout)} returned {got}")
-    return loss
+        expected = (
+            f"with segment_weights one loss per segment, shape ({len(segments)},)," if several else "a scalar loss"
+        )
+        raise ValueError(f"a readout returns {expected} or None; {name_of(readout)} returned {got}")
+    return loss if weights is None else (loss * loss.new_tensor(weights)).sum()
 
 
-def _sum_of_losses(losses: Sequence[Tensor | None]) -> Tensor:
+def _sum_of_losses(losses: Sequence[Tensor | None], weights: list[float] | None = None) -> Tensor:
     total: Tensor | None = None
     for t, loss in enumerate(losses):
         if loss is None:
@@ -501,108 +972,17 @@ def _sum_of_losses(losses: Sequence[Tensor | None]) -> Tensor:
                 f"segment {t}: without a readout a cell's value is the segment's scalar loss or None, got {got}. "
                 "Use replay.scan to get the values themselves."
             )
-        total = loss if total is None else total + loss
+        term = loss if weights is None else loss * weights[t]
+        total = term if total is None else total + term
     if total is None:
         raise ValueError("no segment of the rollout has a loss: every value was None")
     return total
 
 
-def _chunks(values: list[Any], segments: list[Any], size: int) -> Iterator[tuple[list[Any], list[Any]]]:
+def _chunks(count: int, size: int) -> Iterator[slice]:
     if size < 1:
         raise ValueError(f"readout_segments: expected at least 1, got {size}")
-    for start in range(0, len(values), size):
-        yield values[start : start + size], segments[start : start + size]
-
-
-def _read_out(readout: Readout, values: list[Tree], segments: list[Tree], size: int, params: Params) -> Tensor:
-    run = _ReadoutRun(readout, values, segments, size, _trained_tensors(readout, params))
-    return _ReadOut.apply(run, *run.inputs)  # type: ignore[no-untyped-call]
-
-
-# --- Which tensors are trained, and whether any was forgotten ------------------------------------------------------------
-
-
-def _owners(function: Any) -> list[Any]:
-    """The modules and tensors that a callable is, is bound to, or carries as arguments of a ``functools.partial``."""
-    if isinstance(function, (nn.Module, Tensor)):
-        return [function]
-    if isinstance(function, functools.partial):
-        parts = [function.func, *function.args, *function.keywords.values()]
-        return [owner for part in parts for owner in _owners(part)]
-    bound = getattr(function, "__self__", None)
-    wrapped = getattr(function, "__wrapped__", None)
-    return [owner for part in (bound, wrapped) if part is not None for owner in _owners(part)]
-
-
-def _trained_tensors(function: Any, params: Params) -> list[Tensor]:
-    """The tensors that require a gradient, each once, of a callable's owners and of ``params``."""
-    extra = [params] if isinstance(params, (nn.Module, Tensor)) else list(params)
-    found: dict[int, Tensor] = {}
-    for owner in [*_owners(function), *extra]:
-        if isinstance(owner, DistributedDataParallel):
-            raise ValueError(
-                "the cell is wrapped in DistributedDataParallel, which would synchronise once per segment. Wrap instead "
-                "the module whose forward calls the replay, and give the replay the bare cell."
-            )
-        if not isinstance(owner, (nn.Module, Tensor)):
-            raise ValueError(f"params: expected tensors or modules, got {type(owner).__name__}")
-        named = owner.named_parameters() if isinstance(owner, nn.Module) else [("tensor", owner)]
-        for name, tensor in named:
-            if tensor.requires_grad:
-                found[id(tensor)] = tensor
-                if tensor.is_leaf and tensor._backward_hooks:
-                    raise ValueError(
-                        f"parameter '{name}' has a tensor hook, which replay would run once per segment and once more. "
-                        "Use register_post_accumulate_grad_hook, which runs once."
-                    )
-    return list(found.values())
-
-
-def _check_reach(function: Any, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
-    """Raise if the outputs' graph ends in a leaf that is not among ``known``: its gradient would be lost."""
-    leaves = {id(x) for x in known}
-    seen = {x.grad_fn for x in known if x.grad_fn is not None}
-    stack = [x.grad_fn for x in outputs if x.grad_fn is not None]
-    stray = [x for x in outputs if x.is_leaf and x.requires_grad and id(x) not in leaves]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in leaves:
-            stray.append(variable)
-        stack.extend(following for following, _ in node.next_functions if following is not None)
-    if stray:
-        names = ", ".join(_describe(function, x, seen) for x in stray)
-        raise ValueError(
-            f"{_name(function)} uses {names}, which requires a gradient and would get none. Name it in params=[...], "
-            "or pass an nn.Module (or a method bound to one) that owns it."
-        )
-
-
-def _describe(function: Any, leaf: Tensor, graph: Container[Any]) -> str:
-    """The name under which a callable sees a leaf, or a tensor derived from it, for error messages."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = getattr(function, "__func__", function)
-    if not inspect.isfunction(function):
-        function = getattr(type(function), "forward", None) or getattr(type(function), "__call__", None)
-    scope: dict[str, Any] = {}
-    if inspect.isfunction(function):
-        seen = inspect.getclosurevars(function)
-        defaults = {k: v.default for k, v in inspect.signature(function).parameters.items()}
-        scope = {**seen.globals, **seen.nonlocals, **defaults}
-    for name, value in scope.items():
-        inner = value.named_parameters() if isinstance(value, nn.Module) else ()
-        for full_name, x in [(name, value), *((f"{name}.{part}", x) for part, x in inner)]:
-            if x is leaf or (isinstance(x, Tensor) and x.grad_fn in graph):
-                return f"'{full_name}' of shape {tuple(x.shape)}"
-    return f"a tensor of shape {tuple(leaf.shape)}"
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", None) or type(function).__name__
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 def _requires_grad(leaf: Any) -> bool:
