@@ -81,3 +81,19 @@ def test_block_with_its_gradients(kind: str, causal: bool) -> None:
         rtol=1e-10,
         atol=1e-10,
     )
+
+
+def test_each_sublayer_has_dropout() -> None:
+    layer, x, k = (
+        Block(DIM, HEADS, Rotary(DIM // HEADS, 6), causal=False, dropout=0.5).double(),
+        randn(1, 5, DIM),
+        randn(1, 3, DIM),
+    )
+    context = split_heads(k, HEADS), split_heads(k, HEADS)
+    for part in (layer.self_attention.to_out, layer.context_attention.to_out, layer.feed_forward[-1]):
+        # This one alone adds something: what it adds is dropped or doubled.
+        for other in (layer.self_attention.to_out, layer.context_attention.to_out, layer.feed_forward[-1]):
+            nn.init.constant_(other.weight, 0)
+            nn.init.constant_(other.bias, 1 if other is part else 0)
+        assert (layer(x, context) - x).round(decimals=9).unique().tolist() == [0, 2]
+    assert torch.equal(layer.eval()(x, context), x + 1)
