@@ -13,8 +13,8 @@ import memformer
 PACKAGE = Path(memformer.__file__).parent
 
 LAYERS = [
-    {"replay", "schedules", "config", "segments"},
-    {"positions"},
+    {"schedules", "reach", "config", "segments"},
+    {"replay", "positions"},
     {"attention"},
     {"blocks"},
     {"memory"},
@@ -79,9 +79,11 @@ def test_the_chain_of_the_model() -> None:
     assert "replay" in own_imports("__init__")
 
 
-def test_replay_imports_torch_alone() -> None:
-    roots = {name.split(".")[0] for name in imports(PACKAGE / "replay.py")}
-    assert roots - set(sys.stdlib_module_names) == {"torch"}
+def test_the_replay_engine_imports_torch_alone() -> None:
+    engine = {"replay", "schedules", "reach"}
+    assert own_imports("replay") <= engine
+    roots = {name.split(".")[0] for part in engine for name in imports(PACKAGE / f"{part}.py")}
+    assert roots - set(sys.stdlib_module_names) - {"memformer"} == {"torch"}
 
 
 def test_the_package_is_light() -> None:

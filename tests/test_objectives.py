@@ -352,6 +352,30 @@ def test_the_live_graph_does_not_grow_with_the_rollout(kind: str) -> None:
     assert few > 10, "the count counts"
 
 
+@pytest.mark.parametrize("with_backward", [True, False])
+def test_nothing_is_left_behind(with_backward: bool) -> None:
+    """A rollout is freed when it goes out of use, back-propagated or not, without the garbage collector."""
+    model, segments = small(), cut(LENGTH, tokens(1, 4 * LENGTH), [tokens(1, 4)] * 4)
+
+    def tensors() -> int:
+        return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+    def run() -> None:
+        loss = objectives.rollout(model, segments).loss
+        if with_backward:
+            loss.backward()
+
+    run()  # the gradients' tensors are made here
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        run()
+        assert tensors() == before
+    finally:
+        gc.enable()
+
+
 def test_the_live_graph_of_plain_bptt_does_grow() -> None:
     """The count of the test above can tell."""
     model, most = small(), []
