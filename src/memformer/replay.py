@@ -323,7 +323,11 @@ class MemoryGradients:
 
     def passing(self, boundary: int, grads: Sequence[Tensor | None]) -> Grads:
         """Take down the norm of these gradients, one per leaf of the memory, and return what is to be passed on."""
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads if g is not None]
+        norms = [
+            torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).float()
+            for g in grads
+            if g is not None
+        ]
         if not norms:
             return list(grads)
         norm = self._norms[boundary] = torch.linalg.vector_norm(torch.stack(norms))
@@ -364,6 +368,7 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
 
     environment = _Environment([x for x in tree_leaves((segment, memory)) if isinstance(x, Tensor)])
     trained = trained_tensors(cell, params)
+    memory, _ = _Leaves(memory).cut(_carries_grad)
     with environment.random_numbers_kept(), torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             value, after = _call(cell, segment, memory)

@@ -1,0 +1,270 @@
+"""What a rollout may be asked for besides its gradients: checks, norms, weights, resets, other places to store."""
+
+import gc
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from memformer import replay
+from replay_cells import CELLS, assert_equal, by, outcome, problem, same_as_bptt
+
+
+def small(count=4):
+    """A cell ``tanh(linear(memory + x))`` with a loss at every segment, its segments and its memory, in float64."""
+    torch.manual_seed(0)
+    linear = nn.Linear(3, 3, dtype=torch.float64)
+
+    def cell(x, memory):
+        memory = torch.tanh(linear(memory + x))
+        return memory.square().sum(), memory
+
+    segments = list(torch.randn(count, 2, 3, dtype=torch.float64))
+    return cell, linear, segments, torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+
+# --- check=True
+
+
+def test_check_is_silent_where_replay_is_right():
+    model, segments, memory = problem("dict", [True, False, True, True], dropout=0.4)
+    same_as_bptt(model, segments, memory, None, check=True)
+    same_as_bptt(model, segments, memory, 2, check=True, schedule=replay.Binomial(1))
+
+
+@pytest.mark.parametrize("where", ["value", "memory"])
+def test_check_names_the_segment_whose_replay_differs(where):
+    cell, linear, segments, memory = small()
+    draw = random.Random(0)
+
+    def noisy(x, memory):
+        noise = draw.random() if x is segments[1] or torch.equal(x, segments[1]) else 0.0
+        loss, memory = cell(x, memory)
+        return (loss + noise, memory) if where == "value" else (loss, memory + noise)
+
+    rollout = replay.memory_replay(noisy, segments, memory, params=linear, check=True)
+    with pytest.raises(
+        RuntimeError, match=r"(?s)segment 1 differs in replay from its recording.*Python's random numbers"
+    ):
+        rollout.loss.backward()
+    replay.memory_replay(noisy, segments, memory, params=linear).loss.backward()  # not asked, not checked
+
+
+# --- The memory's gradient
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("kind", sorted(CELLS))
+def test_memory_gradients_equal_those_of_plain_autograd(kind, max_norm):
+    model, segments, memory = problem(kind, [True, False, True, True])
+    watch, reference = (replay.MemoryGradients(max_norm) for _ in range(2))
+    expected = by(replay.full_bptt, model, segments, memory, None, memory_gradients=reference)
+    assert_equal(by(replay.memory_replay, model, segments, memory, None, memory_gradients=watch), expected)
+    torch.testing.assert_close(watch.norms, reference.norms, rtol=1e-5, atol=1e-7)
+    assert len(watch.norms) == 5
+    assert all(norm > 0 for norm in watch.norms)
+
+
+def test_norm_of_the_initial_memorys_gradient_and_of_one_that_is_clipped():
+    cell, linear, segments, memory = small()
+    watch = replay.MemoryGradients()
+    replay.memory_replay(cell, segments, memory, params=linear, memory_gradients=watch).loss.backward()
+    assert watch.norms[0] == pytest.approx(memory.grad.norm().item(), rel=1e-6)
+    assert watch.norms[-1] == 0.0  # no loss on the final memory
+
+    memory.grad = None
+    clipped = replay.MemoryGradients(max_norm=1e-3)
+    replay.memory_replay(cell, segments, memory, params=linear, memory_gradients=clipped).loss.backward()
+    assert memory.grad.norm().item() == pytest.approx(1e-3)
+    assert clipped.norms[-2] == pytest.approx(watch.norms[-2], rel=1e-6)  # nothing was clipped before it
+
+
+@pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
+def test_max_norm(max_norm):
+    with pytest.raises(ValueError, match="max_norm: expected a positive number or None"):
+        replay.MemoryGradients(max_norm)
+
+
+# --- Weights
+
+
+@pytest.mark.parametrize("method", [replay.full_bptt, replay.memory_replay])
+def test_segment_weights(method):
+    cell, linear, segments, memory = small()
+    weights = [0.0, 1.0, 2.0, 4.0]
+    values, _ = replay.scan(cell, segments, memory, params=linear)
+    expected = sum(w * v for w, v in zip(weights, values, strict=True))
+    grad = torch.autograd.grad(expected, linear.weight)[0]
+
+    def encode(x, memory):
+        _, memory = cell(x, memory)
+        return memory, memory
+
+    def read_out(values, parts):
+        losses = torch.stack([v.square().sum() for v in values])
+        return losses if len(parts) > 1 else losses[0]
+
+    for rollout in (
+        method(cell, segments, memory, segment_weights=weights, params=linear),
+        method(cell, segments, memory, segment_weights=torch.tensor(weights), params=linear),
+        method(encode, segments, memory, read_out, segment_weights=weights, params=linear),
+        method(encode, segments, memory, read_out, readout_segments=2, segment_weights=weights, params=linear),
+        method(encode, segments, memory, read_out, readout_segments=3, segment_weights=weights, params=linear),
+    ):
+        torch.testing.assert_close(rollout.loss, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(rollout.loss, linear.weight)[0], grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", [replay.full_bptt, replay.memory_replay])
+def test_segment_weights_refusals(method):
+    cell, linear, segments, memory = small()
+    with pytest.raises(ValueError, match="one for each of the 4 segments, got 2"):
+        method(cell, segments, memory, segment_weights=[1, 2], params=linear)
+    with pytest.raises(
+        ValueError, match=r"one loss per segment, shape \(2,\), or None; .* returned a tensor of shape \(\)"
+    ):
+        method(
+            cell,
+            segments,
+            memory,
+            lambda values, parts: torch.stack(values).sum(),
+            readout_segments=2,
+            segment_weights=[1.0] * 4,
+            params=linear,
+        )
+
+
+# --- Between rollouts
+
+
+def test_reset_puts_the_initial_memory_back_with_its_gradient():
+    initial = {"state": torch.zeros(3, 2, requires_grad=True), "none": None}
+    memory = {"state": torch.ones(3, 2, requires_grad=True), "none": None}
+    after = replay.reset(memory, initial, torch.tensor([True, False, False]))
+    assert after["state"].tolist() == [[0, 0], [1, 1], [1, 1]]
+    after["state"].sum().backward()
+    assert initial["state"].grad.sum(1).tolist() == [2, 0, 0]
+    assert memory["state"].grad.sum(1).tolist() == [0, 2, 2]
+    with pytest.raises(ValueError, match=r"boolean tensor of shape \(3,\), one entry per lane.*got torch.int64"):
+        replay.reset(memory, initial, torch.tensor([1, 0, 0]))
+
+
+def test_burn_in_gives_the_memory_without_a_graph():
+    cell, linear, segments, memory = small()
+    rollout = replay.memory_replay(cell, segments, memory, params=linear)
+    older = replay.memory_replay(cell, segments[:2], memory, params=linear).memory
+    refreshed = replay.burn_in(cell, segments[2:], older)
+    assert not refreshed.requires_grad
+    torch.testing.assert_close(refreshed, rollout.memory.detach(), rtol=0, atol=0)
+
+
+# --- Where memories are stored
+
+
+@pytest.mark.parametrize("schedule", [replay.EveryMemory(), replay.Binomial(2), replay.EveryKth(2)])
+@pytest.mark.parametrize("kind", sorted(CELLS))
+def test_offload_to_disk_and_cpu(kind, schedule, tmp_path):
+    model, segments, memory = problem(kind, [True] * 5, dropout=0.4)
+    same_as_bptt(model, segments, memory, None, schedule=replay.Offload(schedule, to=tmp_path / "new"))
+    same_as_bptt(model, segments, memory, 2, schedule=replay.Offload(schedule, to="cpu"))
+
+
+def test_offload_to_disk_writes_memories_and_leaves_nothing(tmp_path):
+    cell, linear, segments, memory = small()
+    rollout = replay.memory_replay(
+        cell, segments, memory, schedule=replay.Offload(replay.EveryMemory(), to=tmp_path), params=linear
+    )
+    assert sorted(file.name for file in tmp_path.glob("*/*")) == ["1.pt", "2.pt"]  # the caller holds the first
+    rollout.loss.backward()
+    assert not list(tmp_path.glob("*/*"))
+    del rollout
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+# --- Sizes and budgets
+
+
+def test_measure_counts_the_graph_without_parameters_and_leaves_the_generator_alone():
+    linear = nn.Linear(8, 8, bias=False)
+
+    def cell(x, memory):
+        return None, torch.tanh(linear(nn.functional.dropout(memory, 0.5)))
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    sizes = replay.measure(cell, torch.zeros(4, 8), torch.zeros(4, 8), params=linear)
+    assert torch.equal(torch.get_rng_state(), before)
+    row = 4 * 8 * 4
+    assert sizes.memory_bytes == row
+    assert sizes.graph_bytes in (
+        2 * row + row // 4,
+        3 * row,
+    )  # tanh's result, linear's input, dropout's mask; no weight
+
+
+def test_budget_keeps_graphs_where_there_is_room():
+    cell, linear, segments, memory = small(8)
+    sizes = replay.measure(cell, segments[0], memory, params=linear)
+    visits = []
+
+    def counted(x, memory):
+        visits.append(x)
+        return cell(x, memory)
+
+    def evaluations(budget):
+        visits.clear()
+        replay.memory_replay(counted, segments, memory, schedule=replay.Budget(budget), params=linear).loss.backward()
+        return len(visits) - 1  # one to measure
+
+    smallest = sum(sizes)
+    assert evaluations(8 * sizes.graph_bytes) == 8
+    assert evaluations(smallest) == 8 + 28
+    assert 8 < evaluations(4 * smallest) < 36
+
+
+def test_budget_needs_no_measure_without_gradients():
+    cell, linear, segments, memory = small()
+    with torch.no_grad():
+        replay.memory_replay(cell, segments, memory, schedule=replay.Budget(1), params=linear)
+
+
+# --- accumulate: the form for FSDP
+
+
+@pytest.mark.parametrize("kind", sorted(CELLS))
+@pytest.mark.parametrize("at_once", [None, 2])
+@pytest.mark.parametrize("schedule", [replay.EveryMemory(), replay.Binomial(1, graphs=2)])
+def test_accumulate_adds_the_same_gradients(kind, at_once, schedule):
+    model, segments, memory = problem(kind, [True, False, True, True], dropout=0.4, inputs_need_grad=False)
+    calls = []
+
+    def run(method, **options):
+        cell = model if at_once is None else model.encode
+        readout = () if at_once is None else (model.read_out,)
+        rollout = method(cell, segments, memory, *readout, readout_segments=at_once or 1, **options)
+        return rollout.loss, rollout.memory
+
+    def accumulated():
+        loss, after = run(replay.accumulate, schedule=schedule, sync=calls.append)
+        assert not any(x.requires_grad for x in tree_leaves(after) if isinstance(x, torch.Tensor))
+        return loss.requires_grad_(), after
+
+    expected = outcome(model, segments, memory, lambda: run(replay.full_bptt))
+    assert_equal(outcome(model, segments, memory, accumulated), expected)
+    assert calls == ([False, True] if at_once else []) + [False] * 3 + [True]
+
+
+def test_accumulate_refusals():
+    cell, _, segments, memory = small()
+    with pytest.raises(ValueError, match="inputs here and get no gradient: detach them"):
+        replay.accumulate(cell, segments, memory)
+
+    def forgetful(x, memory):
+        loss, memory = cell(x, memory.detach())
+        return (None if x is segments[0] else loss), memory.detach()
+
+    with pytest.raises(ValueError, match="no gradient reaches the first segment"):
+        replay.accumulate(forgetful, segments, memory.detach())
