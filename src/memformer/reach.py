@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,11 @@ def trained_tensors(function: Any, params: Params) -> list[Tensor]:
                 "the cell is wrapped in DistributedDataParallel, which would synchronise once per segment. Wrap "
                 "instead the module whose forward calls the replay, and give the replay the bare cell."
             )
+        if isinstance(owner, nn.Module) and _is_sharded(owner):
+            raise ValueError(
+                "the cell or readout is sharded by FSDP, which delivers gradients by hooks of its own: use "
+                "replay.accumulate(..., sync=model.set_requires_gradient_sync)."
+            )
         if not isinstance(owner, (nn.Module, Tensor)):
             raise ValueError(f"params: expected tensors or modules, got {type(owner).__name__}")
         named = owner.named_parameters() if isinstance(owner, nn.Module) else [("tensor", owner)]
@@ -50,6 +56,11 @@ def trained_tensors(function: Any, params: Params) -> list[Tensor]:
                         "Use register_post_accumulate_grad_hook, which runs once."
                     )
     return list(found.values())
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if nobody imported it, nothing is sharded by it
+    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
 
 
 def check_reach(function: Any, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:

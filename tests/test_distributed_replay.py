@@ -1,0 +1,235 @@
+"""Two processes (gloo): what a training step does under DistributedDataParallel and under FSDP2 equals one process."""
+
+import functools
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from memformer import Memformer, replay
+from memformer.segments import cut
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+BATCH, WORLD, SEGMENTS, LENGTH = 4, 2, 4, 3
+
+
+class Cell(nn.Module):
+    """Its initial memory is learned and used in the first segment alone: the case that trips synchronisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.initial = nn.Parameter(torch.randn(8))
+        self.rnn = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, segment: Tensor, memory: Tensor | None):
+        if memory is None:
+            memory = self.initial.expand(1, segment.shape[0], 8).contiguous()
+        return self.rnn(segment, memory)
+
+
+class Trained(nn.Module):
+    """The module that is wrapped: its forward calls the replay."""
+
+    def __init__(self, method: Callable = replay.memory_replay):
+        super().__init__()
+        self.cell, self.head, self.method = Cell(), nn.Linear(8, 8), method
+
+    def forward(self, segments: list[Tensor]) -> Tensor:
+        return self.method(self.cell, segments, None, self.read_out, readout_segments=2).loss / len(segments)
+
+    def read_out(self, values: list[Tensor], segments: list[Tensor]) -> Tensor:
+        return sum((self.head(v) - s).square().mean() for v, s in zip(values, segments, strict=True))
+
+
+def data() -> Tensor:
+    return torch.randn(BATCH, SEGMENTS * LENGTH, 8, generator=torch.Generator().manual_seed(1))
+
+
+def two_processes(work: Callable, tmp_path: Path, *args) -> list:
+    """Run ``work(rank, *args)`` in two processes; returns what they returned, which goes through files."""
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_process, args=(work, rank, tmp_path, args)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+    errors = [error for error, _ in results if error]
+    assert not errors, "\n".join(errors)
+    return [result for _, result in results]
+
+
+def _process(work: Callable, rank: int, folder: Path, args: tuple) -> None:
+    torch.set_num_threads(1)
+    error = result = None
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=WORLD)
+        result = work(rank, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        error = traceback.format_exc()
+    torch.save((error, result), folder / f"{rank}.pt")
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def assert_all_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
+
+
+# --- DistributedDataParallel, unmodified
+
+
+def ddp_step(rank: int) -> dict[str, list]:
+    torch.manual_seed(0)
+    model = Trained(functools.partial(replay.memory_replay, schedule=replay.Binomial(2)))
+    mine = data()[rank::WORLD]
+    wrapped = DistributedDataParallel(model)
+    wrapped(mine.split(LENGTH, 1)).backward()
+    single = gradients(model)
+
+    model.zero_grad()
+    with wrapped.no_sync():  # accumulation: two halves of the rollouts, one synchronisation
+        wrapped(mine[:1].split(LENGTH, 1)).backward()
+    wrapped(mine[1:].split(LENGTH, 1)).backward()
+    accumulated = gradients(model)
+
+    model.zero_grad()  # ranks whose rollouts differ in length
+    wrapped(mine.split(LENGTH, 1)[: 2 + rank]).backward()
+    return {"single": single, "accumulated": accumulated, "unequal": gradients(model)}
+
+
+def test_ddp_equals_one_process_and_ranks_agree(tmp_path):
+    first, second = two_processes(ddp_step, tmp_path)
+    for key in first:
+        assert all(torch.equal(a, b) for a, b in zip(first[key], second[key], strict=True)), key
+
+    torch.manual_seed(0)
+    model = Trained(replay.full_bptt)
+    model(data().split(LENGTH, 1)).backward()
+    whole = gradients(model)
+    assert_all_close(first["single"], whole, 1e-6)
+    assert_all_close(first["accumulated"], [2 * g for g in whole], 1e-6)
+
+    model.zero_grad()
+    for rank in range(WORLD):
+        (model(data()[rank::WORLD].split(LENGTH, 1)[: 2 + rank]) / WORLD).backward()
+    assert_all_close(first["unequal"], gradients(model), 1e-6)
+
+
+class MemformerStep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Memformer(
+            dim=16, num_memory_slots=2, enc_num_tokens=11, enc_max_seq_len=4, enc_depth=1, enc_heads=2,
+            dec_num_tokens=11, dec_max_seq_len=4, dec_depth=1, dec_heads=2, mem_update_attn_heads=2,
+        )  # fmt: skip
+
+    def forward(self, src: Tensor, tgt: list[Tensor]) -> Tensor:
+        from memformer.objectives import rollout
+
+        return rollout(self.model, cut(4, src, tgt)).loss
+
+
+def memformer_step(rank: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = MemformerStep()
+    src, tgt = memformer_data()
+    wrapped = DistributedDataParallel(model)
+    wrapped(src[rank::WORLD], [t[rank::WORLD] for t in tgt]).backward()
+    return gradients(model)
+
+
+def memformer_data() -> tuple[Tensor, list[Tensor]]:
+    draw = torch.Generator().manual_seed(2)
+    return torch.randint(0, 11, (BATCH, 12), generator=draw), list(torch.randint(0, 11, (3, BATCH, 4), generator=draw))
+
+
+def test_ddp_memformer(tmp_path):
+    first, second = two_processes(memformer_step, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.manual_seed(0)
+    model = MemformerStep()
+    model(*memformer_data()).backward()
+    assert_all_close(first, gradients(model), 1e-6)
+
+
+# --- FSDP2, by replay.accumulate
+
+
+def fsdp_step(rank: int) -> dict[str, list[Tensor]]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model = Trained()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fully_shard(model.cell, mesh=mesh)
+    fully_shard(model.head, mesh=mesh)
+    sharded = nn.ModuleList([model.cell, model.head])
+
+    def sync(last: bool) -> None:
+        for part in sharded:
+            part.set_requires_gradient_sync(last)
+
+    segments = data()[rank::WORLD].split(LENGTH, 1)
+    results = {}
+    for name, schedule in {"every": replay.EveryMemory(), "binomial": replay.Binomial(1)}.items():
+        sharded.zero_grad()
+        rollout = replay.accumulate(
+            model.cell, segments, None, model.read_out, readout_segments=2, schedule=schedule, sync=sync
+        )
+        results[name] = [p.grad.full_tensor() for p in sharded.parameters()]
+        results[f"{name} loss"] = [rollout.loss]
+    with pytest.raises(ValueError, match=r"sharded by FSDP.*replay\.accumulate"):
+        replay.memory_replay(model.cell, segments, None, model.read_out)
+    with pytest.raises(ValueError, match=r"number of segments differs between ranks.*\[2, 3\]"):
+        replay.accumulate(model.cell, segments[: 2 + rank], None, model.read_out, sync=sync)
+    return results
+
+
+def test_fsdp2_equals_one_process_and_ranks_agree(tmp_path):
+    first, second = two_processes(fsdp_step, tmp_path)
+    torch.manual_seed(0)
+    model = Trained(replay.full_bptt)
+    loss = model(data().split(LENGTH, 1)) * SEGMENTS
+    loss.backward()
+    for key in ("every", "binomial"):
+        assert all(torch.equal(a, b) for a, b in zip(first[key], second[key], strict=True))
+        assert_all_close(first[key], gradients(model), 1e-6)
+        mean = (first[f"{key} loss"][0] + second[f"{key} loss"][0]) / 2
+        torch.testing.assert_close(mean, loss.detach(), rtol=1e-6, atol=1e-6)
+
+
+# --- Ranks of different lengths
+
+
+def compare_lengths(rank: int) -> str:
+    replay.check_equal_across_ranks(5, "the number of segments")
+    try:
+        replay.check_equal_across_ranks(5 + rank, "the number of segments")
+    except ValueError as error:
+        return [str(error)]
+    return ["no error"]
+
+
+def test_different_numbers_of_segments_are_refused_on_every_rank(tmp_path):
+    expected = "the number of segments differs between ranks, which would wait for each other for ever: [5, 6]"
+    assert two_processes(compare_lengths, tmp_path) == [[expected]] * 2
+
+
+def test_without_processes_there_is_nothing_to_compare():
+    replay.check_equal_across_ranks(5, "the number of segments")
