@@ -511,7 +511,10 @@ class _Rollout:
                 self._do(action)
         self.memory = self.initial
         of_memory = [g for g, leaf in zip(self.carry, self.initial.leaves, strict=True) if _requires_grad(leaf)]
-        return [*self.parameter_grads.totals, *of_memory, *self.segment_grads]
+        grads = [*self.parameter_grads.totals, *of_memory, *self.segment_grads]
+        # Held by nobody else, a gradient becomes the parameter's .grad without a copy.
+        del self.parameter_grads, self.carry, self.segment_grads, self.value_grads
+        return grads
 
     def _check_unspent(self) -> None:
         if self.spent:
@@ -831,9 +834,9 @@ class _ReadoutRun:
             if loss is not None and loss.requires_grad:
                 check_reach(self.readout, [loss], [*self.parameters, *sources])
                 grads = torch.autograd.grad(loss, [*self.parameters, *sources], scale, allow_unused=True)
-            del loss
             parameter_grads.add(grads[: len(self.parameters)])
             others += grads[len(self.parameters) :]
+            del loss, grads  # before the next chunk's graph
         self.grads = parameter_grads.totals + others
         return _sum_of_losses(losses)
 
@@ -852,7 +855,10 @@ class _ReadoutRun:
             raise RuntimeError(
                 "this rollout was already back-propagated: call backward once, on the sum of the losses."
             )
-        return grads if self.half else [None if grad is None else grad * scale for grad in grads]
+        if not self.half:
+            for i, grad in enumerate(grads):  # one by one, so that no second set of gradients exists
+                grads[i] = None if grad is None else grad * scale
+        return grads
 
 
 class _ReadOut(torch.autograd.Function):

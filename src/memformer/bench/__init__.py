@@ -1,0 +1,1 @@
+"""Benchmarks as functions that yield lines; the command line prints them."""

@@ -1,0 +1,138 @@
+"""What a benchmark measures: seconds, bytes that autograd holds, bytes of the process or the device."""
+
+from __future__ import annotations
+
+import platform
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["live_bytes", "machine", "peak_bytes", "process_peak_bytes", "seconds"]
+
+
+def machine(device: torch.device) -> str:
+    """Hardware and versions, for the head of a table."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of one call."""
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+class _Alive:
+    """Counts storages by the objects that use them: ``now`` bytes, and ``most`` so far."""
+
+    def __init__(self, without: Iterable[Tensor] = ()):
+        self.now = self.most = 0
+        self._not_counted = {x.untyped_storage().data_ptr() for x in without}
+        self._users: dict[int, int] = {}
+
+    def add(self, storage: torch.UntypedStorage, user: object) -> None:
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key in self._not_counted:
+            return
+        if not self._users.get(key):
+            self.now += size
+            self.most = max(self.most, self.now)
+        self._users[key] = self._users.get(key, 0) + 1
+        weakref.finalize(user, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._users[key] -= 1
+        if not self._users[key]:
+            self.now -= size
+
+
+def live_bytes(step: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """The most bytes that autograd keeps at once during ``step``: each storage once, parameters not counted.
+
+    Blind to what ``torch.utils.checkpoint`` keeps when it runs a part again.
+    """
+    alive = _Alive(without=parameters)
+
+    class Held:
+        def __init__(self, tensor: Tensor):
+            self.tensor = tensor
+
+    def pack(tensor: Tensor) -> Held:
+        held = Held(tensor.detach())
+        alive.add(tensor.untyped_storage(), held)
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        step()
+    return alive.most
+
+
+class _CountTensors(TorchDispatchMode):
+    def __init__(self, alive: _Alive):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive, self.seen = alive, weakref.WeakSet[Any]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                if storage not in self.seen:
+                    self.seen.add(storage)
+                    self.alive.add(storage, storage)
+        return result
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that ``step`` makes and that exist at once: graphs, values, gradients, and the rest."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    alive = _Alive()
+    with _CountTensors(alive):
+        step()
+    return alive.most
+
+
+def process_peak_bytes(step: Callable[[], object]) -> int | None:
+    """How far the process grows during ``step`` (Linux; None elsewhere).
+
+    Honest only in a process that did little before: what was freed earlier is used again unseen.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        step()
+        return None
+    before = _status("VmRSS")
+    step()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no field {field}")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
