@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 import weakref
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["live_bytes", "machine", "peak_bytes", "process_peak_bytes", "seconds"]
+__all__ = ["ProcessMeter", "live_bytes", "machine", "peak_bytes", "seconds"]
 
 
 def machine(device: torch.device) -> str:
@@ -111,19 +112,21 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     return alive.most
 
 
-def process_peak_bytes(step: Callable[[], object]) -> int | None:
-    """How far the process grows during ``step`` (Linux; None elsewhere).
+class ProcessMeter:
+    """How far this process has grown at most since the meter was made (Linux).
 
     Honest only in a process that did little before: what was freed earlier is used again unseen.
     """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        step()
-        return None
-    before = _status("VmRSS")
-    step()
-    return max(0, _status("VmHWM") - before)
+
+    def __init__(self) -> None:
+        self._before: int | None = None
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status("VmRSS")
+
+    def grown(self) -> int | None:
+        """In bytes; None where the system does not tell."""
+        return None if self._before is None else max(0, _status("VmHWM") - self._before)
 
 
 def _status(field: str) -> int:
