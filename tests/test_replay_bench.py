@@ -1,0 +1,63 @@
+"""The benchmarks run, compare gradients before they time anything, and their meters count."""
+
+import pytest
+import torch
+
+from memformer.bench import million
+from memformer.bench import replay as bench
+from memformer.bench.meters import live_bytes, peak_bytes
+
+SMALL = {
+    "batch_size": 1,
+    "segment_tokens": 4,
+    "dim": 8,
+    "enc_depth": 1,
+    "dec_depth": 1,
+    "memory_slots": 2,
+    "repeats": 1,
+}
+
+
+def test_replay_benchmark_gives_a_table_per_horizon():
+    lines = list(bench.run(bench.ReplayBenchmark(horizons=(2, 6), num_tokens=11, **SMALL)))
+    assert [line for line in lines if line.startswith("horizon")] == ["horizon 2", "horizon 6"]
+    names = [
+        "plain BPTT",
+        "checkpoint per layer",
+        "checkpoint per segment",
+        "memory replay",
+        "  + graphs of the last 6",
+    ]
+    for name in names:
+        assert sum(line.startswith(name) for line in lines) >= 1, name
+
+
+def test_a_method_with_other_gradients_is_refused(monkeypatch):
+    wrong = lambda *args, **options: bench.replay.Rollout(bench.replay.full_bptt(*args).loss * 2, None)  # noqa: E731
+    monkeypatch.setattr(bench.replay, "memory_replay", wrong)
+    with pytest.raises(RuntimeError, match=r"memory replay: the gradient of .* is off by"):
+        list(bench.run(bench.ReplayBenchmark(horizons=(2,), num_tokens=11, **SMALL)))
+
+
+def test_million_tokens_reports():
+    lines = list(million.run(million.MillionTokens(tokens=64, segment_tokens=4, dim=8, depth=1, stored_memories=2)))
+    assert any("at most 2 stored memories" in line for line in lines)
+    assert any(line.startswith("64 tokens in 16 segments of 4") for line in lines)
+    assert lines[-1].startswith("plain BPTT would hold graphs of 16 segments")
+
+
+def test_meters_count_bytes():
+    weight = torch.ones(1000, requires_grad=True)
+
+    def step():
+        (weight.sin().sin() * weight).sum().backward()  # keeps both sines' inputs and the product's
+
+    assert live_bytes(step, []) == 3 * 4000
+    assert live_bytes(step, [weight]) == 2 * 4000
+    assert 2 * 4000 < peak_bytes(step, torch.device("cpu")) < 8 * 4000
+
+
+@pytest.mark.parametrize("settings", [{"horizons": ()}, {"batch_size": 0}, {"segment_tokens": 1}])
+def test_settings_are_checked(settings):
+    with pytest.raises(ValueError, match="expected"):
+        bench.ReplayBenchmark(**settings)
