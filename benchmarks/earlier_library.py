@@ -80,7 +80,8 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self) -> tuple[float, float]:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write("run\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline().split()
@@ -93,6 +94,7 @@ def worker(name: str, earlier: Path) -> None:
     if name == "earlier":
         sys.path.insert(0, str(earlier))
     import torch
+
     from memformer import Memformer, memory_replay_backprop
 
     model, (src, tgt) = Memformer(**EXAMPLE), example_input()
@@ -125,6 +127,7 @@ def status(field: str) -> float:
 def equality() -> float:
     """Gradients of replay and of full BPTT on a small model."""
     import torch
+
     from memformer import Memformer, replay
     from memformer.objectives import rollout
     from memformer.segments import cut
@@ -145,10 +148,11 @@ def operations() -> float:
     Replay does what plain BPTT does, and the forward pass of all encoder segments but the last once more.
     """
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     from memformer import Memformer, replay
     from memformer.objectives import rollout
     from memformer.segments import cut
-    from torch.utils.flop_counter import FlopCounterMode
 
     model, (src, tgt) = Memformer(**EXAMPLE), example_input()
     segments = cut(EXAMPLE["enc_max_seq_len"], src, tgt)

@@ -10,8 +10,30 @@ import pytest
 
 from memformer.cli import main
 
-SMALL = ["--steps", "4", "--dim", "16", "--slots", "2", "--enc-depth", "1", "--dec-depth", "1", "--heads", "2",
-         "--segment-length", "8", "--lanes", "2", "--horizon", "2", "--log-every", "2", "--sample-bytes", "20"]  # fmt: skip
+SMALL = [
+    "--steps",
+    "4",
+    "--dim",
+    "16",
+    "--slots",
+    "2",
+    "--enc-depth",
+    "1",
+    "--dec-depth",
+    "1",
+    "--heads",
+    "2",
+    "--segment-length",
+    "8",
+    "--lanes",
+    "2",
+    "--horizon",
+    "2",
+    "--log-every",
+    "2",
+    "--sample-bytes",
+    "20",
+]
 
 
 @pytest.fixture
@@ -31,10 +53,11 @@ def test_train_evaluate_generate(folder, capsys):
     assert "sample" in printed
     assert main(["evaluate", "--checkpoint", "run", "--data", "text.txt"]) == 0
     assert "bits per byte" in capsys.readouterr().out
-    assert main(["generate", "--checkpoint", "run", "--prompt", "To", "--max-new-tokens", "25", "--seed", "1"]) == 0
+    how = ["--prompt", "To", "--max-new-tokens", "25", "--seed", "1"]
+    assert main(["generate", "--checkpoint", "run", *how]) == 0
     first = capsys.readouterr().out
     assert first.startswith("To")
-    assert main(["generate", "--checkpoint", "run/step-000004", "--prompt", "To", "--max-new-tokens", "25", "--seed", "1"]) == 0
+    assert main(["generate", "--checkpoint", "run/step-000004", *how]) == 0
     assert capsys.readouterr().out == first
 
 
@@ -43,7 +66,7 @@ def test_a_run_is_resumed_with_the_settings_it_had(folder, capsys):
     assert main(["train", "--resume", "--out", "run", "--steps", "6"]) == 0
     assert "from step 4" in capsys.readouterr().out
     assert main(["train", "--resume", "--out", "run", "--steps", "8", "--slots", "3"]) == 2
-    assert "slots: the run in run has 2, got 3; it cannot change on resume" in capsys.readouterr().err
+    assert "slots: the run in run has 2, got 3; it cannot change" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -66,10 +89,10 @@ def test_a_mistake_is_one_line(folder, capsys, arguments, message):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["train", "--stepz", "3"], ["train", "--steps", "0"], ["train", "--steps", "x"], []])
+@pytest.mark.parametrize("arguments", ["train --stepz 3", "train --steps 0", "train --steps x", ""])
 def test_flags_are_checked(folder, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
+        main(arguments.split())
     assert stop.value.code == 2
 
 

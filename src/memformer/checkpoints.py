@@ -1,7 +1,7 @@
 """A training run on disk: one folder per checkpoint, written under another name and then renamed. Never pickle.
 
-    OUT/step-000200/config.json, model.safetensors     the model, as Memformer.save_pretrained writes it
-                    training.json, training.safetensors  everything else that the run needs to go on
+``OUT/step-000200/`` holds ``config.json`` and ``model.safetensors``, as ``Memformer.save_pretrained`` writes them, and
+``training.json`` and ``training.safetensors``, everything else that the run needs to go on.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _checkpoints(out: Path) -> list[Path]:
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimiser's tensors, by parameter name."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"optimizer/{names[parameter]}/{key}": value
         for parameter, state in optimizer.state.items()

@@ -23,7 +23,6 @@ from .data import (
     START,
     VOCABULARY,
     Document,
-    decode,
     encode,
     held_out_split,
     order2_bits_per_byte,
@@ -103,9 +102,12 @@ def _parser(training: TrainingConfig) -> Callable[[list[str]], Any]:
         | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
         | Annotated[GenerateCommand, tyro.conf.subcommand("generate")]
     )
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    description = "Train and use models that read sequences of any length with a memory of fixed size."
-    return lambda arguments: tyro.cli(commands, prog="memformer", description=description, args=arguments, config=config)
+    options: dict[str, Any] = {
+        "prog": "memformer",
+        "description": "Train and use models that read sequences of any length with a memory of fixed size.",
+        "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    }
+    return lambda arguments: tyro.cli(commands, args=arguments, **options)
 
 
 def _train(settings: TrainingConfig) -> int:
@@ -116,8 +118,8 @@ def _train(settings: TrainingConfig) -> int:
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"model       {parameters:,} parameters, {settings.slots} memory slots of {settings.dim}, on {run.device}")
     start = f", from step {run.step:,}" if run.step else ""
-    print(f"training    {settings.steps:,} steps of {settings.lanes} lanes x {settings.horizon} segments x "
-          f"{settings.segment_length} bytes{start}; metrics in {settings.out / 'metrics.jsonl'}", flush=True)  # fmt: skip
+    rollouts = f"{settings.lanes} lanes x {settings.horizon} segments x {settings.segment_length} bytes"
+    print(f"training    {settings.steps:,} steps of {rollouts}{start}; metrics in {settings.out / 'metrics.jsonl'}")
     with _stopping(run), _progress(settings, run.step) as show:
         for metrics in run.train():
             show(metrics)
@@ -171,8 +173,8 @@ def _progress(settings: TrainingConfig, step: int) -> Iterator[Callable[[StepMet
 
 def _numbers(metrics: StepMetrics) -> str:
     return (
-        f"{metrics.loss_nats:.3f} nats  {metrics.bits_per_byte:.3f} bits/byte  {metrics.tokens_per_second:,.0f} bytes/s  "
-        f"gradient {metrics.gradient_norm:.2f}"
+        f"{metrics.loss_nats:.3f} nats  {metrics.bits_per_byte:.3f} bits/byte  "
+        f"{metrics.tokens_per_second:,.0f} bytes/s  gradient {metrics.gradient_norm:.2f}"
     )
 
 

@@ -63,7 +63,9 @@ def generate(
     if not temperature >= 0:
         raise ValueError(f"temperature: expected at least 0, got {temperature}")
     if prompt.dim() != 2 or prompt.is_floating_point():
-        raise ValueError(f"prompt: expected token ids of shape (batch, length), got {prompt.dtype} {tuple(prompt.shape)}")
+        raise ValueError(
+            f"prompt: expected token ids (batch, length), got {prompt.dtype} of shape {tuple(prompt.shape)}"
+        )
     if model.decoder is None:
         raise ValueError("generate: this model is encoder_only and has no decoder")
     config, batch = model.config, prompt.shape[0]
@@ -87,7 +89,12 @@ def generate(
 
 
 def _choose(
-    logits: Tensor, start: int, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+    logits: Tensor,
+    start: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
 ) -> Tensor:
     logits = logits.float()
     logits[:, start] = float("-inf")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from . import checkpoints
 from .config import TrainingConfig
@@ -96,7 +97,7 @@ class Run:
     def _optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         decay, rate = self.settings.weight_decay, self.settings.learning_rate
         return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=decay, fused=True)
 
@@ -124,8 +125,8 @@ class Run:
             loss, counted, norm = self._take_step(rate)
             if not math.isfinite(norm):
                 raise FloatingPointError(
-                    f"step {self.step}: the gradient is not finite (loss {float(loss):.3g}). Lower --learning-rate; the "
-                    f"newest checkpoint in {self.settings.out} is from before"
+                    f"step {self.step}: the gradient is not finite (loss {float(loss):.3g}). Lower --learning-rate; "
+                    f"the newest checkpoint in {self.settings.out} is from before"
                 )
             nats, tokens = nats + loss * counted, tokens + counted
             if self.step % self.settings.log_every == 0 or self._ending():
@@ -188,12 +189,12 @@ class Run:
         for name in fixed:
             before, now = getattr(saved, name), getattr(self.settings, name)
             if before != now:
-                raise ValueError(f"{name}: the run in {self.settings.out} has {before}, got {now}; it cannot change on resume")
+                raise ValueError(f"{name}: the run in {self.settings.out} has {before}, got {now}; it cannot change")
         if numbers["documents"] != fingerprint(self.training):
-            raise ValueError(f"the training documents are not those of the run in {self.settings.out}: was the data changed?")
+            raise ValueError(f"the training documents are not those of {self.settings.out}: was the data changed?")
         if numbers["step"] >= self.settings.steps:
             raise ValueError(
-                f"the run in {self.settings.out} is at step {numbers['step']} already: raise --steps above that to go on"
+                f"the run in {self.settings.out} is at step {numbers['step']} already: raise --steps to go on"
             )
         loaded = Memformer.from_pretrained(checkpoint)
         self.model.load_state_dict(loaded.state_dict())
@@ -233,7 +234,9 @@ def evaluate(model: Memformer, documents: Sequence[Document], *, lanes: int = 16
         ValueError: the model was not trained on bytes.
     """
     if model.config.dec_num_tokens != VOCABULARY or model.config.enc_num_tokens != VOCABULARY:
-        raise ValueError(f"the model's vocabulary is {model.config.dec_num_tokens}, not the {VOCABULARY} of bytes and start")
+        raise ValueError(
+            f"expected a model of {VOCABULARY} tokens (bytes and start), got {model.config.dec_num_tokens}"
+        )
     began, device = time.perf_counter(), next(model.parameters()).device
     length = min(model.config.enc_max_seq_len, (model.config.dec_max_seq_len or 0) - 1)
     # The longest first, so that no lane is left alone with one at the end.
@@ -276,4 +279,4 @@ def _counted(segment: Segment) -> int:
 
 
 def _to(segment: Segment, device: torch.device) -> Segment:
-    return Segment(*(None if part is None else part.to(device, non_blocking=True) for part in segment))
+    return tree_map(lambda part: part.to(device, non_blocking=True), segment)

@@ -25,7 +25,7 @@ class Document:
 
 
 def standard_library() -> list[Document]:
-    """The sources of the running Python's standard library, without its tests: real, long documents on every machine."""
+    """The sources of the running Python's standard library, without its tests: long real documents, everywhere."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [f for f in root.rglob("*.py") if not _NOT_LIBRARY & set(f.relative_to(root).parts)]
     return _read([(f.relative_to(root).as_posix(), f) for f in files], strict=False)

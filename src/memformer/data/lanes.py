@@ -57,7 +57,9 @@ class Lanes:
         for i, document in enumerate(documents):
             if document.ndim != 1 or not len(document) or not np.issubdtype(document.dtype, np.integer):
                 got = f"{document.dtype} of shape {document.shape}"
-                raise ValueError(f"documents: expected a non-empty one-dimensional integer array, got {got} at index {i}")
+                raise ValueError(
+                    f"documents: expected non-empty one-dimensional integer arrays, got {got} at index {i}"
+                )
         if lanes < 1 or length < 1:
             raise ValueError(f"lanes and length: expected at least 1, got {lanes} and {length}")
         self.documents, self.length, self.start, self.seed, self.epochs = documents, length, start, seed, epochs
