@@ -96,7 +96,9 @@ def test_flags_are_checked(folder, capsys, arguments):
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["generate"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["evaluate"], ["generate"], ["bench"], ["bench", "replay"], ["bench", "million"]]
+)
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

@@ -17,7 +17,9 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import checkpoints
+from . import bench, checkpoints
+from .bench.million import MillionTokens
+from .bench.replay import ReplayBenchmark
 from .config import TrainingConfig
 from .data import (
     START,
@@ -46,7 +48,7 @@ class EvaluateCommand:
     data: tuple[Path, ...] = ()
     """Files and folders of UTF-8 text; by default the held-out part of the Python standard library's sources."""
     lanes: int = 16
-    """Documents read side by side."""
+    """At most so many documents are read side by side."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 
@@ -71,6 +73,16 @@ class GenerateCommand:
     """Of the choices."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand:
+    """Measure on this machine what the documents claim."""
+
+    benchmark: (
+        Annotated[ReplayBenchmark, tyro.conf.subcommand("replay")]
+        | Annotated[MillionTokens, tyro.conf.subcommand("million")]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,11 +113,12 @@ def _parser(training: TrainingConfig) -> Callable[[list[str]], Any]:
         Annotated[TrainingConfig, tyro.conf.subcommand("train", default=training)]
         | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
         | Annotated[GenerateCommand, tyro.conf.subcommand("generate")]
+        | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
     )
     options: dict[str, Any] = {
         "prog": "memformer",
         "description": "Train and use models that read sequences of any length with a memory of fixed size.",
-        "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        "config": (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     }
     return lambda arguments: tyro.cli(commands, args=arguments, **options)
 
@@ -199,6 +212,14 @@ def _generate(command: GenerateCommand) -> int:
     return 0
 
 
+def _bench(command: BenchCommand) -> int:
+    benchmark = command.benchmark
+    lines = bench.replay.run(benchmark) if isinstance(benchmark, ReplayBenchmark) else bench.million.run(benchmark)
+    for line in lines:
+        print(line, flush=True)
+    return 0
+
+
 def _write(model: Memformer, command: GenerateCommand) -> None:
     """Print the prompt and its continuation byte by byte, each character when it is whole."""
     device = next(model.parameters()).device
@@ -236,4 +257,5 @@ _RUN: dict[type, Callable[[Any], int]] = {
     TrainingConfig: _train,
     EvaluateCommand: _evaluate,
     GenerateCommand: _generate,
+    BenchCommand: _bench,
 }

@@ -228,7 +228,7 @@ def settings_from(saved: dict[str, Any]) -> TrainingConfig:
 
 
 def evaluate(model: Memformer, documents: Sequence[Document], *, lanes: int = 16, horizon: int = 16) -> HeldOut:
-    """Read documents whole, the memory carried from segment to segment, and count every byte once.
+    """Read documents whole, at most ``lanes`` side by side, the memory carried on, and count every byte once.
 
     Raises:
         ValueError: the model was not trained on bytes.
@@ -239,9 +239,10 @@ def evaluate(model: Memformer, documents: Sequence[Document], *, lanes: int = 16
         )
     began, device = time.perf_counter(), next(model.parameters()).device
     length = min(model.config.enc_max_seq_len, (model.config.dec_max_seq_len or 0) - 1)
-    # The longest first, so that no lane is left alone with one at the end.
+    # The longest first, and no more lanes than are busy until it ends: a lane without a document still costs its share.
     ordered = sorted(documents, key=lambda document: -len(document.text))
-    stream = Lanes(_tokens(ordered), lanes=min(lanes, len(ordered)), length=length, start=START, epochs=1)
+    busy = sum(len(document.text) for document in documents) // len(ordered[0].text)
+    stream = Lanes(_tokens(ordered), lanes=min(lanes, busy), length=length, start=START, epochs=1)
     was_training, memory, nats, tokens = model.training, None, 0.0, 0
     model.eval()
     with torch.no_grad():
