@@ -240,7 +240,8 @@ class Offload:
 
 Stores = Callable[[int, int, int], Iterable[int]]
 """``stores(first, stop, stored)``: where a sweep from ``first`` that ends with the graph of ``stop - 1``
-stores memories. 
+stores memories.
+
 The memory before ``first`` is stored already; ``stored`` counts all that are.
 """
 
