@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer.schedules import Binomial, Budget, EveryKth, EveryMemory, Offload
+from memformer.replay import Binomial, Budget, EveryKth, EveryMemory, Offload
 
 
 @functools.cache

@@ -105,14 +105,14 @@ class TrainingConfig:
     """Files and folders of UTF-8 text, each file one document; by default the Python standard library's sources."""
     out: Path = Path("runs/default")
     """Folder for checkpoints and metrics.jsonl."""
-    steps: int = 600
+    steps: int = 1200
     """Optimiser steps; one step is one rollout of all lanes."""
     seed: int = 0
     """Of initialisation, dropout and the order of documents."""
     resume: bool = False
     """Go on from the newest checkpoint in --out, with the settings saved there; --steps may be raised."""
 
-    dim: int = 192
+    dim: int = 64
     """Width of the model."""
     slots: int = 16
     """Memory slots."""
@@ -129,7 +129,7 @@ class TrainingConfig:
     dropout: float = 0.0
     """Probability, on every sublayer's output."""
 
-    lanes: int = 4
+    lanes: int = 8
     """Documents read side by side: the batch size."""
     segment_length: int = 64
     """Bytes per segment."""
@@ -147,9 +147,9 @@ class TrainingConfig:
 
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
-    log_every: int = 20
+    log_every: int = 50
     """Steps between lines of metrics."""
-    save_every: int = 200
+    save_every: int = 400
     """Steps between checkpoints; the last two are kept."""
     sample_bytes: int = 300
     """Length of the sample at the end; 0 for none."""

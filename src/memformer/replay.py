@@ -8,8 +8,8 @@ number:
 - :func:`scan` does the same for outputs that are used further downstream.
 
 :func:`accumulate` is memory replay that adds to ``.grad`` on the spot, for parameters that FSDP shards.
-Memories, segments and values are pytrees of tensors (tuples, lists, dicts, ``None``). Of this project only ground level
-is imported: ``schedules.py`` (what to store, as integers) and ``reach.py`` (what is trained).
+Memories, segments and values are pytrees of tensors (tuples, lists, dicts, ``None``). This file needs torch alone, and
+works by itself.
 
 How it works. One ``torch.autograd.Function`` has the parameters, the initial memory and the segments as inputs, so that
 each gradient leaves it once: an optimiser, a gradient scaler, clipping and DistributedDataParallel see an ordinary
@@ -25,23 +25,28 @@ statistics, a private ``torch.Generator``) is outside what can be replayed. ``ch
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import inspect
 import itertools
+import math
 import shutil
+import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .reach import Params, check_reach, name_of, trained_tensors
-from .schedules import Action, Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule
-
 __all__ = [
+    "Action",
     "Binomial",
     "Budget",
     "EveryKth",
@@ -68,11 +73,11 @@ Tree = Any
 
 Cell = Callable[[Tree, Tree], tuple[Tree, Tree]]
 Readout = Callable[[list[Tree], list[Tree]], "Tensor | None"]
+Params = Iterable["Tensor | nn.Module"]
+"""Tensors and modules that are to be trained; a single one may be given as it is."""
+
 Grads = list["Tensor | None"]
 Weights = Sequence[float] | Tensor
-
-EVERY_MEMORY = EveryMemory()
-"""The default schedule: the paper's."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def memory_replay(
     *,
     readout_segments: int = 1,
     segment_weights: Weights | None = None,
-    schedule: Schedule = EVERY_MEMORY,
+    schedule: Schedule | None = None,
     memory_gradients: MemoryGradients | None = None,
     check: bool = False,
     params: Params = (),
@@ -154,8 +159,8 @@ def memory_replay(
             faster on short segments, and the readout's graph grows with it.
         segment_weights: one factor per segment for its loss. A readout over several segments then returns one loss
             per segment, shape (segments of the call,).
-        schedule: which memories and graphs to keep; more of them is faster. ``print(schedule.plan(len(segments)))``
-            says what one costs.
+        schedule: which memories and graphs to keep; more of them is faster. None for :class:`EveryMemory`;
+            ``print(schedule.plan(len(segments)))`` says what one costs.
         memory_gradients: takes down the norm of the memory's gradient between segments, and clips it if asked.
         check: compare what the cell returns in replay with its recording, which is kept for it: for debugging.
         params: further tensors or modules that ``cell`` or ``readout`` use and that are to be trained.
@@ -173,7 +178,7 @@ def memory_replay(
     )
     if readout is None:
         return Rollout(_sum_of_losses(values, weights), memory)
-    run = _ReadoutRun(readout, values, segments, readout_segments, weights, trained_tensors(readout, params))
+    run = _ReadoutRun(readout, values, segments, readout_segments, weights, _trained_tensors(readout, params))
     return Rollout(_ReadOut.apply(run, *run.inputs), memory)  # type: ignore[no-untyped-call]
 
 
@@ -182,7 +187,7 @@ def scan(
     segments: Sequence[Tree],
     memory: Tree,
     *,
-    schedule: Schedule = EVERY_MEMORY,
+    schedule: Schedule | None = None,
     memory_gradients: MemoryGradients | None = None,
     check: bool = False,
     params: Params = (),
@@ -194,7 +199,13 @@ def scan(
     Arguments and errors are those of :func:`memory_replay`.
     """
     rollout = _Rollout(
-        cell, _segment_list(segments), memory, schedule, memory_gradients, check, trained_tensors(cell, params)
+        cell,
+        _segment_list(segments),
+        memory,
+        schedule or EveryMemory(),
+        memory_gradients,
+        check,
+        _trained_tensors(cell, params),
     )
     return rollout.outputs(_Replay.apply(rollout, *rollout.inputs))  # type: ignore[no-untyped-call]
 
@@ -207,7 +218,7 @@ def accumulate(
     *,
     readout_segments: int = 1,
     segment_weights: Weights | None = None,
-    schedule: Schedule = EVERY_MEMORY,
+    schedule: Schedule | None = None,
     sync: Callable[[bool], None] = lambda last: None,
 ) -> Rollout:
     """Memory replay with its backward at once, which adds to ``.grad`` segment by segment: for FSDP2 (``fully_shard``).
@@ -233,7 +244,7 @@ def accumulate(
     check_equal_across_ranks(len(segments), "the number of segments")
     if any(_requires_grad(leaf) for leaf in tree_leaves((segments, memory))):
         raise ValueError("accumulate: memory and segments are inputs here and get no gradient: detach them")
-    rollout = _Rollout(cell, segments, memory, schedule, None, False, None, sync)
+    rollout = _Rollout(cell, segments, memory, schedule or EveryMemory(), None, False, None, sync)
     values, memory = rollout.outputs(rollout.record())
     cut = [_Leaves(value).cut(_carries_grad) for value in values]
     losses: list[Tensor | None] = []
@@ -367,7 +378,7 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
         return x.detach()
 
     environment = _Environment([x for x in tree_leaves((segment, memory)) if isinstance(x, Tensor)])
-    trained = trained_tensors(cell, params)
+    trained = _trained_tensors(cell, params)
     memory, _ = _Leaves(memory).cut(_carries_grad)
     with environment.random_numbers_kept(), torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
@@ -378,6 +389,309 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
         memory_bytes = sum(x.numel() * x.element_size() for x in tree_leaves(after) if isinstance(x, Tensor))
         del value, after
     return Sizes(memory_bytes, sum(storages.values()))
+
+
+# --- Schedules: which memories to keep, and which segments to run again -----------------------------------------------
+
+# A schedule is a frozen value with one method, plan(num_segments) -> Plan: a list of simple actions, which the engine
+# carries out, and which says beforehand what they cost. There is no tensor in this section. Every schedule is the same
+# walk from the last segment to the first (_walk); they differ in which memories a sweep stores on its way.
+
+
+class Action(NamedTuple):
+    """One step of the engine, which stands before some segment with the memory that it has there.
+
+    It can ``store`` that memory, ``load`` one that was stored (to stand there again) or ``drop`` it; ``advance``: run
+    the segment without a graph; ``graph``: run it with a graph, and keep the graph; ``backward``: back-propagate
+    through the graph of a segment, and free it.
+    """
+
+    kind: Literal["store", "load", "drop", "advance", "graph", "backward"]
+    segment: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a schedule does for a number of segments, and what it costs. ``print(plan)`` says it in a line.
+
+    Attributes:
+        num_segments: segments of the rollout.
+        recording: the actions of the forward pass; every segment is run once.
+        replay: the actions of the backward pass.
+        memory_bytes, graph_bytes: size of one memory and of one segment's graph, 0 if they were not given.
+        store_on: where stored memories are kept: "device" (where they are), "cpu", or a folder.
+    """
+
+    num_segments: int
+    recording: tuple[Action, ...]
+    replay: tuple[Action, ...]
+    memory_bytes: int = 0
+    graph_bytes: int = 0
+    store_on: str = "device"
+
+    @functools.cached_property
+    def evaluations(self) -> int:
+        """How often the cell is run in both passes together, with or without a graph."""
+        return sum(action.kind in ("advance", "graph") for action in self.recording + self.replay)
+
+    @property
+    def stored_memories(self) -> int:
+        """The most memories that are stored at once."""
+        return self._peak[0]
+
+    @property
+    def live_graphs(self) -> int:
+        """The most segments whose graphs are alive at once."""
+        return self._peak[1]
+
+    @property
+    def bytes(self) -> int:
+        """The most bytes of stored memories (if they stay on the device) and graphs at once."""
+        return self._peak[2]
+
+    @functools.cached_property
+    def _peak(self) -> tuple[int, int, int]:
+        memories = graphs = 0
+        peak = (0, 0, 0)
+        on_device = self.memory_bytes if self.store_on == "device" else 0
+        for action in self.recording + self.replay:
+            memories += {"store": 1, "drop": -1}.get(action.kind, 0)
+            graphs += {"graph": 1, "backward": -1}.get(action.kind, 0)
+            now = (memories, graphs, memories * on_device + graphs * self.graph_bytes)
+            peak = (max(peak[0], now[0]), max(peak[1], now[1]), max(peak[2], now[2]))
+        return peak
+
+    def __str__(self) -> str:
+        where = {"device": "", "cpu": " on the CPU"}.get(self.store_on, f" in {self.store_on}")
+        size = f", {self.bytes / 1e6:,.1f} MB" if self.memory_bytes or self.graph_bytes else ""
+        return (
+            f"{self.num_segments} segments: {self.evaluations} evaluations "
+            f"({self.evaluations / self.num_segments:.2f} per segment), at most {self.stored_memories} stored memories"
+            f"{where} and {self.live_graphs} live graphs{size}"
+        )
+
+
+class Schedule(Protocol):
+    """What ``schedule=`` expects."""
+
+    needs_sizes: bool
+    """Whether the plan depends on the sizes; the engine then measures them on the first segment."""
+
+    def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
+        """The actions for a rollout of ``num_segments``; sizes are those of one memory and of one segment's graph."""
+        ...
+
+
+@dataclass(frozen=True)
+class EveryMemory:
+    """Store the memory before every segment: the paper's Algorithm 1, and the fewest evaluations for one live graph.
+
+    Args:
+        graphs: how many of the last segments keep their graph from the forward pass, so that they are not run twice.
+            With all of them (any number above the number of segments) nothing is run twice, as in plain BPTT.
+    """
+
+    graphs: int = 1
+    needs_sizes = False
+
+    def __post_init__(self) -> None:
+        _at_least_one("graphs", self.graphs)
+
+    def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
+        return _walk(
+            num_segments, self.graphs, lambda first, stop, _: range(first + 1, stop - 1), memory_bytes, graph_bytes
+        )
+
+
+@dataclass(frozen=True)
+class EveryKth:
+    """Store every k-th memory; a block of k is recomputed, and stored for a while, when it is its turn.
+
+    About ``num_segments / k + k`` stored memories for one more evaluation per segment; fewest with k near the root of
+    ``num_segments``. :class:`Binomial` is at least as good at every size; this one is simple to reason about.
+    """
+
+    k: int
+    graphs: int = 1
+    needs_sizes = False
+
+    def __post_init__(self) -> None:
+        _at_least_one("k", self.k)
+        _at_least_one("graphs", self.graphs)
+
+    def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
+        def stores(first: int, stop: int, stored: int) -> range:
+            recording = stored == 1 and stop > self.k
+            return range(self.k, stop - 1, self.k) if recording else range(first + 1, stop - 1)
+
+        return _walk(num_segments, self.graphs, stores, memory_bytes, graph_bytes)
+
+
+@dataclass(frozen=True)
+class Binomial:
+    """At most ``memories`` stored memories, with the fewest evaluations that this allows.
+
+    The optimal schedule of Griewank and Walther (Algorithm 799: revolve, ACM TOMS 26, 2000). With c memories and
+    ``binomial(c + r, c)`` segments, none is run more than r times without a graph. The memory before the first segment
+    counts, although the caller holds it anyway.
+    """
+
+    memories: int
+    graphs: int = 1
+    needs_sizes = False
+
+    def __post_init__(self) -> None:
+        _at_least_one("memories", self.memories)
+        _at_least_one("graphs", self.graphs)
+
+    def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
+        def stores(first: int, stop: int, stored: int) -> Iterable[int]:
+            remaining = stop - first
+            for slots in range(self.memories - stored + 1, 1, -1):
+                if remaining > 1:
+                    remaining -= _first_stretch(remaining, slots)
+                if remaining > 1:
+                    yield stop - remaining
+
+        return _walk(num_segments, self.graphs, stores, memory_bytes, graph_bytes)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The fewest evaluations within a number of bytes, for stored memories and segments' graphs together.
+
+    Keeps graphs where there is room for them, else every memory, else as many as fit. The sizes are measured on the
+    first segment, at the price of one evaluation; the readout's graph, gradients and values come on top.
+    """
+
+    bytes: int
+    needs_sizes = True
+
+    def __post_init__(self) -> None:
+        _at_least_one("bytes", self.bytes)
+
+    def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
+        if memory_bytes + graph_bytes < 1:
+            raise ValueError(
+                "Budget: expected the sizes memory_bytes and graph_bytes, got 0. Ask replay.measure for them"
+            )
+        smallest = graph_bytes + (memory_bytes if num_segments > 1 else 0)
+        if smallest > self.bytes:
+            raise ValueError(
+                f"Budget: {self.bytes} bytes hold less than one segment's graph and one memory, which need {smallest}. "
+                "Cut shorter segments, or allow more"
+            )
+        choices = []
+        most_graphs = min(num_segments, self.bytes // graph_bytes) if graph_bytes else num_segments
+        for graphs in range(1, most_graphs + 1):
+            room = (self.bytes - graphs * graph_bytes) // max(memory_bytes, 1)
+            memories = max(1, min(room, num_segments - graphs))
+            if room or graphs == num_segments:
+                choices.append((_advances(num_segments - graphs + 1, memories), Binomial(memories, graphs)))
+        _, best = min(choices, key=lambda choice: choice[0])
+        return best.plan(num_segments, memory_bytes, graph_bytes)
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Another schedule, with its stored memories moved away from the device.
+
+    Args:
+        schedule: the schedule whose plan is carried out.
+        to: "cpu" (pinned memory and asynchronous copies, where the memory lives on a GPU), or a folder on a disk, in
+            which each rollout makes a temporary folder of its own.
+    """
+
+    schedule: Schedule
+    to: str | PathLike[str] = "cpu"
+
+    @property
+    def needs_sizes(self) -> bool:
+        return self.schedule.needs_sizes
+
+    def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
+        plan = self.schedule.plan(num_segments, memory_bytes, graph_bytes)
+        return dataclasses.replace(plan, store_on=str(self.to))
+
+
+Stores = Callable[[int, int, int], Iterable[int]]
+"""``stores(first, stop, stored)``: where a sweep from ``first`` that ends with the graph of ``stop - 1``
+stores memories.
+
+The memory before ``first`` is stored already; ``stored`` counts all that are.
+"""
+
+
+def _walk(num_segments: int, graphs: int, stores: Stores, memory_bytes: int, graph_bytes: int) -> Plan:
+    """From the last segment to the first: load the nearest stored memory, sweep up to the segment, back-propagate it.
+
+    The first sweep is the forward pass. It ends with the graphs of the last ``graphs`` segments, which count as one.
+    """
+    _at_least_one("num_segments", num_segments)
+    stop = num_segments - min(graphs, num_segments) + 1
+    actions: list[Action] = []
+    recorded = 0
+    stored: list[int] = []
+
+    def do(kind: str, segments: Iterable[int]) -> None:
+        actions.extend(Action(kind, t) for t in segments)  # type: ignore[arg-type]
+
+    while stop > 0:
+        if recorded:
+            do("load", stored[-1:])
+        elif stop > 1:
+            stored.append(0)
+            do("store", [0])
+        at = stored[-1] if stored else 0
+        for position in stores(at, stop, len(stored)):
+            do("advance", range(at, position))
+            do("store", [position])
+            stored.append(position)
+            at = position
+        do("advance", range(at, stop - 1))
+        last = stop if recorded else num_segments
+        do("graph", range(stop - 1, last))
+        recorded = recorded or len(actions)
+        do("backward", reversed(range(stop - 1, last)))
+        stop -= 1
+        while stored and stored[-1] >= stop:
+            do("drop", [stored.pop()])
+    return Plan(
+        num_segments=num_segments,
+        recording=tuple(actions[:recorded]),
+        replay=tuple(actions[recorded:]),
+        memory_bytes=memory_bytes,
+        graph_bytes=graph_bytes,
+    )
+
+
+def _reach(memories: int, repetitions: int) -> int:
+    """How many segments ``memories`` reverse if none is run without a graph more than ``repetitions`` times."""
+    return math.comb(memories + repetitions, memories)
+
+
+def _repetitions(segments: int, memories: int) -> int:
+    r = 0
+    while _reach(memories, r) < segments:
+        r += 1
+    return r
+
+
+def _first_stretch(segments: int, memories: int) -> int:
+    """How far an optimal sweep over ``segments`` (> 1) goes before it stores its second memory."""
+    r = _repetitions(segments, memories)
+    return min(_reach(memories, r - 1), segments - _reach(memories - 1, r - 1))
+
+
+def _advances(segments: int, memories: int) -> int:
+    """The fewest runs without a graph that reverse ``segments``: Griewank and Walther's closed form."""
+    r = _repetitions(segments, memories)
+    return r * segments - _reach(memories + 1, r - 1) if r else 0
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
 
 
 # --- The critical path: record, then replay ---------------------------------------------------------------------------
@@ -596,7 +910,7 @@ class _Rollout:
         graph = self.graphs[t] = _Graph(tree_leaves((value, after)), memory_sources, segment_sources)
         if not self.in_place:
             outputs = [x for x in graph.outputs if isinstance(x, Tensor)]
-            check_reach(self.cell, outputs, [*self.parameters, *graph.sources()])
+            _check_reach(self.cell, outputs, [*self.parameters, *graph.sources()])
         return self._step(t, value, after)
 
     def _upstream(self, t: int) -> bool:
@@ -832,7 +1146,7 @@ class _ReadoutRun:
             grads: Sequence[Tensor | None] = [None] * (len(self.parameters) + len(sources))
             losses.append(None if loss is None else loss.detach())
             if loss is not None and loss.requires_grad:
-                check_reach(self.readout, [loss], [*self.parameters, *sources])
+                _check_reach(self.readout, [loss], [*self.parameters, *sources])
                 grads = torch.autograd.grad(loss, [*self.parameters, *sources], scale, allow_unused=True)
             parameter_grads.add(grads[: len(self.parameters)])
             others += grads[len(self.parameters) :]
@@ -916,6 +1230,103 @@ class _Environment:
             yield
 
 
+# --- What a callable trains, and whether a gradient would be lost on the way ------------------------------------------
+
+
+def _owners(function: Any) -> list[Any]:
+    """The modules and tensors that a callable is, is bound to, or carries as arguments of a ``functools.partial``."""
+    if isinstance(function, (nn.Module, Tensor)):
+        return [function]
+    if isinstance(function, functools.partial):
+        parts = [function.func, *function.args, *function.keywords.values()]
+        return [owner for part in parts for owner in _owners(part)]
+    bound = getattr(function, "__self__", None)
+    wrapped = getattr(function, "__wrapped__", None)
+    return [owner for part in (bound, wrapped) if part is not None for owner in _owners(part)]
+
+
+def _trained_tensors(function: Any, params: Params) -> list[Tensor]:
+    """The tensors that require a gradient, each once, of a callable's owners and of ``params``."""
+    extra = [params] if isinstance(params, (nn.Module, Tensor)) else list(params)
+    found: dict[int, Tensor] = {}
+    for owner in [*_owners(function), *extra]:
+        if isinstance(owner, DistributedDataParallel):
+            raise ValueError(
+                "the cell is wrapped in DistributedDataParallel, which would synchronise once per segment. Wrap "
+                "instead the module whose forward calls the replay, and give the replay the bare cell."
+            )
+        if isinstance(owner, nn.Module) and _is_sharded(owner):
+            raise ValueError(
+                "the cell or readout is sharded by FSDP, which delivers gradients by hooks of its own: use "
+                "replay.accumulate(..., sync=model.set_requires_gradient_sync)."
+            )
+        if not isinstance(owner, (nn.Module, Tensor)):
+            raise ValueError(f"params: expected tensors or modules, got {type(owner).__name__}")
+        named = owner.named_parameters() if isinstance(owner, nn.Module) else [("tensor", owner)]
+        for name, tensor in named:
+            if tensor.requires_grad:
+                found[id(tensor)] = tensor
+                if tensor.is_leaf and tensor._backward_hooks:
+                    raise ValueError(
+                        f"parameter '{name}' has a tensor hook, which replay would run once per segment and once more. "
+                        "Use register_post_accumulate_grad_hook, which runs once."
+                    )
+    return list(found.values())
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if nobody imported it, nothing is sharded by it
+    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
+
+
+def _check_reach(function: Any, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """Raise if the outputs' graph ends in a leaf that is not among ``known``: its gradient would be lost."""
+    leaves = {id(x) for x in known}
+    seen = {x.grad_fn for x in known if x.grad_fn is not None}
+    stack = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    stray = [x for x in outputs if x.is_leaf and x.requires_grad and id(x) not in leaves]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in leaves:
+            stray.append(variable)
+        stack.extend(following for following, _ in node.next_functions if following is not None)
+    if stray:
+        names = ", ".join(_describe(function, x, seen) for x in stray)
+        raise ValueError(
+            f"{_name_of(function)} uses {names}, which requires a gradient and would get none. "
+            "Name it in params=[...], or pass an nn.Module (or a method bound to one) that owns it."
+        )
+
+
+def _describe(function: Any, leaf: Tensor, graph: Container[Any]) -> str:
+    """The name under which a callable sees a leaf, or a tensor derived from it, for error messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    if not inspect.isfunction(function):
+        function = getattr(type(function), "forward", None) or type(function).__call__
+    scope: dict[str, Any] = {}
+    if inspect.isfunction(function):
+        seen = inspect.getclosurevars(function)
+        defaults = {k: v.default for k, v in inspect.signature(function).parameters.items()}
+        scope = {**seen.globals, **seen.nonlocals, **defaults}
+    for name, value in scope.items():
+        inner = value.named_parameters() if isinstance(value, nn.Module) else ()
+        for full_name, x in [(name, value), *((f"{name}.{part}", x) for part, x in inner)]:
+            if x is leaf or (isinstance(x, Tensor) and x.grad_fn in graph):
+                return f"'{full_name}' of shape {tuple(x.shape)}"
+    return f"a tensor of shape {tuple(leaf.shape)}"
+
+
+def _name_of(function: Any) -> str:
+    """What to call a callable in an error message."""
+    return getattr(function, "__qualname__", None) or type(function).__name__
+
+
 # --- What the user handed in ------------------------------------------------------------------------------------------
 
 
@@ -952,7 +1363,7 @@ def _call(cell: Cell, segment: Tree, memory: Tree) -> tuple[Tree, Tree]:
     result = cell(segment, memory)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         got = f"{len(result)} values" if isinstance(result, (tuple, list)) else type(result).__name__
-        raise ValueError(f"a cell returns (value, memory); {name_of(cell)} returned {got}")
+        raise ValueError(f"a cell returns (value, memory); {_name_of(cell)} returned {got}")
     return result[0], result[1]
 
 
@@ -968,7 +1379,7 @@ def _call_readout(
         expected = (
             f"with segment_weights one loss per segment, shape ({len(segments)},)," if several else "a scalar loss"
         )
-        raise ValueError(f"a readout returns {expected} or None; {name_of(readout)} returned {got}")
+        raise ValueError(f"a readout returns {expected} or None; {_name_of(readout)} returned {got}")
     return loss if weights is None else (loss * loss.new_tensor(weights)).sum()
 
 
