@@ -63,7 +63,7 @@ class GenerateCommand:
     """The text to continue; empty begins a document."""
     max_new_tokens: int = 300
     """How many bytes to write."""
-    temperature: float = 0.8
+    temperature: float = 0.9
     """0 always takes the most likely byte; higher is wilder."""
     top_k: int | None = None
     """Choose among so many most likely bytes."""
@@ -149,7 +149,7 @@ def _train(settings: TrainingConfig) -> int:
     print(f"  xz                  {xz:.3f}   (the held-out documents in one stream)")
     if settings.sample_bytes:
         print("\nsample")
-        _write(run.model, GenerateCommand(checkpoint=settings.out, max_new_tokens=settings.sample_bytes))
+        _write(run.model, GenerateCommand(checkpoint=settings.out, prompt="def ", max_new_tokens=settings.sample_bytes))
     print(f"\ncheckpoint  {checkpoints.newest(settings.out)}. Try:")
     print(f"  memformer generate --checkpoint {settings.out} --prompt 'def main('")
     return 0

@@ -116,7 +116,7 @@ class TrainingConfig:
     """Width of the model."""
     slots: int = 16
     """Memory slots."""
-    enc_depth: int = 2
+    enc_depth: int = 1
     """Encoder layers."""
     dec_depth: int = 2
     """Decoder layers."""
@@ -129,11 +129,11 @@ class TrainingConfig:
     dropout: float = 0.0
     """Probability, on every sublayer's output."""
 
-    lanes: int = 8
+    lanes: int = 12
     """Documents read side by side: the batch size."""
     segment_length: int = 64
     """Bytes per segment."""
-    horizon: int = 4
+    horizon: int = 3
     """Segments per rollout: how far gradients go back."""
 
     learning_rate: float = 3e-3

@@ -19,7 +19,7 @@ from .segments import Segment, Targets, cut
 
 __all__ = ["memory_replay_backprop", "rollout"]
 
-READOUT_TOKENS = 2048
+READOUT_TOKENS = 1024
 """Targets per call of the decoder in a rollout: enough for a matrix product to run at its full rate."""
 
 
