@@ -148,7 +148,7 @@ def operations() -> float:
     Replay does what plain BPTT does, and the forward pass of all encoder segments but the last once more.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     from memformer import Memformer, replay
     from memformer.objectives import rollout
@@ -156,9 +156,16 @@ def operations() -> float:
 
     model, (src, tgt) = Memformer(**EXAMPLE), example_input()
     segments = cut(EXAMPLE["enc_max_seq_len"], src, tgt)
-    with FlopCounterMode(display=False) as plain:
+    # torch has no formula of its own for attention on the CPU; its shapes are those of every other attention.
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    formulas = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as plain:
         rollout(model, segments, method=replay.full_bptt).loss.backward()
-    with FlopCounterMode(display=False) as again, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=formulas) as again, torch.no_grad():
         model.encode(segments[0].src)
     return float(plain.get_total_flops() + (SEGMENTS - 1) * again.get_total_flops())
 

@@ -44,7 +44,8 @@ def slot_attention(
     if mask is not None:
         to_segment = to_segment.masked_fill(~mask[:, None, None, :], float("-inf"))
     weights = torch.cat([to_itself, to_segment], -1).softmax(-1)
-    return weights[..., :1] * own_v + weights[..., 1:] @ v
+    on_itself, on_segment = weights.split([1, k.shape[-2]], -1)
+    return on_itself * own_v + on_segment @ v
 
 
 def normalise(memory: Tensor, bias: Tensor) -> Tensor:
