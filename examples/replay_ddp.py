@@ -43,7 +43,11 @@ def train(rank: int, meet: str) -> None:
         model(data).backward()
         optimizer.step()
     checksum = torch.stack([p.detach().double().sum() for p in model.parameters()]).sum()
-    print(f"rank {rank}: parameters sum to {checksum.item():.15f}", flush=True)
+    checksums = [torch.empty_like(checksum) for _ in range(2)]
+    dist.all_gather(checksums, checksum)
+    if rank == 0:  # alone, so that two processes do not write into each other's lines
+        for sender, value in enumerate(checksums):
+            print(f"rank {sender}: parameters sum to {value.item():.15f}")
     dist.destroy_process_group()
 
 
