@@ -1,6 +1,6 @@
 """Memory replay here and in the earlier library (PyPI memformer 0.3.1), on its own README's example, in one run.
 
-    pip install --no-deps --target /tmp/earlier memformer==0.3.1 einops==0.8.1
+    pip install --no-deps --target /tmp/earlier memformer==0.3.1 einops==0.8.2
     python benchmarks/earlier_library.py --earlier /tmp/earlier
 
 Each library lives in a process of its own; their runs take turns. Peak memory is the process's high-water mark during a
