@@ -48,6 +48,7 @@ def train(rank: int, meet: str) -> None:
     if rank == 0:  # alone, so that two processes do not write into each other's lines
         for sender, value in enumerate(checksums):
             print(f"rank {sender}: parameters sum to {value.item():.15f}")
+    dist.barrier()  # nobody leaves while another still needs it
     dist.destroy_process_group()
 
 
