@@ -3,6 +3,7 @@
 Run: python examples/replay_ddp.py
 """
 
+import gc
 import tempfile
 
 import torch
@@ -48,6 +49,8 @@ def train(rank: int, meet: str) -> None:
     if rank == 0:  # alone, so that two processes do not write into each other's lines
         for sender, value in enumerate(checksums):
             print(f"rank {sender}: parameters sum to {value.item():.15f}")
+    del model, optimizer
+    gc.collect()  # DDP is a cycle of references, and would keep the process group until the process exits
     dist.barrier()  # nobody leaves while another still needs it
     dist.destroy_process_group()
 

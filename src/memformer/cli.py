@@ -104,8 +104,8 @@ def _parse(arguments: list[str]) -> Any:
     if arguments[:1] != ["train"] or "--resume" not in arguments or {"-h", "--help"} & set(arguments):
         return parse(arguments)
     # A resumed run has the settings that were saved with it, and flags only say what is to differ.
-    saved = saved_settings(parse(arguments).out)
-    return _parser(dataclasses.replace(saved, out=parse(arguments).out, resume=False))(arguments)
+    out = parse(arguments).out
+    return _parser(dataclasses.replace(saved_settings(out), out=out, resume=False))(arguments)
 
 
 def _parser(training: TrainingConfig) -> Callable[[list[str]], Any]:
@@ -244,7 +244,7 @@ def _write(model: Memformer, command: GenerateCommand) -> None:
 
 def _load(checkpoint: Path, device: str) -> Memformer:
     model = Memformer.from_pretrained(checkpoints.find(checkpoint)).to(choose_device(device)).eval()
-    if VOCABULARY not in (model.config.dec_num_tokens,):
+    if model.config.dec_num_tokens != VOCABULARY:
         raise ValueError(f"{checkpoint}: expected a model of bytes with a decoder, as memformer train makes it")
     return model
 
