@@ -20,6 +20,7 @@ LAYERS = [
     {"memory"},
     {"model"},
     {"objectives", "generation", "data", "checkpoints"},
+    {"inspection"},
     {"training", "bench"},
     {"cli", "hf"},
     {"__init__", "__main__"},

@@ -58,6 +58,20 @@ def test_writer_equals_loops(kind: str, kept: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kept", MASKS)
+def test_attention_on_itself_equals_loops(kind: str, kept: Tensor | None) -> None:
+    """With 1 for the slot's own value and 0 for the tokens', what a head finds is the share on the slot itself."""
+    writer, memory, x = make(kind), randn(BATCH, SLOTS, DIM), randn(BATCH, LENGTH, DIM)
+    q, own_k, _, k, _ = (merge_heads(part) for part in writer.parts(memory, x))
+    ones, zeros = torch.ones_like(q[0]), torch.zeros_like(x[0])
+    found = [
+        naive.slot_attention(q[b], own_k[b], ones, k[b], zeros, HEADS, None if kept is None else kept[b], 0.5).mean(-1)
+        for b in range(BATCH)
+    ]
+    torch.testing.assert_close(writer.attention_on_itself(memory, x, kept), torch.stack(found), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
 def test_slots_do_not_see_each_other(kind: str) -> None:
     writer, memory, x = make(kind), randn(1, SLOTS, DIM), randn(1, LENGTH, DIM)
     before = writer(memory, x)

@@ -1,12 +1,14 @@
 """The memory's writers: how M_{t-1} and a segment's encoding become M_t (paper v2, section 3.3).
 
 Shapes: memory (batch, slots, dim), x (batch, length, dim), mask (batch, length), True where x is kept.
-A writer is a module with ``initial(batch_size)`` and ``forward(memory, x, mask)``, which writes once.
+A writer is a module with ``initial(batch_size)`` and ``forward(memory, x, mask)``, which writes once. One of its
+parameters has a row per slot; all others are shared, so the number of slots may change (:meth:`SlotWriter.resize`).
 """
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from .attention import merge_heads, split_heads
 from .blocks import feed_forward
 
-__all__ = ["GatedWriter", "NormalisedWriter", "normalise", "slot_attention"]
+__all__ = ["GatedWriter", "NormalisedWriter", "SlotWriter", "normalise", "slot_attention", "slot_attention_weights"]
 
 
 def slot_attention(
@@ -38,14 +40,22 @@ def slot_attention(
         mask: (batch, length), True where the segment is kept; None keeps all.
         temperature: below 1 sharpens the attention.
     """
+    on_itself, on_segment = slot_attention_weights(q, own_k, k, mask=mask, temperature=temperature)
+    return on_itself * own_v + on_segment @ v
+
+
+def slot_attention_weights(
+    q: Tensor, own_k: Tensor, k: Tensor, *, mask: Tensor | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The weights a_i of :func:`slot_attention`: on the slot itself, (batch, heads, slots, 1), and on the segment,
+    (batch, heads, slots, length). Together they are 1."""
     q = q / (math.sqrt(q.shape[-1]) * temperature)
     to_itself = (q * own_k).sum(-1, keepdim=True)
     to_segment = q @ k.transpose(-1, -2)
     if mask is not None:
         to_segment = to_segment.masked_fill(~mask[:, None, None, :], float("-inf"))
-    weights = torch.cat([to_itself, to_segment], -1).softmax(-1)
-    on_itself, on_segment = weights.split([1, k.shape[-2]], -1)
-    return on_itself * own_v + on_segment @ v
+    on_itself, on_segment = torch.cat([to_itself, to_segment], -1).softmax(-1).split([1, k.shape[-2]], -1)
+    return on_itself, on_segment
 
 
 def normalise(memory: Tensor, bias: Tensor) -> Tensor:
@@ -53,7 +63,46 @@ def normalise(memory: Tensor, bias: Tensor) -> Tensor:
     return F.normalize(memory + bias, dim=-1)
 
 
-class NormalisedWriter(nn.Module):
+class SlotWriter(nn.Module):
+    """What the writers share: slot attention, and one parameter with a row per slot."""
+
+    per_slot: ClassVar[str]
+    """The name of that parameter, (slots, dim)."""
+
+    def __init__(self, heads: int, temperature: float):
+        super().__init__()
+        self.heads, self.temperature = heads, temperature
+
+    @staticmethod
+    def new_slots(slots: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+        """The per-slot parameter's first values, (slots, dim)."""
+        raise NotImplementedError
+
+    def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
+        """q, own_k, own_v, k, v of :func:`slot_attention`."""
+        raise NotImplementedError
+
+    def attend(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the slots find in themselves and in the segment, (batch, slots, dim)."""
+        return merge_heads(slot_attention(*self.parts(memory, x), mask=mask, temperature=self.temperature))
+
+    def attention_on_itself(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The share of each slot's attention that is on the slot itself, (batch, slots), the mean over heads.
+
+        The rest is on the tokens. It is 1 where the whole segment is masked.
+        """
+        q, own_k, _, k, _ = self.parts(memory, x)
+        on_itself, _ = slot_attention_weights(q, own_k, k, mask=mask, temperature=self.temperature)
+        return on_itself.squeeze(-1).mean(1)
+
+    def resize(self, slots: int, generator: torch.Generator | None = None) -> None:
+        """Keep the first ``slots`` slots; where there are fewer, add new ones as at construction."""
+        old = getattr(self, self.per_slot)
+        new = self.new_slots(max(0, slots - len(old)), old.shape[1], generator).to(old)
+        setattr(self, self.per_slot, nn.Parameter(torch.cat([old.detach()[:slots], new]), old.requires_grad))
+
+
+class NormalisedWriter(SlotWriter):
     """Slot attention with the slot's own value unprojected, then biased normalisation (paper v2).
 
     A slot that attends itself alone is only pulled towards its bias, so it holds content over many segments; slots live
@@ -61,58 +110,68 @@ class NormalisedWriter(nn.Module):
     There is no projection after the heads: it would change a slot that keeps its content.
     """
 
+    per_slot = "bias"
+
     def __init__(self, dim: int, slots: int, heads: int, temperature: float):
-        super().__init__()
-        self.heads, self.temperature = heads, temperature
+        super().__init__(heads, temperature)
         self.norm = nn.LayerNorm(dim)
         self.slot_qk = nn.Linear(dim, 2 * dim, bias=False)
         self.segment_kv = nn.Linear(dim, 2 * dim, bias=False)
-        # A tenth of the sphere's radius: a slot's content has a half-life of about ten segments at the start.
-        self.bias = nn.Parameter(0.1 * F.normalize(torch.randn(slots, dim), dim=-1))
+        self.bias = nn.Parameter(self.new_slots(slots, dim))
         # x has norm sqrt(dim); its values must be of the size of a slot, which is 1, or one write would erase it.
         with torch.no_grad():
             self.segment_kv.weight[dim:].normal_(std=1 / dim)
 
+    @staticmethod
+    def new_slots(slots: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+        # A tenth of the sphere's radius: a slot's content has a half-life of about ten segments at the start.
+        return 0.1 * F.normalize(_randn(slots, dim, generator), dim=-1)
+
     def initial(self, batch_size: int) -> Tensor:
         return F.normalize(self.bias, dim=-1).expand(batch_size, -1, -1)
 
-    def attend(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The slots after slot attention, before they are normalised."""
+    def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
         q, own_k = self.slot_qk(self.norm(memory)).chunk(2, -1)
-        parts = [split_heads(part, self.heads) for part in (q, own_k, memory, *self.segment_kv(x).chunk(2, -1))]
-        return merge_heads(slot_attention(*parts, mask=mask, temperature=self.temperature))
+        return [split_heads(part, self.heads) for part in (q, own_k, memory, *self.segment_kv(x).chunk(2, -1))]
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return normalise(self.attend(memory, x, mask), self.bias)
 
 
-class GatedWriter(nn.Module):
+class GatedWriter(SlotWriter):
     """Slot attention with projected values, a feed-forward, and a GRU that gates the write (the earlier library).
 
     The GRU comes last, so that a slot stays a gated mean of bounded candidates however often it is written.
     """
 
+    per_slot = "slots"
+
     def __init__(self, dim: int, slots: int, heads: int, temperature: float):
-        super().__init__()
-        self.heads, self.temperature = heads, temperature
+        super().__init__(heads, temperature)
         self.norm, self.feed_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.slot_qkv = nn.Linear(dim, 3 * dim)
         self.segment_kv = nn.Linear(dim, 2 * dim)
         self.to_out = nn.Linear(dim, dim)
         self.feed_forward = feed_forward(dim)
         self.gru = nn.GRUCell(dim, dim)
-        self.slots = nn.Parameter(torch.randn(slots, dim))
+        self.slots = nn.Parameter(self.new_slots(slots, dim))
+
+    @staticmethod
+    def new_slots(slots: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+        return _randn(slots, dim, generator)
 
     def initial(self, batch_size: int) -> Tensor:
         return self.slots.expand(batch_size, -1, -1)
 
-    def attend(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the slots found, before the feed-forward and the gate."""
+    def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
         slots, segment = self.slot_qkv(self.norm(memory)).chunk(3, -1), self.segment_kv(x).chunk(2, -1)
-        parts = [split_heads(part, self.heads) for part in (*slots, *segment)]
-        return self.to_out(merge_heads(slot_attention(*parts, mask=mask, temperature=self.temperature)))
+        return [split_heads(part, self.heads) for part in (*slots, *segment)]
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        found = self.attend(memory, x, mask)
+        found = self.to_out(self.attend(memory, x, mask))
         found = found + self.feed_forward(self.feed_norm(found))
         return self.gru(found.flatten(0, 1), memory.flatten(0, 1)).view_as(memory)
+
+
+def _randn(slots: int, dim: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(slots, dim, generator=generator, device=None if generator is None else generator.device)
