@@ -6,6 +6,7 @@ serves all layers of a stack (:class:`ContextProjection`), and because they need
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .positions import attend
@@ -39,6 +40,23 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
         return self.to_out(merge_heads(self.positions(q, k, v, mask, causal)))
+
+    def extend(self, x: Tensor, cache: KeysValues, position: Tensor) -> Tensor:
+        """Causal attention of new tokens over themselves and what the cache holds before them.
+
+        Args:
+            x: (batch, new, dim).
+            cache: of fixed size; the new keys and values are written into it. Beyond the last position it may hold
+                anything.
+            position: (batch, new), where each new token stands, and so its place in the cache.
+        """
+        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
+        keys, values = cache
+        lane = torch.arange(x.shape[0], device=x.device)[:, None]
+        keys[lane, :, position] = self.positions.place(k, position).transpose(1, 2)
+        values[lane, :, position] = v.transpose(1, 2)
+        q = self.positions.place(q, position)
+        return self.to_out(merge_heads(self.positions.look_back(q, keys, values, position)))
 
 
 class CrossAttention(nn.Module):

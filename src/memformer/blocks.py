@@ -37,6 +37,16 @@ class Block(nn.Module):
     ) -> Tensor:
         """``mask`` is for self-attention, ``context_mask`` for the context; both boolean, True where one may look."""
         x = self._add(x, self.self_norm, lambda y: self.self_attention(y, mask, self.causal))
+        return self._after_self_attention(x, context, context_mask)
+
+    def extend(
+        self, x: Tensor, cache: KeysValues, position: Tensor, context: KeysValues, context_mask: Tensor | None = None
+    ) -> Tensor:
+        """New tokens of a causal sequence; see :meth:`SelfAttention.extend`."""
+        x = self._add(x, self.self_norm, lambda y: self.self_attention.extend(y, cache, position))
+        return self._after_self_attention(x, context, context_mask)
+
+    def _after_self_attention(self, x: Tensor, context: KeysValues, context_mask: Tensor | None) -> Tensor:
         x = self._add(x, self.context_norm, lambda y: self.context_attention(y, context, context_mask))
         return self._add(x, self.feed_norm, self.feed_forward)
 

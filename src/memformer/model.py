@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
-from .attention import ContextProjection
+from .attention import ContextProjection, KeysValues
 from .blocks import Block
 from .config import MemformerConfig, Positions, Writer
 from .memory import GatedWriter, NormalisedWriter
@@ -105,6 +106,52 @@ class Decoder(nn.Module):
             x = layer(x, context, mask, context_mask)
         return self.to_logits(self.norm(x))
 
+
+    def new_cache(self, batch_size: int, length: int) -> list[KeysValues]:
+        """Room for the keys and values of ``length`` targets (the start token counted), for :meth:`extend`."""
+        like = self.to_logits.weight
+        heads = self.context_projection.heads
+        shape = (batch_size, heads, length, self.embedding.embedding_dim // heads)
+        return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers]
+
+    def extend(
+        self,
+        tgt: Tensor,
+        position: Tensor,
+        cache: Sequence[KeysValues],
+        contexts: Sequence[KeysValues],
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`forward` for some targets of a segment, with what was computed for those before them.
+
+        Args:
+            tgt: (batch, new) token ids.
+            position: (batch, new), where each stands in its segment; lanes may stand at different places.
+            cache: from :meth:`new_cache`; written in place, at ``position``. Its shapes are fixed, so compiled code
+                serves every position; what lies ahead of a position is not looked at.
+            contexts: ``context_projection(enc_out)``, once per segment.
+            context_mask: (batch, source), True where ``enc_out`` exists; at least once in each lane.
+
+        Returns:
+            The last layer's output (batch, new, dim).
+        """
+        x = self.dropout(self.embedding(tgt))
+        visible = None if context_mask is None else context_mask[:, None, None, :]
+        for layer, kept, context in zip(self.layers, cache, contexts, strict=True):
+            x = layer.extend(x, kept, position, context, visible)
+        return x
+
+    def step(
+        self,
+        token: Tensor,
+        position: Tensor,
+        cache: Sequence[KeysValues],
+        contexts: Sequence[KeysValues],
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """One target per lane, token and position (batch,) -> logits of the next, (batch, tokens). As :meth:`extend`."""
+        x = self.extend(token[:, None], position[:, None], cache, contexts, context_mask)
+        return self.to_logits(self.norm(x[:, 0]))
 
 class Memformer(nn.Module):
     """A Transformer with an external memory of fixed size, for sequences of any length, segment by segment.

@@ -4,6 +4,10 @@ Shapes: q (batch, heads, length, head_dim), k and v (batch, heads, keys, head_di
 queries are the last ``length`` of the ``keys`` positions, so a cached prefix needs no offset. ``mask`` is boolean, True
 where a query may look, and broadcasts to (batch, heads, length, keys).
 
+For a cache of fixed size each part also has ``place(x, position)``, what is to be kept of keys (and asked of queries)
+at those positions, and ``look_back(q, k, v, position)``, causal attention where key j stands at position j and only
+those up to the query's are looked at. ``position`` (batch, length) is a tensor: lanes may stand at different places.
+
 Only distances matter, so padding on either side of a sequence changes nothing.
 """
 
@@ -42,6 +46,12 @@ def relative_distance(length: int, keys: int, device: torch.device) -> Tensor:
     return i[:, None] - torch.arange(keys, device=device)
 
 
+def _back(position: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """(batch, 1, length, keys): the distance back to each key, 0 where the key lies ahead; and where it does not."""
+    distance = (position[..., None] - torch.arange(keys, device=position.device))[:, None]
+    return distance.clamp(min=0), distance >= 0
+
+
 class Rotary(nn.Module):
     """Queries and keys are rotated by their positions, so that q_i . k_j depends on i - j (Su et al., 2021)."""
 
@@ -72,6 +82,13 @@ class Rotary(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         return attend(self.rotate(q, k.shape[-2] - q.shape[-2]), self.rotate(k), v, mask, causal)
+
+    def place(self, x: Tensor, position: Tensor) -> Tensor:
+        cos, sin = (table[position][:, None].to(x.dtype) for table in (self.cos, self.sin))
+        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+    def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        return attend(q, k, v, _back(position, k.shape[-2])[1])
 
 
 class BucketedBias(nn.Module):
@@ -110,6 +127,14 @@ class BucketedBias(nn.Module):
             bias = bias.masked_fill(~mask, float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
+    def place(self, x: Tensor, position: Tensor) -> Tensor:
+        return x
+
+    def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        distance, past = _back(position, k.shape[-2])
+        bias = self.bias(self.bucket(distance[:, 0])).permute(0, 3, 1, 2).to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(~past, float("-inf")))
+
 
 class RelativeEncoding(nn.Module):
     """The paper's simplified relative encoding (v1, section 2.1): one table R of distances, for keys and values.
@@ -135,6 +160,17 @@ class RelativeEncoding(nn.Module):
             logits = logits.masked_fill(~mask, float("-inf"))
         weights = logits.softmax(-1)
         return weights @ v + _key_to_distance(weights) @ rows
+
+    def place(self, x: Tensor, position: Tensor) -> Tensor:
+        return x
+
+    def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        # Key and distance back are each the position less the other, so one gather turns either into the other.
+        distance, past = (x.expand(-1, q.shape[1], -1, -1) for x in _back(position, k.shape[-2]))
+        rows = self.table[self.max_len - 1 : self.max_len - 1 + k.shape[-2]]
+        logits = (q @ k.transpose(-1, -2) + (q @ rows.T).gather(-1, distance)) / math.sqrt(q.shape[-1])
+        weights = logits.masked_fill(~past, float("-inf")).softmax(-1)
+        return weights @ v + (weights.gather(-1, distance) * past) @ rows
 
 
 def _distance_to_key(x: Tensor, keys: int) -> Tensor:
