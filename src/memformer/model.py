@@ -6,10 +6,11 @@ The model does not know the replay engine; ``objectives.py`` joins them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -106,7 +107,6 @@ class Decoder(nn.Module):
             x = layer(x, context, mask, context_mask)
         return self.to_logits(self.norm(x))
 
-
     def new_cache(self, batch_size: int, length: int) -> list[KeysValues]:
         """Room for the keys and values of ``length`` targets (the start token counted), for :meth:`extend`."""
         like = self.to_logits.weight
@@ -152,6 +152,7 @@ class Decoder(nn.Module):
         """One target per lane, token and position (batch,) -> logits of the next, (batch, tokens). As :meth:`extend`."""
         x = self.extend(token[:, None], position[:, None], cache, contexts, context_mask)
         return self.to_logits(self.norm(x[:, 0]))
+
 
 class Memformer(nn.Module):
     """A Transformer with an external memory of fixed size, for sequences of any length, segment by segment.
@@ -241,6 +242,40 @@ class Memformer(nn.Module):
     def get_initial_mem(self, batch_size: int) -> Tensor:
         """The learned memory before the first segment, (batch, slots, dim)."""
         return self.writer.initial(batch_size)
+
+    def resize_memory(self, num_memory_slots: int, *, generator: torch.Generator | None = None) -> None:
+        """Give the memory another number of slots, in place.
+
+        The first slots are kept, with what they have learned; if there are to be more, new ones are added as at
+        construction, drawn from ``generator``; if there are to be fewer, the last ones are dropped. Slots never see
+        each other when they are written, so a kept slot begins as before and, from the same encoder output, is written
+        as before. The encoder reads all slots at once, so its output does change, as it must: by what the new slots
+        hold, or for want of the dropped ones. To grow and then to shrink again gives back the same model, bit by bit.
+
+        A memory that was carried so far needs :meth:`resize_mems`. Build optimisers, and wrap the model for
+        distributed training, after this call: the parameter of the slots is a new one.
+
+        Raises:
+            ValueError: ``num_memory_slots`` is not a whole number of at least 1.
+        """
+        config = dataclasses.replace(self.config, num_memory_slots=num_memory_slots)
+        if config != self.config:
+            self.writer.resize(num_memory_slots, generator)
+            self.config = config
+
+    def resize_mems(self, mems: Tensor) -> Tensor:
+        """A memory carried from before :meth:`resize_memory`, (batch, any number, dim), for the model as it is now.
+
+        The first slots keep what they hold; new ones begin as at the start of a document. (batch, slots, dim).
+
+        Raises:
+            ValueError: not a memory of this model's width and dtype.
+        """
+        dim, dtype = self.config.dim, next(self.writer.parameters()).dtype
+        if not isinstance(mems, Tensor) or mems.dim() != 3 or not _is_tensor(mems, (*mems.shape[:2], dim), dtype):
+            raise ValueError(f"mems: expected {dtype} of shape (batch, slots, {dim}), got {_describe(mems)}")
+        initial = self.get_initial_mem(len(mems))
+        return torch.cat([mems[:, : initial.shape[1]], initial[:, mems.shape[1] :]], 1)
 
     def forward(
         self,
