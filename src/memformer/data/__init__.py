@@ -1,19 +1,36 @@
 """Documents in, batches of segments out."""
 
 from .bytes import START, VOCABULARY, decode, encode
-from .corpora import Document, fingerprint, held_out_split, read_documents, standard_library
+from .corpora import (
+    Document,
+    Tokens,
+    encode_documents,
+    fingerprint,
+    held_out_split,
+    read_documents,
+    standard_library,
+)
 from .lanes import Lanes
+from .tokenizers import BPETokenizer, ByteTokenizer, Decoder, TokenIds, Tokenizer, load_tokenizer
 from .yardsticks import order2_bits_per_byte, xz_bits_per_byte
 
 __all__ = [
     "START",
     "VOCABULARY",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "Decoder",
     "Document",
     "Lanes",
+    "TokenIds",
+    "Tokenizer",
+    "Tokens",
     "decode",
     "encode",
+    "encode_documents",
     "fingerprint",
     "held_out_split",
+    "load_tokenizer",
     "order2_bits_per_byte",
     "read_documents",
     "standard_library",

@@ -1,0 +1,372 @@
+"""Text to token ids and back. Every tokenizer has the objectives' special tokens after its ordinary vocabulary.
+
+``start`` begins a document in the encoder, and the decoder for continuation; ``infill`` and ``recall`` start the
+decoder for those objectives; ``mask`` stands for one masked span.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+__all__ = ["BPETokenizer", "ByteTokenizer", "Decoder", "TokenIds", "Tokenizer", "load_tokenizer"]
+
+CONFIG = "tokenizer_config.json"
+"""The file that names a saved tokenizer's kind."""
+VOCABULARY_FILE = "tokenizer.json"
+"""The vocabulary of the ``tokenizers`` library, where there is one."""
+
+SPECIAL = ("start", "infill", "recall", "mask")
+
+_UNKNOWN_CHARACTER = "\ufffd"
+_BLOCK = 1 << 20
+
+
+class Decoder(Protocol):
+    """Text as its tokens come: each character is returned once it is whole."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """What is certain after these tokens and was not returned before."""
+
+    def flush(self) -> str:
+        """What was held back: half a character becomes U+FFFD."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What training, evaluation and generation need. Ids are 0 to ``vocabulary - 1``; ordinary ones come first."""
+
+    @property
+    def ordinary(self) -> int:
+        """How many ids there are without the special ones."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are with the special ones: ``num_tokens`` of a model."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def infill(self) -> int: ...
+    @property
+    def recall(self) -> int: ...
+    @property
+    def mask(self) -> int: ...
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        """All special ids."""
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """(length,) ids in the smallest unsigned type that holds the ordinary ones; bytes must be UTF-8."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of the ids; special tokens disappear."""
+
+    def decoder(self) -> Decoder:
+        """For text that is shown while it is generated."""
+
+    def save(self, folder: Path) -> None:
+        """Write what :func:`load_tokenizer` reads."""
+
+
+class _SpecialTokens:
+    """The ids that all tokenizers have alike."""
+
+    kind: str
+
+    def __init__(self, ordinary: int):
+        self.ordinary = ordinary
+        self.start, self.infill, self.recall, self.mask = range(ordinary, ordinary + len(SPECIAL))
+        self.dtype = np.min_scalar_type(ordinary - 1)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.ordinary + len(SPECIAL)
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        return (self.start, self.infill, self.recall, self.mask)
+
+    def _ordinary(self, tokens: Iterable[int]) -> list[int]:
+        return [token for token in map(int, tokens) if token < self.ordinary]
+
+    def save(self, folder: Path) -> None:
+        """Write ``tokenizer_config.json``: the kind, the size and the special ids."""
+        config = {"kind": self.kind, "ordinary": self.ordinary, **dict(zip(SPECIAL, self.special, strict=True))}
+        (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class ByteTokenizer(_SpecialTokens):
+    """UTF-8 bytes are ids 0 to 255. Any text, nothing to train, 260 ids."""
+
+    kind = "bytes"
+
+    def __init__(self) -> None:
+        super().__init__(256)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """The text's UTF-8 bytes, (length,) uint8."""
+        return np.frombuffer(text.encode("utf-8") if isinstance(text, str) else text, np.uint8)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text; a byte that is not UTF-8 becomes U+FFFD."""
+        return bytes(self._ordinary(tokens)).decode("utf-8", errors="replace")
+
+    def decoder(self) -> Decoder:
+        return _ByteDecoder(self)
+
+
+class _ByteDecoder:
+    def __init__(self, tokenizer: ByteTokenizer):
+        self._tokenizer, self._utf8 = tokenizer, codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._utf8.decode(bytes(self._tokenizer._ordinary(tokens)))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class BPETokenizer(_SpecialTokens):
+    """A vocabulary of the ``tokenizers`` library: trained on the corpus, or from any ``tokenizer.json``.
+
+    One that :meth:`train` made is byte-level: it represents any text exactly. One from a file may not: what it
+    normalises (case, accents) is lost, a space may be added in front, and a character without a token is refused if the
+    vocabulary has an "unknown" token for it, and dropped by the library if not.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, tokenizer: Any):
+        """``tokenizer``: a ``tokenizers.Tokenizer``. Its own special tokens are ordinary ones here, never added."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError("tokenizer: expected one with a vocabulary, got an empty one")
+        super().__init__(max(vocabulary.values()) + 1)
+        self._tokenizer = tokenizer
+        description = json.loads(tokenizer.to_str())
+        before = description["pre_tokenizer"] or {}
+        byte_level = "ByteLevel" in json.dumps(before)
+        self._unknown = None if byte_level else _unknown_id(description["model"], vocabulary)
+        # Then a line can be encoded without the one before it, and its text comes back exactly.
+        self._cuts = (
+            description["normalizer"] is None
+            and before.get("type") == "ByteLevel"
+            and not before.get("add_prefix_space")
+        )
+
+    @classmethod
+    def train(cls, texts: Iterable[str | bytes], size: int) -> BPETokenizer:
+        """A byte-level BPE of at most ``size`` ordinary tokens, the 256 bytes among them; fewer for a small corpus.
+
+        Raises:
+            ValueError: the size is below 256.
+            ImportError: the library is not installed.
+        """
+        if size < 256:
+            raise ValueError(f"size: expected at least 256, for every byte is a token, got {size}")
+        library = _library()
+        tokenizer = library.Tokenizer(library.models.BPE())
+        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = library.decoders.ByteLevel()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=size,
+            min_frequency=2,
+            initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator((block for text in texts for block in _blocks(_string(text))), trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> BPETokenizer:
+        """Any ``tokenizer.json``; the special tokens come after its ids.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not one.
+            ImportError: the library is not installed.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; expected a tokenizer.json")
+        library = _library()
+        try:
+            tokenizer = library.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from error
+        return cls(tokenizer)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """(length,) ids in the smallest unsigned type that holds them.
+
+        Raises:
+            ValueError: a character has no token.
+        """
+        string = _string(text)
+        pieces = []
+        for block in _blocks(string) if self._cuts else [string]:
+            encoding = self._tokenizer.encode(block, add_special_tokens=False)
+            pieces.append(np.array(encoding.ids, self.dtype))
+            if self._unknown is not None and self._unknown in encoding.ids:
+                first, end = encoding.offsets[encoding.ids.index(self._unknown)]
+                raise ValueError(
+                    f"this tokenizer has no token for {block[first:end]!r} (character {first} of the text): "
+                    "use a byte-level one"
+                )
+        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._tokenizer.decode(self._ordinary(tokens), skip_special_tokens=False)
+
+    def decoder(self) -> Decoder:
+        return _PieceDecoder(self)
+
+    def save(self, folder: Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
+        super().save(folder)
+        (Path(folder) / VOCABULARY_FILE).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+class _PieceDecoder:
+    """Decodes the newest pieces behind the ones shown last, for how a piece reads depends on what stands before it."""
+
+    def __init__(self, tokenizer: BPETokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        """Those that were shown last, and those after them."""
+        self._shown = 0
+        """How many characters of their text were returned."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        new = self._tokenizer._ordinary(tokens)
+        if not new:
+            return ""
+        before = len(self._ids)
+        self._ids += new
+        text = self._tokenizer.decode(self._ids)
+        # The end of a text that stops inside a character is U+FFFD, and may become another one.
+        certain = text.rstrip(_UNKNOWN_CHARACTER)
+        shown, self._shown = self._shown, max(self._shown, len(certain))
+        if certain == text:
+            self._ids = self._ids[before:]
+            self._shown = len(self._tokenizer.decode(self._ids))
+        return certain[shown:]
+
+    def flush(self) -> str:
+        rest = self._tokenizer.decode(self._ids)[self._shown :] if self._ids else ""
+        self._ids, self._shown = [], 0
+        return rest
+
+
+class TokenIds(_SpecialTokens):
+    """For a corpus that is token ids already, 0 to ``size - 1``, without a text; they are shown as numbers."""
+
+    kind = "ids"
+
+    def __init__(self, size: int):
+        if size < 1:
+            raise ValueError(f"size: expected at least 1 token, got {size}")
+        super().__init__(size)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Raises ValueError: there is no text form."""
+        raise ValueError("this vocabulary is token ids without a text form, so no text can be encoded")
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The ordinary ids, separated by spaces."""
+        return " ".join(map(str, self._ordinary(tokens)))
+
+    def decoder(self) -> Decoder:
+        return _IdDecoder(self)
+
+
+class _IdDecoder:
+    def __init__(self, tokenizer: TokenIds):
+        self._tokenizer, self._before = tokenizer, ""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        text = self._tokenizer.decode(tokens)
+        if not text:
+            return ""
+        text, self._before = self._before + text, " "
+        return text
+
+    def flush(self) -> str:
+        return ""
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that was saved in a folder.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+        ValueError: it is damaged, or of a kind that this version does not know.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG}, so no tokenizer was saved here")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind, ordinary, special = config["kind"], config["ordinary"], tuple(config[name] for name in SPECIAL)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    tokenizer: ByteTokenizer | TokenIds | BPETokenizer
+    if kind == ByteTokenizer.kind:
+        tokenizer = ByteTokenizer()
+    elif kind == TokenIds.kind:
+        tokenizer = TokenIds(ordinary)
+    elif kind == BPETokenizer.kind:
+        tokenizer = BPETokenizer.from_file(folder / VOCABULARY_FILE)
+    else:
+        raise ValueError(f"{path}: expected a tokenizer of bytes, bpe or ids, got {kind!r}")
+    if (tokenizer.ordinary, tokenizer.special) != (ordinary, special):
+        raise ValueError(
+            f"{path}: expected {ordinary} ordinary tokens and special ids {special}, got {tokenizer.ordinary} and "
+            f"{tokenizer.special}: the files do not belong together"
+        )
+    return tokenizer
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError as error:
+        raise ImportError(
+            "this tokenizer needs the tokenizers library: pip install 'memformer[bpe]'", name="tokenizers"
+        ) from error
+    return tokenizers
+
+
+def _string(text: str | bytes) -> str:
+    return text if isinstance(text, str) else str(text, "utf-8")
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """The text in blocks that end with a line, for an encoding needs a hundred times the memory of its tokens."""
+    first = 0
+    while len(text) - first > _BLOCK:
+        end = text.rfind("\n", first, first + _BLOCK) + 1 or first + _BLOCK
+        yield text[first:end]
+        first = end
+    yield text[first:]
+
+
+def _unknown_id(model: dict[str, Any], vocabulary: dict[str, int]) -> int | None:
+    """The id that stands for whatever has no token, if there is one."""
+    if model.get("unk_id") is not None:  # unigram
+        return int(model["unk_id"])
+    return vocabulary.get(model.get("unk_token") or "")
