@@ -11,6 +11,7 @@ from .corpora import (
     standard_library,
 )
 from .lanes import Lanes
+from .targets import Mixture, Objective
 from .tokenizers import BPETokenizer, ByteTokenizer, Decoder, TokenIds, Tokenizer, load_tokenizer
 from .yardsticks import order2_bits_per_byte, xz_bits_per_byte
 
@@ -22,6 +23,8 @@ __all__ = [
     "Decoder",
     "Document",
     "Lanes",
+    "Mixture",
+    "Objective",
     "TokenIds",
     "Tokenizer",
     "Tokens",

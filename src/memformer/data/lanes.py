@@ -1,4 +1,4 @@
-"""Documents streamed into the lanes of a batch, segment by segment, for text continuation.
+"""Documents streamed into the lanes of a batch, segment by segment.
 
 In each step every lane holds one segment of its document as source and the next one as target. A document's first step
 has the start token alone as its source, so that every token of every document is predicted exactly once; it carries the
@@ -7,126 +7,248 @@ lane's reset flag. When a document ends, the next one starts in that lane; nothi
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..segments import Segment
+from .corpora import Document, Tokens
+from .targets import Mixture, Objective
 
 __all__ = ["Lanes"]
 
 
-@dataclasses.dataclass
+@dataclass
 class _Lane:
     document: int = -1
     """Its document; -1 before the first and after the last."""
     position: int = 0
     """How many of the document's tokens were targets already."""
+    length: int = 0
+    """How many it has."""
+    tokens: Tokens | None = None
+    """The document, where the lane is this rank's."""
 
 
 class Lanes:
     """An iterator of :class:`~memformer.segments.Segment`, resumable in the middle of a document.
 
+    Every rank follows all lanes and returns the rows of its own, so all ranks together are one process, and the state
+    is the same on each of them. A Segment has ``src`` (lanes of the rank, length) and ``tgt`` (lanes of the rank,
+    length + 1), whose first token is the objective's start token.
+
     Args:
-        documents: the tokens of each, as one-dimensional integer arrays; none may be empty.
-        lanes: batch size.
+        documents: the tokens of each: a one-dimensional integer array (or list, tensor, or what
+            :func:`~memformer.data.encode_documents` returns); none may be empty. A sequence, or any iterable; one that
+            cannot be indexed cannot be shuffled, and a resumed stream goes through it again up to its place.
+        lanes: batch size of all ranks together.
         length: tokens per segment.
-        start: id of the token that starts a document and the decoder.
+        start: id of the token that starts a document, and the decoder for continuation.
         seed: shuffles the documents, anew in every epoch; None keeps their order.
         epochs: how often to go through them; None for ever. At the end, lanes without a document are masked.
+        rank, world_size: which process this is, of how many.
+        objectives: what the targets are; None for text continuation alone.
+        encode: makes such an array of an item of ``documents``, as
+            ``encode=lambda row: tokenizer.encode(row["text"])`` of a row of a Hugging Face dataset. It runs when the
+            item's turn comes, on every rank.
 
     Raises:
-        ValueError: a setting is out of range, or a document is empty.
+        ValueError: a setting is out of range, or a document is empty or not such an array (at once where the documents
+            are a list or the like, else when its turn comes).
     """
 
     def __init__(
         self,
-        documents: Sequence[np.ndarray],
+        documents: Sequence[Any] | Iterable[Any],
         *,
         lanes: int,
         length: int,
         start: int,
         seed: int | None = None,
         epochs: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        objectives: Mixture | None = None,
+        encode: Callable[[Any], Any] | None = None,
     ):
-        if not documents:
-            raise ValueError("documents: expected at least one, got none")
-        for i, document in enumerate(documents):
-            if document.ndim != 1 or not len(document) or not np.issubdtype(document.dtype, np.integer):
-                got = f"{document.dtype} of shape {document.shape}"
-                raise ValueError(
-                    f"documents: expected non-empty one-dimensional integer arrays, got {got} at index {i}"
-                )
         if lanes < 1 or length < 1:
             raise ValueError(f"lanes and length: expected at least 1, got {lanes} and {length}")
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 to world_size - 1, got {rank} of {world_size}")
+        if lanes % world_size:
+            raise ValueError(f"lanes: expected a multiple of the {world_size} ranks that share them, got {lanes}")
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"epochs: expected at least 1, or None for ever, got {epochs}")
         self.documents, self.length, self.start, self.seed, self.epochs = documents, length, start, seed, epochs
+        self.objectives, self._encode = objectives, encode
+        self._indexed = hasattr(documents, "__len__") and hasattr(documents, "__getitem__")
+        if not self._indexed and seed is not None:
+            raise ValueError("seed: documents that cannot be indexed cannot be shuffled; leave the seed out")
+        if not self._indexed and epochs != 1 and iter(documents) is documents:
+            raise ValueError(
+                f"epochs: an iterator can be gone through once, so expected 1, got {epochs}; give something that "
+                "starts anew at each iter()"
+            )
+        if self._indexed and not len(documents):  # type: ignore[arg-type]
+            raise ValueError("documents: expected at least one, got none")
+        if isinstance(documents, Sequence) and encode is None:
+            for index, item in enumerate(documents):
+                self._tokens(index, item)
+        rows = lanes // world_size
+        self._own = range(rank * rows, (rank + 1) * rows)
         self._lanes = [_Lane() for _ in range(lanes)]
-        self._epoch, self._drawn = 0, 0
-        self._order = self._shuffled()
+        self._step = self._epoch = self._drawn = 0
+        self._pass: Iterator[tuple[int, Any]] | None = None
 
     def __iter__(self) -> Iterator[Segment]:
         return self
 
     def __next__(self) -> Segment:
-        for lane in self._lanes:
-            if lane.document < 0 or lane.position >= len(self.documents[lane.document]):
-                lane.document, lane.position = self._draw(), 0
+        for i, lane in enumerate(self._lanes):
+            if lane.position >= lane.length:
+                self._lanes[i] = self._open(i, self._draw())
         if all(lane.document < 0 for lane in self._lanes):
             raise StopIteration
-        count, length = len(self._lanes), self.length
-        src, src_mask = np.zeros((count, length), np.int64), np.zeros((count, length), np.bool_)
-        tgt, tgt_mask = np.zeros((count, length + 1), np.int64), np.zeros((count, length + 1), np.bool_)
-        reset = np.zeros(count, np.bool_)
-        for i, lane in enumerate(self._lanes):
-            if lane.document < 0:
-                continue
-            tokens = self.documents[lane.document]
-            reset[i] = lane.position == 0
-            source = tokens[lane.position - length : lane.position] if lane.position else [self.start]
-            target = tokens[lane.position : lane.position + length]
-            src[i, : len(source)], src_mask[i, : len(source)] = source, True
-            tgt[i, 0], tgt[i, 1 : 1 + len(target)], tgt_mask[i, : 1 + len(target)] = self.start, target, True
-            lane.position += len(target)
-        return Segment(*map(torch.from_numpy, (src, src_mask, reset, tgt, tgt_mask)))
+        segment = self._segment()
+        for lane in self._lanes:
+            lane.position = min(lane.position + self.length, lane.length)
+        self._step += 1
+        return segment
 
     def rollout(self, horizon: int) -> list[Segment]:
         """The next ``horizon`` segments; fewer at the end, and none after it."""
-        return [segment for _, segment in zip(range(horizon), self, strict=False)]
+        return list(itertools.islice(self, horizon))
 
-    def _draw(self) -> int:
-        """The next document's index, or -1 when there is none."""
-        if self._drawn == len(self._order):
-            self._epoch, self._drawn = self._epoch + 1, 0
-            self._order = self._shuffled()
-        if self.epochs is not None and self._epoch >= self.epochs:
-            self._drawn = len(self._order)
-            return -1
-        self._drawn += 1
-        return int(self._order[self._drawn - 1])
+    def _segment(self) -> Segment:
+        """The lanes' places as arrays."""
+        count, length, mixture = len(self._own), self.length, self.objectives
+        src, src_mask = np.zeros((count, length), np.int64), np.zeros((count, length), np.bool_)
+        tgt, tgt_mask = np.zeros((count, length + 1), np.int64), np.zeros((count, length + 1), np.bool_)
+        reset = np.zeros(count, np.bool_)
+        drawn = None if mixture is None else mixture.draw(self._step, len(self._lanes))
+        reach = length if mixture is None else 2 * length
+        for row, i in enumerate(self._own):
+            lane = self._lanes[i]
+            if lane.tokens is None:
+                continue
+            begin = max(lane.position - reach, 0)
+            window = lane.tokens[begin : lane.position + length]
+            past, target, first = window[: lane.position - begin], window[lane.position - begin :], self.start
+            source, before = past[-length:], past[:-length]
+            if drawn is not None and mixture is not None:
+                if drawn[i] == Objective.INFILLING and len(source):
+                    first, target = mixture.starts[Objective.INFILLING], source
+                    source = mixture.damage(source, self._step, i)
+                elif drawn[i] == Objective.RECALL and len(before):
+                    first, target = mixture.starts[Objective.RECALL], before
+            if not lane.position:
+                reset[row], source = True, np.array([self.start])
+            src[row, : len(source)], src_mask[row, : len(source)] = source, True
+            tgt[row, 0], tgt[row, 1 : 1 + len(target)], tgt_mask[row, : 1 + len(target)] = first, target, True
+        return Segment(*map(torch.from_numpy, (src, src_mask, reset, tgt, tgt_mask)))
 
-    def _shuffled(self) -> np.ndarray:
-        if self.seed is None:
-            return np.arange(len(self.documents))
-        return np.random.default_rng([self.seed, self._epoch]).permutation(len(self.documents))
+    def _open(self, i: int, found: tuple[int, Tokens] | None, position: int = 0) -> _Lane:
+        """Lane ``i`` at a place in a document."""
+        if found is None:
+            return _Lane()
+        document, tokens = found
+        return _Lane(document, position, len(tokens), tokens if i in self._own else None)
+
+    def _draw(self) -> tuple[int, Tokens] | None:
+        """The next document with its index, or None when there is none."""
+        while self.epochs is None or self._epoch < self.epochs:
+            if self._pass is None:
+                self._pass = self._begin()
+            for index, item in self._pass:
+                self._drawn += 1
+                return index, self._tokens(index, item)
+            if not self._drawn:
+                raise ValueError("documents: expected at least one, got none")
+            self._pass, self._epoch, self._drawn = None, self._epoch + 1, 0
+        return None
+
+    def _begin(self) -> Iterator[tuple[int, Any]]:
+        """The rest of the epoch's documents, with their indices."""
+        if not self._indexed:
+            return enumerate(self.documents)
+        count = len(self.documents)  # type: ignore[arg-type]
+        order: Sequence[int] | np.ndarray = range(count)
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, self._epoch]).permutation(count)
+        return ((int(i), self.documents[int(i)]) for i in order[self._drawn :])  # type: ignore[index]
+
+    def _tokens(self, index: int, item: Any) -> Tokens:
+        """An item as tokens that can be sliced."""
+        if self._encode is not None:
+            item = self._encode(item)
+        if isinstance(item, list | tuple):
+            item = np.asarray(item, None if len(item) else np.int64)
+        elif isinstance(item, torch.Tensor):
+            item = item.numpy(force=True)
+        dtype, dimensions = getattr(item, "dtype", None), getattr(item, "ndim", 1)
+        if dtype is not None and np.issubdtype(dtype, np.integer) and dimensions == 1 and len(item):
+            return item
+        got = type(item).__name__ if dtype is None else f"{dtype} of shape {getattr(item, 'shape', (len(item),))}"
+        hint = ""
+        if isinstance(item, Document):
+            hint = "; encode_documents(documents, tokenizer) makes arrays of them"
+        elif dtype is None and self._encode is None:
+            hint = "; encode= takes a function that makes one of it"
+        raise ValueError(
+            f"documents: expected non-empty one-dimensional integer arrays, got {got} at index {index}{hint}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as numbers alone."""
-        lanes = [dataclasses.asdict(lane) for lane in self._lanes]
-        return {"epoch": self._epoch, "drawn": self._drawn, "seed": self.seed, "lanes": lanes}
+        """Where the stream stands, as numbers alone; the same on every rank."""
+        lanes = [{"document": lane.document, "position": lane.position} for lane in self._lanes]
+        return {
+            "step": self._step,
+            "epoch": self._epoch,
+            "drawn": self._drawn,
+            "seed": self.seed,
+            "length": self.length,
+            "lanes": lanes,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where :meth:`state_dict` was taken, over the same documents.
+        """Go on from where :meth:`state_dict` was taken, over the same documents; the number of ranks may differ.
 
         Raises:
-            ValueError: the state has another number of lanes or another seed.
+            ValueError: the state has another number of lanes, another length of segments or another seed, or the
+                documents are not the same.
         """
         if len(state["lanes"]) != len(self._lanes):
             raise ValueError(f"lanes: expected the {len(state['lanes'])} of the saved stream, got {len(self._lanes)}")
-        if state["seed"] != self.seed:
-            raise ValueError(f"seed: expected {state['seed']}, that of the saved stream, got {self.seed}")
-        self._epoch, self._drawn = state["epoch"], state["drawn"]
-        self._lanes = [_Lane(**lane) for lane in state["lanes"]]
-        self._order = self._shuffled()
+        for name, now in (("seed", self.seed), ("length", self.length)):
+            if state[name] != now:
+                raise ValueError(f"{name}: expected {state[name]}, that of the saved stream, got {now}")
+        self._step, self._epoch, self._drawn = state["step"], state["epoch"], state["drawn"]
+        found = self._find({lane["document"] for lane in state["lanes"]} - {-1})
+        for i, lane in enumerate(state["lanes"]):
+            document = lane["document"]
+            place = None if document < 0 else (document, found[document])
+            self._lanes[i] = self._open(i, place, lane["position"])
+            if self._lanes[i].position > self._lanes[i].length:
+                raise ValueError(f"documents: not those of the saved stream, document {document} was longer")
+
+    def _find(self, wanted: set[int]) -> dict[int, Tokens]:
+        """The documents of these indices, the pass standing behind those that were drawn."""
+        missing = "documents: not those of the saved stream, there were more"
+        if self._indexed:
+            self._pass = None
+            if max(wanted, default=-1) >= len(self.documents):  # type: ignore[arg-type]
+                raise ValueError(missing)
+            return {i: self._tokens(i, self.documents[i]) for i in wanted}  # type: ignore[index]
+        self._pass = self._begin()
+        found = {i: self._tokens(i, item) for i, item in itertools.islice(self._pass, self._drawn) if i in wanted}
+        # The others are of the epoch before.
+        rest = wanted - found.keys()
+        again = itertools.islice(self._begin(), max(rest) + 1) if rest else ()
+        found |= {i: self._tokens(i, item) for i, item in again if i in rest}
+        if wanted - found.keys():
+            raise ValueError(missing)
+        return found
