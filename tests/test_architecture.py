@@ -73,7 +73,7 @@ def test_imports_point_down() -> None:
 def test_the_chain_of_the_model() -> None:
     """The reader of imports sees what is there."""
     assert own_imports("attention") == {"positions"}
-    assert own_imports("blocks") == {"attention"}
+    assert own_imports("blocks") == {"attention", "positions"}
     assert own_imports("memory") == {"attention", "blocks"}
     assert own_imports("model") >= {"attention", "blocks", "config", "memory", "positions"}
     assert "replay" not in own_imports("model"), "the model does not know the engine"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .positions import attend
+from .positions import Positional, attend
 
 __all__ = ["ContextProjection", "CrossAttention", "SelfAttention", "merge_heads", "split_heads"]
 
@@ -30,7 +30,7 @@ def merge_heads(x: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Attention of a sequence over itself; ``positions`` does the attending (see ``positions.py``)."""
 
-    def __init__(self, dim: int, heads: int, positions: nn.Module):
+    def __init__(self, dim: int, heads: int, positions: Positional):
         super().__init__()
         self.heads = heads
         self.positions = positions

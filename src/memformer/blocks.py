@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .attention import CrossAttention, KeysValues, SelfAttention
+from .positions import Positional
 
 __all__ = ["Block", "feed_forward"]
 
@@ -23,7 +24,7 @@ class Block(nn.Module):
     context is the encoder's output and self-attention is causal.
     """
 
-    def __init__(self, dim: int, heads: int, positions: nn.Module, causal: bool, dropout: float):
+    def __init__(self, dim: int, heads: int, positions: Positional, causal: bool, dropout: float):
         super().__init__()
         self.causal = causal
         self.self_norm, self.context_norm, self.feed_norm = (nn.LayerNorm(dim) for _ in range(3))

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from .attention import ContextProjection, KeysValues
 from .blocks import Block
 from .config import MemformerConfig, Positions, Writer
 from .memory import GatedWriter, NormalisedWriter
-from .positions import BucketedBias, RelativeEncoding, Rotary, causal_mask
+from .positions import BucketedBias, Positional, RelativeEncoding, Rotary, causal_mask
 
 __all__ = ["Decoder", "EncOnlyResults", "Encoder", "Memformer", "Results", "token_losses"]
 
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
         """
         x = self.dropout(self.embedding(tgt))
         visible = None if context_mask is None else context_mask[:, None, None, :]
-        for layer, kept, context in zip(self.layers, cache, contexts, strict=True):
+        for layer, kept, context in zip(cast("list[Block]", self.layers), cache, contexts, strict=True):
             x = layer.extend(x, kept, position, context, visible)
         return x
 
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         contexts: Sequence[KeysValues],
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """One target per lane, token and position (batch,) -> logits of the next, (batch, tokens). As :meth:`extend`."""
+        """One target per lane, token and position (batch,) -> logits (batch, tokens) of the next. See `extend`."""
         x = self.extend(token[:, None], position[:, None], cache, contexts, context_mask)
         return self.to_logits(self.norm(x[:, 0]))
 
@@ -452,7 +452,7 @@ def token_losses(
 
 
 def _layers(config: MemformerConfig, depth: int, heads: int, max_len: int, causal: bool) -> list[Block]:
-    def positions() -> nn.Module:
+    def positions() -> Positional:
         head_dim = config.dim // heads
         if config.positions == "bucketed":
             return BucketedBias(heads, causal)

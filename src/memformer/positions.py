@@ -4,9 +4,7 @@ Shapes: q (batch, heads, length, head_dim), k and v (batch, heads, keys, head_di
 queries are the last ``length`` of the ``keys`` positions, so a cached prefix needs no offset. ``mask`` is boolean, True
 where a query may look, and broadcasts to (batch, heads, length, keys).
 
-For a cache of fixed size each part also has ``place(x, position)``, what is to be kept of keys (and asked of queries)
-at those positions, and ``look_back(q, k, v, position)``, causal attention where key j stands at position j and only
-those up to the query's are looked at. ``position`` (batch, length) is a tensor: lanes may stand at different places.
+A cache of fixed size needs two more methods, see :class:`Positional`.
 
 Only distances matter, so padding on either side of a sequence changes nothing.
 """
@@ -20,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BucketedBias", "RelativeEncoding", "Rotary", "attend", "causal_mask"]
+__all__ = ["BucketedBias", "Positional", "RelativeEncoding", "Rotary", "attend", "causal_mask"]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -52,7 +50,19 @@ def _back(position: Tensor, keys: int) -> tuple[Tensor, Tensor]:
     return distance.clamp(min=0), distance >= 0
 
 
-class Rotary(nn.Module):
+class Positional(nn.Module):
+    """What the three have in common. ``position`` (batch, length): where each query stands; lanes may differ."""
+
+    def place(self, x: Tensor, position: Tensor) -> Tensor:
+        """Queries, or keys as a cache is to keep them, at those positions."""
+        return x
+
+    def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        """Causal attention where key j stands at position j; what lies ahead of a query may be anything finite."""
+        raise NotImplementedError
+
+
+class Rotary(Positional):
     """Queries and keys are rotated by their positions, so that q_i . k_j depends on i - j (Su et al., 2021)."""
 
     cos: Tensor
@@ -91,7 +101,7 @@ class Rotary(nn.Module):
         return attend(q, k, v, _back(position, k.shape[-2])[1])
 
 
-class BucketedBias(nn.Module):
+class BucketedBias(Positional):
     """A learned bias per head and bucket of distances, added to the logits (Raffel et al., T5; the earlier library).
 
     Half of the buckets count single distances, the rest grow logarithmically up to ``max_distance``. Without
@@ -127,16 +137,13 @@ class BucketedBias(nn.Module):
             bias = bias.masked_fill(~mask, float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-    def place(self, x: Tensor, position: Tensor) -> Tensor:
-        return x
-
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         distance, past = _back(position, k.shape[-2])
         bias = self.bias(self.bucket(distance[:, 0])).permute(0, 3, 1, 2).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(~past, float("-inf")))
 
 
-class RelativeEncoding(nn.Module):
+class RelativeEncoding(Positional):
     """The paper's simplified relative encoding (v1, section 2.1): one table R of distances, for keys and values.
 
     A_ij = q_i . (k_j + R_{i-j}) ; out_i = sum_j softmax(A)_ij (v_j + R_{i-j}). The table is shared by the heads.
@@ -160,9 +167,6 @@ class RelativeEncoding(nn.Module):
             logits = logits.masked_fill(~mask, float("-inf"))
         weights = logits.softmax(-1)
         return weights @ v + _key_to_distance(weights) @ rows
-
-    def place(self, x: Tensor, position: Tensor) -> Tensor:
-        return x
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         # Key and distance back are each the position less the other, so one gather turns either into the other.

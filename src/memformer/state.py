@@ -1,0 +1,227 @@
+"""What a Memformer remembers of a stream: a memory of fixed size and at most two segments of tokens per lane.
+
+A stream of tokens is cut into segments. The decoder writes the pending one while it looks at the encoding of the last
+whole one, which reads the memory of all before. When the pending segment is full it becomes the last whole one, and
+the memory is written. So a lane's state is, however much was read, slots x dim numbers and two segments of tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .config import MemformerConfig
+
+__all__ = ["MemoryState", "fingerprint"]
+
+_FORMAT = "1"
+
+
+class _Model(Protocol):
+    config: MemformerConfig
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryState:
+    """The state of a batch of lanes, which may stand at different places. Every operation gives a new one.
+
+    Attributes:
+        memory: (batch, slots, dim), before ``segment`` is written. Zero in a lane that has not read a whole segment: it
+            stands before the model's initial memory.
+        segment: (batch, length), the last whole segment; before there is one, the start token.
+        pending: (batch, length), the segment that is being read or written, filled up with the start token.
+        position: (batch,), how many tokens were read or written, the start token not counted.
+        start: the token that starts a document and the decoder.
+    """
+
+    memory: Tensor
+    segment: Tensor
+    pending: Tensor
+    position: Tensor
+    start: int
+
+    @classmethod
+    def new(cls, batch_size: int, length: int, start: int, like: Tensor) -> MemoryState:
+        """Lanes that have read nothing. ``like``: (slots, dim), whose size, dtype and device the memory is to have."""
+        tokens = torch.full((batch_size, length), start, device=like.device)
+        memory = like.new_zeros(batch_size, *like.shape)
+        return cls(memory, tokens, tokens.clone(), tokens.new_zeros(batch_size), start)
+
+    @property
+    def batch_size(self) -> int:
+        return self.position.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a segment."""
+        return self.pending.shape[1]
+
+    @property
+    def fresh(self) -> Tensor:
+        """(batch,), True in lanes that have not read a whole segment: they still stand before the initial memory."""
+        return self.position < self.length
+
+    @property
+    def filled(self) -> Tensor:
+        """(batch,), how many tokens are pending; at most length - 1, for a full segment is pending no more."""
+        return self.position % self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Of all lanes; constant, whatever was read."""
+        return sum(x.nbytes for x in self._tensors().values())
+
+    def detach(self) -> MemoryState:
+        return dataclasses.replace(self, memory=self.memory.detach())
+
+    def clone(self) -> MemoryState:
+        return self._map(torch.clone)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
+        """On another device; ``dtype`` is the memory's alone."""
+        moved = self._map(lambda x: x.to(device or x.device))
+        return dataclasses.replace(moved, memory=moved.memory.to(dtype))
+
+    def reset(self, lanes: Tensor | Sequence[int]) -> MemoryState:
+        """Those lanes begin a new document. ``lanes``: indices, or a boolean (batch,)."""
+        lanes, state = self._indices(lanes), self.clone()
+        for name, x in state._tensors().items():
+            x[lanes] = self.start if name in ("segment", "pending") else 0
+        return state
+
+    def select(self, lanes: Tensor | Sequence[int]) -> MemoryState:
+        """Those lanes, in that order; a lane may come more than once. ``lanes``: indices, or a boolean (batch,)."""
+        lanes = self._indices(lanes)
+        return self._map(lambda x: x[lanes])
+
+    def reorder(self, parents: Tensor | Sequence[int]) -> MemoryState:
+        """Beams that live on: lane i continues lane ``parents[i]``; as many as there are."""
+        if len(parents) != self.batch_size:
+            raise ValueError(f"reorder: expected {self.batch_size} lanes, as many as there are, got {len(parents)}")
+        return self.select(torch.as_tensor(parents, dtype=torch.int64))
+
+    @staticmethod
+    def cat(states: Sequence[MemoryState]) -> MemoryState:
+        """All lanes of several states of one model, in order."""
+        if not states:
+            raise ValueError("cat: expected at least one state")
+        kinds = {(s.start, s.length, s.memory.shape[1:], s.memory.dtype, s.memory.device) for s in states}
+        if len(kinds) > 1:
+            raise ValueError(
+                "cat: the states differ in start token, segment length, memory's shape, dtype or device: "
+                + "; ".join(str(kind) for kind in sorted(kinds, key=str))
+            )
+        parts = [state._tensors() for state in states]
+        return MemoryState(**{k: torch.cat([part[k] for part in parts]) for k in parts[0]}, start=states[0].start)
+
+    def split(self, sizes: int | Sequence[int] = 1) -> list[MemoryState]:
+        """The lanes in groups of those sizes, or of one size; the inverse of :meth:`cat`."""
+        lanes = torch.arange(self.batch_size, device=self.position.device)
+        return [self.select(group) for group in lanes.split(sizes if isinstance(sizes, int) else list(sizes))]
+
+    def pad_to(self, batch_size: int) -> MemoryState:
+        """With lanes that have read nothing added behind."""
+        if batch_size < self.batch_size:
+            raise ValueError(f"pad_to: expected at least the {self.batch_size} lanes there are, got {batch_size}")
+        added = MemoryState.new(
+            batch_size - self.batch_size, self.length, self.start, self.memory.new_zeros(self.memory.shape[1:])
+        )
+        return MemoryState.cat([self, added])
+
+    def save(self, path: str | Path, model: _Model) -> None:
+        """Write a safetensors file that only ``model`` can go on from. The file is replaced whole or not at all."""
+        tensors = {name: x.contiguous().cpu() for name, x in self._tensors().items()}
+        header = {
+            "memformer_state": _FORMAT,
+            "start": str(self.start),
+            "fingerprint": fingerprint(model),
+            "config": json.dumps(model.config.to_dict()),
+            "checksum": _sha256(tensors, str(self.start)),
+        }
+        path = Path(path).resolve()
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+        try:
+            with unfinished.open("wb") as file:
+                file.write(save(tensors, header))
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, model: _Model) -> MemoryState:
+        """What :meth:`save` wrote, bit by bit, on the model's device.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: the file is damaged, not a state, or was written with another model.
+        """
+        path = Path(path)
+        with path.open("rb"):
+            pass  # its own errors are the clearest
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: truncated, or not a state file ({error})") from error
+        if header.get("memformer_state") != _FORMAT or sorted(tensors) != ["memory", "pending", "position", "segment"]:
+            raise ValueError(f"{path}: not a state file, as MemoryState.save writes it")
+        if header.get("checksum") != _sha256(tensors, header.get("start", "")):
+            raise ValueError(f"{path}: damaged: its contents are not those that were written")
+        if header.get("fingerprint") != fingerprint(model):
+            raise ValueError(f"{path}: written with another model: {_difference(header, model)}")
+        return cls(**tensors, start=int(header["start"])).to(next(iter(model.state_dict().values())).device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"memory": self.memory, "segment": self.segment, "pending": self.pending, "position": self.position}
+
+    def _map(self, function: Any) -> MemoryState:
+        return MemoryState(**{name: function(x) for name, x in self._tensors().items()}, start=self.start)
+
+    def _indices(self, lanes: Tensor | Sequence[int]) -> Tensor:
+        device = self.position.device
+        lanes = lanes.to(device) if isinstance(lanes, Tensor) else torch.tensor(lanes, dtype=torch.int64, device=device)
+        if lanes.dtype == torch.bool and lanes.shape == (self.batch_size,):
+            return lanes.nonzero()[:, 0]
+        integers = lanes.dim() == 1 and lanes.dtype in (torch.int64, torch.int32)
+        if not integers or ((lanes < 0) | (lanes >= self.batch_size)).any():
+            raise ValueError(
+                f"lanes: expected indices from 0 to {self.batch_size - 1}, or torch.bool of shape "
+                f"({self.batch_size},), got {lanes.dtype} of shape {tuple(lanes.shape)}: {lanes.tolist()}"
+            )
+        return lanes
+
+
+def fingerprint(model: _Model) -> str:
+    """A model's settings and weights, to the bit, as 64 hexadecimal digits."""
+    return _sha256(model.state_dict(), json.dumps(model.config.to_dict(), sort_keys=True))
+
+
+def _sha256(tensors: dict[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _difference(header: dict[str, str], model: _Model) -> str:
+    theirs, ours = json.loads(header["config"]), model.config.to_dict()
+    settings = [f"{k} {theirs.get(k)!r} there, {ours[k]!r} here" for k in ours if theirs.get(k) != ours[k]]
+    prints = f"fingerprint {header['fingerprint'][:12]} there, {fingerprint(model)[:12]} here"
+    return "; ".join(settings or ["the same settings, other weights"]) + f" ({prints})"
