@@ -129,7 +129,7 @@ class Lanes:
         src, src_mask = np.zeros((count, length), np.int64), np.zeros((count, length), np.bool_)
         tgt, tgt_mask = np.zeros((count, length + 1), np.int64), np.zeros((count, length + 1), np.bool_)
         reset = np.zeros(count, np.bool_)
-        drawn = None if mixture is None else mixture.draw(self._step, len(self._lanes))
+        drawn = None if mixture is None else mixture.draw(self._step, len(self._lanes), length)
         reach = length if mixture is None else 2 * length
         for row, i in enumerate(self._own):
             lane = self._lanes[i]
@@ -139,11 +139,12 @@ class Lanes:
             window = lane.tokens[begin : lane.position + length]
             past, target, first = window[: lane.position - begin], window[lane.position - begin :], self.start
             source, before = past[-length:], past[:-length]
-            if drawn is not None and mixture is not None:
-                if drawn[i] == Objective.INFILLING and len(source):
+            if mixture is not None and drawn is not None:
+                objectives, uniform = drawn
+                if objectives[i] == Objective.INFILLING and len(source):
                     first, target = mixture.starts[Objective.INFILLING], source
-                    source = mixture.damage(source, self._step, i)
-                elif drawn[i] == Objective.RECALL and len(before):
+                    source = mixture.damage(source, uniform[i])
+                elif objectives[i] == Objective.RECALL and len(before):
                     first, target = mixture.starts[Objective.RECALL], before
             if not lane.position:
                 reset[row], source = True, np.array([self.start])

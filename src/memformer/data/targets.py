@@ -70,29 +70,43 @@ class Mixture:
         self.starts = {Objective.INFILLING: tokenizer.infill, Objective.RECALL: tokenizer.recall}
         self.mask, self.masked, self.span, self.seed = tokenizer.mask, masked, span, seed
         self.odds = np.array(odds) / sum(odds)
+        # Its distribution function, as far as it is below 1 in double precision.
+        lengths = np.arange(1, int(span + 12 * np.sqrt(span)) + 20)
+        self._poisson = np.exp(np.append(0, np.log(span / lengths)).cumsum() - span).cumsum()
 
-    def draw(self, step: int, lanes: int) -> np.ndarray:
-        """(lanes,) one :class:`Objective` for each lane."""
-        uniform = np.random.default_rng([_STREAM, self.seed, step]).random(lanes)
-        # The last sum may be 1 - 1e-16.
-        return np.searchsorted(self.odds.cumsum()[:-1], uniform, side="right")
+    def draw(self, step: int, lanes: int, length: int) -> tuple[list[int], np.ndarray]:
+        """``(objectives, uniform)``: one :class:`Objective` for each lane, and (lanes, n) what :meth:`damage` needs.
 
-    def damage(self, source: np.ndarray, step: int, lane: int) -> np.ndarray:
+        ``length`` is that of the segments.
+        """
+        generator = np.random.default_rng([_STREAM, self.seed, step])
+        uniform = generator.random((lanes, 1 + self._hidden(length) + length + 1))
+        objectives = np.searchsorted(self.odds.cumsum()[:-1], uniform[:, 0], side="right")
+        return objectives.tolist(), uniform[:, 1:]
+
+    def damage(self, source: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """A source with spans of it replaced by one mask token each; never longer than it was.
 
         Lengths are drawn from Poisson's distribution until the share is hidden, and the last one is cut to it. A span
         of length zero hides nothing and inserts a mask (as in BART). Between two spans some token is kept.
+
+        Args:
+            source: (length,) tokens.
+            uniform: independent numbers in [0, 1), at least as many as hidden and all tokens of the source, and one.
         """
-        generator = np.random.default_rng([_STREAM, self.seed, step, lane + 1])
-        size = len(source)
-        budget = max(1, round(self.masked * size))
-        hidden = np.minimum(generator.poisson(self.span, budget).cumsum(), budget)
-        hidden = hidden[: int(np.searchsorted(hidden, budget)) + 1]
+        limit = self._hidden(len(source))
+        ends = np.minimum(np.searchsorted(self._poisson, uniform[:limit], side="right").cumsum(), limit)
+        ends = ends[: int(np.searchsorted(ends, limit)) + 1]
+        kept = len(source) - int(ends[-1])
         # Each span lies in a gap of its own among the tokens that are kept.
-        gaps = np.sort(generator.permutation(size - hidden[-1] + 1)[: len(hidden)])
-        first = gaps + np.concatenate([[0], hidden[:-1]])
-        edges = np.zeros(size + 1, np.int64)
-        edges[first] += 1
-        edges[gaps + hidden] -= 1
-        kept = source[edges.cumsum()[:-1] == 0]
-        return np.insert(kept.astype(np.int64), gaps, self.mask)
+        gaps = uniform[limit : limit + kept + 1].argsort()[: len(ends)]
+        spans = np.zeros(kept + 1, np.int64)
+        spans[gaps] = 1
+        before = spans.cumsum()[:kept]  # how many spans lie before each kept token
+        damaged = np.full(kept + len(ends), self.mask, np.int64)
+        place = np.arange(kept)
+        damaged[place + before] = source[place + np.append(0, ends)[before]]
+        return damaged
+
+    def _hidden(self, length: int) -> int:
+        return max(1, round(self.masked * length))
