@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import MISSING
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memformer import Memformer
+from memformer.settings import TrainingConfig
 
 VOCABULARY = 11
 WRITERS = ["normalised", "gated"]
@@ -66,3 +69,13 @@ def assert_same_grads(
         # 1e-14: gradients that are zero in exact arithmetic (a key's bias, say) are rounding errors in both.
         atol = max(rtol * float(grad.abs().max()), 1e-14)
         torch.testing.assert_close(actual[name], grad, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def training_settings(**flat: Any) -> TrainingConfig:
+    """A :class:`TrainingConfig` from settings named without their sections."""
+    given: dict[str, Any] = {}
+    for f in dataclasses.fields(TrainingConfig):
+        if f.default_factory is not MISSING:
+            names = {inner.name for inner in dataclasses.fields(f.default_factory)}
+            given[f.name] = f.default_factory(**{name: flat.pop(name) for name in names & set(flat)})
+    return TrainingConfig(**given, **flat)

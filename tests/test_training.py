@@ -1,18 +1,23 @@
 """Training runs: interrupted and resumed equals uninterrupted, bit for bit; nothing is lost when saving fails."""
 
+import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from helpers import training_settings
 from memformer import Memformer, checkpoints
-from memformer.config import TrainingConfig
-from memformer.data import START, Document
-from memformer.training import Run, evaluate, saved_settings
+from memformer.data import ByteTokenizer, load_tokenizer
+from memformer.evaluation import HeldOut
+from memformer.settings import read_yaml
+from memformer.training import Run, StepMetrics, saved_settings
 
 WORDS = "the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
+CLOCK = ("tokens_per_second", "seconds")
 
 
 @pytest.fixture
@@ -29,9 +34,14 @@ def settings(tmp_path):
             lanes=2, segment_length=8, horizon=3, warmup=2, log_every=1, save_every=2, dropout=0.2,
             learning_rate=1e-2, device="cpu",
         )  # fmt: skip
-        return TrainingConfig(**{**given, **changes})
+        return training_settings(**{**given, **changes})
 
     return make
+
+
+def trained(settings, **how):
+    run = Run(settings, **how)
+    return run, list(run.train())
 
 
 def weights(run_or_folder):
@@ -42,25 +52,36 @@ def weights(run_or_folder):
 def lines(out):
     """The metrics of a run, without those of the clock."""
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in event.items() if k not in ("tokens_per_second", "seconds")} for event in events]
+    return [{k: v for k, v in event.items() if k not in CLOCK} for event in events]
 
 
-@pytest.mark.parametrize("interrupted_after", [1, 2, 5])
-def test_interrupted_and_resumed_equals_uninterrupted(settings, tmp_path, interrupted_after):
-    whole = Run(settings(out=tmp_path / "whole"))
-    list(whole.train())
-    first = Run(settings())
+EVERYTHING = dict(
+    tokenizer="bpe", vocabulary=300, continuation=0.6, infilling=0.3, recall=0.1, horizon_start=2, horizon_steps=4,
+    accumulate=2, graphs=2, ema=0.9, eval_every=2, patience=4, tie_embeddings=True, mem_updates=2,
+)  # fmt: skip
+
+
+# --- Resuming
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("interrupted_after", [1, 2, 4])
+def test_interrupted_and_resumed_equals_uninterrupted(settings, tmp_path, interrupted_after, options):
+    whole, _ = trained(settings(out=tmp_path / "whole", **options))
+    first = Run(settings(**options))
     for metrics in first.train():
         if metrics.step == interrupted_after:
             first.stop()
-    assert first.step <= interrupted_after + 1 < 7
-    second = Run(settings(resume=True))
+    assert first.step == interrupted_after + 1
+    second = Run(settings(resume=True, **options))
     assert second.step == first.step
     list(second.train())
     assert_close(weights(second), weights(whole), rtol=0, atol=0)
+    assert_close(second.average, whole.average, rtol=0, atol=0)
     assert_close(second.memory, whole.memory, rtol=0, atol=0)
+    assert (second.best, second.stopped_early) == (whole.best, whole.stopped_early)
     kept = lines(tmp_path / "run")
-    assert [line["step"] for line in kept] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in kept if line["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert kept == lines(tmp_path / "whole")
 
 
@@ -76,33 +97,204 @@ def test_a_run_that_lost_its_last_steps_repeats_them(settings, tmp_path):
     assert resumed.step == 3
     list(resumed.train())
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
-    again = Run(settings(steps=5, out=tmp_path / "again"))
-    list(again.train())
+    again, _ = trained(settings(steps=5, out=tmp_path / "again"))
     assert_close(weights(resumed), weights(again), rtol=0, atol=0)
+
+
+def test_the_saved_settings_repeat_the_run(settings, tmp_path):
+    first, _ = trained(settings(steps=2, **EVERYTHING))
+    assert saved_settings(tmp_path / "run") == first.settings
+    again = dataclasses.replace(read_yaml(tmp_path / "run" / "run.yaml", settings()), out=tmp_path / "again")
+    second, _ = trained(again)
+    assert_close(weights(second), weights(first), rtol=0, atol=0)
+
+
+def test_data_may_move_and_output_may_change(settings, tmp_path):
+    trained(settings(steps=2))
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    run = Run(settings(resume=True, data=(tmp_path / "moved",), log_every=3, keep=5, eval_every=2))
+    assert run.step == 2
+
+
+def test_resuming_refuses_what_does_not_fit(settings, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume"):
+        Run(settings(resume=True))
+    trained(settings(steps=2))
+    with pytest.raises(ValueError, match="at step 2 already: raise --steps"):
+        Run(settings(steps=2, resume=True))
+    with pytest.raises(ValueError, match=r"model\.dim: the run in .* has 16, got 32; it cannot change"):
+        Run(settings(dim=32, resume=True))
+    with pytest.raises(ValueError, match=r"rollout\.lanes: the run in .* has 2, got 4; it cannot change"):
+        Run(settings(lanes=4, resume=True))
+    (tmp_path / "corpus" / "5.txt").write_text("other")
+    (tmp_path / "corpus" / "4.txt").write_text("other")
+    with pytest.raises(ValueError, match="was the data changed"):
+        Run(settings(resume=True))
+
+
+def test_a_run_is_never_overwritten(settings):
+    trained(settings(steps=2))
+    with pytest.raises(FileExistsError, match=r"holds a run already \(step-000002\): add --resume"):
+        Run(settings())
+
+
+# --- Checkpoints
+
+
+def test_the_last_two_checkpoints_are_kept(settings, tmp_path):
+    trained(settings(steps=5))
+    names = ["metrics.jsonl", "run.yaml", "step-000004", "step-000005"]
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == names
+    assert checkpoints.find(tmp_path / "run").name == "step-000005"
+    assert checkpoints.find(tmp_path / "run" / "step-000004").name == "step-000004"
+
+
+@pytest.mark.parametrize("failing", ["save_file", "rename"])
+def test_a_failed_save_leaves_the_one_before(settings, tmp_path, monkeypatch, failing):
+    run = Run(settings(steps=4))
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    steps = run.train()
+    for _ in range(3):
+        next(steps)
+    with monkeypatch.context() as patch:
+        patch.setattr("memformer.checkpoints.save_file" if failing == "save_file" else "pathlib.Path.rename", fail)
+        with pytest.raises(OSError, match=r"step-000004: cannot be written \(No space left.*are untouched"):
+            list(steps)
+    assert checkpoints.newest(tmp_path / "run").name == "step-000002"
+    assert not list((tmp_path / "run").glob(".unfinished*"))
+    resumed, _ = trained(settings(steps=4, resume=True))
+    again, _ = trained(settings(steps=4, out=tmp_path / "again"))
+    assert_close(weights(resumed), weights(again), rtol=0, atol=0)
+
+
+FILES = ["checksums.json", "config.json", "model.safetensors", "training.json", "training.safetensors"]
+
+
+@pytest.mark.parametrize("file", [*FILES, "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "gone"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(settings, tmp_path, file, damage):
+    trained(settings(steps=3, save_every=2))
+    damaged = tmp_path / "run" / "step-000003" / file
+    content = bytearray(damaged.read_bytes())
+    if damage == "truncated":
+        damaged.write_bytes(content[:-20])
+    elif damage == "changed":
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+    else:
+        damaged.unlink()
+    with pytest.raises(ValueError, match=r"step-000003: damaged .*use .*step-000002"):
+        checkpoints.find(tmp_path / "run")
+    resumed = Run(settings(resume=True, steps=4))
+    assert resumed.step == 2
+    (reason,) = resumed.refused
+    assert "step-000003: damaged" in reason
+    list(resumed.train())
+    again, _ = trained(settings(steps=4, out=tmp_path / "again"))
+    assert_close(weights(resumed), weights(again), rtol=0, atol=0)
+    assert (tmp_path / "run" / "damaged-step-000003").is_dir()
+
+
+def test_if_all_are_damaged_nothing_is_touched(settings, tmp_path):
+    trained(settings(steps=3))
+    for folder in (tmp_path / "run").glob("step-*"):
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no sound checkpoint: .*step-000003: damaged.*step-000002: damaged"):
+        Run(settings(resume=True))
+    assert len(list((tmp_path / "run").glob("step-*"))) == 2
+
+
+def test_a_checkpoint_is_a_model_with_its_tokenizer(settings, tmp_path):
+    run, _ = trained(settings(steps=2, tokenizer="bpe", vocabulary=300))
+    tokenizer = load_tokenizer(checkpoints.find(tmp_path / "run"))
+    assert tokenizer.vocabulary == run.tokenizer.vocabulary == run.model.config.dec_num_tokens
+    assert tokenizer.encode(WORDS).tolist() == run.tokenizer.encode(WORDS).tolist()
+    assert_close(weights(checkpoints.find(tmp_path / "run")), weights(run), rtol=0, atol=0)
+
+
+# --- The loop
 
 
 def test_training_leaves_the_global_generator_alone(settings):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    list(Run(settings(steps=2)).train())
+    trained(settings(steps=2, eval_every=1))
     assert_close(torch.rand(1), expected, rtol=0, atol=0)
 
 
 def test_the_seed_decides_the_run(settings, tmp_path):
-    runs = [Run(settings(out=tmp_path / str(i), seed=seed, steps=1)) for i, seed in enumerate((0, 0, 1))]
-    for run in runs:
-        list(run.train())
+    runs = [trained(settings(out=tmp_path / str(i), seed=seed, steps=1))[0] for i, seed in enumerate((0, 0, 1))]
     a, b, c = (weights(run)["encoder.embedding.weight"] for run in runs)
     assert a.equal(b)
     assert not a.equal(c)
 
 
 def test_the_loss_falls(settings):
-    metrics = list(Run(settings(steps=60, dropout=0.0, save_every=100)).train())
+    _, metrics = trained(settings(steps=60, dropout=0.0, save_every=100))
     assert metrics[0].loss_nats > 4.5
     assert metrics[-1].loss_nats < 3.2
-    assert metrics[-1].bits_per_byte == pytest.approx(metrics[-1].loss_nats / math.log(2))
+    assert metrics[-1].bits_per_token == pytest.approx(metrics[-1].loss_nats / math.log(2))
+
+
+def test_metrics_show_the_memorys_health(settings):
+    _, metrics = trained(settings(steps=3, horizon=4))
+    for line in metrics:
+        assert isinstance(line, StepMetrics)
+        assert 0 < line.self_attention < 1
+        assert 0 < line.slot_diversity < 2
+        assert line.memory_gradient > 0
+    _, short = trained(settings(steps=1, horizon=2, out=settings().out.with_name("short")))
+    assert short[0].memory_gradient is None
+
+
+def test_accumulation_is_a_longer_rollout_truncated(settings, tmp_path):
+    """Two rollouts of one step: the mean over the targets of both, the gradient of neither goes through the other."""
+    run = Run(settings(steps=1, accumulate=2, dropout=0.0, clip=0.0, learning_rate=1e-3, warmup=0))
+    start = weights(run)
+    model, stream = Memformer(**run.model.config.to_dict()), Run(settings(out=tmp_path / "other")).stream
+    model.load_state_dict(start)
+    segments, memory, nats, counted = stream.rollout(6), None, 0.0, 0
+    for i, s in enumerate(segments):
+        memory = memory if i != 3 else memory.detach()
+        _, memory, loss = model(s.src, s.tgt, memory, s.src_mask, s.tgt_mask, s.reset)
+        kept = int(s.tgt_mask[:, 1:].sum())
+        nats, counted = nats + loss * kept, counted + kept
+    (nats / counted).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    (metrics,) = run.train()
+    assert metrics.loss_nats == pytest.approx(float(nats.detach()) / counted, rel=1e-5)
+    assert metrics.gradient_norm == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_the_horizon_grows(settings):
+    _, metrics = trained(settings(horizon=4, horizon_start=1, horizon_steps=3, steps=5))
+    assert [m.horizon for m in metrics] == [1, 2, 3, 4, 4]
+
+
+def test_the_average_is_what_is_saved_and_evaluated(settings, tmp_path):
+    run, _ = trained(settings(steps=4, ema=0.5, eval_every=4))
+    assert_close(dict(Memformer.from_pretrained(checkpoints.find(tmp_path / "run")).named_parameters()), run.average)
+    newest = {name: p.clone() for name, p in run.model.named_parameters()}
+    assert any(not p.equal(run.average[name]) for name, p in newest.items())
+    with run.averaged() as model:
+        assert_close(dict(model.named_parameters()), run.average, rtol=0, atol=0)
+    assert_close(dict(run.model.named_parameters()), newest, rtol=0, atol=0)
+
+
+def test_the_average_is_the_mean_of_the_steps_weights(settings):
+    run, seen = Run(settings(steps=4, ema=0.25)), []
+    expected = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for metrics in run.train():
+        decay = min(0.25, metrics.step / (metrics.step + 9))
+        for name, p in run.model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach()
+        seen.append(decay)
+    assert seen[0] < seen[-1] == 0.25
+    assert_close(run.average, expected)
 
 
 def test_the_learning_rate_rises_then_falls_to_zero(settings):
@@ -121,68 +313,13 @@ def test_only_matrices_decay(settings):
     assert {p.dim() for p in plain["params"]} == {1}
 
 
-def test_the_last_two_checkpoints_are_kept(settings, tmp_path):
-    list(Run(settings(steps=5)).train())
-    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "step-000004", "step-000005"]
-    assert checkpoints.find(tmp_path / "run").name == "step-000005"
-    assert checkpoints.find(tmp_path / "run" / "step-000004").name == "step-000004"
-
-
-@pytest.mark.parametrize("failing", ["save_file", "rename"])
-def test_a_failed_save_leaves_the_one_before(settings, tmp_path, monkeypatch, failing):
-    run = Run(settings(steps=4))
-
-    def fail(*args, **kwargs):
-        raise OSError("No space left on device")
-
-    steps = run.train()
-    for _ in range(3):
-        next(steps)
-    with monkeypatch.context() as patch:
-        patch.setattr("memformer.checkpoints.save_file" if failing == "save_file" else "pathlib.Path.rename", fail)
-        with pytest.raises(OSError, match="No space left"):
-            list(steps)
-    assert checkpoints.newest(tmp_path / "run").name == "step-000002"
-    resumed = Run(settings(steps=4, resume=True))
-    list(resumed.train())
-    again = Run(settings(steps=4, out=tmp_path / "again"))
-    list(again.train())
-    assert_close(weights(resumed), weights(again), rtol=0, atol=0)
-    assert not list((tmp_path / "run").glob(".unfinished*"))
-
-
-def test_a_run_is_never_overwritten(settings):
-    list(Run(settings(steps=2)).train())
-    with pytest.raises(FileExistsError, match=r"holds a run already \(step-000002\): add --resume"):
-        Run(settings())
-
-
-def test_resuming_refuses_what_does_not_fit(settings, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint to resume"):
-        Run(settings(resume=True))
-    list(Run(settings(steps=2)).train())
-    with pytest.raises(ValueError, match="at step 2 already: raise --steps"):
-        Run(settings(steps=2, resume=True))
-    with pytest.raises(ValueError, match=r"dim: the run in .* has 16, got 32; it cannot change"):
-        Run(settings(dim=32, resume=True))
-    (tmp_path / "corpus" / "5.txt").write_text("other")
-    (tmp_path / "corpus" / "4.txt").write_text("other")
-    with pytest.raises(ValueError, match="was the data changed"):
-        Run(settings(resume=True))
-
-
-@pytest.mark.parametrize("file", ["training.json", "training.safetensors", "model.safetensors", "config.json"])
-def test_a_damaged_checkpoint_is_refused_by_name(settings, tmp_path, file):
-    list(Run(settings(steps=2)).train())
-    damaged = tmp_path / "run" / "step-000002" / file
-    damaged.write_bytes(damaged.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="step-000002"):
-        Run(settings(resume=True))
-
-
-def test_settings_are_saved_with_the_run(settings, tmp_path):
-    list(Run(settings(steps=2)).train())
-    assert saved_settings(tmp_path / "run") == settings(steps=2)
+def test_mixed_precision(settings):
+    run, metrics = trained(settings(steps=2, precision="bf16"))
+    assert all(math.isfinite(m.loss_nats) for m in metrics)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    _, expected = trained(settings(steps=2, out=run.settings.out.with_name("exact")))
+    assert metrics[0].loss_nats == pytest.approx(expected[0].loss_nats, rel=1e-2)
+    assert metrics[0].loss_nats != expected[0].loss_nats
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings):
@@ -193,36 +330,73 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings):
         list(run.train())
 
 
-def test_evaluation_reads_documents_whole(settings):
-    """Against each document alone, segment by segment, through the model's own call."""
-    run = Run(settings())
-    documents = [Document(str(n), WORDS.encode()[:n]) for n in (1, 8, 21, 60)]
-    result = evaluate(run.model, documents, lanes=3, horizon=2)
-    nats, model = 0.0, run.model.eval()
-    for document in documents:
-        tokens, memory, source = torch.tensor([list(document.text)]), None, torch.tensor([[START]])
-        for target in tokens.split(8, 1):
-            with torch.no_grad():
-                _, memory, loss = model(source, torch.cat([torch.tensor([[START]]), target], 1), memory)
-            nats, source = nats + float(loss) * target.shape[1], target
-    assert result.tokens == 90
-    assert result.loss_nats == pytest.approx(nats / 90, rel=1e-5)
+# --- Evaluation on the way
 
 
-def test_evaluation_keeps_the_models_mode(settings):
-    model = Run(settings()).model.train()
-    evaluate(model, [Document("a", b"abc")])
-    assert model.training
+def test_the_best_checkpoint_is_kept_and_a_run_stops_early(settings, tmp_path):
+    """With a rate that ruins the model, the first evaluation is the best one."""
+    options = dict(steps=40, eval_every=2, patience=3, learning_rate=3.0, warmup=0, clip=0.0, save_every=100, keep=1)
+    run, metrics = trained(settings(**options))
+    evaluations = [m for m in metrics if isinstance(m, HeldOut)]
+    best = min(evaluations, key=lambda m: m.loss_nats)
+    assert run.best == {"step": best.step, "loss_nats": best.loss_nats}
+    assert run.stopped_early
+    assert run.step == best.step + 6 < 40
+    names = {f.name for f in (tmp_path / "run").iterdir()}
+    assert names == {"best", "metrics.jsonl", "run.yaml", f"step-{best.step:06d}", f"step-{run.step:06d}"}
+    assert (tmp_path / "run" / "best").resolve().name == f"step-{best.step:06d}"
+    assert checkpoints.find(tmp_path / "run" / "best").name == "best"
+    with pytest.raises(ValueError, match=f"stopped early, at step {run.step}: raise --patience"):
+        Run(settings(**options, resume=True))
 
 
-def test_settings_check_themselves(settings):
-    for name, value, message in [
-        ("steps", 0, "steps: expected a whole number of at least 1, got 0"),
-        ("warmup", -1, "warmup: expected a whole number of at least 0, got -1"),
-        ("learning_rate", 0.0, "learning_rate: expected a number above 0"),
-        ("clip", -1.0, "clip: expected a number of at least 0"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            settings(**{name: value})
+# --- Token arrays, and other mistakes
+
+
+def test_training_on_token_arrays(settings, tmp_path):
+    np.save(tmp_path / "ids.npy", np.tile(np.arange(40, dtype=np.uint16), 30))
+    ids = dict(data=(tmp_path / "ids.npy",), tokenizer="ids", vocabulary=40)
+    run, _ = trained(settings(steps=2, **ids))
+    assert run.model.config.dec_num_tokens == run.tokenizer.vocabulary == 44
+    assert run.evaluate().bits_per_byte is None
+    np.save(tmp_path / "ids.npy", np.tile(np.arange(41, dtype=np.uint16), 30))
+    with pytest.raises(ValueError, match=r"ids\.npy.*40"):
+        trained(settings(out=tmp_path / "b", steps=9, **ids))
+    with pytest.raises(ValueError, match="token ids"):
+        Run(settings(out=tmp_path / "c", data=(tmp_path / "ids.npy",)))
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_documents_of_a_token_or_two(settings, tmp_path, length):
+    corpus = tmp_path / "short"
+    corpus.mkdir()
+    for i in range(4):
+        (corpus / f"{i}.txt").write_text("ab"[:length])
+    run, metrics = trained(settings(data=(corpus,), steps=2))
+    assert math.isfinite(metrics[-1].loss_nats)
+    assert run.evaluate().tokens == sum(len(d) for d in run.held_out)
+
+
+def test_mistakes_are_found_before_the_data_is_read(settings):
     with pytest.raises(ValueError, match="device: 'abacus' cannot be used here"):
-        Run(settings(device="abacus"))
+        Run(settings(device="abacus", data=("nowhere",)))
+    with pytest.raises(ValueError, match="enc_heads: must divide dim"):
+        Run(settings(dim=15, data=("nowhere",)))
+
+
+def test_a_tokenizer_file_that_is_none(settings, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        Run(settings(tokenizer=str(tmp_path / "tokenizer.json")))
+    assert isinstance(Run(settings()).tokenizer, ByteTokenizer)
+
+
+def test_tensorboard(settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, metrics = trained(settings(steps=2, tensorboard=True, eval_every=2))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("step/loss_nats")] == [1, 2]
+    assert events.Scalars("step/loss_nats")[0].value == pytest.approx(metrics[0].loss_nats)
+    assert "held_out/bits_per_byte" in events.Tags()["scalars"]

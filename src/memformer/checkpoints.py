@@ -1,67 +1,133 @@
 """A training run on disk: one folder per checkpoint, written under another name and then renamed. Never pickle.
 
-``OUT/step-000200/`` holds ``config.json`` and ``model.safetensors``, as ``Memformer.save_pretrained`` writes them, and
-``training.json`` and ``training.safetensors``, everything else that the run needs to go on.
+``OUT/step-000200/`` holds what ``Memformer.from_pretrained`` and ``load_tokenizer`` read, ``training.json`` and
+``training.safetensors`` with everything else that the run needs to go on, and ``checksums.json`` over all of them.
+``OUT/best`` is a link to the one with the lowest held-out loss, where the run evaluates.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from .model import Memformer
+__all__ = ["find", "load_state", "newest", "newest_sound", "save", "set_aside_newer"]
 
-__all__ = ["find", "load_state", "newest", "save"]
+_CHECKSUMS = "checksums.json"
 
 
 def save(
-    out: Path, step: int, model: Memformer, numbers: dict[str, Any], tensors: dict[str, Tensor], keep: int = 2
+    out: Path,
+    step: int,
+    write_model: Callable[[Path], None],
+    numbers: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    keep: int = 2,
+    best: int | None = None,
 ) -> Path:
-    """Write ``OUT/step-NNNNNN``, whole or not at all, then delete all but the newest ``keep``."""
+    """Write ``OUT/step-NNNNNN``, whole or not at all, then delete all but the newest ``keep`` and the best.
+
+    Args:
+        write_model: writes the model's own files into the folder that it is given.
+        numbers: whatever JSON can hold.
+        best: the step of the best checkpoint, to be linked and kept.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written, ...; the checkpoints before are untouched.
+    """
     folder = out / f"step-{step:06d}"
     unfinished = out / f".unfinished-{step:06d}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / "training.safetensors")
-    (unfinished / "training.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    for file in unfinished.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write_model(unfinished)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / "training.safetensors")
+        (unfinished / "training.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        sums = {file.name: _checksum(file) for file in sorted(unfinished.iterdir())}
+        (unfinished / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+        for file in [*unfinished.iterdir(), unfinished]:
+            _flush_to_disk(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        _flush_to_disk(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{folder}: cannot be written ({error}); the checkpoints before it are untouched") from error
+    if best is not None:
+        _link(out / "best", f"step-{best:06d}")
     for old in _checkpoints(out)[:-keep]:
-        shutil.rmtree(old)
+        if _step(old) != best:
+            shutil.rmtree(old)
     for stale in out.glob(".unfinished-*"):
         shutil.rmtree(stale)
     return folder
 
 
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if each file is as it was written."""
+    try:
+        sums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        wrong = [name for name, checksum in sums.items() if checksum != _checksum(folder / name)]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{folder}: damaged ({error})"
+    return f"{folder}: damaged ({', '.join(wrong)}: another checksum)" if wrong else None
+
+
 def newest(out: Path) -> Path | None:
-    """The newest checkpoint in a run's folder, or None."""
+    """The newest checkpoint in a run's folder, sound or not, or None."""
     found = _checkpoints(out)
     return found[-1] if found else None
 
 
+def newest_sound(out: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and what is wrong with the newer ones.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged.
+    """
+    refused: list[str] = []
+    for folder in reversed(_checkpoints(out)):
+        if (damage := _damage(folder)) is None:
+            return folder, refused
+        refused.append(damage)
+    if refused:
+        raise ValueError(f"no sound checkpoint: {'; '.join(refused)}")
+    return None, refused
+
+
+def set_aside_newer(out: Path, sound: Path) -> None:
+    """Rename the checkpoints that are newer than a sound one, so that they are neither found nor counted any more."""
+    for folder in _checkpoints(out):
+        if _step(folder) > _step(sound):
+            aside = out / f"damaged-{folder.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
 def find(path: Path) -> Path:
-    """The folder of a model: ``path`` itself, or the newest checkpoint in it.
+    """The folder of a model: ``path`` itself, or the newest checkpoint in it; a run's is checked.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is damaged; the message names a sound one, if there is one.
     """
-    if (path / "config.json").is_file():
-        return path
-    folder = newest(path)
+    folder = path if (path / "config.json").is_file() else newest(path)
     if folder is None:
         raise FileNotFoundError(f"{path}: no checkpoint there; expected config.json, or folders named step-000200")
+    of_a_run = folder is not path or (folder / _CHECKSUMS).is_file()  # else of save_pretrained, without checksums
+    if of_a_run and (damage := _damage(folder)) is not None:
+        sound = next((other for other in reversed(_checkpoints(folder.parent)) if _damage(other) is None), None)
+        raise ValueError(f"{damage}; " + ("there is no sound one" if sound is None else f"use {sound}"))
     return folder
 
 
@@ -79,27 +145,32 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    """Sorted by step."""
-    found = [(int(m[1]), f) for f in out.glob("step-*") if f.is_dir() and (m := re.fullmatch(r"step-(\d+)", f.name))]
-    return [folder for _, folder in sorted(found)]
+    return sorted((f for f in out.glob("step-*") if f.is_dir() and re.fullmatch(r"step-\d+", f.name)), key=_step)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's tensors, by parameter name."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"optimizer/{names[parameter]}/{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what :func:`optimizer_state` gave. Raises ValueError where it does not fit the model."""
-    for name, parameter in model.named_parameters():
-        prefix = f"optimizer/{name}/"
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if not state or any(value.dim() and value.shape != parameter.shape for value in state.values()):
-            raise ValueError(f"the optimiser's saved state does not fit parameter {name}")
-        # AdamW keeps its step count on the CPU.
-        optimizer.state[parameter] = {k: v.to(parameter.device) if v.dim() else v for k, v in state.items()}
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        digest = hashlib.sha256()
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _link(link: Path, target: str) -> None:
+    """Point a symbolic link elsewhere in one step."""
+    new = link.with_name(f".{link.name}-new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    new.replace(link)

@@ -1,13 +1,12 @@
-"""Settings that check themselves. Imports nothing of the project."""
+"""The model's configuration, which checks itself. Imports nothing of the project."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-__all__ = ["MemformerConfig", "Positions", "TrainingConfig", "Writer", "check_positive_int"]
+__all__ = ["MemformerConfig", "Positions", "Writer", "check_positive_int"]
 
 Positions = Literal["rotary", "relative", "bucketed"]
 Writer = Literal["normalised", "gated"]
@@ -95,93 +94,3 @@ class MemformerConfig:
 def check_positive_int(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """A training run: text continuation by memory replay over documents, with the memory carried between rollouts."""
-
-    data: tuple[Path, ...] = ()
-    """Files and folders of UTF-8 text, each file one document; by default the Python standard library's sources."""
-    out: Path = Path("runs/default")
-    """Folder for checkpoints and metrics.jsonl."""
-    steps: int = 1200
-    """Optimiser steps; one step is one rollout of all lanes."""
-    seed: int = 0
-    """Of initialisation, dropout and the order of documents."""
-    resume: bool = False
-    """Go on from the newest checkpoint in --out, with the settings saved there; --steps may be raised."""
-
-    dim: int = 64
-    """Width of the model."""
-    slots: int = 16
-    """Memory slots."""
-    enc_depth: int = 1
-    """Encoder layers."""
-    dec_depth: int = 2
-    """Decoder layers."""
-    heads: int = 4
-    """Attention heads, in reading, writing and both stacks."""
-    memory_writer: Writer = "normalised"
-    """How the memory is written."""
-    positions: Positions = "rotary"
-    """How attention knows positions."""
-    dropout: float = 0.0
-    """Probability, on every sublayer's output."""
-
-    lanes: int = 12
-    """Documents read side by side: the batch size."""
-    segment_length: int = 64
-    """Bytes per segment."""
-    horizon: int = 3
-    """Segments per rollout: how far gradients go back."""
-
-    learning_rate: float = 3e-3
-    """At the end of the warm-up; it then falls to zero along a cosine."""
-    warmup: int = 50
-    """Steps over which the learning rate rises."""
-    weight_decay: float = 0.1
-    """Of AdamW, on matrices only."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
-
-    device: str = "auto"
-    """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
-    log_every: int = 50
-    """Steps between lines of metrics."""
-    save_every: int = 400
-    """Steps between checkpoints; the last two are kept."""
-    sample_bytes: int = 300
-    """Length of the sample at the end; 0 for none."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "dim", "slots", "enc_depth", "dec_depth", "heads", "lanes", "segment_length", "horizon",
-                     "log_every", "save_every"):  # fmt: skip
-            check_positive_int(name, getattr(self, name))
-        for name in ("seed", "warmup", "sample_bytes"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a whole number of at least 0, got {getattr(self, name)!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
-        for name in ("weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
-
-    def model(self, vocabulary: int) -> MemformerConfig:
-        """The model's settings for a vocabulary. Raises ValueError where they do not fit together."""
-        return MemformerConfig(
-            dim=self.dim,
-            num_memory_slots=self.slots,
-            enc_num_tokens=vocabulary,
-            enc_max_seq_len=self.segment_length,
-            enc_depth=self.enc_depth,
-            enc_heads=self.heads,
-            dec_num_tokens=vocabulary,
-            dec_max_seq_len=self.segment_length + 1,
-            dec_depth=self.dec_depth,
-            dec_heads=self.heads,
-            mem_update_attn_heads=self.heads,
-            memory_writer=self.memory_writer,
-            positions=self.positions,
-            dropout=self.dropout,
-        )

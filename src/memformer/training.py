@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -11,249 +13,471 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoints
-from .config import TrainingConfig
-from .data import START, VOCABULARY, Document, Lanes, fingerprint, held_out_split, read_documents, standard_library
+from . import checkpoints, replay
+from .data import (
+    BPETokenizer,
+    ByteTokenizer,
+    Document,
+    Lanes,
+    Mixture,
+    TokenIds,
+    Tokenizer,
+    encode_documents,
+    fingerprint,
+    held_out_split,
+    load_tokenizer,
+    read_documents,
+    standard_library,
+)
+from .evaluation import HeldOut, evaluate, limited, to_device
+from .inspection import memory_health
 from .model import Memformer
 from .objectives import rollout
-from .replay import full_bptt
+from .parallel import Ranks, full, like, shard
 from .segments import Segment
+from .settings import DocumentSettings, TrainingConfig, build, to_plain, write_yaml
 
-__all__ = ["HeldOut", "Run", "StepMetrics", "evaluate", "saved_settings"]
+__all__ = ["Run", "StepMetrics", "choose_device", "saved_settings"]
 
-_FREE_ON_RESUME = {"steps", "out", "resume", "device", "log_every", "save_every", "sample_bytes"}
-"""Settings that may differ from the saved run's: they change no number of a run that ends at the same step."""
+_FREE_ON_RESUME = {"steps", "out", "data", "resume", "device", "output", "evaluation", "compute.parallel"}
+"""Settings that may differ from the saved run's: they change no number of a run that ends at the same step. The data
+may have moved, but must be the same documents."""
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics: means since the last one; the gradient's norm is the last step's, before clipping."""
+    """One line of metrics: means since the last one, except for what is said to be of the last step."""
 
     step: int
     loss_nats: float
-    bits_per_byte: float
+    bits_per_token: float
     tokens_per_second: float
     learning_rate: float
     gradient_norm: float
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The model's loss on documents that it was not trained on, each read whole with the memory carried on."""
-
-    loss_nats: float
-    bits_per_byte: float
-    tokens: int
-    documents: int
-    seconds: float
+    """Of the last step, before clipping."""
+    horizon: int
+    memory_gradient: float | None
+    """How far credit reaches: the gradient's norm at the memory before the last rollout's second segment, in parts of
+    the norm before its last one. None where a rollout has fewer than three segments."""
+    self_attention: float
+    """The share of the writing attention that slots give themselves, in the last segment: 1 keeps all, 0 nothing."""
+    slot_diversity: float
+    """1 - the mean cosine of two slots: 0 where all hold the same."""
 
 
 class Run:
-    """One training run in a folder.
+    """One training run in a folder; under torch.distributed, this process's part in it.
+
+    Attributes:
+        training, held_out: the documents.
+        tokenizer, model: what is trained; ``model`` has the newest weights, not their average.
+        refused: what is wrong with checkpoints that were damaged and set aside on resuming.
+        best: ``{"step", "loss_nats"}`` of the best evaluation so far, or None.
 
     Raises:
         ValueError: the settings do not fit together, or not the checkpoint that is to be resumed.
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
-        FileNotFoundError: ``resume`` is set, and there is no checkpoint.
+        FileNotFoundError: ``resume`` is set, and there is no checkpoint; or there is no such data.
     """
 
     def __init__(self, settings: TrainingConfig):
-        self.settings = settings
+        self.settings, self.ranks = settings, Ranks()
         self.device = choose_device(settings.device)
-        model_settings = settings.model(VOCABULARY)
-        checkpoint = checkpoints.newest(settings.out)
-        if checkpoint is not None and not settings.resume:
-            raise FileExistsError(
-                f"{settings.out} holds a run already ({checkpoint.name}): add --resume to go on with it, or choose "
-                "another --out"
+        self.precision = _precision(settings.compute.precision, self.device)
+        if settings.rollout.lanes % self.ranks.size:
+            raise ValueError(
+                f"lanes: {settings.rollout.lanes} cannot be divided evenly among {self.ranks.size} processes"
             )
-        documents = read_documents(settings.data) if settings.data else standard_library()
-        self.training, self.held_out = held_out_split(documents)
-        self.stream = Lanes(
-            _tokens(self.training),
-            lanes=settings.lanes,
-            length=settings.segment_length,
-            start=START,
-            seed=settings.seed,
-        )
+        settings.model.config(1, settings.rollout.segment_length)  # before anything that takes time
+        checkpoint, self.refused = self._checkpoint()
+        documents = _read(settings.data, settings.documents)
+        self.training, self.held_out = held_out_split(documents, settings.documents.held_out)
+        self.tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, self.training)
+        self.stream = self._stream()
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            self.model = Memformer(**model_settings.to_dict()).to(self.device)
-        self.optimizer = self._optimizer()
-        self.memory: Tensor | None = None
+            config = settings.model.config(self.tokenizer.vocabulary, settings.rollout.segment_length)
+            self.model = Memformer(**config.to_dict()).to(self.device)
         self.step = 0
         self.stopping = False
-        if settings.resume:
-            if checkpoint is None:
-                raise FileNotFoundError(f"{settings.out}: no checkpoint to resume")
-            self._load(checkpoint)
-        settings.out.mkdir(parents=True, exist_ok=True)
+        self._asked_to_stop = False
+        self.memory: Tensor | None = None
+        self.best: dict[str, Any] | None = None
+        self._evaluations_since_best = 0
+        state = None if checkpoint is None else self._load_weights(checkpoint)
+        self._step_of = self._parallel()
+        self.average = (
+            {n: p.detach().clone() for n, p in self.model.named_parameters()} if settings.optimizer.ema else {}
+        )
+        self.optimizer = self._optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
+        if state is not None:
+            self._load_state(*state)
+        self._writer = self._tensorboard() if settings.output.tensorboard and not self.ranks.rank else None
+        if not self.ranks.rank:
+            settings.out.mkdir(parents=True, exist_ok=True)
+            write_yaml(settings, settings.out / "run.yaml")
+
+    def _checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from; damaged ones that are newer are set aside."""
+        settings = self.settings
+        if not settings.resume:
+            if checkpoint := checkpoints.newest(settings.out):
+                raise FileExistsError(
+                    f"{settings.out} holds a run already ({checkpoint.name}): add --resume to go on with it, or choose "
+                    "another --out"
+                )
+            return None, []
+        checkpoint, refused = checkpoints.newest_sound(settings.out)
+        if checkpoint is None:
+            raise FileNotFoundError(f"{settings.out}: no checkpoint to resume")
+        self.ranks.wait()  # all have looked before one changes what there is
+        if not self.ranks.rank:
+            checkpoints.set_aside_newer(settings.out, checkpoint)
+        return checkpoint, refused
+
+    def _stream(self) -> Lanes:
+        settings, tokenizer = self.settings, self.tokenizer
+        odds = dataclasses.asdict(settings.objective)
+        return Lanes(
+            encode_documents(self.training, tokenizer),
+            lanes=settings.rollout.lanes,
+            length=settings.rollout.segment_length,
+            start=tokenizer.start,
+            seed=settings.seed,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            objectives=Mixture(tokenizer, **odds, seed=settings.seed),
+        )
+
+    def _parallel(self) -> nn.Module:
+        """The module whose call is a rollout; what DistributedDataParallel wraps."""
+        settings = self.settings
+        if settings.compute.compile:
+            assert self.model.decoder is not None
+            self.model.encoder.compile()
+            self.model.decoder.compile()
+        if self.ranks.size > 1 and settings.compute.parallel == "fsdp":
+            shard(self.model)
+        trained = _Rollout(self.model, replay.EveryMemory(graphs=settings.rollout.graphs))
+        if self.ranks.size > 1 and settings.compute.parallel == "ddp":
+            return DistributedDataParallel(trained, broadcast_buffers=False)
+        return trained
 
     def _optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        decay, rate = self.settings.weight_decay, self.settings.learning_rate
+        settings = self.settings.optimizer
+        rate, decay = settings.learning_rate, settings.weight_decay
         return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+
+    def _tensorboard(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("tensorboard: not installed; pip install 'memformer[tensorboard]'") from error
+        return SummaryWriter(str(self.settings.out / "tensorboard"), purge_step=self.step + 1)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine to zero; ``step`` counts from 0."""
-        warmup, steps = min(self.settings.warmup, self.settings.steps - 1), self.settings.steps
+        peak, steps = self.settings.optimizer.learning_rate, self.settings.steps
+        warmup = min(self.settings.optimizer.warmup, steps - 1)
         if step < warmup:
-            return self.settings.learning_rate * (step + 1) / warmup
-        return self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+            return peak * (step + 1) / warmup
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
     def stop(self) -> None:
-        """Let :meth:`train` end after the step under way."""
-        self.stopping = True
+        """Let :meth:`train` save and end after the next step, in all processes; safe in a signal handler."""
+        self._asked_to_stop = True
 
-    def train(self) -> Iterator[StepMetrics]:
-        """Train until ``settings.steps``, or :meth:`stop`; checkpoints and ``metrics.jsonl`` are written on the way.
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the last ``patience`` evaluations were no better than the best one."""
+        return 0 < self.settings.evaluation.patience <= self._evaluations_since_best
+
+    def train(self) -> Iterator[StepMetrics | HeldOut]:
+        """Train until ``settings.steps``, :meth:`stop`, or early stopping; yield what is written to ``metrics.jsonl``.
 
         Raises:
-            FloatingPointError: the loss is not finite; the newest checkpoint is from before.
+            FloatingPointError: the gradient is not finite; the newest checkpoint is from before.
         """
+        output, every = self.settings.output, self.settings.evaluation.eval_every
         self.model.train()
         nats, tokens, began = torch.zeros((), device=self.device), 0, time.perf_counter()
-        while self.step < self.settings.steps and not self.stopping:
-            rate = self.learning_rate(self.step)
-            loss, counted, norm = self._take_step(rate)
-            if not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"step {self.step}: the gradient is not finite (loss {float(loss):.3g}). Lower --learning-rate; "
-                    f"the newest checkpoint in {self.settings.out} is from before"
-                )
+        while self.step < self.settings.steps and not self.stopping and not self.stopped_early:
+            watched = self.step % output.log_every == output.log_every - 1 or self.step + 1 == self.settings.steps
+            watch = replay.MemoryGradients() if watched else None
+            rate, horizon = self.learning_rate(self.step), self.settings.rollout.horizon_at(self.step)
+            loss, counted, norm, segment = self._take_step(rate, horizon, watch)
             nats, tokens = nats + loss * counted, tokens + counted
-            if self.step % self.settings.log_every == 0 or self._ending():
-                mean, seconds = float(nats) / tokens, time.perf_counter() - began
-                metrics = StepMetrics(self.step, mean, mean / math.log(2), tokens / seconds, rate, norm)
+            if watched or self.stopping:
+                mean, seconds = float(self.ranks.sum(nats)) / tokens, time.perf_counter() - began
+                metrics = StepMetrics(
+                    step=self.step,
+                    loss_nats=mean,
+                    bits_per_token=mean / math.log(2),
+                    tokens_per_second=tokens / seconds,
+                    learning_rate=rate,
+                    gradient_norm=norm,
+                    horizon=horizon,
+                    memory_gradient=_reach(watch),
+                    **self._health(segment),
+                )
                 self.log("step", metrics)
                 yield metrics
                 nats, tokens, began = torch.zeros_like(nats), 0, time.perf_counter()
-            if self.step % self.settings.save_every == 0 or self._ending():
+            evaluating = bool(every) and self.step % every == 0
+            if evaluating:
+                yield self._evaluate_and_compare()
+            if evaluating or self.stopping or self.step == self.settings.steps or self.step % output.save_every == 0:
                 self.save()
+        if self._writer is not None:
+            self._writer.flush()
 
-    def _ending(self) -> bool:
-        return self.stopping or self.step == self.settings.steps
-
-    def _take_step(self, rate: float) -> tuple[Tensor, int, float]:
-        """One rollout and one update: mean loss in nats, tokens counted, norm of the gradient."""
-        segments = self.stream.rollout(self.settings.horizon)
-        counted = sum(_counted(segment) for segment in segments)
+    def _take_step(
+        self, rate: float, horizon: int, watch: replay.MemoryGradients | None
+    ) -> tuple[Tensor, int, float, Segment]:
+        """One update: this process's part of the mean loss in nats, tokens counted by all, the gradient's norm, and the
+        last segment read."""
+        settings, ranks = self.settings, self.ranks
+        rollouts = [self.stream.rollout(horizon) for _ in range(settings.rollout.accumulate)]
+        own = sum(_counted(segment) for segments in rollouts for segment in segments)
+        counted, stopping = ranks.sum(torch.tensor([own, self._asked_to_stop], device=self.device)).tolist()
+        self.stopping = bool(stopping)
+        loss = torch.zeros((), device=self.device)
+        # Dropout is drawn from a seed of its own in each step, so that a resumed run needs no generator's state.
+        with torch.random.fork_rng(enabled=settings.model.dropout > 0):
+            if settings.model.dropout > 0:
+                torch.manual_seed(hash((settings.seed, self.step, ranks.rank)))
+            for i, segments in enumerate(rollouts):
+                last = i == len(rollouts) - 1
+                segments = [to_device(segment, self.device) for segment in segments]
+                loss += self._back_propagate(segments, counted / ranks.size, last, watch if last else None)
+        self.scaler.unscale_(self.optimizer)
+        limit = settings.optimizer.clip or math.inf
+        norm = float(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
+        if not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
+            raise FloatingPointError(
+                f"step {self.step + 1}: the gradient is not finite (loss {float(loss) * ranks.size:.3g}). Lower "
+                f"--learning-rate; the newest checkpoint in {settings.out} is from before"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # Dropout is drawn from a seed of its own in each step, so that a resumed run needs no generator's state.
-        with torch.random.fork_rng(enabled=self.settings.dropout > 0):
-            if self.settings.dropout > 0:
-                torch.manual_seed(hash((self.settings.seed, self.step)))
-            outcome = rollout(self.model, [_to(s, self.device) for s in segments], self.memory, divisor=counted)
-            outcome.loss.backward()
-        limit = self.settings.clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.memory = outcome.memory.detach()
         self.step += 1
-        return outcome.loss.detach(), counted, norm
+        self._update_average()
+        return loss / ranks.size, int(counted), norm, segments[-1]
 
-    def log(self, event: str, metrics: Any) -> None:
-        """Append a line to ``metrics.jsonl``."""
-        line = json.dumps({"event": event, **dataclasses.asdict(metrics)})
+    def _back_propagate(
+        self, segments: list[Segment], divisor: float, last: bool, watch: replay.MemoryGradients | None
+    ) -> Tensor:
+        """One rollout's gradients; processes exchange them after the last one of the step."""
+        module = self._step_of
+        ddp = isinstance(module, DistributedDataParallel)
+        waits = module.no_sync() if ddp and not last else contextlib.nullcontext()
+        with waits:
+            with self._autocast():
+                loss, self.memory = module(segments, self.memory, divisor, last, watch)
+            if loss.requires_grad:
+                self.scaler.scale(loss).backward()
+        self.memory = self.memory.detach()
+        return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
+
+    def _update_average(self) -> None:
+        decay = self.settings.optimizer.ema
+        for name, parameter in self.model.named_parameters() if self.average else ():
+            # Young averages forget faster, so that they do not remember the initial weights for long.
+            weight = 1 - min(decay, self.step / (self.step + 9))
+            self.average[name].lerp_(parameter.detach(), weight)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[Memformer]:
+        """The model with the weights' moving average in place of the newest, where the run keeps one."""
+        parameters = dict(self.model.named_parameters()) if self.average else {}
+        newest = {name: p.detach().clone() for name, p in parameters.items()}
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(self.average[name])
+        try:
+            yield self.model
+        finally:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(newest[name])
+
+    def _health(self, segment: Segment) -> dict[str, float]:
+        assert self.memory is not None
+        health = memory_health(self.model, segment, self.memory)
+        shares = torch.tensor([health.self_attention, health.slot_diversity], dtype=torch.float64, device=self.device)
+        self_attention, diversity = (self.ranks.sum(shares) / self.ranks.size).tolist()
+        return {"self_attention": self_attention, "slot_diversity": diversity}
+
+    def evaluate(self) -> HeldOut:
+        """The model on the held-out documents, with the weights that a checkpoint has; see :func:`evaluate`."""
+        documents = limited(self.held_out, self.settings.evaluation.eval_limit)
+        with self.averaged() as model, self._autocast():
+            return evaluate(model, documents, self.tokenizer, step=self.step, device=self.device)
+
+    def _evaluate_and_compare(self) -> HeldOut:
+        result = self.evaluate()
+        if self.best is None or result.loss_nats < self.best["loss_nats"]:
+            self.best, self._evaluations_since_best = {"step": self.step, "loss_nats": result.loss_nats}, 0
+        else:
+            self._evaluations_since_best += 1
+        self.log("held_out", result)
+        return result
+
+    def log(self, event: str, metrics: StepMetrics | HeldOut) -> None:
+        """Append a line to ``metrics.jsonl``, and to TensorBoard's file where that is wanted."""
+        if self.ranks.rank:
+            return
+        plain = dataclasses.asdict(metrics)
         with (self.settings.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps({"event": event, **plain}) + "\n")
+        if self._writer is not None:
+            for name, value in plain.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._writer.add_scalar(f"{event}/{name}", value, metrics.step)
 
-    def save(self) -> Path:
-        """Write a checkpoint and return its folder."""
-        settings = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(self.settings)}
-        settings |= {"data": [str(path) for path in self.settings.data], "out": str(self.settings.out)}
+    def save(self) -> None:
+        """Write a checkpoint: whole tensors, gathered from all processes and written by the first."""
+        weights = {name: full(p.detach()).cpu() for name, p in self.model.named_parameters()}
+        average = {name: full(p).cpu() for name, p in self.average.items()}
+        tensors = {f"weights/{name}": p for name, p in weights.items()} if average else {}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer/{name}/{key}"] = full(value).cpu()
+        assert self.memory is not None
+        tensors["memory"] = self.ranks.gather(self.memory).cpu()
         numbers = {
             "step": self.step,
-            "settings": settings,
+            "settings": to_plain(self.settings),
             "documents": fingerprint(self.training),
             "stream": self.stream.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+            "evaluations_since_best": self._evaluations_since_best,
+            "torch": torch.__version__,
         }
-        tensors = checkpoints.optimizer_state(self.optimizer, self.model)
-        if self.memory is not None:
-            tensors["memory"] = self.memory
-        return checkpoints.save(self.settings.out, self.step, self.model, numbers, tensors)
+        if not self.ranks.rank:
+            with torch.random.fork_rng():
+                plain = Memformer(**self.model.config.to_dict())
+            plain.load_state_dict(average or weights, strict=False)
 
-    def _load(self, checkpoint: Path) -> None:
+            def write_model(folder: Path) -> None:
+                plain.save_pretrained(folder)
+                self.tokenizer.save(folder)
+
+            best = None if self.best is None else self.best["step"]
+            keep = self.settings.output.keep
+            checkpoints.save(self.settings.out, self.step, write_model, numbers, tensors, keep=keep, best=best)
+        self.ranks.wait()
+
+    def _load_weights(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Check that the checkpoint is of this run, and take its weights; returns the rest of its state."""
         numbers, tensors = checkpoints.load_state(checkpoint)
-        saved = settings_from(numbers["settings"])
-        fixed = [f.name for f in dataclasses.fields(saved) if f.name not in _FREE_ON_RESUME]
-        for name in fixed:
-            before, now = getattr(saved, name), getattr(self.settings, name)
-            if before != now:
-                raise ValueError(f"{name}: the run in {self.settings.out} has {before}, got {now}; it cannot change")
+        self._check_settings(numbers["settings"])
         if numbers["documents"] != fingerprint(self.training):
             raise ValueError(f"the training documents are not those of {self.settings.out}: was the data changed?")
-        if numbers["step"] >= self.settings.steps:
-            raise ValueError(
-                f"the run in {self.settings.out} is at step {numbers['step']} already: raise --steps to go on"
-            )
         loaded = Memformer.from_pretrained(checkpoint)
+        if loaded.config != self.model.config:
+            raise ValueError(f"{checkpoint}: its model is {loaded.config}, expected {self.model.config}")
         self.model.load_state_dict(loaded.state_dict())
-        checkpoints.load_optimizer_state(self.optimizer, self.model, tensors)
-        self.memory = tensors["memory"].to(self.device)
+        averages = {f"average/{name}": parameter.detach() for name, parameter in loaded.named_parameters()}
+        weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
+        if weights:
+            self.model.load_state_dict(weights, strict=False)
+        return numbers, tensors | averages
+
+    def _check_settings(self, saved: dict[str, Any]) -> None:
+        before, now = (_flat(to_plain(s)) for s in (build(TrainingConfig, saved), self.settings))
+        for name in before:
+            if name not in _FREE_ON_RESUME and name.split(".")[0] not in _FREE_ON_RESUME and before[name] != now[name]:
+                raise ValueError(
+                    f"{name}: the run in {self.settings.out} has {before[name]}, got {now[name]}; it cannot change"
+                )
+
+    def _load_state(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            prefix = f"optimizer/{name}/"
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            # AdamW keeps its step count on the CPU.
+            self.optimizer.state[parameter] = {k: like(v, parameter) if v.dim() else v for k, v in state.items()}
+            if self.average:
+                self.average[name] = like(tensors[f"average/{name}"], parameter)
+        self.memory = self.ranks.own(tensors["memory"]).to(self.device)
         self.stream.load_state_dict(numbers["stream"])
-        self.step = numbers["step"]
-        self._forget_metrics_after(self.step)
+        self.scaler.load_state_dict(numbers["scaler"])
+        self.step, self.best = numbers["step"], numbers["best"]
+        self._evaluations_since_best = numbers["evaluations_since_best"]
+        if self.step >= self.settings.steps:
+            raise ValueError(f"the run in {self.settings.out} is at step {self.step} already: raise --steps to go on")
+        if self.stopped_early:
+            raise ValueError(
+                f"the run in {self.settings.out} stopped early, at step {self.step}: raise --patience to go on"
+            )
+        if not self.ranks.rank:
+            self._forget_metrics_after(self.step)
 
     def _forget_metrics_after(self, step: int) -> None:
         file = self.settings.out / "metrics.jsonl"
         if file.is_file():
             lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line).get("step", math.inf) <= step]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
             file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
+class _Rollout(nn.Module):
+    """A rollout as a module's call, for DistributedDataParallel to wrap."""
+
+    def __init__(self, model: Memformer, schedule: replay.Schedule):
+        super().__init__()
+        self.model, self.schedule = model, schedule
+
+    def forward(
+        self,
+        segments: Sequence[Segment],
+        mems: Tensor | None,
+        divisor: float,
+        last: bool,
+        watch: replay.MemoryGradients | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and the memory. Where FSDP divides the model the loss is back-propagated already, and detached."""
+        parts = (self.model.encoder, self.model.writer, self.model.decoder)
+        if hasattr(self.model.encoder, "set_requires_gradient_sync"):
+
+            def sync(last_backward: bool) -> None:
+                for part in parts:
+                    part.set_requires_gradient_sync(last and last_backward)  # type: ignore[operator, union-attr]
+
+            method = functools.partial(replay.accumulate, schedule=self.schedule, sync=sync)
+        else:
+            method = functools.partial(replay.memory_replay, schedule=self.schedule, memory_gradients=watch)
+        outcome = rollout(self.model, segments, mems, divisor=divisor, method=method)
+        return outcome.loss, outcome.memory
+
+
 def saved_settings(out: Path) -> TrainingConfig:
-    """The settings of the newest checkpoint of a run.
+    """The settings of the newest sound checkpoint of a run.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged.
+        ValueError: all of them are damaged.
     """
-    return settings_from(checkpoints.load_state(checkpoints.find(out))[0]["settings"])
-
-
-def settings_from(saved: dict[str, Any]) -> TrainingConfig:
-    """Settings as :meth:`Run.save` wrote them."""
-    return TrainingConfig(**{**saved, "data": tuple(map(Path, saved["data"])), "out": Path(saved["out"])})
-
-
-def evaluate(model: Memformer, documents: Sequence[Document], *, lanes: int = 16, horizon: int = 16) -> HeldOut:
-    """Read documents whole, at most ``lanes`` side by side, the memory carried on, and count every byte once.
-
-    Raises:
-        ValueError: the model was not trained on bytes.
-    """
-    if model.config.dec_num_tokens != VOCABULARY or model.config.enc_num_tokens != VOCABULARY:
-        raise ValueError(
-            f"expected a model of {VOCABULARY} tokens (bytes and start), got {model.config.dec_num_tokens}"
-        )
-    began, device = time.perf_counter(), next(model.parameters()).device
-    length = min(model.config.enc_max_seq_len, (model.config.dec_max_seq_len or 0) - 1)
-    # The longest first, and no more lanes than are busy until it ends: a lane without a document still costs its share.
-    ordered = sorted(documents, key=lambda document: -len(document.text))
-    busy = sum(len(document.text) for document in documents) // len(ordered[0].text)
-    stream = Lanes(_tokens(ordered), lanes=min(lanes, busy), length=length, start=START, epochs=1)
-    was_training, memory, nats, tokens = model.training, None, 0.0, 0
-    model.eval()
-    with torch.no_grad():
-        while segments := stream.rollout(horizon):
-            # Without gradients there is nothing to replay.
-            outcome = rollout(model, [_to(s, device) for s in segments], memory, divisor=1.0, method=full_bptt)
-            memory, nats = outcome.memory, nats + float(outcome.loss)
-            tokens += sum(_counted(segment) for segment in segments)
-    model.train(was_training)
-    bits = nats / tokens / math.log(2)
-    return HeldOut(nats / tokens, bits, tokens, len(documents), time.perf_counter() - began)
+    checkpoint, _ = checkpoints.newest_sound(out)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{out}: no checkpoint to resume")
+    return build(TrainingConfig, checkpoints.load_state(checkpoint)[0]["settings"])
 
 
 def choose_device(name: str) -> torch.device:
@@ -269,8 +493,32 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _tokens(documents: Sequence[Document]) -> list[np.ndarray]:
-    return [np.frombuffer(document.text, np.uint8) for document in documents]
+def _precision(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if good else torch.float32
+    return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _read(data: Sequence[Path], settings: DocumentSettings) -> list[Document]:
+    if not data:
+        return standard_library()
+    return read_documents(data, text_field=settings.text_field, separator=settings.separator)
+
+
+def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Tokenizer:
+    if settings.tokenizer == "bytes":
+        return ByteTokenizer()
+    if settings.tokenizer == "ids":
+        return TokenIds(settings.vocabulary)
+    if settings.tokenizer == "bpe":
+        return BPETokenizer.train((bytes(d) for d in training), settings.vocabulary)
+    return BPETokenizer.from_file(Path(settings.tokenizer))
+
+
+def _reach(watch: replay.MemoryGradients | None) -> float | None:
+    norms = [] if watch is None else watch.norms[1:-1]  # the boundaries inside the rollout
+    return norms[0] / norms[-1] if len(norms) > 1 and norms[-1] else None
 
 
 def _counted(segment: Segment) -> int:
@@ -279,5 +527,8 @@ def _counted(segment: Segment) -> int:
     return int(segment.tgt_mask[:, 1:].sum())
 
 
-def _to(segment: Segment, device: torch.device) -> Segment:
-    return tree_map(lambda part: part.to(device, non_blocking=True), segment)
+def _flat(plain: dict[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in plain.items():
+        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
+    return flat

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import tyro
 
-from ..config import TrainingConfig
-from ..training import saved_settings
-from . import bench, evaluate, generate, train
+from . import bench, evaluate, generate, inspect, train
 
 __all__ = ["main"]
 
 _RUN: dict[type, Callable[[Any], int]] = {
-    TrainingConfig: train.run,
+    train.TrainCommand: train.run,
     evaluate.EvaluateCommand: evaluate.run,
     generate.GenerateCommand: generate.run,
+    inspect.InspectCommand: inspect.run,
     bench.BenchCommand: bench.run,
 }
 
@@ -37,19 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
-    parse = _parser(TrainingConfig())
-    if arguments[:1] != ["train"] or "--resume" not in arguments or {"-h", "--help"} & set(arguments):
-        return parse(arguments)
-    # A resumed run has the settings that were saved with it, and flags only say what is to differ.
-    out = parse(arguments).out
-    return _parser(dataclasses.replace(saved_settings(out), out=out, resume=False))(arguments)
-
-
-def _parser(training: TrainingConfig) -> Callable[[list[str]], Any]:
+    defaults = train.defaults(arguments[1:]) if arguments[:1] == ["train"] else train.TrainCommand()
     commands = (
-        Annotated[TrainingConfig, tyro.conf.subcommand("train", default=training)]
+        Annotated[train.TrainCommand, tyro.conf.subcommand("train", default=defaults)]
         | Annotated[evaluate.EvaluateCommand, tyro.conf.subcommand("evaluate")]
         | Annotated[generate.GenerateCommand, tyro.conf.subcommand("generate")]
+        | Annotated[inspect.InspectCommand, tyro.conf.subcommand("inspect")]
         | Annotated[bench.BenchCommand, tyro.conf.subcommand("bench")]
     )
     options: dict[str, Any] = {
@@ -57,4 +48,4 @@ def _parser(training: TrainingConfig) -> Callable[[list[str]], Any]:
         "description": "Train and use models that read sequences of any length with a memory of fixed size.",
         "config": (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     }
-    return lambda arguments: tyro.cli(commands, args=arguments, **options)
+    return tyro.cli(commands, args=arguments, **options)

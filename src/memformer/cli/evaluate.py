@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..data import held_out_split, read_documents, standard_library, xz_bits_per_byte
-from ..training import evaluate
+from ..evaluation import HeldOut, evaluate
 from . import models
 
-__all__ = ["EvaluateCommand", "run"]
+__all__ = ["EvaluateCommand", "describe", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
-    """Bits per byte of a trained model on documents read whole, the memory carried from segment to segment."""
+    """Bits per byte of a trained model on documents read whole, also by depth in the document: does memory help?"""
 
     checkpoint: Path
-    """A run's folder, or one checkpoint in it."""
+    """A run's folder, or one checkpoint in it (RUN/best is the best one, where the run evaluates)."""
     data: tuple[Path, ...] = ()
-    """Files and folders of UTF-8 text; by default the held-out part of the Python standard library's sources."""
+    """Files and folders of UTF-8 text, .jsonl, .npy or .bin; by default the held-out part of the Python standard
+    library's sources."""
+    memory: Literal["on", "off", "both"] = "both"
+    """Carry the memory from segment to segment, begin each with the initial one, or compare the two."""
+    text_field: str = "text"
+    """The field of a .jsonl file's lines that holds the text."""
+    separator: int | None = None
+    """The id that ends a document inside a .npy or .bin array."""
     lanes: int = 16
     """At most so many documents are read side by side."""
     device: str = "auto"
@@ -29,10 +37,30 @@ class EvaluateCommand:
 def run(command: EvaluateCommand) -> int:
     if command.lanes < 1:
         raise ValueError(f"lanes: expected at least 1, got {command.lanes}")
-    model = models.load(command.checkpoint, command.device)
-    documents = read_documents(command.data) if command.data else held_out_split(standard_library())[1]
-    result = evaluate(model, documents, lanes=command.lanes)
-    print(f"{result.bits_per_byte:.4f} bits per byte ({result.loss_nats:.4f} nats) on {result.tokens:,} bytes of "
-          f"{result.documents} documents, {result.tokens / result.seconds:,.0f} bytes/s")  # fmt: skip
-    print(f"{xz_bits_per_byte([d.text for d in documents]):.4f} bits per byte with xz")
+    model, tokenizer = models.load(command.checkpoint, command.device)
+    documents = (
+        read_documents(command.data, text_field=command.text_field, separator=command.separator)
+        if command.data
+        else held_out_split(standard_library())[1]
+    )
+    for memory in {"on": [True], "off": [False], "both": [True, False]}[command.memory]:
+        result = evaluate(model, documents, tokenizer, lanes=command.lanes, memory=memory)
+        per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits per byte, "
+        print(
+            f"memory {'on ' if memory else 'off'}  {per_byte}{result.loss_nats:.4f} nats per token, perplexity "
+            f"{result.perplexity:.3f}, on {result.tokens:,} tokens of {result.documents} documents, "
+            f"{result.tokens / result.seconds:,.0f} tokens/s"
+        )
+        print(describe(result))
+    if all(document.text for document in documents):
+        print(f"xz          {xz_bits_per_byte([bytes(d) for d in documents]):.4f} bits per byte")
     return 0
+
+
+def describe(result: HeldOut) -> str:
+    """Bits per token by depth in the document, two lines."""
+    names = [f"{d.first}-{d.last}" if d.last > d.first else f"{d.first}" for d in result.by_depth]
+    numbers = [f"{d.bits_per_token:.3f}" for d in result.by_depth]
+    widths = [max(len(a), len(b)) for a, b in zip(names, numbers, strict=True)]
+    rows = (" ".join(cell.rjust(w + 1) for cell, w in zip(cells, widths, strict=True)) for cells in (names, numbers))
+    return "\n".join(f"  {head:<16}{row}" for head, row in zip(("segment", "bits per token"), rows, strict=True))

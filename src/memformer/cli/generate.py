@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..data import START, encode
+from ..data import Tokenizer
 from ..generation import generate
 from ..model import Memformer
 from . import models
@@ -40,27 +39,27 @@ class GenerateCommand:
 
 
 def run(command: GenerateCommand) -> int:
-    write(models.load(command.checkpoint, command.device), command)
+    write(*models.load(command.checkpoint, command.device), command)
     return 0
 
 
-def write(model: Memformer, command: GenerateCommand) -> None:
+def write(model: Memformer, tokenizer: Tokenizer, command: GenerateCommand) -> None:
     """Print the prompt and its continuation byte by byte, each character when it is whole."""
     device = next(model.parameters()).device
-    prompt = torch.tensor([[int(byte) for byte in encode(command.prompt)]], dtype=torch.int64, device=device)
+    prompt = torch.tensor([tokenizer.encode(command.prompt).tolist()], dtype=torch.int64, device=device)
     tokens = generate(
         model.eval(),
         prompt,
         command.max_new_tokens,
-        start=START,
+        start=tokenizer.start,
         temperature=command.temperature,
         top_k=command.top_k,
         top_p=command.top_p,
         generator=torch.Generator(device).manual_seed(command.seed),
     )
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder = tokenizer.decoder()
     sys.stdout.write(command.prompt)
     for token in tokens:
-        sys.stdout.write(decoder.decode(bytes([int(token)])))
+        sys.stdout.write(decoder.decode([int(token)]))
         sys.stdout.flush()
-    print(decoder.decode(b"", final=True))
+    print(decoder.flush())

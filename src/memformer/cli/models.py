@@ -5,16 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import checkpoints
-from ..data import VOCABULARY
+from ..data import Tokenizer, load_tokenizer
 from ..model import Memformer
 from ..training import choose_device
 
 __all__ = ["load"]
 
 
-def load(checkpoint: Path, device: str) -> Memformer:
-    """A trained model of bytes, ready to use. Raises ValueError or FileNotFoundError where there is none."""
-    model = Memformer.from_pretrained(checkpoints.find(checkpoint)).to(choose_device(device)).eval()
-    if model.config.dec_num_tokens != VOCABULARY:
-        raise ValueError(f"{checkpoint}: expected a model of bytes with a decoder, as memformer train makes it")
-    return model
+def load(checkpoint: Path, device: str) -> tuple[Memformer, Tokenizer]:
+    """A trained model, ready to use, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it is damaged, of another kind, or the device is not there.
+    """
+    folder = checkpoints.find(checkpoint)
+    model, tokenizer = Memformer.from_pretrained(folder).to(choose_device(device)).eval(), load_tokenizer(folder)
+    if model.config.dec_num_tokens != tokenizer.vocabulary:
+        raise ValueError(
+            f"{folder}: expected a model with a decoder of {tokenizer.vocabulary} tokens, as memformer train makes it, "
+            f"got dec_num_tokens {model.config.dec_num_tokens}"
+        )
+    return model, tokenizer

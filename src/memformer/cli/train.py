@@ -2,70 +2,154 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import checkpoints
-from ..config import TrainingConfig
 from ..data import Document, order2_bits_per_byte, xz_bits_per_byte
-from ..training import Run, StepMetrics, evaluate
+from ..evaluation import HeldOut, limited
+from ..parallel import joined
+from ..settings import RECIPES, TrainingConfig, read_yaml
+from ..training import Run, StepMetrics, saved_settings
+from .evaluate import describe
 from .generate import GenerateCommand, write
 
-__all__ = ["run"]
+__all__ = ["TrainCommand", "defaults", "run"]
 
 
-def run(settings: TrainingConfig) -> int:
-    training_run = Run(settings)
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(TrainingConfig):
+    """Train on long documents by memory replay, with the memory carried from rollout to rollout.
+
+    Flags go before --config, that goes before --recipe. Under torchrun the same command uses all its processes.
+    """
+
+    recipe: Literal["tiny", "paper-v1", "paper-v2"] = "tiny"
+    """Named settings to start from."""
+    config: Path | None = None
+    """A YAML file of settings, such as the run.yaml that every run leaves in --out."""
+
+    def settings(self) -> TrainingConfig:
+        """The settings alone, without where they came from."""
+        return TrainingConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainingConfig)})
+
+
+def defaults(arguments: Sequence[str]) -> TrainCommand:
+    """What the flags are to start from: the settings of the resumed run, the YAML file, or the recipe."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--out", type=Path, default=TrainingConfig.out)
+    parser.add_argument("--resume", action="store_true")
+    try:
+        given, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return TrainCommand()  # the real parser says what is wrong
+    if {"-h", "--help"} & set(arguments) or given.recipe not in RECIPES:
+        return TrainCommand()
+    settings = RECIPES[given.recipe]
+    if given.config is not None:
+        settings = read_yaml(given.config, settings)
+    if given.resume:
+        if given.config is not None or given.recipe != "tiny":
+            raise ValueError("--resume goes on with the settings saved in --out: leave --config and --recipe out")
+        settings = dataclasses.replace(saved_settings(given.out), out=given.out)
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    return TrainCommand(**{**values, "resume": False}, recipe=given.recipe, config=given.config)
+
+
+def run(command: TrainCommand) -> int:
+    with joined():
+        training_run = Run(command.settings())
+        return _lead(training_run) if not training_run.ranks.rank else _follow(training_run)
+
+
+def _follow(training_run: Run) -> int:
+    """A process that is not the first one does the same work and says nothing."""
+    with _stopping(training_run):
+        for _ in training_run.train():
+            pass
+    if _interrupted(training_run):
+        return 130
+    training_run.evaluate()
+    return 0
+
+
+def _lead(training_run: Run) -> int:
+    settings = training_run.settings
+    for reason in training_run.refused:
+        print(f"refused     {reason}; going on from the one before it")
     source = "the Python standard library" if not settings.data else ", ".join(map(str, settings.data))
-    training, held_out = (
-        f"{len(d):,} documents ({_size(d):,} bytes)" for d in (training_run.training, training_run.held_out)
-    )
+    training, held_out = (f"{len(d):,} documents ({_size(d)})" for d in (training_run.training, training_run.held_out))
     print(f"data        {source}: {training} to train on, {held_out} held out")
     parameters = sum(p.numel() for p in training_run.model.parameters())
-    print(
-        f"model       {parameters:,} parameters, {settings.slots} memory slots of {settings.dim}, on {training_run.device}"
-    )
+    ranks = training_run.ranks
+    where = f"{training_run.device}" + (f", {ranks.size} processes ({settings.compute.parallel})" * (ranks.size > 1))
+    slots = f"{settings.model.slots} memory slots of {settings.model.dim}"
+    print(f"model       {parameters:,} parameters, {training_run.tokenizer.vocabulary:,} tokens, {slots}, on {where}")
+    shape = settings.rollout
+    rollouts = f"{shape.lanes} lanes x {shape.horizon} segments x {shape.segment_length} tokens"
     start = f", from step {training_run.step:,}" if training_run.step else ""
-    rollouts = f"{settings.lanes} lanes x {settings.horizon} segments x {settings.segment_length} bytes"
     print(f"training    {settings.steps:,} steps of {rollouts}{start}; metrics in {settings.out / 'metrics.jsonl'}")
     with _stopping(training_run), _progress(settings, training_run.step) as show:
         for metrics in training_run.train():
             show(metrics)
-    if training_run.step < settings.steps:
-        print(
-            f"\nstopped and saved at step {training_run.step:,}. Go on with:\n  memformer train --resume --out {settings.out}"
-        )
+    if _interrupted(training_run):
+        again = f"memformer train --resume --out {settings.out}"
+        print(f"\nstopped and saved at step {training_run.step:,}. Go on with:\n  {again}")
         return 130
-    result = evaluate(training_run.model, training_run.held_out)
-    training_run.log("held_out", result)
-    texts = [document.text for document in training_run.held_out]
-    order2, xz = order2_bits_per_byte((d.text for d in training_run.training), texts), xz_bits_per_byte(texts)
-    print(f"\nheld out    {result.tokens:,} bytes of {result.documents} documents, in bits per byte:")
-    print(f"  this model          {result.bits_per_byte:.3f}")
-    print(f"  order-2 byte model  {order2:.3f}   (counts over the training documents)")
-    print(f"  xz                  {xz:.3f}   (the held-out documents in one stream)")
-    if settings.sample_bytes:
-        print("\nsample")
-        write(
-            training_run.model,
-            GenerateCommand(checkpoint=settings.out, prompt="def ", max_new_tokens=settings.sample_bytes),
-        )
+    if training_run.stopped_early:
+        print(f"\nstopped early at step {training_run.step:,}: the best evaluation was at {training_run.best}")
+    _report(training_run)
     print(f"\ncheckpoint  {checkpoints.newest(settings.out)}. Try:")
     print(f"  memformer generate --checkpoint {settings.out} --prompt 'def main('")
     return 0
 
 
+def _interrupted(training_run: Run) -> bool:
+    return training_run.step < training_run.settings.steps and not training_run.stopped_early
+
+
+def _report(training_run: Run) -> None:
+    """How well the model does on held-out documents, beside two yardsticks where they are text; and a sample."""
+    settings = training_run.settings
+    result = training_run.evaluate()
+    training_run.log("held_out", result)
+    held_out = limited(training_run.held_out, settings.evaluation.eval_limit)
+    print(f"\nheld out    {result.tokens:,} tokens of {result.documents} documents")
+    if result.bits_per_byte is None:
+        print(f"  this model          {result.perplexity:.3f} perplexity, {result.bits_per_token:.3f} bits per token")
+    else:
+        texts = [bytes(document) for document in held_out]
+        order2 = order2_bits_per_byte((bytes(d) for d in training_run.training), texts)
+        print(f"  this model          {result.bits_per_byte:.3f} bits per byte")
+        print(f"  order-2 byte model  {order2:.3f}   (counts over the training documents)")
+        print(f"  xz                  {xz_bits_per_byte(texts):.3f}   (the held-out documents in one stream)")
+    print(describe(result))
+    if settings.output.sample_tokens:
+        sample = GenerateCommand(
+            checkpoint=settings.out, prompt="def ", max_new_tokens=settings.output.sample_tokens, device=settings.device
+        )
+        print("\nsample")
+        with training_run.averaged() as model:
+            write(model, training_run.tokenizer, sample)
+
+
 @contextlib.contextmanager
-def _stopping(run: Run) -> Iterator[None]:
+def _stopping(training_run: Run) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) lets the step under way end and be saved; a second one interrupts at once."""
 
     def stop(number: int, frame: Any) -> None:
-        run.stop()
+        training_run.stop()
         signal.signal(number, signal.default_int_handler)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -77,7 +161,7 @@ def _stopping(run: Run) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(settings: TrainingConfig, step: int) -> Iterator[Callable[[StepMetrics], None]]:
+def _progress(settings: TrainingConfig, step: int) -> Iterator[Callable[[StepMetrics | HeldOut], None]]:
     """A bar on a terminal, plain lines elsewhere."""
     console = Console()
     if not console.is_terminal:
@@ -86,19 +170,30 @@ def _progress(settings: TrainingConfig, step: int) -> Iterator[Callable[[StepMet
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=settings.steps, completed=step)
-        yield lambda m: bar.update(task, completed=m.step, description=_numbers(m))
+
+        def show(metrics: StepMetrics | HeldOut) -> None:
+            if isinstance(metrics, HeldOut):
+                bar.console.print(_line(metrics, settings.steps), highlight=False)
+            else:
+                bar.update(task, completed=metrics.step, description=_numbers(metrics))
+
+        yield show
 
 
 def _numbers(metrics: StepMetrics) -> str:
     return (
-        f"{metrics.loss_nats:.3f} nats  {metrics.bits_per_byte:.3f} bits/byte  "
-        f"{metrics.tokens_per_second:,.0f} bytes/s  gradient {metrics.gradient_norm:.2f}"
+        f"{metrics.loss_nats:.3f} nats  {metrics.bits_per_token:.3f} bits/token  "
+        f"{metrics.tokens_per_second:,.0f} tokens/s  gradient {metrics.gradient_norm:.2f}"
     )
 
 
-def _line(metrics: StepMetrics, steps: int) -> str:
+def _line(metrics: StepMetrics | HeldOut, steps: int) -> str:
+    if isinstance(metrics, HeldOut):
+        held_out = f"{metrics.loss_nats:.4f} nats, {metrics.bits_per_token:.4f} bits/token"
+        return f"{metrics.step:>6}/{steps}  held out: {held_out}"
     return f"{metrics.step:>6}/{steps}  {_numbers(metrics)}  rate {metrics.learning_rate:.1e}"
 
 
-def _size(documents: Sequence[Document]) -> int:
-    return sum(len(document.text) for document in documents)
+def _size(documents: Sequence[Document]) -> str:
+    unit = "bytes" if all(document.text for document in documents) else "ids"
+    return f"{sum(len(document) for document in documents):,} {unit}"

@@ -168,6 +168,14 @@ class Document:
         part = content.part(start, max(start, stop)) if isinstance(content, _Lazy) else content[start:stop]
         return Document(self.name, part, self.text)
 
+    def beginning(self, size: int) -> Document:
+        """At most ``size`` bytes (or tokens) of the beginning; of a text, up to the end of a character."""
+        if self.text and size < len(self):
+            # The bytes 10xxxxxx go on with a character.
+            before = self.content[max(size - 3, 0) : size + 1][::-1]
+            size -= int(np.argmax(before & 0xC0 != 0x80))
+        return self.part(0, size)
+
 
 def standard_library() -> list[Document]:
     """The sources of the running Python's standard library, without its tests: long real documents, everywhere."""
@@ -388,15 +396,12 @@ def held_out_split(documents: Sequence[Document], share: int = HELD_OUT_SHARE) -
     if len(documents) == 1:
         (document,) = documents
         size = len(document)
-        cut = size - size // share
-        if document.text:
-            # The bytes 10xxxxxx go on with a character.
-            before = document.content[max(cut - 3, 0) : cut + 1][::-1] if cut < size else np.empty(0, np.uint8)
-            cut -= int(np.argmax(before & 0xC0 != 0x80)) if len(before) else 0
+        beginning = document.beginning(size - size // share)
+        cut = len(beginning)
         if not 0 < cut < size:
             unit = "bytes" if document.text else "tokens"
             raise ValueError(f"{document.name}: {size} {unit} are too few to hold out one in {share}")
-        return [document.part(0, cut)], [document.part(cut, size)]
+        return [beginning], [document.part(cut, size)]
     ranks = {d.name: int.from_bytes(hashlib.sha256(d.name.encode()).digest()[:8], "big") for d in documents}
     held_out = [d for d in documents if ranks[d.name] % share == 0]
     if not held_out or len(held_out) == len(documents):

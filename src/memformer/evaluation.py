@@ -1,0 +1,165 @@
+"""How well a model predicts documents that it was not trained on, each read whole with the memory carried on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .data import Document, Lanes, Tokenizer, encode_documents
+from .model import Memformer, token_losses
+from .parallel import Ranks
+from .segments import Segment
+
+__all__ = ["Depth", "HeldOut", "evaluate", "limited", "segment_length", "to_device"]
+
+LOGITS_AT_ONCE = 2**22
+"""The decoder is called on so many segments at once as give this many logits, 16 MiB in float32."""
+
+
+class Depth(NamedTuple):
+    """The loss on the segments ``first`` to ``last`` (1 is a document's first) of all documents."""
+
+    first: int
+    last: int
+    tokens: int
+    bits_per_token: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Means over all tokens of some documents; ``bits_per_byte`` is None where they are not text."""
+
+    step: int
+    loss_nats: float
+    perplexity: float
+    bits_per_token: float
+    bits_per_byte: float | None
+    tokens: int
+    documents: int
+    seconds: float
+    by_depth: tuple[Depth, ...]
+    """By depth in the document: segment 1, 2, 3-4, 5-8, ...: does memory help?"""
+
+
+@torch.no_grad()
+def evaluate(
+    model: Memformer,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    *,
+    lanes: int = 16,
+    memory: bool = True,
+    step: int = 0,
+    device: torch.device | None = None,
+) -> HeldOut:
+    """Read documents whole, at most ``lanes`` side by side, and count every token once.
+
+    Under torch.distributed every process reads some of the lanes, and all get the result.
+
+    Args:
+        memory: carry the memory from segment to segment; otherwise each begins with the initial one, and the decoder
+            sees one segment back.
+        step: of the training run, for the record.
+        device: of the model; by default that of its first parameter.
+
+    Raises:
+        ValueError: no document, or the model has another vocabulary than the tokenizer.
+    """
+    if lanes < 1:
+        raise ValueError(f"lanes: expected at least 1, got {lanes}")
+    if not documents:
+        raise ValueError("documents: expected at least one, got none")
+    for name in ("enc_num_tokens", "dec_num_tokens"):
+        if getattr(model.config, name) != tokenizer.vocabulary:
+            raise ValueError(
+                f"model: expected {name} of {tokenizer.vocabulary}, that of the tokenizer, got "
+                f"{getattr(model.config, name)}"
+            )
+    assert model.decoder is not None
+    began, ranks = time.perf_counter(), Ranks()
+    device = device or next(model.parameters()).device
+    # The longest first, and no more lanes than are busy until it ends: a lane without a document still costs its share.
+    ordered = sorted(documents, key=lambda document: -len(document))
+    sequences = encode_documents(ordered, tokenizer)
+    busy = max(1, sum(map(len, sequences)) // max(map(len, sequences)))
+    lanes = math.ceil(min(lanes, busy) / ranks.size) * ranks.size
+    stream = Lanes(
+        sequences,
+        lanes=lanes,
+        length=segment_length(model),
+        start=tokenizer.start,
+        epochs=1,
+        rank=ranks.rank,
+        world_size=ranks.size,
+    )
+    at_once = max(1, LOGITS_AT_ONCE // (lanes // ranks.size * stream.length * tokenizer.vocabulary))
+    was_training, mems = model.training, None
+    depth = torch.zeros(lanes // ranks.size, dtype=torch.long)
+    sums = torch.zeros(2, 64, dtype=torch.float64, device=device)  # nats and tokens, by the depth's power of two
+    model.eval()
+    while segments := [to_device(segment, device) for segment in stream.rollout(at_once)]:
+        outputs, depths = [], []
+        for segment in segments:
+            assert segment.reset is not None
+            depth = torch.where(segment.reset.cpu(), 1, depth + 1)
+            reset = segment.reset if memory else torch.ones_like(segment.reset)
+            encoded, mems = model.step(segment.src, mems, segment.src_mask, reset)
+            outputs.append(encoded)
+            depths.append(depth)
+        src_mask, tgt, tgt_mask = (_joined(segments, name) for name in ("src_mask", "tgt", "tgt_mask"))
+        losses, counted = token_losses(model.decoder, tgt, torch.cat(outputs), src_mask, tgt_mask)
+        bucket = torch.cat(depths).double().log2().ceil().clamp(min=0).long().to(device)
+        sums[0].index_add_(0, bucket, losses.double().sum(1))
+        sums[1].index_add_(0, bucket, counted.double().sum(1))
+    model.train(was_training)
+    by_bucket = ranks.sum(sums).cpu()
+    nats, tokens = by_bucket.sum(1).tolist()
+    sizes = [document.num_bytes for document in documents]
+    num_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
+    bits = nats / math.log(2)
+    return HeldOut(
+        step=step,
+        loss_nats=nats / tokens,
+        perplexity=math.exp(nats / tokens),
+        bits_per_token=bits / tokens,
+        bits_per_byte=None if num_bytes is None else bits / num_bytes,
+        tokens=int(tokens),
+        documents=len(documents),
+        seconds=time.perf_counter() - began,
+        by_depth=tuple(
+            Depth(1 if i == 0 else 2 ** (i - 1) + 1, 2**i, int(count), total / count / math.log(2))
+            for i, (total, count) in enumerate(by_bucket.T.tolist())
+            if count
+        ),
+    )
+
+
+def _joined(segments: Sequence[Segment], name: str) -> Tensor:
+    return torch.cat([getattr(segment, name) for segment in segments])
+
+
+def segment_length(model: Memformer) -> int:
+    """Tokens per segment: what the encoder can read and the decoder, after its start token, can write."""
+    return min(model.config.enc_max_seq_len, (model.config.dec_max_seq_len or 0) - 1)
+
+
+def to_device(segment: Segment, device: torch.device) -> Segment:
+    return tree_map(lambda part: part.to(device, non_blocking=True), segment)
+
+
+def limited(documents: Sequence[Document], limit: int) -> list[Document]:
+    """As many documents, in order, as hold ``limit`` bytes (or ids) together, the last one cut; all if it is 0."""
+    kept, left = [], limit
+    for document in documents:
+        if limit and left <= 0:
+            break
+        kept.append(document.beginning(left) if limit and len(document) > left else document)
+        left -= len(document)
+    return kept

@@ -1,0 +1,93 @@
+"""The processes of a training run, as torchrun starts them: each has some of the lanes, and all the same parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .model import Memformer
+
+__all__ = ["Ranks", "full", "joined", "like", "shard"]
+
+
+class Ranks:
+    """This process among those of the run; a run of one process has no need of torch.distributed."""
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.size = dist.get_world_size() if together else 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Each process's rows, one after the other, in every process."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This process's share of what :meth:`gather` gave."""
+        return rows.chunk(self.size)[self.rank]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Meet the other processes if torchrun started this one, and part from them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: Memformer) -> None:
+    """Divide a model's parameters among the processes by FSDP2, layer by layer, in place."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    # What a rollout calls are the encoder, the writer and the decoder: each is a root of its own.
+    roots: list[nn.Module] = [model.encoder, model.writer]
+    stacks: list[nn.Module] = [*model.encoder.layers]
+    if model.decoder is not None:
+        roots.append(model.decoder)
+        stacks += [*model.decoder.layers]
+    for part in [*stacks, *roots]:
+        fully_shard(part, reshard_after_forward=True)  # a root would keep what it gathered, and use it when it is stale
+    register_fsdp_forward_method(model.writer, "initial")
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor whole, in every process."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(whole: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor on the device of another, and divided as that one is."""
+    whole = whole.to(other.device)
+    if not hasattr(other, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(other, DTensor)
+    return distribute_tensor(whole, other.device_mesh, other.placements)

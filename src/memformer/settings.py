@@ -1,0 +1,426 @@
+"""Settings of a training run: one frozen tree that checks itself, read from YAML or flags; recipes by name.
+
+Imports nothing of the project but the model's configuration. The text under a field is its help on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .config import MemformerConfig, Positions, Writer, check_positive_int
+
+__all__ = [
+    "RECIPES",
+    "ComputeSettings",
+    "DocumentSettings",
+    "EvaluationSettings",
+    "ModelSettings",
+    "ObjectiveSettings",
+    "OptimizerSettings",
+    "OutputSettings",
+    "RolloutSettings",
+    "TrainingConfig",
+    "build",
+    "read_yaml",
+    "to_plain",
+    "write_yaml",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentSettings:
+    """How documents are read."""
+
+    tokenizer: str = "bytes"
+    """bytes; bpe, trained on the training documents; ids, for .npy and .bin arrays; or the path of a tokenizer.json."""
+    vocabulary: int = 2048
+    """Tokens of a bpe that is trained here, or how many ids there are in arrays."""
+    text_field: str = "text"
+    """The field of a .jsonl file's lines that holds the text."""
+    separator: int | None = None
+    """The id that ends a document inside a .npy or .bin array; without it an array is one document."""
+    held_out: int = 48
+    """One document in so many is held out, or that share of the only document's end."""
+
+    def __post_init__(self) -> None:
+        check_positive_int("vocabulary", self.vocabulary)
+        if not isinstance(self.held_out, int) or self.held_out < 2:
+            raise ValueError(f"held_out: expected a whole number of at least 2, got {self.held_out!r}")
+        if self.separator is not None:
+            _check_not_negative("separator", self.separator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model; its vocabulary comes from the tokenizer."""
+
+    dim: int = 64
+    """Width of the model."""
+    slots: int = 16
+    """Memory slots."""
+    enc_depth: int = 1
+    """Encoder layers."""
+    dec_depth: int = 2
+    """Decoder layers."""
+    heads: int = 4
+    """Attention heads, in reading, writing and both stacks."""
+    mem_updates: int = 1
+    """How often the memory is written per segment."""
+    memory_writer: Writer = "normalised"
+    """How the memory is written."""
+    write_temperature: float = 0.25
+    """Of the writing attention; below 1 sharpens it."""
+    positions: Positions = "rotary"
+    """How attention knows positions."""
+    dropout: float = 0.0
+    """Probability, on every sublayer's output."""
+    tie_embeddings: bool = False
+    """One matrix for both embeddings and the output projection."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "slots", "enc_depth", "dec_depth", "heads", "mem_updates"):
+            check_positive_int(name, getattr(self, name))
+
+    def config(self, vocabulary: int, segment_length: int) -> MemformerConfig:
+        """The model's configuration. Raises ValueError where settings do not fit together."""
+        return MemformerConfig(
+            dim=self.dim,
+            num_memory_slots=self.slots,
+            enc_num_tokens=vocabulary,
+            enc_max_seq_len=segment_length,
+            enc_depth=self.enc_depth,
+            enc_heads=self.heads,
+            dec_num_tokens=vocabulary,
+            dec_max_seq_len=segment_length + 1,
+            dec_depth=self.dec_depth,
+            dec_heads=self.heads,
+            num_mem_updates=self.mem_updates,
+            mem_update_attn_heads=self.heads,
+            memory_writer=self.memory_writer,
+            write_temperature=self.write_temperature,
+            positions=self.positions,
+            dropout=self.dropout,
+            tie_embeddings=self.tie_embeddings,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """The odds of the paper's objectives (v1, section 2.3), drawn for each lane and segment."""
+
+    continuation: float = 1.0
+    """Read a segment, write the next one."""
+    infilling: float = 0.0
+    """Read a segment with spans masked, write it whole."""
+    recall: float = 0.0
+    """Read a segment, write the one before it, which only the memory knows."""
+
+    def __post_init__(self) -> None:
+        for name in ("continuation", "infilling", "recall"):
+            _check_not_negative(name, getattr(self, name), whole=False)
+        if self.continuation + self.infilling + self.recall <= 0:
+            raise ValueError("continuation, infilling, recall: expected one of the odds above 0, got none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """How much of how many documents a step reads, and how far its gradients go back."""
+
+    lanes: int = 12
+    """Documents read side by side, over all processes: the batch size."""
+    segment_length: int = 64
+    """Tokens per segment."""
+    horizon: int = 3
+    """Segments per rollout: how far gradients go back."""
+    horizon_start: int | None = None
+    """The horizon of the first step, if it is to grow; it reaches --horizon after --horizon-steps."""
+    horizon_steps: int = 1000
+    """Steps over which the horizon grows."""
+    accumulate: int = 1
+    """Rollouts per step, one after the other in the same documents."""
+    graphs: int = 1
+    """Keep the graphs of so many last segments of a rollout: faster, where there is memory for them."""
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "segment_length", "horizon", "horizon_steps", "accumulate", "graphs"):
+            check_positive_int(name, getattr(self, name))
+        if self.horizon_start is not None:
+            check_positive_int("horizon_start", self.horizon_start)
+            if self.horizon_start > self.horizon:
+                raise ValueError(
+                    f"horizon_start: expected at most the horizon {self.horizon}, got {self.horizon_start}"
+                )
+
+    def horizon_at(self, step: int) -> int:
+        """The horizon of a step, counted from 0: a line from ``horizon_start`` to ``horizon``."""
+        if self.horizon_start is None:
+            return self.horizon
+        grown = (self.horizon - self.horizon_start) * min(step / self.horizon_steps, 1.0)
+        return self.horizon_start + int(grown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW; the learning rate rises along a line, then falls to zero along a cosine."""
+
+    learning_rate: float = 3e-3
+    """At the end of the warm-up."""
+    warmup: int = 50
+    """Steps over which the learning rate rises."""
+    weight_decay: float = 0.1
+    """On matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which is then evaluated and saved as the model; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
+        for name in ("weight_decay", "clip"):
+            _check_not_negative(name, getattr(self, name), whole=False)
+        _check_not_negative("warmup", self.warmup)
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSettings:
+    """How it is computed. Under torchrun the lanes are divided among the processes."""
+
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    """Autocast; auto is bf16 on an accelerator that is good at it, else float32."""
+    compile: bool = False
+    """torch.compile: slow to start, then faster."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: a copy of the model in each process, or its parameters divided among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Evaluation on held-out documents, read whole with the memory carried on."""
+
+    eval_every: int = 0
+    """Steps between evaluations; the best checkpoint is kept, beside the newest ones. 0: at the end alone."""
+    patience: int = 0
+    """Stop after so many evaluations without a better one; 0 never does."""
+    eval_limit: int = 2_000_000
+    """At most so many held-out bytes (or ids) are read; 0 for all."""
+
+    def __post_init__(self) -> None:
+        for name in ("eval_every", "patience", "eval_limit"):
+            _check_not_negative(name, getattr(self, name))
+        if self.patience and not self.eval_every:
+            raise ValueError(f"patience: {self.patience} counts evaluations, but eval_every is 0: set it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """What is written, and when."""
+
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    save_every: int = 400
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, in OUT/tensorboard."""
+    sample_tokens: int = 300
+    """Length of the sample at the end; 0 for none."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "save_every", "keep"):
+            check_positive_int(name, getattr(self, name))
+        _check_not_negative("sample_tokens", self.sample_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """A training run: memory replay over long documents, with the memory carried from rollout to rollout."""
+
+    data: tuple[Path, ...] = ()
+    """Files and folders of UTF-8 text (each file a document), .jsonl (each line one), or .npy and .bin token arrays; by
+    default the Python standard library's sources."""
+    out: Path = Path("runs/default")
+    """Folder for checkpoints and metrics.jsonl."""
+    steps: int = 1200
+    """Optimiser steps."""
+    seed: int = 0
+    """Of initialisation, dropout, objectives and the order of documents."""
+    resume: bool = False
+    """Go on from the newest sound checkpoint in --out, with the settings saved there; --steps may be raised."""
+    device: str = "auto"
+    """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
+
+    documents: DocumentSettings = field(default_factory=DocumentSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+
+    def __post_init__(self) -> None:
+        check_positive_int("steps", self.steps)
+        _check_not_negative("seed", self.seed)
+        if self.model.tie_embeddings and self.compute.parallel == "fsdp":
+            raise ValueError(
+                "tie_embeddings: FSDP cannot share a matrix between encoder and decoder; use --parallel ddp"
+            )
+        if self.compute.precision == "fp16" and self.compute.parallel == "fsdp":
+            raise ValueError("precision: fp16 scales the loss, which FSDP's accumulation does not; use bf16")
+
+
+def _check_not_negative(name: str, value: Any, whole: bool = True) -> None:
+    if not isinstance(value, (int, float)) or not value >= 0 or (whole and value != int(value)):
+        raise ValueError(f"{name}: expected a {'whole ' if whole else ''}number of at least 0, got {value!r}")
+
+
+# --- Recipes ----------------------------------------------------------------------------------------------------------
+
+RECIPES: dict[str, TrainingConfig] = {
+    "tiny": TrainingConfig(),
+    "paper-v1": TrainingConfig(
+        steps=400_000,
+        documents=DocumentSettings(tokenizer="bpe", vocabulary=32_000),
+        model=ModelSettings(
+            dim=512, slots=32, enc_depth=4, dec_depth=8, heads=8, memory_writer="gated", write_temperature=1.0,
+            positions="relative",
+        ),
+        objective=ObjectiveSettings(continuation=0.6, infilling=0.3, recall=0.1),
+        rollout=RolloutSettings(lanes=64, segment_length=64, horizon=8),
+        optimizer=OptimizerSettings(learning_rate=2.5e-4, warmup=4000, weight_decay=0.01),
+        evaluation=EvaluationSettings(eval_every=5000),
+        output=OutputSettings(log_every=100, save_every=5000),
+    ),
+    "paper-v2": TrainingConfig(
+        steps=400_000,
+        documents=DocumentSettings(tokenizer="bpe", vocabulary=32_000),
+        model=ModelSettings(dim=512, slots=64, enc_depth=4, dec_depth=8, heads=8),
+        rollout=RolloutSettings(lanes=64, segment_length=64, horizon=8),
+        optimizer=OptimizerSettings(learning_rate=2.5e-4, warmup=4000, weight_decay=0.01),
+        evaluation=EvaluationSettings(eval_every=5000),
+        output=OutputSettings(log_every=100, save_every=5000),
+    ),
+}  # fmt: skip
+"""``tiny``: two minutes on two cores. ``paper-v1``, ``paper-v2``: the shapes, slots, segments and objectives of the two
+versions' language models, for a GPU; what the papers do not say (vocabulary, lanes, learning rate, steps) is ours."""
+
+
+# --- Plain data in, settings out --------------------------------------------------------------------------------------
+
+
+def read_yaml(file: Path, base: TrainingConfig) -> TrainingConfig:
+    """``base`` with what a YAML file says otherwise.
+
+    Raises:
+        ValueError: it is not YAML, or has an unknown key (the nearest is named) or a wrong value.
+        OSError: it cannot be read.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
+    try:
+        return build(TrainingConfig, {} if values is None else values, base=base)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def write_yaml(settings: TrainingConfig, file: Path) -> None:
+    """Write every setting, so that ``--config FILE`` repeats the run."""
+    file.write_text(yaml.safe_dump(to_plain(settings), sort_keys=False), encoding="utf-8")
+
+
+def to_plain(settings: Any) -> dict[str, Any]:
+    """Settings as nested dicts of numbers, strings and lists."""
+    plain = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            value = to_plain(value)
+        elif isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = [str(part) for part in value]
+        plain[f.name] = value
+    return plain
+
+
+def build(cls: type[T], values: Any, *, base: T | None = None, where: str = "") -> T:
+    """Settings from nested dicts; what they leave out comes from ``base``, or is the default.
+
+    Raises:
+        ValueError: an unknown key, with the nearest known one, or a value of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where or 'settings'}: expected names with values, got {values!r}")
+    hints = get_type_hints(cls)
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        path = f"{where}.{name}" if where else str(name)
+        if name not in hints:
+            raise ValueError(f"{path}: unknown setting{_suggestion(str(name))}")
+        if dataclasses.is_dataclass(hints[name]):
+            given[name] = build(hints[name], value, base=None if base is None else getattr(base, name), where=path)
+        else:
+            given[name] = _convert(path, hints[name], value)
+    return cls(**given) if base is None else dataclasses.replace(base, **given)  # type: ignore[type-var]
+
+
+def _suggestion(name: str) -> str:
+    known = dict(_paths(TrainingConfig, ""))
+    close = difflib.get_close_matches(name, known, n=1)
+    return f". Perhaps you meant {known[close[0]]}" if close else f"; there are {', '.join(sorted(known))}"
+
+
+def _paths(cls: Any, where: str) -> list[tuple[str, str]]:
+    found = []
+    for name, hint in get_type_hints(cls).items():
+        found.append((name, where + name))
+        if dataclasses.is_dataclass(hint):
+            found += _paths(hint, f"{name}.")
+    return found
+
+
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    """A value of YAML or JSON as the type of its field."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
+        return value
+    if get_origin(kind) is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise ValueError(f"{name}: expected a list, got {value!r}")
+        return tuple(_convert(name, get_args(kind)[0], item) for item in items)
+    if get_origin(kind) in (Union, types.UnionType):
+        (inner,) = (k for k in get_args(kind) if k is not type(None))
+        return None if value is None else _convert(name, inner, value)
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML takes 3e-4 for a string
+        except (TypeError, ValueError):
+            number = float("nan")
+        if kind is float and number == number:
+            return number
+        if kind is int and number == number and number.is_integer():
+            return int(number)
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    raise ValueError(f"{name}: expected {expected[kind]}, got {value!r}")

@@ -1,0 +1,115 @@
+"""Settings: read from YAML, refused with a suggestion, written so that they repeat the run."""
+
+import dataclasses
+
+import pytest
+
+from memformer.settings import (
+    RECIPES,
+    ComputeSettings,
+    DocumentSettings,
+    EvaluationSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    OutputSettings,
+    RolloutSettings,
+    TrainingConfig,
+    build,
+    read_yaml,
+    to_plain,
+    write_yaml,
+)
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    for name, recipe in RECIPES.items():
+        settings = dataclasses.replace(recipe, data=(tmp_path / "a", tmp_path / "b"), seed=7)
+        write_yaml(settings, tmp_path / name)
+        assert read_yaml(tmp_path / name, TrainingConfig()) == settings
+        assert build(TrainingConfig, to_plain(settings)) == settings
+
+
+def test_a_file_says_only_what_differs(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 10\noptimizer:\n  learning_rate: 3e-4\nmodel: {dim: 32}\ndata: one.txt\n")
+    base = TrainingConfig(seed=3, model=ModelSettings(slots=5))
+    settings = read_yaml(file, base)
+    assert (settings.steps, settings.optimizer.learning_rate, settings.seed) == (10, 3e-4, 3)
+    assert settings.model == ModelSettings(slots=5, dim=32)
+    assert [str(path) for path in settings.data] == ["one.txt"]
+    file.write_text("")
+    assert read_yaml(file, base) == base
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", r"stepz: unknown setting\. Perhaps you meant steps"),
+        ("dim: 3", r"dim: unknown setting\. Perhaps you meant model\.dim"),
+        ("model: {dimm: 3}", r"model\.dimm: unknown setting\. Perhaps you meant model\.dim"),
+        ("qqqqqq: 3", "qqqqqq: unknown setting; there are .*steps"),
+        ("steps: many", "steps: expected a whole number, got 'many'"),
+        ("steps: 1.5", r"steps: expected a whole number, got 1\.5"),
+        ("steps: true", "steps: expected a whole number, got True"),
+        ("steps: 0", "steps: expected a whole number of at least 1, got 0"),
+        ("resume: 1", "resume: expected true or false, got 1"),
+        ("model: 3", "model: expected names with values, got 3"),
+        ("- 3", "expected names with values"),
+        ("data: 3", "data: expected a list, got 3"),
+        ("model: {positions: rotatory}", "positions: expected one of rotary, relative, bucketed, got 'rotatory'"),
+        ("optimizer: {learning_rate: fast}", "learning_rate: expected a number, got 'fast'"),
+        ("steps: [", "not YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_yaml(file, TrainingConfig())
+    assert str(error.value).startswith(str(file))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainingConfig(steps=0), "steps: expected a whole number of at least 1, got 0"),
+        (lambda: TrainingConfig(seed=-1), "seed: expected a whole number of at least 0, got -1"),
+        (lambda: ModelSettings(dim=0), "dim: expected a whole number of at least 1"),
+        (lambda: DocumentSettings(held_out=1), "held_out: expected a whole number of at least 2, got 1"),
+        (lambda: DocumentSettings(separator=-1), "separator: expected a whole number of at least 0"),
+        (lambda: ObjectiveSettings(continuation=-1.0), "continuation: expected a number of at least 0"),
+        (lambda: ObjectiveSettings(continuation=0), "expected one of the odds above 0"),
+        (lambda: RolloutSettings(horizon=2, horizon_start=3), "horizon_start: expected at most the horizon 2, got 3"),
+        (lambda: OptimizerSettings(warmup=-1), "warmup: expected a whole number of at least 0, got -1"),
+        (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate: expected a number above 0"),
+        (lambda: OptimizerSettings(clip=-1.0), "clip: expected a number of at least 0"),
+        (lambda: OptimizerSettings(ema=1.0), r"ema: expected a decay in \[0, 1\), got 1.0"),
+        (lambda: EvaluationSettings(patience=2), "patience: 2 counts evaluations, but eval_every is 0"),
+        (lambda: OutputSettings(keep=0), "keep: expected a whole number of at least 1"),
+        (
+            lambda: TrainingConfig(model=ModelSettings(tie_embeddings=True), compute=ComputeSettings(parallel="fsdp")),
+            "tie_embeddings: FSDP cannot share",
+        ),
+        (lambda: TrainingConfig(compute=ComputeSettings(precision="fp16", parallel="fsdp")), "precision: fp16"),
+    ],
+)
+def test_settings_check_themselves(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_horizon_grows_along_a_line():
+    shape = RolloutSettings(horizon=8, horizon_start=2, horizon_steps=6)
+    assert [shape.horizon_at(step) for step in range(8)] == [2, 3, 4, 5, 6, 7, 8, 8]
+    assert RolloutSettings(horizon=8).horizon_at(0) == 8
+
+
+def test_recipes_make_models():
+    for recipe in RECIPES.values():
+        config = recipe.model.config(300, recipe.rollout.segment_length)
+        assert config.dec_max_seq_len == recipe.rollout.segment_length + 1
+    assert RECIPES["tiny"] == TrainingConfig()
+    paper = RECIPES["paper-v1"]
+    assert (paper.model.enc_depth, paper.model.dec_depth, paper.model.dim, paper.model.slots) == (4, 8, 512, 32)
+    assert dataclasses.astuple(paper.objective) == (0.6, 0.3, 0.1)
