@@ -185,3 +185,18 @@ def gru(cell: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
     from_h = (cell.weight_hh @ h + cell.bias_hh).chunk(3)
     r, z = (torch.sigmoid(from_x[gate] + from_h[gate]) for gate in (0, 1))
     return (1 - z) * torch.tanh(from_x[2] + r * from_h[2]) + z * h
+
+
+# --- Streams ----------------------------------------------------------------------------------------------------------
+
+
+def next_logits(model: Memformer, text: list[int], start: int) -> Tensor:
+    """Of the token after a text, everything computed anew from its beginning."""
+    length = min(model.config.enc_max_seq_len, model.config.dec_max_seq_len - 1)
+    memory, source = model.get_initial_mem(1)[0], torch.tensor([start])
+    for begin in range(0, len(text) - length + 1, length):
+        for _ in range(model.config.num_mem_updates):
+            memory = write(model.writer, memory, encode(model, source, memory))
+        source = torch.tensor(text[begin : begin + length])
+    pending = torch.tensor([start, *text[len(text) // length * length :]])
+    return last_logits(model, pending, torch.ones(len(pending), dtype=torch.bool), encode(model, source, memory), None)

@@ -1,24 +1,60 @@
-"""Sampling a continuation of any length: the memory advances whenever a segment is full, so that the state stays fixed.
+"""Reading and writing streams of any length: constant memory, and constant time per token.
 
-Filters are pure functions of logits (batch, tokens), named by what they keep.
+:class:`Generation` is what a model inherits. A segment is decoded token by token with a cache of its own; when it is
+full it is encoded, the memory advances, and the next one begins. Filters are pure functions of logits (..., tokens),
+named by what they keep; the rest becomes minus infinity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from .model import Memformer
+from .attention import KeysValues
+from .config import MemformerConfig
+from .state import MemoryState
 
-__all__ = ["generate", "keep_top_k", "keep_top_p"]
+__all__ = [
+    "Generated",
+    "Generation",
+    "Stream",
+    "keep_allowed",
+    "keep_min_p",
+    "keep_top_k",
+    "keep_top_p",
+    "penalise_repetition",
+]
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Tokens = Tensor | Sequence[Tensor]
+"""(batch, length) token ids, or one (length,) per lane."""
+
+
+class Generated(NamedTuple):
+    """What :meth:`Generation.generate` returns.
+
+    Attributes:
+        tokens: for each lane its new tokens (count,), with the stop token if it ended with one.
+        state: of all lanes after these tokens; give it to the next call to go on.
+    """
+
+    tokens: list[Tensor]
+    state: MemoryState
+
+
+# --- Filters ----------------------------------------------------------------------------------------------------------
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The ``k`` most likely tokens; the others get minus infinity."""
-    if k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {k}")
+    """The ``k`` most likely tokens."""
+    _check_count("top_k", k, 1)
     least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < least, float("-inf"))
 
@@ -33,76 +69,553 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
 
 
-@torch.no_grad()
-def generate(
-    model: Memformer,
-    prompt: Tensor,
-    max_new_tokens: int,
-    *,
-    start: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Yield the tokens after a prompt, one (batch,) tensor at a time, from a model trained on text continuation.
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Tokens at least ``p`` times as likely as the likeliest."""
+    if not 0 < p <= 1:
+        raise ValueError(f"min_p: expected a share in (0, 1], got {p}")
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), float("-inf"))
 
-    Args:
-        model: used as it is: call ``eval()`` first.
-        prompt: (batch, length) token ids; of any length, also 0.
-        start: the token that started documents and decoder in training.
-        temperature: 0 takes the most likely token.
-        top_k, top_p: keep only the likeliest tokens; None keeps all.
-        generator: the source of randomness, on the model's device.
 
-    Raises:
-        ValueError: an argument is out of range, or the model has no decoder.
+def keep_allowed(logits: Tensor, never: Sequence[int]) -> Tensor:
+    """All tokens but those."""
+    return logits.index_fill(-1, torch.tensor(never, dtype=torch.int64, device=logits.device), float("-inf"))
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Tokens in ``seen`` (batch, any number) become less likely for a ``penalty`` above 1 (Keskar et al., 2019)."""
+    if not 0 < penalty < math.inf:
+        raise ValueError(f"repetition_penalty: expected a finite number above 0, got {penalty}")
+    at_seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, seen, True)
+    return torch.where(at_seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sampling:
+    """How a token is chosen from its logits. Checks itself, by choosing once."""
+
+    config: MemformerConfig
+    start: int
+    never: Sequence[int]
+    stop: Sequence[int]
+    repetition_penalty: float
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_ids("never", self.never, self.config)
+        _check_ids("stop", self.stop, self.config)
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature: expected a finite number of at least 0 (0 takes the likeliest), got {self.temperature}"
+            )
+        logits = torch.zeros(1, self.config.dec_num_tokens or 0)
+        seen = torch.zeros(1, 1, dtype=torch.int64)
+        if self.scores(logits, seen).isneginf().all():
+            raise ValueError("never: no token is left that may be generated")
+        self.filtered(logits, seen)
+
+    def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Logits of what may be generated at all: tokens that the encoder can read, but for ``start`` and ``never``."""
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if self.repetition_penalty != 1:
+            logits = penalise_repetition(logits, seen, self.repetition_penalty)
+        unreadable = range(_vocabulary(self.config), logits.shape[-1])
+        return keep_allowed(logits, [self.start, *self.never, *unreadable])
+
+    def filtered(self, logits: Tensor, seen: Tensor) -> Tensor:
+        logits = self.scores(logits, seen)
+        if self.temperature > 0:
+            # The greatest is moved to 0 first: no temperature is then too low for the numbers' range.
+            logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)
+        if self.top_k is not None:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p is not None:
+            logits = keep_top_p(logits, self.top_p)
+        if self.min_p is not None:
+            logits = keep_min_p(logits, self.min_p)
+        return logits
+
+    def choose(self, logits: Tensor, seen: Tensor, generator: Generators) -> Tensor:
+        """(batch, tokens) -> (batch,). One generator draws for all lanes, or each lane has its own."""
+        logits = self.filtered(logits, seen)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probability = logits.softmax(-1)
+        if generator is None or isinstance(generator, torch.Generator):
+            return torch.multinomial(probability, 1, generator=generator)[:, 0]
+        return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probability, generator, strict=True)])
+
+
+# --- Lanes ------------------------------------------------------------------------------------------------------------
+
+
+class _Model(Protocol):
+    """What is asked of a Memformer here."""
+
+    config: MemformerConfig
+
+    @property
+    def decoder(self) -> Any: ...
+
+    def get_initial_mem(self, batch_size: int) -> Tensor: ...
+
+    def step(
+        self, src: Tensor, mems: Tensor | None = None, src_mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def _segment_length(config: MemformerConfig) -> int:
+    """The decoder writes one segment after its start token; the encoder must be able to read it."""
+    if config.dec_max_seq_len is None:
+        return config.enc_max_seq_len
+    return min(config.enc_max_seq_len, config.dec_max_seq_len - 1)
+
+
+def _vocabulary(config: MemformerConfig) -> int:
+    """Tokens that can be both written and read: 0 to this number."""
+    return min(config.enc_num_tokens, config.dec_num_tokens or config.enc_num_tokens)
+
+
+def _encode(model: _Model, state: MemoryState) -> tuple[Tensor, Tensor]:
+    """Each lane's last whole segment: its encoding (batch, length or 1, dim), and the memory after it."""
+    fresh = state.fresh
+    if fresh.all():
+        return model.step(state.segment[:, :1])
+    return model.step(state.segment, state.memory, _source_mask(state) if fresh.any() else None, fresh)
+
+
+def _source_mask(state: MemoryState) -> Tensor:
+    """(batch, length): the source of a lane that has not read a whole segment is the start token alone."""
+    return ~state.fresh[:, None] | (torch.arange(state.length, device=state.position.device) == 0)
+
+
+def _advance(state: MemoryState, lanes: Tensor, memory: Tensor) -> None:
+    """The pending segments of those lanes are full; ``memory`` is theirs after the segment before. In place."""
+    state.memory[lanes], state.segment[lanes], state.pending[lanes] = memory, state.pending[lanes], state.start
+
+
+def _read(model: _Model, lanes: Sequence[Tensor], state: MemoryState) -> MemoryState:
+    """Segment by segment; lanes whose segments become full in the same round are encoded together."""
+    state, rest, filled = state.clone(), list(lanes), state.filled.tolist()
+    while any(len(tokens) for tokens in rest):
+        full = [i for i, tokens in enumerate(rest) if filled[i] + len(tokens) >= state.length]
+        index = torch.tensor(full, dtype=torch.int64, device=state.position.device)
+        memory = _encode(model, state.select(index))[1] if full else state.memory[:0]
+        for i, tokens in enumerate(rest):
+            piece, rest[i] = tokens.tensor_split([state.length - filled[i]])
+            state.pending[i, filled[i] : filled[i] + len(piece)] = piece
+            state.position[i] += len(piece)
+            filled[i] = (filled[i] + len(piece)) % state.length
+        _advance(state, index, memory)
+    return state
+
+
+class _Computed(NamedTuple):
+    """What is computed from the last whole segment of each lane, once; first dimension: batch."""
+
+    contexts: list[KeysValues]
+    context_mask: Tensor
+    memory: Tensor
+    """After that segment."""
+
+
+class _Writing:
+    """Lanes that are being written: their state, what is computed once per segment, and the decoder's cache."""
+
+    def __init__(self, model: _Model, state: MemoryState):
+        self.model, self.state = model, state.clone()
+        self.filled: list[int] = state.filled.tolist()
+        self.computed = self._compute(state)
+        self.cache = model.decoder.new_cache(state.batch_size, state.length)
+        begun = max(self.filled)
+        if begun:
+            # All but each lane's last token, which the first step brings. What shorter lanes put into the cache beyond
+            # their end is written over before it is looked at.
+            written = F.pad(state.pending, (1, 0), value=state.start)[:, :begun]
+            position = torch.arange(begun, device=written.device).expand_as(written)
+            model.decoder.extend(written, position, self.cache, self.computed.contexts, self.computed.context_mask)
+
+    def _compute(self, state: MemoryState) -> _Computed:
+        enc_out, memory = _encode(self.model, state)
+        # Shapes are those of a whole segment also at the start of a document, so that compiled code serves both.
+        enc_out = F.pad(enc_out, (0, 0, 0, state.length - enc_out.shape[1]))
+        contexts = self.model.decoder.context_projection(enc_out)
+        return _Computed([(k.contiguous(), v.contiguous()) for k, v in contexts], _source_mask(state), memory)
+
+    def logits(self) -> Tensor:
+        """Of the next token of each lane, (batch, tokens)."""
+        state, filled = self.state, self.state.filled
+        last = state.pending.gather(1, (filled - 1).clamp(min=0)[:, None])[:, 0]
+        token = torch.where(filled == 0, state.start, last)
+        return self.model.decoder.step(token, filled, self.cache, self.computed.contexts, self.computed.context_mask)
+
+    def seen(self) -> Tensor:
+        """All tokens that the state holds (batch, 2 length)."""
+        return torch.cat([self.state.segment, self.state.pending], 1)
+
+    def append(self, lanes: Sequence[int], tokens: Tensor) -> None:
+        """One more token in each of ``lanes``; where that makes a segment full, the memory advances."""
+        index = torch.tensor(lanes, dtype=torch.int64, device=tokens.device)
+        self.state.pending[index, self.state.filled[index]] = tokens
+        self.state.position[index] += 1
+        for i in lanes:
+            self.filled[i] = (self.filled[i] + 1) % self.state.length
+        full = [i for i in lanes if not self.filled[i]]
+        if full:
+            index = torch.tensor(full, device=tokens.device)
+            _advance(self.state, index, self.computed.memory[index])
+            new = self._compute(self.state.select(index))
+            tree_map(lambda old, x: old.index_copy_(0, index, x), self.computed, new)
+
+    def select(self, lanes: Tensor) -> None:
+        """Go on with those lanes alone, in that order; a lane may come more than once."""
+        self.state = self.state.select(lanes)
+        self.filled = [self.filled[i] for i in lanes.tolist()]
+        self.computed, self.cache = tree_map(lambda x: x[lanes], (self.computed, self.cache))
+
+
+# --- Streams and beams ------------------------------------------------------------------------------------------------
+
+
+class Stream(Iterator[Tensor]):
+    """The tokens of :meth:`Generation.stream`, one (batch,) tensor at a time, with -1 in lanes that have ended.
+
+    Lanes that have ended are dropped from the batch, so they cost nothing.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: expected at least 0, got {max_new_tokens}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected at least 0, got {temperature}")
-    if prompt.dim() != 2 or prompt.is_floating_point():
-        raise ValueError(
-            f"prompt: expected token ids (batch, length), got {prompt.dtype} of shape {tuple(prompt.shape)}"
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: _Model,
+        state: MemoryState,
+        max_new_tokens: int,
+        sampling: _Sampling,
+        generator: Generators,
+    ):
+        self._writing = _Writing(model, state)
+        self._left, self._sampling, self._generator = max_new_tokens, sampling, generator
+        self._lanes = list(range(state.batch_size))
+        self._ended: dict[int, MemoryState] = {}
+
+    @property
+    def state(self) -> MemoryState:
+        """Of all lanes, after the tokens that came so far; a copy."""
+        parts = MemoryState.cat([self._writing.state, *self._ended.values()])
+        lanes = [*self._lanes, *self._ended]
+        return parts.select(sorted(range(len(lanes)), key=lanes.__getitem__))
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        if not self._left or not self._lanes:
+            raise StopIteration
+        self._left -= 1
+        writing, generator = self._writing, self._generator
+        if isinstance(generator, Sequence):
+            generator = [generator[lane] for lane in self._lanes]
+        tokens = self._sampling.choose(writing.logits(), writing.seen(), generator)
+        writing.append(range(len(self._lanes)), tokens)
+        result = tokens.new_full((len(self._lanes) + len(self._ended),), -1)
+        result[self._lanes] = tokens
+        going = [i for i, token in enumerate(tokens.tolist()) if token not in self._sampling.stop]
+        if len(going) < len(self._lanes):
+            for i in set(range(len(self._lanes))).difference(going):
+                self._ended[self._lanes[i]] = writing.state.select([i])
+            writing.select(torch.tensor(going, dtype=torch.int64, device=tokens.device))
+            self._lanes = [self._lanes[i] for i in going]
+        return result
+
+
+_History = tuple[int, "_History"] | None
+"""A hypothesis' last token and what came before; hypotheses share their beginnings."""
+
+
+def _beam_search(
+    model: _Model,
+    state: MemoryState,
+    max_new_tokens: int,
+    sampling: _Sampling,
+    beams: int,
+    length_penalty: float,
+) -> Generated:
+    """The likeliest ``beams`` hypotheses are kept, ended ones among them; a lane is done when all of its have ended."""
+    writing, device = _Writing(model, state), state.position.device
+    lanes = torch.arange(state.batch_size, device=device)
+    found: dict[int, tuple[Tensor, MemoryState]] = {}
+    # These are (lanes, width), width growing to ``beams``; writing and histories have a row for each, lane by lane.
+    scores = torch.zeros(state.batch_size, 1, dtype=torch.float64, device=device)
+    ended, count = torch.zeros_like(scores, dtype=torch.bool), torch.zeros_like(scores)
+    histories: list[_History] = [None] * state.batch_size
+    stops = torch.tensor(sampling.stop, dtype=torch.int64, device=device)
+
+    for step in range(max_new_tokens + 1):
+        rows = torch.arange(scores.numel(), device=device).view_as(scores)
+        done = ended.all(1) | (step == max_new_tokens)
+        if done.any():
+            best = (scores / count.clamp(min=1) ** length_penalty).argmax(1, keepdim=True)
+            for lane, row in zip(lanes[done].tolist(), rows.gather(1, best)[done, 0].tolist(), strict=True):
+                found[lane] = torch.tensor(_tokens(histories[row]), device=device), writing.state.select([row])
+            lanes, scores, ended, count, rows = (x[~done] for x in (lanes, scores, ended, count, rows))
+            writing.select(rows.flatten())
+            histories = [histories[row] for row in rows.flatten().tolist()]
+            rows = torch.arange(scores.numel(), device=device).view_as(scores)
+        if not len(lanes):
+            break
+        gains = sampling.scores(writing.logits(), writing.seen()).double().log_softmax(-1)
+        vocabulary = gains.shape[-1]
+        # A hypothesis that has ended has one continuation, itself: the first column, for nothing.
+        stays = torch.where(torch.arange(vocabulary, device=device) == 0, 0.0, -math.inf).double()
+        gains = torch.where(ended[..., None], stays, gains.unflatten(0, scores.shape))
+        scores, best = (scores[..., None] + gains).flatten(1).topk(min(beams, scores.shape[1] * vocabulary))
+        parent, token = best // vocabulary, best % vocabulary
+        # Where there are fewer than ``beams`` possible ones, impossible ones fill up; they must not be written.
+        ended = ended.gather(1, parent) | scores.isneginf()
+        count = count.gather(1, parent) + ~ended
+        rows = rows.gather(1, parent).flatten()
+        writing.select(rows)
+        going = (~ended).flatten().nonzero()[:, 0]
+        writing.append(going.tolist(), token.flatten()[going])
+        histories = [
+            histories[row] if over else (new, histories[row])
+            for row, new, over in zip(rows.tolist(), token.flatten().tolist(), ended.flatten().tolist(), strict=True)
+        ]
+        ended = ended | torch.isin(token, stops)
+    tokens, states = zip(*(found[lane] for lane in range(state.batch_size)), strict=True)
+    return Generated(list(tokens), MemoryState.cat(states))
+
+
+def _tokens(history: _History) -> list[int]:
+    tokens = []
+    while history is not None:
+        token, history = history
+        tokens.append(token)
+    return tokens[::-1]
+
+
+# --- What a model inherits --------------------------------------------------------------------------------------------
+
+
+class Generation:
+    """Reading and writing of streams, for a model that was trained on text continuation.
+
+    Everything runs without gradients and with the model as it is: call ``eval()`` first.
+    """
+
+    @torch.no_grad()
+    def read(
+        self: _Model,
+        tokens: Tokens,
+        state: MemoryState | None = None,
+        *,
+        start: int | None = None,
+        mask: Tensor | None = None,
+    ) -> MemoryState:
+        """Read tokens of any length and in pieces of any size: pieces leave the state that the whole would.
+
+        Args:
+            tokens: (batch, length) token ids, length 0 included, or a list with one (length,) per lane.
+            state: from earlier tokens; it stays as it is. None begins a document in every lane.
+            start: the token that started documents and decoder in training; a given state knows it.
+            mask: boolean like ``tokens``, True for tokens that exist, wherever they stand.
+
+        Raises:
+            ValueError: an argument does not fit the model or the others; the message says what was expected.
+        """
+        lanes, state = _begin(self, tokens, state, start, mask)
+        return _read(self, lanes, state)
+
+    def stream(
+        self: _Model,
+        prompt: Tokens,
+        max_new_tokens: int,
+        *,
+        start: int | None = None,
+        prompt_mask: Tensor | None = None,
+        state: MemoryState | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[int] = (),
+        never: Sequence[int] = (),
+        generator: Generators = None,
+    ) -> Stream:
+        """The tokens after a prompt as they come: an iterator of (batch,), with -1 in lanes that have ended.
+
+        The prompt is read before this returns. Its ``state`` is at any time that after the tokens that came.
+
+        Args:
+            prompt, prompt_mask, state, start: as in :meth:`read`.
+            max_new_tokens: per lane. However many, the state stays of one size.
+            temperature: 0 takes the likeliest token; higher is wilder.
+            top_k, top_p, min_p: :func:`keep_top_k`, :func:`keep_top_p`, :func:`keep_min_p`; None keeps all. Applied in
+                this order, after the temperature.
+            repetition_penalty: above 1 makes the tokens of the last whole and of the pending segment less likely: what
+                the state holds.
+            stop: a lane ends with any of these tokens, which is its last.
+            never: tokens that are not generated. ``start`` is always among them, and so is what the encoder could not
+                read.
+            generator: draws for all lanes that have not ended, in turn; or a list with one per lane, whose tokens then
+                do not depend on the other lanes. On the model's device.
+
+        Raises:
+            ValueError: as :meth:`read`, and where the model has no decoder.
+        """
+        lanes, state = _begin(self, prompt, state, start, prompt_mask)
+        _check_writing(self, max_new_tokens)
+        if isinstance(generator, Sequence) and len(generator) != len(lanes):
+            raise ValueError(f"generator: expected one, or one for each of {len(lanes)} lanes, got {len(generator)}")
+        sampling = _Sampling(
+            config=self.config,
+            start=state.start,
+            never=never,
+            stop=stop,
+            repetition_penalty=repetition_penalty,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
         )
+        return Stream(self, _read(self, lanes, state), max_new_tokens, sampling, generator)
+
+    @torch.no_grad()
+    def generate(
+        self: _Model,
+        prompt: Tokens,
+        max_new_tokens: int,
+        *,
+        start: int | None = None,
+        prompt_mask: Tensor | None = None,
+        state: MemoryState | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[int] = (),
+        never: Sequence[int] = (),
+        generator: Generators = None,
+        callback: Callable[[Tensor], object] | None = None,
+        beams: int | None = None,
+        length_penalty: float = 1.0,
+    ) -> Generated:
+        """The tokens after a prompt, and the state after them: all of a :meth:`stream`, or the best of a beam search.
+
+        Args:
+            callback: called with each (batch,) tensor of the stream as it comes.
+            beams: search for the likeliest continuation with so many hypotheses per lane; one is greedy. Nothing is
+                sampled then: of the settings only ``repetition_penalty``, ``stop`` and ``never`` have a place.
+            length_penalty: the search ends with the hypothesis of the greatest log-probability / length ** this;
+                above 0 favours longer ones.
+
+        The others are those of :meth:`stream`, and so are the errors.
+        """
+        if beams is None:
+            stream = Generation.stream(
+                self,
+                prompt,
+                max_new_tokens,
+                start=start,
+                prompt_mask=prompt_mask,
+                state=state,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                stop=stop,
+                never=never,
+                generator=generator,
+            )
+            steps = []
+            for tokens in stream:
+                steps.append(tokens)
+                if callback is not None:
+                    callback(tokens)
+            after = stream.state
+            table = torch.stack(steps, 1) if steps else after.pending[:, :0]
+            return Generated([row[row >= 0] for row in table], after)
+        if temperature != 1 or any(x is not None for x in (top_k, top_p, min_p, generator, callback)):
+            raise ValueError(
+                "beams: a search does not sample; expected no temperature, top_k, top_p, min_p, generator or callback "
+                "beside it"
+            )
+        _check_count("beams", beams, 1)
+        if not math.isfinite(length_penalty):
+            raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
+        lanes, state = _begin(self, prompt, state, start, prompt_mask)
+        _check_writing(self, max_new_tokens)
+        sampling = _Sampling(
+            config=self.config, start=state.start, never=never, stop=stop, repetition_penalty=repetition_penalty
+        )
+        return _beam_search(self, _read(self, lanes, state), max_new_tokens, sampling, beams, length_penalty)
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def _begin(
+    model: _Model, tokens: Tokens, state: MemoryState | None, start: int | None, mask: Tensor | None
+) -> tuple[list[Tensor], MemoryState]:
+    """Each lane's tokens, and the state before them."""
+    like, length, batch = model.get_initial_mem(1)[0], _segment_length(model.config), len(tokens)
+    if not batch:
+        raise ValueError("tokens: expected at least one lane, got none; a lane's tokens may be empty")
+    if state is None:
+        if start is None:
+            raise ValueError("start: expected the token that started documents in training, or a state that knows it")
+        _check_ids("start", [start], model.config)
+        state = MemoryState.new(batch, length, start, like)
+    elif start not in (None, state.start):
+        raise ValueError(f"start: expected {state.start}, that of the state, got {start}")
+    sizes = (batch, *like.shape), (batch, length), like.dtype, like.device
+    given = tuple(state.memory.shape), tuple(state.pending.shape), state.memory.dtype, state.memory.device
+    if given != sizes:
+        names = "memory (batch, slots, dim), pending (batch, segment length), dtype and device"
+        raise ValueError(
+            f"state: expected {names} {_words(sizes)} for this model and these tokens, got {_words(given)}"
+        )
+    if mask is not None and not (
+        isinstance(tokens, Tensor) and mask.dtype == torch.bool and mask.shape == tokens.shape
+    ):
+        raise ValueError("mask: expected torch.bool of the tokens' shape (batch, length), True for tokens that exist")
+    lanes = []
+    for i, lane in enumerate(tokens):
+        if not isinstance(lane, Tensor) or lane.dim() != 1 or lane.dtype not in (torch.int64, torch.int32):
+            got = f"{lane.dtype} of shape {tuple(lane.shape)}" if isinstance(lane, Tensor) else type(lane).__name__
+            raise ValueError(
+                "tokens: expected token ids, torch.int64 or int32 of shape (batch, length), or a list with one "
+                f"(length,) per lane, got {got} in lane {i}"
+            )
+        kept = lane if mask is None else lane[mask[i]]
+        if len(kept):
+            _check_ids("tokens", [int(x) for x in kept.aminmax()], model.config)
+        lanes.append(kept.to(like.device, torch.int64))
+    return lanes, state
+
+
+def _words(x: object) -> str:
+    return ", ".join(map(str, x)) if isinstance(x, tuple) else str(x)
+
+
+def _check_writing(model: _Model, max_new_tokens: int) -> None:
     if model.decoder is None:
         raise ValueError("generate: this model is encoder_only and has no decoder")
-    config, batch = model.config, prompt.shape[0]
-    # The decoder writes one segment after its start token; the encoder must be able to read it.
-    length = min(config.enc_max_seq_len, (config.dec_max_seq_len or 0) - 1)
-    first = prompt.new_full((batch, 1), start)
-    *whole, rest = prompt.split(length, 1) if prompt.shape[1] else [prompt]
-    if rest.shape[1] == length:
-        whole, rest = [*whole, rest], rest[:, :0]
-    memory = None
-    for segment in [first, *whole]:
-        source, memory = model.encode(segment, memory)
-    written = torch.cat([first, rest], 1)
-    for _ in range(max_new_tokens):
-        token = _choose(model.decode(written, source)[:, -1], start, temperature, top_k, top_p, generator)
-        yield token
-        written = torch.cat([written, token[:, None]], 1)
-        if written.shape[1] == length + 1:
-            source, memory = model.encode(written[:, 1:], memory)
-            written = first
+    _check_count("max_new_tokens", max_new_tokens, 0)
 
 
-def _choose(
-    logits: Tensor,
-    start: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    logits = logits.float()
-    logits[:, start] = float("-inf")
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
-    if top_p is not None:
-        logits = keep_top_p(logits, top_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+def _check_ids(name: str, ids: Sequence[int], config: MemformerConfig) -> None:
+    for x in ids:
+        if not _is_count(x, 0) or x >= _vocabulary(config):
+            raise ValueError(f"{name}: expected token ids from 0 to {_vocabulary(config) - 1}, got {x!r}")
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not _is_count(value, least):
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .attention import ContextProjection, KeysValues
 from .blocks import Block
 from .config import MemformerConfig, Positions, Writer
+from .generation import Generation
 from .memory import GatedWriter, NormalisedWriter
 from .positions import BucketedBias, Positional, RelativeEncoding, Rotary, causal_mask
 
@@ -154,7 +155,7 @@ class Decoder(nn.Module):
         return self.to_logits(self.norm(x[:, 0]))
 
 
-class Memformer(nn.Module):
+class Memformer(Generation, nn.Module):
     """A Transformer with an external memory of fixed size, for sequences of any length, segment by segment.
 
     Args:

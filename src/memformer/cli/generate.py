@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..data import Tokenizer
-from ..generation import generate
 from ..model import Memformer
+from ..state import MemoryState
 from . import models
 
 __all__ = ["GenerateCommand", "run", "write"]
@@ -18,48 +21,134 @@ __all__ = ["GenerateCommand", "run", "write"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateCommand:
-    """Continue a prompt, for any length at constant memory; the text is printed as it comes."""
+    """Continue a text, for any length at constant memory; it is printed as it comes."""
 
     checkpoint: Path
     """A run's folder, or one checkpoint in it."""
-    prompt: str = ""
-    """The text to continue; empty begins a document."""
+    prompt: str | None = None
+    """The text to continue, which is printed first; empty begins a document. Without it, what is piped in is read."""
+    prompt_file: Path | None = None
+    """A file with the text to continue, of any length; - for standard input."""
+    state: Path | None = None
+    """Go on from the memory in this file if it exists, and save the memory there at the end."""
+    interactive: bool = False
+    """Read a line, continue it, and so on, with one memory; an empty line lets the model go on."""
     max_new_tokens: int = 300
-    """How many bytes to write."""
+    """How many tokens to write, after each line if interactive."""
+    stop: str | None = None
+    """End as soon as this text was written."""
     temperature: float = 0.9
-    """0 always takes the most likely byte; higher is wilder."""
+    """0 always takes the most likely token; higher is wilder."""
     top_k: int | None = None
-    """Choose among so many most likely bytes."""
+    """Choose among so many most likely tokens."""
     top_p: float | None = 0.95
-    """Choose among the most likely bytes that together have this probability."""
+    """Choose among the most likely tokens that together have this probability."""
+    min_p: float | None = None
+    """Choose among tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes the tokens of this segment and the last less likely."""
     seed: int = 0
-    """Of the choices."""
+    """Of the choices, together with how much was read before."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 
 
 def run(command: GenerateCommand) -> int:
-    write(*models.load(command.checkpoint, command.device), command)
+    try:
+        _run(command)
+    except KeyboardInterrupt:
+        kept = f"; {command.state} is as it was saved last" if command.state and command.state.exists() else ""
+        print(f"\nmemformer: stopped{kept}", file=sys.stderr)
+        return 130
     return 0
 
 
 def write(model: Memformer, tokenizer: Tokenizer, command: GenerateCommand) -> None:
-    """Print the prompt and its continuation byte by byte, each character when it is whole."""
+    """Print the prompt and its continuation, each character as soon as it is whole."""
+    _continue(model, tokenizer, command, command.prompt or "", None)
+
+
+def _run(command: GenerateCommand) -> None:
+    if command.state is not None and not command.state.resolve().parent.is_dir():
+        raise ValueError(f"state: {command.state.resolve().parent} is not a folder, so nothing could be saved there")
+    model, tokenizer = models.load(command.checkpoint, command.device)
+    state = None
+    if command.state is not None and command.state.exists():
+        state = MemoryState.load(command.state, model)
+        if state.batch_size != 1:
+            raise ValueError(f"state: expected one lane in {command.state}, got {state.batch_size}; split() parts them")
+    for text in _texts(command):
+        state = _continue(model, tokenizer, command, text, state)
+        if command.state is not None:
+            state.save(command.state, model)
+
+
+def _texts(command: GenerateCommand) -> Iterator[str]:
+    """What is to be continued, one after the other."""
+    if command.prompt is not None and command.prompt_file is not None:
+        raise ValueError("prompt: expected either --prompt or --prompt-file, got both")
+    if command.prompt is not None:
+        yield _utf8("prompt", command.prompt.encode("utf-8", "surrogateescape"))
+    elif command.prompt_file is not None and command.prompt_file != Path("-"):
+        yield _utf8(str(command.prompt_file), command.prompt_file.read_bytes())
+    elif command.prompt_file is not None or (not command.interactive and _piped()):
+        yield _utf8("standard input", sys.stdin.buffer.read())
+    elif not command.interactive:
+        yield ""
+    while command.interactive:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        yield line + "\n" if line else ""
+
+
+def _piped() -> bool:
+    """Standard input is a pipe or a file: neither a terminal nor nothing."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _utf8(name: str, text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected UTF-8 text ({error})") from error
+
+
+def _continue(
+    model: Memformer, tokenizer: Tokenizer, command: GenerateCommand, text: str, state: MemoryState | None
+) -> MemoryState:
     device = next(model.parameters()).device
-    prompt = torch.tensor([tokenizer.encode(command.prompt).tolist()], dtype=torch.int64, device=device)
-    tokens = generate(
-        model.eval(),
-        prompt,
+    before = 0 if state is None else int(state.position)
+    ids = tokenizer.encode(text).tolist() if text else []
+    stream = model.eval().stream(
+        torch.tensor([ids], dtype=torch.int64, device=device),
         command.max_new_tokens,
         start=tokenizer.start,
+        state=state,
         temperature=command.temperature,
         top_k=command.top_k,
         top_p=command.top_p,
-        generator=torch.Generator(device).manual_seed(command.seed),
+        min_p=command.min_p,
+        repetition_penalty=command.repetition_penalty,
+        never=tokenizer.special,
+        # A stream that goes on must not draw the same numbers again.
+        generator=torch.Generator(device).manual_seed((command.seed + 1_000_003 * before) % 2**63),
     )
-    decoder = tokenizer.decoder()
-    sys.stdout.write(command.prompt)
-    for token in tokens:
-        sys.stdout.write(decoder.decode([int(token)]))
+    if command.prompt is not None and not command.interactive:
+        sys.stdout.write(text)
+    decoder, written = tokenizer.decoder(), ""
+    for token in stream:
+        new = decoder.decode([int(token)])
+        sys.stdout.write(new)
         sys.stdout.flush()
+        if command.stop:
+            written = (written + new)[-len(command.stop) - len(new) :]
+            if command.stop in written:
+                break
     print(decoder.flush())
+    return stream.state
