@@ -1,6 +1,7 @@
 """Tokenizers: the text comes back, special ids lie behind the ordinary ones, a saved one is the same one."""
 
 import builtins
+import itertools
 import json
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_the_decoder_says_each_character_once_it_is_whole(bpe, text, cuts):
     for tokenizer in (ByteTokenizer(), bpe):
         tokens, decoder, said = tokenizer.encode(text).tolist(), tokenizer.decoder(), ""
         edges = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
-        for first, end in zip(edges, edges[1:], strict=False):
+        for first, end in itertools.pairwise(edges):
             said += decoder.decode([tokenizer.start, *tokens[first:end]])
             # U+FFFD itself looks like half a character, and waits.
             assert text.startswith(said)

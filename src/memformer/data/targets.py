@@ -87,17 +87,18 @@ class Mixture:
     def damage(self, source: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """A source with spans of it replaced by one mask token each; never longer than it was.
 
-        Lengths are drawn from Poisson's distribution until the share is hidden, and the last one is cut to it. A span
-        of length zero hides nothing and inserts a mask (as in BART). Between two spans some token is kept.
+        Lengths are drawn from Poisson's distribution until the share is hidden, and the last one is fitted to it. A
+        span of length zero hides nothing and inserts a mask (as in BART). Between two spans some token is kept.
 
         Args:
             source: (length,) tokens.
             uniform: independent numbers in [0, 1), at least as many as hidden and all tokens of the source, and one.
         """
         limit = self._hidden(len(source))
+        kept = len(source) - limit
         ends = np.minimum(np.searchsorted(self._poisson, uniform[:limit], side="right").cumsum(), limit)
         ends = ends[: int(np.searchsorted(ends, limit)) + 1]
-        kept = len(source) - int(ends[-1])
+        ends[-1] = limit
         # Each span lies in a gap of its own among the tokens that are kept.
         gaps = uniform[limit : limit + kept + 1].argsort()[: len(ends)]
         spans = np.zeros(kept + 1, np.int64)
