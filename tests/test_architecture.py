@@ -21,7 +21,7 @@ LAYERS = [
     {"generation"},
     {"model"},
     {"objectives", "data", "checkpoints", "parallel", "settings"},
-    {"inspection", "evaluation"},
+    {"inspection", "evaluation", "export"},
     {"training", "bench"},
     {"cli", "hf"},
     {"__init__", "__main__"},

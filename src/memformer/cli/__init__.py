@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import bench, evaluate, generate, inspect, train
+from . import bench, evaluate, export, generate, inspect, train
 
 __all__ = ["main"]
 
@@ -17,6 +17,7 @@ _RUN: dict[type, Callable[[Any], int]] = {
     evaluate.EvaluateCommand: evaluate.run,
     generate.GenerateCommand: generate.run,
     inspect.InspectCommand: inspect.run,
+    export.ExportCommand: export.run,
     bench.BenchCommand: bench.run,
 }
 
@@ -41,6 +42,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[evaluate.EvaluateCommand, tyro.conf.subcommand("evaluate")]
         | Annotated[generate.GenerateCommand, tyro.conf.subcommand("generate")]
         | Annotated[inspect.InspectCommand, tyro.conf.subcommand("inspect")]
+        | Annotated[export.ExportCommand, tyro.conf.subcommand("export")]
         | Annotated[bench.BenchCommand, tyro.conf.subcommand("bench")]
     )
     options: dict[str, Any] = {

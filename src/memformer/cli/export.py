@@ -1,0 +1,45 @@
+"""memformer export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import checkpoints
+from ..data import load_tokenizer
+from ..data.tokenizers import SPECIAL
+from ..export import Format, export
+from ..model import Memformer
+
+__all__ = ["ExportCommand", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write one encoder step and one decode step as files that run without this package."""
+
+    checkpoint: Path
+    """A run's folder, or one checkpoint in it; a folder of save_pretrained will do."""
+    out: Path
+    """Folder for encode and decode (.onnx or .pt2), export.json and the tokenizer."""
+    format: Format = "onnx"
+    """onnx for onnxruntime, torch for torch.export.load."""
+
+
+def run(command: ExportCommand) -> int:
+    folder = checkpoints.find(command.checkpoint)
+    model = Memformer.from_pretrained(folder).eval()
+    try:
+        tokenizer = load_tokenizer(folder)
+    except FileNotFoundError:
+        tokenizer = None  # a model that was not trained here: its ids are its user's own
+    special = {} if tokenizer is None else dict(zip(SPECIAL, tokenizer.special, strict=True))
+    try:
+        contents = export(model, command.out, format=command.format, special_tokens=special)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    if tokenizer is not None:
+        tokenizer.save(command.out)
+    for name in [step["file"] for step in contents["steps"].values()] + ["export.json"]:
+        print(f"{command.out / name}  {(command.out / name).stat().st_size:,} bytes")
+    return 0
