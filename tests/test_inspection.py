@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import WRITERS, mask, memory, take_grads, tiny, tokens
-from memformer.inspection import MemoryHealth, memory_health, slot_diversity
+from helpers import VOCABULARY, WRITERS, mask, memory, take_grads, tiny, tokens
+from memformer.inspection import KINDS, Inspection, MemoryHealth, inspect, kinds, memory_health, plot, slot_diversity
 from memformer.segments import Segment
 
 
@@ -74,6 +78,124 @@ def test_slot_diversity_equals_loops() -> None:
     slots = torch.randn(2, 4, 5, dtype=torch.float64)
     cosines = [[float(F.cosine_similarity(a, b, dim=0)) for a, b in itertools.combinations(lane, 2)] for lane in slots]
     torch.testing.assert_close(slot_diversity(slots), 1 - torch.tensor(cosines, dtype=torch.float64).mean(1))
-    torch.testing.assert_close(slot_diversity(torch.randn(2, 1, 5).expand(2, 4, 5)), torch.zeros(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(slot_diversity(torch.randn(2, 1, 5).expand(2, 4, 5)), torch.zeros(2), rtol=0, atol=1e-12)
     torch.testing.assert_close(slot_diversity(3 * torch.eye(4)[None]), torch.ones(1))
     assert slot_diversity(torch.randn(2, 1, 5)).tolist() == [0, 0]
+
+
+# --- Documents --------------------------------------------------------------------------------------------------------
+
+LENGTH = 5
+"""Tokens per segment of ``tiny()``: its decoder reads 6, the first of which is the start token."""
+START = VOCABULARY - 1
+
+
+def documents(*lengths: int) -> list[np.ndarray]:
+    return [np.random.default_rng(i).integers(START, size=length).astype(np.uint8) for i, length in enumerate(lengths)]
+
+
+def as_read(read: list[np.ndarray], count: int) -> list[Segment]:
+    """The start token alone, then the documents' segments; each with the segment that comes next as its target."""
+    start = torch.full((len(read), 1), START)
+    segments = torch.from_numpy(np.stack([d[: count * LENGTH] for d in read])).long().split(LENGTH, 1)
+    sources = [start, *segments[:-1]]
+    return [Segment(src, tgt=torch.cat([start, tgt], 1)) for src, tgt in zip(sources, segments, strict=True)]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_an_inspection_equals_a_plain_reading(writer: str) -> None:
+    model, read = tiny(memory_writer=writer, num_mem_updates=2), documents(20, 33)
+    found = inspect(model, read, start=START, segments=9)
+    memories, shares, diversity = [model.get_initial_mem(2)], [], []
+    for segment in as_read(read, 4):
+        memories[-1].retain_grad()
+        out = model(segment.src, segment.tgt, memories[-1])
+        once = model.writer(memories[-1], out.enc_out)
+        shares.append(sum(model.writer.attention_on_itself(m, out.enc_out) for m in (memories[-1], once)) / 2)
+        diversity.append(slot_diversity(out.mem))
+        memories.append(out.mem)
+    # Two lanes, each with its own mean loss.
+    (2 * out.dec_out).backward()
+    reach = [memory.grad.square().sum().div(2).sqrt() for memory in reversed(memories[:-1])]
+    expected = (torch.stack(x).detach().float() for x in (shares, diversity, reach))
+    for actual, plain in zip(
+        (found.self_attention.transpose(0, 1), found.diversity.T, found.gradient_reach), expected, strict=True
+    ):
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-7)
+    assert (found.gradient_reach > 0).all()
+    parameter = model.writer.bias if writer == "normalised" else model.writer.slots
+    torch.testing.assert_close(found.slot_norms, parameter.detach().float().square().sum(-1).sqrt())
+    assert found.slot_parameter == {"normalised": "bias vector", "gated": "initial content"}[writer]
+
+
+def test_each_lane_is_read_as_if_alone() -> None:
+    model, read = tiny(), documents(30, 30, 30)
+    together = inspect(model, read, start=START)
+    alone = [inspect(model, [document], start=START) for document in read]
+    torch.testing.assert_close(together.self_attention, torch.cat([each.self_attention for each in alone]))
+    torch.testing.assert_close(together.diversity, torch.cat([each.diversity for each in alone]))
+    squares = torch.stack([each.gradient_reach.square() for each in alone])
+    torch.testing.assert_close(together.gradient_reach, squares.mean(0).sqrt())
+
+
+def test_an_inspection_changes_nothing() -> None:
+    model = tiny(dropout=0.5)
+    model.encoder.eval()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    modes, generator = [part.training for part in model.modules()], torch.get_rng_state()
+    first = inspect(model, documents(30), start=START)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [part.training for part in model.modules()] == modes
+    assert all((grad == 1).all() for grad in take_grads(model).values())
+    with torch.no_grad():
+        again = inspect(model.eval().requires_grad_(False), documents(30), start=START)
+    assert torch.equal(first.self_attention, again.self_attention)
+    torch.testing.assert_close(first.gradient_reach, again.gradient_reach)
+
+
+def test_the_three_kinds() -> None:
+    shares = torch.tensor([0.0, 0.09, 0.1, 0.49, 0.5, 1.0])
+    assert [KINDS[i] for i in kinds(shares)] == ["only the tokens"] * 2 + ["mixed"] * 2 + ["mostly themselves"] * 2
+    attention = torch.tensor([[[1.0, 0.0, 0.0]] * 2 + [[0.2, 0.2, 0.0], [0.4, 0.6, 0.0]]])
+    found = Inspection(attention, torch.zeros(1, 4), "bias vector", torch.zeros(3), torch.zeros(4))
+    torch.testing.assert_close(found.by_slot, torch.tensor([0.3, 0.4, 0.0]))
+    expected = torch.tensor([[1, 0, 2], [1, 0, 2], [0, 2, 1], [1, 1, 1]]) / 3
+    torch.testing.assert_close(found.shares_of_kinds, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segments": 1}, r"segments: expected at least 2, for a gradient to reach back, got 1"),
+        ({"documents": []}, r"documents: expected at least one, got none"),
+        ({"documents": documents(30, 9)}, r"documents: expected at least 2 segments of 5 tokens of each, got 9 tokens"),
+        ({"documents": [np.full(20, 11)]}, r"token id 11 is outside the table of .* = 11"),
+        ({"documents": [np.zeros(20)]}, r"documents: .* integer"),
+        ({"model": tiny(encoder_only=True)}, r"model: expected one with a decoder"),
+    ],
+)
+def test_what_cannot_be_inspected(changes: dict[str, Any], message: str) -> None:
+    arguments = {"model": tiny(), "documents": documents(30), "start": START, **changes}
+    with pytest.raises(ValueError, match=message):
+        inspect(**arguments)
+
+
+# --- The picture ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("writer", "slots"), [("normalised", 1), ("gated", 40)])
+def test_a_plot_is_a_png(writer: str, slots: int, tmp_path: Path) -> None:
+    model = tiny(memory_writer=writer, num_memory_slots=slots)
+    plot(inspect(model, documents(30, 30), start=START), tmp_path / "memory.png")
+    picture = (tmp_path / "memory.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n")
+    assert int.from_bytes(picture[16:20], "big") == 1650
+    assert "matplotlib.pyplot" not in sys.modules, "it would choose a backend, and might open windows"
+
+
+def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = inspect(tiny(), documents(30), start=START)
+    with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install 'memformer\[plot\]'"):
+        plot(found, tmp_path / "memory.png")

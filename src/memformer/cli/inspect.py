@@ -1,0 +1,94 @@
+"""memformer inspect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data import encode_documents, read_documents
+from ..inspection import KINDS, Inspection, inspect, kinds, plot
+from . import models
+
+__all__ = ["InspectCommand", "run"]
+
+_SLOTS_PER_LINE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectCommand:
+    """What a trained model's memory does: how its slots are written, how they differ, how far gradients reach."""
+
+    checkpoint: Path
+    """A run's folder, or one checkpoint in it."""
+    data: tuple[Path, ...]
+    """Files and folders of UTF-8 text, .jsonl, .npy or .bin."""
+    segments: int = 32
+    """How many to read of each document, from its start."""
+    documents: int = 4
+    """At most so many are read, side by side: the longest."""
+    plot: Path | None = None
+    """Also draw it into this PNG file."""
+    text_field: str = "text"
+    """The field of a .jsonl file's lines that holds the text."""
+    separator: int | None = None
+    """The id that ends a document inside a .npy or .bin array."""
+    device: str = "auto"
+    """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
+
+
+def run(command: InspectCommand) -> int:
+    if command.documents < 1:
+        raise ValueError(f"documents: expected at least 1, got {command.documents}")
+    model, tokenizer = models.load(command.checkpoint, command.device)
+    documents = read_documents(command.data, text_field=command.text_field, separator=command.separator)
+    longest = sorted(documents, key=lambda document: -len(document.content))[: command.documents]
+    found = inspect(model, encode_documents(longest, tokenizer), start=tokenizer.start, segments=command.segments)
+    print(describe(found))
+    if command.plot is not None:
+        try:
+            plot(found, command.plot)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        print(f"\nplot in {command.plot}")
+    return 0
+
+
+def describe(found: Inspection) -> str:
+    """The tables that the command prints."""
+    lanes, segments, slots = found.self_attention.shape
+    kind = kinds(found.by_slot)
+    counts = ", ".join(f"{int((kind == i).sum())} attend {name}" for i, name in enumerate(KINDS))
+    by_segment = found.self_attention.mean((0, 2))
+    depths, back = ([*_powers_of_two(segments - first), segments - first] for first in (0, 1))
+    slot_lines = [
+        f"{slot:>6} {float(found.by_slot[slot]):9.3f} {float(found.slot_norms[slot]):8.3f}"
+        for slot in found.by_slot.argsort(descending=True, stable=True).tolist()
+    ]
+    head = f"{'slot':>6} {'on itself':>9} {'norm':>8}"
+    return "\n".join(
+        [
+            f"{slots} slots, read over {segments} segments of {lanes} documents",
+            "",
+            f"writing, in the second half: {counts}",
+            f"(on itself: the share of a slot's attention; norm: of its {found.slot_parameter})",
+            "  ".join([head] * min(_SLOTS_PER_LINE, slots)),
+            *("  ".join(slot_lines[i : i + _SLOTS_PER_LINE]) for i in range(0, slots, _SLOTS_PER_LINE)),
+            "",
+            _row("segment", [f"{n}" for n in depths]),
+            _row("attention on itself", [f"{float(by_segment[n - 1]):.3f}" for n in depths]),
+            _row("slot diversity", [f"{float(found.diversity[:, n - 1].mean()):.3f}" for n in depths]),
+            "",
+            _row("segments back", [f"{n}" for n in [0, *back]]),
+            _row("|d loss / d memory|", [f"{float(found.gradient_reach[n]):.1e}" for n in [0, *back]]),
+        ]
+    )
+
+
+def _powers_of_two(below: int) -> list[int]:
+    """1, 2, 4, ..., all of them less than ``below``."""
+    return [1 << n for n in range((below - 1).bit_length())] if below > 1 else []
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f"{name:<20}" + "".join(f"{cell:>8}" for cell in cells)
