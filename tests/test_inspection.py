@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from helpers import VOCABULARY, WRITERS, mask, memory, take_grads, tiny, tokens
+from memformer import Memformer
+from memformer.cli import main
+from memformer.data import ByteTokenizer
 from memformer.inspection import KINDS, Inspection, MemoryHealth, inspect, kinds, memory_health, plot, slot_diversity
 from memformer.segments import Segment
 
@@ -199,3 +202,79 @@ def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     found = inspect(tiny(), documents(30), start=START)
     with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install 'memformer\[plot\]'"):
         plot(found, tmp_path / "memory.png")
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a model of bytes and two texts."""
+    tokenizer = ByteTokenizer()
+    vocabulary = {"enc_num_tokens": tokenizer.vocabulary, "dec_num_tokens": tokenizer.vocabulary}
+    tiny(**vocabulary, num_memory_slots=5).float().save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("To read a long text, remember it. " * 2)
+    (tmp_path / "b.txt").write_text("short")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_command_prints_and_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["inspect", "--checkpoint", "model", "--data", "a.txt", "--segments", "7", "--device", "cpu"]
+    assert main([*command, "--plot", "a.png"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    model, text = Memformer.from_pretrained(folder / "model"), np.frombuffer((folder / "a.txt").read_bytes(), np.uint8)
+    found = inspect(model, [text], start=ByteTokenizer().start, segments=7)
+    assert printed[0] == "5 slots, read over 7 segments of 1 documents"
+    kind = kinds(found.by_slot).tolist()
+    assert ", ".join(f"{kind.count(i)} {name}" for i, name in enumerate(KINDS)) in printed[2]
+    slots = [line.split() for line in printed[5:7]]
+    assert [len(line) for line in slots] == [4 * 3, 3]
+    cells = slots[0] + slots[1]
+    assert sorted(cells[::3]) == list("01234")
+    assert cells[1::3] == sorted(cells[1::3], reverse=True)
+    for slot, share, norm in zip(cells[::3], cells[1::3], cells[2::3], strict=True):
+        assert float(share) == pytest.approx(float(found.by_slot[int(slot)]), abs=5e-4)
+        assert float(norm) == pytest.approx(float(found.slot_norms[int(slot)]), abs=5e-4)
+    tables = [line.split() for line in printed[8:14] if line]
+    assert [line[-4:] for line in tables[:2]] == [
+        ["1", "2", "4", "7"],
+        [f"{float(found.self_attention[:, n - 1].mean()):.3f}" for n in (1, 2, 4, 7)],
+    ]
+    assert tables[2][-1] == f"{float(found.diversity[:, -1].mean()):.3f}"
+    assert tables[3][-5:] == ["0", "1", "2", "4", "6"]
+    assert [float(x) for x in tables[4][-5:]] == pytest.approx(found.gradient_reach[[0, 1, 2, 4, 6]].tolist(), rel=0.06)
+    assert printed[-1] == "plot in a.png"
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "nowhere"], "nowhere: no checkpoint there"),
+        (["--data", "nothing.txt"], "nothing.txt: no such file or folder"),
+        (["--data", "a.txt", "b.txt"], "documents: expected at least 2 segments of 5 tokens of each, got 5 tokens"),
+        (["--segments", "1"], "segments: expected at least 2"),
+        (["--documents", "0"], "documents: expected at least 1, got 0"),
+        (["--device", "abacus"], "device: 'abacus' cannot be used here"),
+        (["--plot", "a.sound"], "Format 'sound' is not supported"),
+        (["--plot", "nowhere/a.png"], "No such file or directory: 'nowhere/a.png'"),
+    ],
+)
+def test_the_commands_mistakes(
+    options: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "--checkpoint", "model", "--data", "a.txt", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("memformer: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_command_without_matplotlib(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["inspect", "--checkpoint", "model", "--data", "a.txt", "--plot", "a.png"]) == 2
+    assert "pip install 'memformer[plot]'" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -241,14 +242,18 @@ def slot_diversity(memory: Tensor) -> Tensor:
 
 def _watched_step(model: Memformer, segment: Segment, memory: Tensor | None) -> tuple[Tensor, Tensor]:
     """The model's step: each slot's attention on itself, (batch, slots), the mean over its writes, and the memory."""
-    writes: list[tuple[Tensor, Tensor, Tensor | None]] = []
-    hook = model.writer.register_forward_pre_hook(lambda writer, inputs: writes.append(inputs))
+    shares: list[Tensor] = []
+    # Inside the hook, for only there are the parameters of a writer that FSDP divides together.
+
+    def watch(writer: Any, inputs: Any) -> None:
+        shares.append(writer.attention_on_itself(*inputs))
+
+    hook = model.writer.register_forward_pre_hook(watch)
     try:
         _, written = model.step(segment.src, memory, segment.src_mask, segment.reset)
     finally:
         hook.remove()
-    shares = torch.stack([model.writer.attention_on_itself(*inputs) for inputs in writes])
-    return shares.mean(0), written
+    return torch.stack(shares).mean(0), written
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import encode_documents, read_documents
+from ..data import encode_documents, held_out_split, read_documents, standard_library
 from ..inspection import KINDS, Inspection, inspect, kinds, plot
 from . import models
 
@@ -21,8 +21,9 @@ class InspectCommand:
 
     checkpoint: Path
     """A run's folder, or one checkpoint in it."""
-    data: tuple[Path, ...]
-    """Files and folders of UTF-8 text, .jsonl, .npy or .bin."""
+    data: tuple[Path, ...] = ()
+    """Files and folders of UTF-8 text, .jsonl, .npy or .bin; by default the held-out part of the Python standard
+    library's sources."""
     segments: int = 32
     """How many to read of each document, from its start."""
     documents: int = 4
@@ -41,7 +42,11 @@ def run(command: InspectCommand) -> int:
     if command.documents < 1:
         raise ValueError(f"documents: expected at least 1, got {command.documents}")
     model, tokenizer = models.load(command.checkpoint, command.device)
-    documents = read_documents(command.data, text_field=command.text_field, separator=command.separator)
+    documents = (
+        read_documents(command.data, text_field=command.text_field, separator=command.separator)
+        if command.data
+        else held_out_split(standard_library())[1]
+    )
     longest = sorted(documents, key=lambda document: -len(document.content))[: command.documents]
     found = inspect(model, encode_documents(longest, tokenizer), start=tokenizer.start, segments=command.segments)
     print(describe(found))
@@ -58,7 +63,7 @@ def describe(found: Inspection) -> str:
     """The tables that the command prints."""
     lanes, segments, slots = found.self_attention.shape
     kind = kinds(found.by_slot)
-    counts = ", ".join(f"{int((kind == i).sum())} attend {name}" for i, name in enumerate(KINDS))
+    counts = ", ".join(f"{int((kind == i).sum())} {name}" for i, name in enumerate(KINDS))
     by_segment = found.self_attention.mean((0, 2))
     depths, back = ([*_powers_of_two(segments - first), segments - first] for first in (0, 1))
     slot_lines = [
@@ -70,7 +75,7 @@ def describe(found: Inspection) -> str:
         [
             f"{slots} slots, read over {segments} segments of {lanes} documents",
             "",
-            f"writing, in the second half: {counts}",
+            f"slots attend, in the second half: {counts}",
             f"(on itself: the share of a slot's attention; norm: of its {found.slot_parameter})",
             "  ".join([head] * min(_SLOTS_PER_LINE, slots)),
             *("  ".join(slot_lines[i : i + _SLOTS_PER_LINE]) for i in range(0, slots, _SLOTS_PER_LINE)),
