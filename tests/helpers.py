@@ -79,3 +79,18 @@ def training_settings(**flat: Any) -> TrainingConfig:
             names = {inner.name for inner in dataclasses.fields(f.default_factory)}
             given[f.name] = f.default_factory(**{name: flat.pop(name) for name in names & set(flat)})
     return TrainingConfig(**given, **flat)
+
+
+def lively(seed: int = 0, **changes: Any) -> Memformer:
+    """A :func:`tiny` model with segments of 5 tokens whose greedy text is not one token for ever."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = tiny(**{"enc_max_seq_len": 5, **changes}).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(std=0.6 if parameter.dim() > 1 else 0.3)
+                if name.endswith("norm.weight"):
+                    parameter.add_(1)
+                if name.endswith("embedding.weight"):
+                    parameter.mul_(3)
+    return model

@@ -195,8 +195,9 @@ def next_logits(model: Memformer, text: list[int], start: int) -> Tensor:
     length = min(model.config.enc_max_seq_len, model.config.dec_max_seq_len - 1)
     memory, source = model.get_initial_mem(1)[0], torch.tensor([start])
     for begin in range(0, len(text) - length + 1, length):
+        encoding = encode(model, source, memory)
         for _ in range(model.config.num_mem_updates):
-            memory = write(model.writer, memory, encode(model, source, memory))
+            memory = write(model.writer, memory, encoding)
         source = torch.tensor(text[begin : begin + length])
     pending = torch.tensor([start, *text[len(text) // length * length :]])
     return last_logits(model, pending, torch.ones(len(pending), dtype=torch.bool), encode(model, source, memory), None)

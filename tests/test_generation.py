@@ -1,28 +1,60 @@
-"""Filters, and generation across segments: the memory advances exactly when a segment is full."""
+"""Filters, and generation across segments: against everything computed anew, lane by lane, and by exhaustive search."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
+import naive
+from helpers import POSITIONS, VOCABULARY, lively
 from memformer import Memformer
-from memformer.generation import generate, keep_top_k, keep_top_p
+from memformer.generation import keep_allowed, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from memformer.state import MemoryState
 
-START = 16
-
-
-def tiny(**changes):
-    settings = dict(
-        dim=16, num_memory_slots=3, enc_num_tokens=17, enc_max_seq_len=5, enc_depth=1, enc_heads=2,
-        dec_num_tokens=17, dec_max_seq_len=6, dec_depth=1, dec_heads=2, mem_update_attn_heads=2,
-    )  # fmt: skip
-    return Memformer(**{**settings, **changes}).eval()
+START = VOCABULARY - 1
+LENGTH = 5
+LENGTHS = st.lists(st.integers(0, 13), min_size=1, max_size=4)
+quick = settings(deadline=None, max_examples=10)
 
 
-def run(model, prompt, count, **how):
-    return torch.stack(list(generate(model, prompt, count, start=START, **how)), 1)
+def prompts(*lengths: int) -> list[Tensor]:
+    return [torch.randint(START, (n,)) for n in lengths]
 
 
-def test_filters_keep_what_their_names_say():
+def assert_same_state(actual: MemoryState, expected: MemoryState, tolerance: float = 1e-10) -> None:
+    assert_close(actual.memory, expected.memory, rtol=tolerance, atol=tolerance)
+    for name in ("segment", "pending", "position"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    assert actual.start == expected.start
+
+
+def recorded(model: Memformer) -> list[Tensor]:
+    """The logits of every step from now on."""
+    steps, step = [], model.decoder.step
+
+    def recording(*arguments: Any) -> Tensor:
+        steps.append(step(*arguments))
+        return steps[-1]
+
+    model.decoder.step = recording
+    return steps
+
+
+# --- Filters ----------------------------------------------------------------------------------------------------------
+
+
+def test_filters_keep_what_their_names_say() -> None:
     logits = torch.tensor([[0.5, 0.2, 0.25, 0.05]]).log()
     assert keep_top_k(logits, 2).isfinite().tolist() == [[True, False, True, False]]
     assert keep_top_k(logits, 9).isfinite().all()
@@ -30,65 +62,390 @@ def test_filters_keep_what_their_names_say():
     assert keep_top_p(logits, 0.76).isfinite().tolist() == [[True, True, True, False]]
     assert keep_top_p(logits, 1e-9).isfinite().tolist() == [[True, False, False, False]]
     assert keep_top_p(logits, 1.0).isfinite().all()
+    assert keep_min_p(logits, 0.45).isfinite().tolist() == [[True, False, True, False]]
+    assert keep_min_p(logits, 1.0).isfinite().tolist() == [[True, False, False, False]]
+    assert keep_min_p(logits, 0.09).isfinite().all()
+    assert keep_allowed(logits, [0, 3]).isfinite().tolist() == [[False, True, True, False]]
+    assert keep_allowed(logits, []).isfinite().all()
 
 
-@pytest.mark.parametrize("length", [0, 1, 4, 5, 6, 11])
-def test_each_token_is_the_best_after_all_before_it(length):
-    model, prompt = tiny(), torch.randint(0, 16, (2, length))
-    text = torch.cat([prompt, run(model, prompt, 13, temperature=0)], 1)
-    for i in range(length, text.shape[1]):
-        # By hand: every whole segment before position i is encoded, and the decoder sees the rest of its own.
-        begin = i // 5 * 5
-        source, memory = model.encode(torch.full((2, 1), START))
-        for segment in text[:, :begin].split(5, 1) if begin else []:
-            source, memory = model.encode(segment, memory)
-        written = torch.cat([torch.full((2, 1), START), text[:, begin:i]], 1)
-        logits = model.decode(written, source)[:, -1, :START]
-        assert_close(text[:, i], logits.argmax(-1))
+def test_what_filters_keep_is_unchanged() -> None:
+    logits = torch.randn(3, 9)
+    for kept in (keep_top_k(logits, 4), keep_top_p(logits, 0.8), keep_min_p(logits, 0.1), keep_allowed(logits, [2])):
+        assert kept.isneginf().any()
+        assert torch.equal(kept, torch.where(kept.isfinite(), logits, kept))
 
 
-def test_sampling_follows_its_generator_and_never_gives_the_start_token():
-    model, prompt = tiny(), torch.randint(0, 16, (3, 2))
-    model.decoder.to_logits.bias.data[START] = 100.0
-    first, again, other = (run(model, prompt, 12, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    assert_close(first, again)
-    assert not first.equal(other)
-    assert (first != START).all()
+def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
+    logits, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[0, 1, 0]])
+    assert penalise_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+    assert penalise_repetition(logits, seen, 0.5).tolist() == [[4.0, -1.0, 2.0, -2.0]]
 
 
-def test_lanes_do_not_touch_each_other():
-    model, prompt = tiny(), torch.randint(0, 16, (3, 7))
-    together = run(model, prompt, 9, temperature=0)
-    alone = [run(model, prompt[i : i + 1], 9, temperature=0) for i in range(3)]
-    assert_close(together, torch.cat(alone))
+# --- Against everything computed anew ---------------------------------------------------------------------------------
 
 
-def test_generation_leaves_no_graph():
-    tokens = next(generate(tiny(), torch.zeros(1, 1, dtype=torch.int64), 1, start=START))
-    assert not tokens.requires_grad
+@pytest.mark.parametrize(("writer", "updates"), [("normalised", 1), ("gated", 2)])
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_each_step_is_what_the_whole_text_gives(kind: str, writer: str, updates: int) -> None:
+    """Also right at a segment's end, in lanes whose segments end at different times."""
+    model, begun = lively(positions=kind, memory_writer=writer, num_mem_updates=updates), prompts(0, 4, 5, 11)
+    steps = recorded(model)
+    tokens, state = model.generate(begun, 8, start=START, temperature=0)
+    for lane, prompt in enumerate(begun):
+        text = prompt.tolist()
+        for i, token in enumerate(tokens[lane].tolist()):
+            expected = naive.next_logits(model, text, START)
+            assert_close(steps[i][lane], expected, rtol=1e-10, atol=1e-10)
+            assert token == expected[:START].argmax()
+            text.append(token)
+    assert_same_state(state, model.read([torch.cat(pair) for pair in zip(begun, tokens, strict=True)], start=START))
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_single_precision_is_close(kind: str) -> None:
+    model, single = lively(positions=kind), lively(positions=kind).float()
+    exact, steps, begun = recorded(model), recorded(single), prompts(0, 7, 3)
+    tokens = model.generate(begun, 12, start=START, temperature=0).tokens
+    assert all(map(torch.equal, single.generate(begun, 12, start=START, temperature=0).tokens, tokens))
+    for a, b in zip(steps, exact, strict=True):
+        assert_close(a, b.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_tests_model_writes_a_varied_text() -> None:
+    """Otherwise much here could not fail."""
+    tokens = lively().generate(prompts(3, 3), 40, start=START, temperature=0).tokens
+    assert all(len(lane.unique()) >= 4 for lane in tokens)
+    assert not torch.equal(*tokens)
+
+
+# --- Lanes ------------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(lengths=LENGTHS, count=st.integers(0, 12), seed=st.integers(0, 9), temperature=st.sampled_from([0.0, 1.3]))
+def test_batched_equals_one_by_one(lengths: list[int], count: int, seed: int, temperature: float) -> None:
+    model, begun = lively(seed), prompts(*lengths)
+
+    def generator(lane: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(lane)]
+
+    how = dict(start=START, temperature=temperature, stop=[0, 7], repetition_penalty=1.1, top_p=0.9)
+    generators = [g for i in range(len(begun)) for g in generator(i)]
+    together = model.generate(begun, count, generator=generators, **how)
+    for lane, prompt in enumerate(begun):
+        alone = model.generate([prompt], count, generator=generator(lane), **how)
+        assert torch.equal(together.tokens[lane], alone.tokens[0])
+        assert_same_state(together.state.select([lane]), alone.state)
+
+
+def test_a_mask_says_which_tokens_of_a_prompt_exist() -> None:
+    model, padded = lively(), torch.randint(START, (3, 7))
+    kept = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0, 1]], dtype=torch.bool)
+    masked = model.generate(padded, 9, start=START, prompt_mask=kept, temperature=0)
+    listed = model.generate([padded[0], padded[1, :2], padded[2, [3, 4, 6]]], 9, start=START, temperature=0)
+    assert all(map(torch.equal, masked.tokens, listed.tokens))
+
+
+def test_a_lane_ends_with_a_stop_token_and_costs_nothing_from_then_on() -> None:
+    model, begun = lively(), prompts(1, 2, 3, 4)
+    free = model.generate(begun, 12, start=START, temperature=0).tokens
+    stop = int(free[1][2])
+    steps = recorded(model)
+    stream = model.stream(begun, 12, start=START, temperature=0, stop=[stop])
+    shown = torch.stack(list(stream), 1)
+    ends = [lane.tolist().index(stop) + 1 if stop in lane else 12 for lane in free]
+    assert min(ends) < max(ends)
+    for lane, end in enumerate(ends):
+        assert torch.equal(shown[lane, :end], free[lane][:end])
+        assert (shown[lane, end:] == -1).all()
+    assert [len(step) for step in steps] == [sum(i < end for end in ends) for i in range(max(ends))]
+    whole = [torch.cat([p, t[:end]]) for p, t, end in zip(begun, free, ends, strict=True)]
+    assert_same_state(stream.state, model.read(whole, start=START))
+
+
+def test_a_streams_state_is_that_of_the_tokens_that_came() -> None:
+    model, begun = lively(), prompts(3, 9)
+    stream = model.stream(begun, 20, start=START, temperature=0)
+    assert_same_state(stream.state, model.read(begun, start=START))
+    for came, tokens in enumerate(itertools.islice(stream, 8), start=1):
+        begun = [torch.cat([prompt, token[None]]) for prompt, token in zip(begun, tokens, strict=True)]
+        assert_same_state(stream.state, model.read(begun, start=START))
+        assert stream.state.position.tolist() == [3 + came, 9 + came]
+
+
+def test_the_callback_hears_every_token() -> None:
+    heard: list[Tensor] = []
+    tokens = lively().generate(prompts(2, 5), 7, start=START, callback=heard.append).tokens
+    assert torch.equal(torch.stack(heard, 1), torch.stack(tokens))
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(data=st.data(), lanes=st.integers(1, 3), seed=st.integers(0, 9))
+def test_pieces_of_any_size_are_read_as_the_whole(data: st.DataObject, lanes: int, seed: int) -> None:
+    model, whole, state = lively(seed), [torch.empty(0, dtype=torch.int64)] * lanes, None
+    for _ in range(data.draw(st.integers(1, 4))):
+        piece = prompts(*data.draw(st.lists(st.integers(0, 12), min_size=lanes, max_size=lanes)))
+        whole = [torch.cat(pair) for pair in zip(whole, piece, strict=True)]
+        state = model.read(piece, state, start=START)
+    assert_same_state(state, model.read(whole, start=START))
+
+
+def test_reading_is_encoding_segment_by_segment() -> None:
+    model, text = lively(), torch.randint(START, (2, 13))
+    state = model.read(text, start=START)
+    memory = model.encode(torch.full((2, 1), START)).mem
+    memory = model.encode(text[:, :5], memory).mem
+    assert_close(state.memory, memory)
+    assert torch.equal(state.segment, text[:, 5:10])
+    assert torch.equal(state.pending, torch.cat([text[:, 10:], torch.full((2, 2), START)], 1))
+
+
+def test_an_encoder_only_model_reads() -> None:
+    model = lively(encoder_only=True)
+    state = model.read(torch.randint(START, (2, 17)), start=START)
+    assert state.position.tolist() == [17, 17]
+
+
+@quick
+@given(first=st.integers(0, 11), second=st.integers(0, 11), seed=st.integers(0, 9))
+def test_going_on_equals_not_having_stopped(first: int, second: int, seed: int) -> None:
+    model, begun = lively(seed), prompts(2, 8)
+    whole = model.generate(begun, first + second, start=START, temperature=0)
+    part, state = model.generate(begun, first, start=START, temperature=0)
+    rest = model.generate(prompts(0, 0), second, state=state, temperature=0)
+    assert all(map(torch.equal, map(torch.cat, zip(part, rest.tokens, strict=True)), whole.tokens))
+    assert_same_state(rest.state, whole.state)
+
+
+def test_a_state_that_was_given_stays_as_it_is() -> None:
+    model, state = lively(), lively().read(prompts(4, 9), start=START)
+    before = state.clone()
+    model.generate(prompts(3, 3), 9, state=state)
+    model.generate(prompts(3, 3), 9, state=state, beams=2)
+    model.read(prompts(9, 9), state)
+    assert_same_state(state, before, 0)
+
+
+def test_the_state_is_of_one_size_whatever_was_read() -> None:
+    model = lively()
+    short, long = (model.read(torch.randint(START, (1, n)), start=START) for n in (1, 3_000))
+    config = model.config
+    assert short.nbytes == long.nbytes == config.num_memory_slots * config.dim * 8 + (2 * LENGTH + 1) * 8
+
+
+def test_nothing_has_a_graph() -> None:
+    model, state = lively(), lively().read(prompts(12), start=START)
+    tokens, after = model.generate(prompts(6), 6, state=state)
+    assert not any(x.requires_grad for x in (state.memory, after.memory, *tokens))
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_follows_its_generator() -> None:
+    model, begun = lively(), prompts(2, 2, 2)
+    first, again, other = (
+        torch.stack(model.generate(begun, 12, start=START, generator=torch.Generator().manual_seed(seed)).tokens)
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_sampling_has_the_probabilities_of_the_filtered_logits() -> None:
+    model, lanes = lively(), 4_000
+    logits = naive.next_logits(model, [1, 2], START)[:START] / 1.5
+    probability = keep_top_k(logits, 3).softmax(-1)
+    text = torch.tensor([[1, 2]]).expand(lanes, -1)
+    drawn = torch.cat(model.generate(text, 1, start=START, temperature=1.5, top_k=3).tokens)
+    frequency = drawn.bincount(minlength=START) / lanes
+    assert (frequency[probability == 0] == 0).all()
+    assert_close(frequency.double(), probability.detach(), rtol=0, atol=4 * 0.5 / math.sqrt(lanes))
+
+
+@pytest.mark.parametrize("how", [dict(), dict(temperature=0.0), dict(beams=3)])
+def test_what_must_not_come_never_comes(how: dict[str, Any]) -> None:
+    model = lively()
+    with torch.no_grad():
+        model.decoder.to_logits.bias[[START, 2, 3]] += 100.0
+    tokens = model.generate(prompts(2, 7), 30, start=START, never=[2, 3], **how).tokens
+    assert not torch.isin(torch.cat(tokens), torch.tensor([START, 2, 3])).any()
+
+
+def test_the_encoder_must_be_able_to_read_what_is_written() -> None:
+    model = lively(dec_num_tokens=VOCABULARY + 3)
+    with torch.no_grad():
+        model.decoder.to_logits.bias[VOCABULARY:] += 100.0
+    assert (torch.cat(model.generate(prompts(1, 2), 12, start=START).tokens) < START).all()
+
+
+def test_a_repetition_penalty_looks_at_the_last_whole_and_the_pending_segment() -> None:
+    model, text = lively(), [1, 2, 3, 4, 5, 6, 7]
+    tokens = model.generate(torch.tensor([text]), 12, start=START, temperature=0, repetition_penalty=3.0).tokens[0]
+    for token in tokens.tolist():
+        held = torch.tensor([text[-(len(text) % LENGTH + LENGTH) :]])
+        logits = penalise_repetition(naive.next_logits(model, text, START)[None, :START], held, 3.0)
+        assert token == logits.argmax()
+        text.append(token)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e30])
+def test_extreme_temperatures(temperature: float) -> None:
+    model, begun = lively(), prompts(3, 4)
+    tokens = model.generate(begun, 9, start=START, temperature=temperature).tokens
+    greedy = model.generate(begun, 9, start=START, temperature=0).tokens
+    assert all(map(torch.equal, tokens, greedy)) == (temperature < 1)
+
+
+# --- Beams ------------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(lengths=LENGTHS, count=st.integers(0, 13), seed=st.integers(0, 9))
+def test_one_beam_is_greedy(lengths: list[int], count: int, seed: int) -> None:
+    model, begun = lively(seed), prompts(*lengths)
+    greedy = model.generate(begun, count, start=START, temperature=0, stop=[0, 7])
+    beam = model.generate(begun, count, start=START, beams=1, stop=[0, 7])
+    assert all(map(torch.equal, beam.tokens, greedy.tokens))
+    assert_same_state(beam.state, greedy.state)
+
+
+def log_probabilities(model: Memformer, start: int) -> Callable[[list[int], list[int]], float]:
+    """Of new tokens after a text, each by everything computed anew; what was computed once is remembered."""
+
+    @functools.cache
+    def after(text: tuple[int, ...]) -> Tensor:
+        logits = naive.next_logits(model, list(text), start)
+        logits[start] = -math.inf
+        return logits.log_softmax(-1)
+
+    return lambda text, new: sum(float(after((*text, *new[:i]))[token]) for i, token in enumerate(new))
+
+
+@pytest.mark.parametrize(("seed", "length_penalty"), [(0, 0.0), (1, 1.0), (2, 3.0)])
+@torch.no_grad()
+def test_wide_beams_find_what_exhaustive_search_finds(seed: int, length_penalty: float) -> None:
+    """Over two ends of segments of 2 tokens, with a stop token: all 3^4 + 3^3 + 3^2 + ... hypotheses are tried."""
+    sizes = dict(enc_num_tokens=5, dec_num_tokens=5, enc_max_seq_len=2, dec_max_seq_len=3)
+    model, start, stop, count = lively(seed, **sizes), 4, 3, 4
+    begun, log_probability = [[0], [1, 2]], log_probabilities(model, start)
+    found = model.generate(
+        [torch.tensor(p) for p in begun], count, start=start, stop=[stop], beams=200, length_penalty=length_penalty
+    )
+    for lane, text in enumerate(begun):
+        every = [[*body, stop] for n in range(count) for body in itertools.product(range(3), repeat=n)]
+        every += [list(body) for body in itertools.product(range(3), repeat=count)]
+        scores = [log_probability(text, new) / len(new) ** length_penalty for new in every]
+        best = max(range(len(every)), key=scores.__getitem__)
+        assert found.tokens[lane].tolist() == every[best]
+        assert_same_state(found.state.select([lane]), model.read([torch.tensor(text + every[best])], start=start))
+
+
+@torch.no_grad()
+def test_beams_find_likelier_texts_than_greed_and_batched_what_they_find_alone() -> None:
+    gains = []
+    for seed in range(3):
+        model, begun = lively(seed), prompts(3, 9)
+        log_probability = log_probabilities(model, START)
+        greedy = model.generate(begun, 8, start=START, temperature=0).tokens
+        found = model.generate(begun, 8, start=START, beams=4).tokens
+        for lane, prompt in enumerate(begun):
+            assert torch.equal(found[lane], model.generate([prompt], 8, start=START, beams=4).tokens[0])
+            searched, greedily = (log_probability(prompt.tolist(), x[lane].tolist()) for x in (found, greedy))
+            gains.append(searched - greedily)
+    assert min(gains) > -1e-9
+    assert max(gains) > 0.01
+
+
+def test_more_beams_than_hypotheses() -> None:
+    model = lively(enc_num_tokens=3, dec_num_tokens=3)
+    tokens, state = model.generate(prompts(0), 1, start=2, beams=50)
+    assert len(tokens[0]) == 1
+    assert state.position.tolist() == [1]
+
+
+# --- Compiled ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_compilation_serves_a_whole_stream() -> None:
+    """From a document's first token on, across segments."""
+    model, counter = lively(), CompileCounter()
+    expected = model.generate(prompts(0, 0), 17, start=START, temperature=0).tokens
+    model.decoder.step = torch.compile(model.decoder.step, backend=counter, fullgraph=True)
+    compiled = model.generate(prompts(0, 0), 17, start=START, temperature=0).tokens
+    assert all(map(torch.equal, compiled, expected))
+    assert counter.frame_count == 1
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+ONE = torch.zeros(1, 2, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(max_new_tokens=-1), "max_new_tokens: expected at least 0, got -1"),
-        (dict(temperature=-0.5), "temperature: expected at least 0, got -0.5"),
-        (dict(temperature=float("nan")), "temperature: expected at least 0, got nan"),
-        (dict(top_k=0), "top_k: expected at least 1, got 0"),
+        (dict(max_new_tokens=-1), "max_new_tokens: expected a whole number of at least 0, got -1"),
+        (dict(max_new_tokens=2.5), "max_new_tokens: expected a whole number of at least 0, got 2.5"),
+        (dict(temperature=-0.5), "temperature: expected a finite number of at least 0 .*, got -0.5"),
+        (dict(temperature=math.nan), "temperature: expected a finite number of at least 0 .*, got nan"),
+        (dict(temperature=math.inf), "temperature: expected a finite number of at least 0 .*, got inf"),
+        (dict(top_k=0), "top_k: expected a whole number of at least 1, got 0"),
         (dict(top_p=0.0), r"top_p: expected a share in \(0, 1\], got 0.0"),
         (dict(top_p=1.1), r"top_p: expected a share in \(0, 1\], got 1.1"),
-        (dict(prompt=torch.zeros(3)), "prompt: expected token ids"),
-        (dict(prompt=torch.full((1, 2), 17)), "token id 17 is outside the table of dec_num_tokens = 17"),
-        (dict(prompt=torch.full((1, 7), -1)), "token id -1 is outside"),
+        (dict(min_p=-0.1), r"min_p: expected a share in \(0, 1\], got -0.1"),
+        (dict(min_p=math.nan), r"min_p: expected a share in \(0, 1\], got nan"),
+        (dict(repetition_penalty=0), "repetition_penalty: expected a finite number above 0, got 0"),
+        (dict(repetition_penalty=math.inf), "repetition_penalty: expected a finite number above 0, got inf"),
+        (dict(stop=[11]), "stop: expected token ids from 0 to 10, got 11"),
+        (dict(never=[-1]), "never: expected token ids from 0 to 10, got -1"),
+        (dict(never=range(10)), "never: no token is left"),
+        (dict(start=11), "start: expected token ids from 0 to 10, got 11"),
+        (dict(start=None), "start: expected the token that started documents in training"),
+        (dict(prompt=torch.zeros(1, 3)), "tokens: expected token ids, .* got torch.float32 of shape"),
+        (dict(prompt=torch.zeros(3, dtype=torch.int64)), "tokens: expected token ids, .* got torch.int64 of shape"),
+        (dict(prompt=[[1, 2]]), "tokens: expected token ids, .* got list in lane 0"),
+        (dict(prompt=[]), "tokens: expected at least one lane, got none"),
+        (dict(prompt=torch.full((1, 2), 11)), "tokens: expected token ids from 0 to 10, got 11"),
+        (dict(prompt=torch.full((1, 70), -1)), "tokens: expected token ids from 0 to 10, got -1"),
+        (dict(prompt_mask=torch.ones(1, 3, dtype=torch.bool)), "mask: expected torch.bool of the tokens' shape"),
+        (dict(prompt_mask=torch.ones(1, 2)), "mask: expected torch.bool of the tokens' shape"),
+        (dict(prompt=[ONE[0]], prompt_mask=torch.ones(1, 2, dtype=torch.bool)), "mask: expected torch.bool"),
+        (dict(generator=[torch.Generator()] * 2), "generator: expected one, or one for each of 1 lanes, got 2"),
+        (dict(beams=0), "beams: expected a whole number of at least 1, got 0"),
+        (dict(beams=2, top_k=3), "beams: a search does not sample"),
+        (dict(beams=2, callback=print), "beams: a search does not sample"),
+        (dict(beams=2, length_penalty=math.nan), "length_penalty: expected a finite number, got nan"),
+        (dict(beams=2, max_new_tokens=-3), "max_new_tokens: expected a whole number of at least 0, got -3"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message):
-    given = {"prompt": torch.zeros(1, 2, dtype=torch.int64), "max_new_tokens": 2, **arguments}
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    given = {"prompt": ONE, "max_new_tokens": 2, "start": START, **arguments}
     with pytest.raises(ValueError, match=message):
-        list(generate(tiny(), start=START, **given))
+        lively().generate(**given)
 
 
-def test_an_encoder_only_model_cannot_generate():
-    model = tiny(encoder_only=True, dec_num_tokens=None, dec_max_seq_len=None)
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    model, state = lively(), lively().read(prompts(1, 2), start=START)
+    with pytest.raises(ValueError, match=r"state: expected memory .* \(1, 3, 8\), \(1, 5\), .* got \(2, 3, 8\)"):
+        model.read(prompts(3), state)
+    with pytest.raises(ValueError, match=r"state: expected memory .* torch.float32, .* got .* torch.float64"):
+        lively().float().read(prompts(3, 3), state)
+    with pytest.raises(ValueError, match=r"state: expected memory .*\(2, 4\).*, got .*\(2, 5\)"):
+        lively(enc_max_seq_len=4).read(prompts(3, 3), state)
+    with pytest.raises(ValueError, match="start: expected 10, that of the state, got 3"):
+        model.read(prompts(3, 3), state, start=3)
+
+
+def test_an_encoder_only_model_cannot_generate() -> None:
     with pytest.raises(ValueError, match="no decoder"):
-        list(generate(model, torch.zeros(1, 1, dtype=torch.int64), 1, start=START))
+        lively(encoder_only=True).generate(ONE, 1, start=START)
+
+
+def test_huge_numbers_of_tokens_are_a_stream_without_an_end() -> None:
+    stream = lively().stream(ONE, 10**30, start=START)
+    assert len(list(itertools.islice(stream, 60))) == 60
