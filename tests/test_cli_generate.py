@@ -1,0 +1,199 @@
+"""memformer generate as a user has it: text from anywhere, a memory in a file, one line for a mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import lively
+from memformer.cli import main
+from memformer.data import BPETokenizer, ByteTokenizer, TokenIds, Tokenizer
+from memformer.model import Memformer
+from memformer.state import MemoryState
+
+GREEDY = ["--temperature", "0", "--top-p", "1"]
+
+
+def save(folder: Path, tokenizer: Tokenizer, seed: int = 0) -> Memformer:
+    """A checkpoint whose text is, for a model that learned nothing, varied."""
+    sizes = dict(enc_num_tokens=tokenizer.vocabulary, dec_num_tokens=tokenizer.vocabulary)
+    model = lively(seed, **sizes).float()
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Memformer:
+    """The model in the folder ``run`` of the folder to work in. Nothing is piped in."""
+    monkeypatch.chdir(tmp_path)
+    return save(tmp_path / "run", ByteTokenizer())
+
+
+@pytest.fixture
+def generate(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command; what it printed."""
+
+    def run(*arguments: str) -> str:
+        assert main(["generate", "--checkpoint", "run", "--max-new-tokens", "30", *arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@contextlib.contextmanager
+def piped(text: str) -> Iterator[None]:
+    """Standard input is a file with this text."""
+    Path("piped").write_text(text)
+    with Path("piped").open() as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", file)
+        yield
+
+
+def test_the_text_is_the_models(generate: Callable[..., str], model: Memformer) -> None:
+    tokenizer = ByteTokenizer()
+    prompt = torch.from_numpy(tokenizer.encode("For ever").astype("int64"))[None]
+    tokens = model.generate(prompt, 30, start=tokenizer.start, never=tokenizer.special, temperature=0).tokens
+    assert generate("--prompt", "For ever", *GREEDY) == "For ever" + tokenizer.decode(tokens[0]) + "\n"
+
+
+def test_a_prompt_comes_from_a_flag_a_file_or_standard_input(generate: Callable[..., str]) -> None:
+    text = "Once upon a time, "
+    Path("text").write_text(text)
+    expected = generate("--prompt", text).removeprefix(text)
+    assert generate("--prompt-file", "text") == expected
+    for flags in ([], ["--prompt-file", "-"]):
+        with piped(text):
+            assert generate(*flags) == expected
+
+
+def test_without_a_prompt_a_document_begins(generate: Callable[..., str]) -> None:
+    assert generate() == generate("--prompt", "")
+
+
+def test_the_seed_decides(generate: Callable[..., str]) -> None:
+    assert generate("--seed", "1") == generate("--seed", "1") != generate("--seed", "2")
+
+
+def test_a_state_goes_on(generate: Callable[..., str], model: Memformer) -> None:
+    whole = generate("--prompt", "Long ago", *GREEDY, "--max-new-tokens", "37")
+    first = generate("--prompt", "Long ago", *GREEDY, "--max-new-tokens", "20", "--state", "talk")
+    assert int(MemoryState.load("talk", model).position) == 28
+    second = generate(*GREEDY, "--max-new-tokens", "17", "--state", "talk")
+    assert first.removesuffix("\n") + second == whole
+    assert int(MemoryState.load("talk", model).position) == 45
+    assert not list(Path().glob(".talk*"))
+
+
+def test_a_stream_that_goes_on_does_not_draw_the_same_again(generate: Callable[..., str], model: Memformer) -> None:
+    # A model that knows nothing draws the same text from the same numbers.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained("run")
+    assert generate("--state", "talk") != generate("--state", "talk")
+
+
+def test_interactive_lines_share_one_memory(generate: Callable[..., str], model: Memformer) -> None:
+    with piped("Who?\n\nWhy?\n"):
+        spoken = generate("--interactive", *GREEDY, "--max-new-tokens", "8", "--state", "talk")
+    answers = [
+        generate(*prompt, *GREEDY, "--max-new-tokens", "8", "--state", "again").removeprefix("".join(prompt[1:]))
+        for prompt in (["--prompt", "Who?\n"], ["--prompt", ""], ["--prompt", "Why?\n"])
+    ]
+    assert spoken == "".join(answers)
+    talk, again = (MemoryState.load(name, model) for name in ("talk", "again"))
+    assert torch.equal(talk.memory, again.memory)
+    assert torch.equal(talk.pending, again.pending)
+
+
+def test_a_stop_text_ends_it(generate: Callable[..., str]) -> None:
+    text = generate("--prompt", "", *GREEDY).removesuffix("\n")
+    stop = text[3:5]
+    assert generate("--prompt", "", *GREEDY, "--stop", stop) == text[: text.index(stop) + 2] + "\n"
+
+
+def test_any_tokenizer_of_a_checkpoint(generate: Callable[..., str], tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    tokenizer = BPETokenizer.train(["the cat and the dog and the cow "] * 9, 280)
+    model = save(tmp_path / "run", tokenizer)
+    tokens = model.generate(
+        torch.tensor([tokenizer.encode("the dog").tolist()]),
+        30,
+        start=tokenizer.start,
+        never=tokenizer.special,
+        temperature=0,
+    ).tokens[0]
+    assert generate("--prompt", "the dog", *GREEDY) == "the dog" + tokenizer.decode(tokens.tolist()) + "\n"
+    save(tmp_path / "run", TokenIds(9))
+    assert all(0 <= int(number) < 9 for number in generate().split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--max-new-tokens -1", "max_new_tokens: expected a whole number of at least 0, got -1"),
+        ("--temperature -1", "temperature: expected a finite number of at least 0"),
+        ("--top-p 0", "top_p: expected a share in (0, 1], got 0.0"),
+        ("--top-p 1.5", "top_p: expected a share in (0, 1], got 1.5"),
+        ("--top-k 0", "top_k: expected a whole number of at least 1, got 0"),
+        ("--min-p 2", "min_p: expected a share in (0, 1], got 2.0"),
+        ("--repetition-penalty 0", "repetition_penalty: expected a finite number above 0, got 0"),
+        ("--prompt a --prompt-file text", "prompt: expected either --prompt or --prompt-file, got both"),
+        ("--prompt-file nowhere", "nowhere"),
+        ("--prompt-file latin", "latin: expected UTF-8 text"),
+        ("--prompt \udcff", "prompt: expected UTF-8 text"),
+        ("--state text", "text: truncated, or not a state file"),
+        ("--state run", "run"),
+        ("--state cut", "cut: truncated, or not a state file"),
+        ("--state other", "other: written with another model: the same settings, other weights"),
+        ("--state lanes", "state: expected one lane in lanes, got 2"),
+        ("--state no/where", "no is not a folder"),
+        ("--checkpoint text", "text: no checkpoint there"),
+    ],
+)
+def test_a_mistake_is_one_line_and_harms_no_file(
+    model: Memformer, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, message: str
+) -> None:
+    Path("text").write_text("Dear diary, ")
+    Path("latin").write_bytes("caf\xe9".encode("latin-1"))
+    start = ByteTokenizer().start
+    other = save(tmp_path / "other-run", ByteTokenizer(), seed=1)
+    other.read(torch.zeros(1, 7, dtype=torch.int64), start=start).save("other", other)
+    model.read(torch.zeros(2, 7, dtype=torch.int64), start=start).save("lanes", model)
+    Path("cut").write_bytes(Path("lanes").read_bytes()[:-1])
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert main(["generate", "--checkpoint", "run", *arguments.split()]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.startswith("memformer: error: ")
+    assert errors.count("\n") == 1
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_ctrl_c_leaves_the_state_as_it_was(generate: Callable[..., str]) -> None:
+    generate("--prompt", "Long ago", "--state", "talk")
+    before = Path("talk").read_bytes()
+    command = [sys.executable, "-m", "memformer", "generate", "--checkpoint", "run", "--state", "talk"]
+    process = subprocess.Popen(
+        [*command, "--prompt", "ever after", "--max-new-tokens", "1000000000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(200).startswith(b"ever after")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.decode().strip() == "memformer: stopped; talk is as it was saved last"
+    assert Path("talk").read_bytes() == before
+    assert not list(Path().glob(".talk*"))
