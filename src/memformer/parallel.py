@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,6 +67,8 @@ def shard(model: Memformer) -> None:
     """Divide a model's parameters among the processes by FSDP2, layer by layer, in place."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # Nothing here changes what a module returned in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # What a rollout calls are the encoder, the writer and the decoder: each is a root of its own.
     roots: list[nn.Module] = [model.encoder, model.writer]
     stacks: list[nn.Module] = [*model.encoder.layers]

@@ -165,7 +165,7 @@ class Run:
             shard(self.model)
         trained = _Rollout(self.model, replay.EveryMemory(graphs=settings.rollout.graphs))
         if self.ranks.size > 1 and settings.compute.parallel == "ddp":
-            return DistributedDataParallel(trained, broadcast_buffers=False)
+            return DistributedDataParallel(trained)
         return trained
 
     def _optimizer(self) -> torch.optim.AdamW:
@@ -225,7 +225,7 @@ class Run:
                     learning_rate=rate,
                     gradient_norm=norm,
                     horizon=horizon,
-                    memory_gradient=_reach(watch),
+                    memory_gradient=self._reach(watch),
                     **self._health(segment),
                 )
                 self.log("step", metrics)
@@ -314,6 +314,14 @@ class Run:
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(newest[name])
+
+    def _reach(self, watch: replay.MemoryGradients | None) -> float | None:
+        norms = [] if watch is None else watch.norms[1:-1]  # the boundaries inside the rollout
+        if len(norms) < 2:
+            return None
+        ends = torch.tensor([norms[0], norms[-1]], dtype=torch.float64, device=self.device)
+        first, last = self.ranks.sum(ends.square()).sqrt().tolist()
+        return first / last if last else None
 
     def _health(self, segment: Segment) -> dict[str, float]:
         assert self.memory is not None
@@ -514,11 +522,6 @@ def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Toke
     if settings.tokenizer == "bpe":
         return BPETokenizer.train((bytes(d) for d in training), settings.vocabulary)
     return BPETokenizer.from_file(Path(settings.tokenizer))
-
-
-def _reach(watch: replay.MemoryGradients | None) -> float | None:
-    norms = [] if watch is None else watch.norms[1:-1]  # the boundaries inside the rollout
-    return norms[0] / norms[-1] if len(norms) > 1 and norms[-1] else None
 
 
 def _counted(segment: Segment) -> int:

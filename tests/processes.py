@@ -1,0 +1,43 @@
+"""Two processes that meet by gloo, for tests of what is distributed."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+
+
+def two_processes(work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:
+    """Run ``work(rank, *args)`` in two processes; returns what they returned, which goes through files."""
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_process, args=(work, rank, folder, args)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    errors = [error for error, _ in results if error]
+    assert not errors, "\n".join(errors)
+    return [result for _, result in results]
+
+
+def _process(work: Callable[..., Any], rank: int, folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    error = result = None
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=WORLD)
+        result = work(rank, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        error = traceback.format_exc()
+    torch.save((error, result), folder / f"{rank}.pt")
