@@ -190,8 +190,9 @@ def test_documents_are_encoded_by_what_they_hold(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [10, 13, -1])
-def test_a_token_beyond_the_vocabulary_is_found_where_it_streams_by(wrong):
+def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read(wrong, monkeypatch):
     """10 would be the start token."""
+    monkeypatch.setattr("memformer.data.corpora._AHEAD", 5)
     ids = np.zeros(100, np.int64)
     ids[57] = wrong
     documents = encode_documents(
@@ -213,7 +214,20 @@ def test_a_line_stays_decoded_for_the_lane_that_reads_it_alone(tmp_path, monkeyp
     monkeypatch.setattr("memformer.data.corpora.json.loads", lambda line: parsed.append(line) or loads(line))
     list(Lanes(documents, lanes=2, length=2, start=256, epochs=1))
     assert len(parsed) == 4
-    assert all(content._text is None for content in documents._contents)
+    documents[0][:1]
+    assert len(parsed) == 5, "nothing is kept once the lane has gone on"
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(ahead=st.integers(1, 30), places=st.lists(st.tuples(st.integers(-25, 25), st.integers(-25, 25)), max_size=8))
+def test_reading_ahead_changes_nothing(tmp_path_factory, ahead, places):
+    file = tmp_path_factory.mktemp("ahead") / "a.bin"
+    np.arange(20, dtype=np.uint16).tofile(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memformer.data.corpora._AHEAD", ahead)
+        (tokens,) = encode_documents(read_documents([file]), TokenIds(20))
+    for start, stop in places:
+        assert tokens[start:stop].tolist() == list(range(20))[start:stop]
 
 
 def test_the_split_is_fixed_and_moves_no_document_when_one_is_added():

@@ -35,6 +35,8 @@ HELD_OUT_SHARE = 48
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _BLOCK = 1 << 20
 """Items or bytes read at once where a file is gone through."""
+_AHEAD = 1 << 15
+"""Items that a lane reads at once."""
 _SAMPLE = 1 << 14
 """Items in each of the three blocks of a long document that its fingerprint knows."""
 _SAMPLED_DOCUMENTS = 10_000
@@ -99,28 +101,40 @@ class _FileTokens(_Lazy):
 
 
 class _LineText(_Lazy):
-    """The text of one line of a JSONL file. It stays decoded as long as this object lives."""
+    """The text of one line of a JSONL file, decoded whenever it is read."""
 
     dtype = np.dtype(np.uint8)
 
     def __init__(self, path: Path, field: str, line: tuple[int, int], start: int, stop: int):
         super().__init__(start, stop)
         self._path, self._field, self._line = path, field, line
-        self._text: np.ndarray | None = None
 
     def _read(self, start: int, count: int) -> np.ndarray:
-        if self._text is None:
-            offset, size = self._line
-            raw = _FileTokens(self._path, self.dtype, offset, 0, size)[:]
-            self._text = np.frombuffer(json.loads(raw.tobytes())[self._field].encode(), np.uint8)
-        return self._text[start : start + count]
+        offset, size = self._line
+        raw = _FileTokens(self._path, self.dtype, offset, 0, size)[:]
+        text = json.loads(raw.tobytes())[self._field].encode()
+        return np.frombuffer(text, np.uint8)[start : start + count]
 
     def part(self, start: int, stop: int) -> _LineText:
         return _LineText(self._path, self._field, self._line, self._start + start, self._start + stop)
 
-    def fresh(self) -> _LineText:
-        """The same, not decoded yet."""
-        return self.part(0, len(self))
+
+class _Reader:
+    """Reads ahead, for one lane that goes through a document; what was read is freed with it."""
+
+    def __init__(self, content: Tokens, ahead: int):
+        self._content, self._ahead, self.dtype = content, ahead, content.dtype
+        self._first, self._block = 0, np.empty(0, content.dtype)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        start, stop, step = place.indices(len(self))
+        stop = max(start, stop)
+        if start < self._first or stop > self._first + len(self._block):
+            self._first, self._block = start, self._content[start : max(stop, start + self._ahead)]
+        return self._block[start - self._first : stop - self._first : step]
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,7 +329,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Seq
 
     Text under :class:`~memformer.data.ByteTokenizer` and token ids are read while they stream; under another tokenizer
     all text is encoded here and its tokens stay in memory. A token id of the corpus that the vocabulary does not have
-    is found when it streams by: a ValueError names document, position and id.
+    is found when it is read: a ValueError names document, position and id.
 
     Raises:
         ValueError: text without a tokenizer for it, or token ids where the tokenizer has texts of its own.
@@ -343,7 +357,7 @@ def _encode(document: Document, tokenizer: Tokenizer) -> Tokens:
 
 
 class _Encoded(Sequence[Tokens]):
-    """A lazily decoded document is decoded for whoever asks for it, and freed with that."""
+    """What is read lazily has a reader of its own for each who asks for it."""
 
     def __init__(self, contents: list[Tokens]):
         self._contents = contents
@@ -359,7 +373,10 @@ class _Encoded(Sequence[Tokens]):
         if isinstance(index, slice):
             return _Encoded(self._contents[index])
         content = self._contents[index]
-        return content.fresh() if isinstance(content, _LineText) else content
+        if isinstance(content, np.ndarray):
+            return content
+        # A line is decoded whole.
+        return _Reader(content, len(content) if isinstance(content, _LineText) else _AHEAD)
 
 
 class _Checked:

@@ -84,7 +84,9 @@ class Lanes:
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs: expected at least 1, or None for ever, got {epochs}")
         self.documents, self.length, self.start, self.seed, self.epochs = documents, length, start, seed, epochs
-        self.objectives, self._encode = objectives, encode
+        # Continuation alone needs no draws.
+        self.objectives = objectives if objectives is not None and objectives.odds[Objective.CONTINUATION] < 1 else None
+        self._encode = encode
         self._indexed = hasattr(documents, "__len__") and hasattr(documents, "__getitem__")
         if not self._indexed and seed is not None:
             raise ValueError("seed: documents that cannot be indexed cannot be shuffled; leave the seed out")
