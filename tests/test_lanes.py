@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import helpers
 from memformer.data import (
     ByteTokenizer,
     Document,
@@ -19,6 +21,7 @@ from memformer.data import (
     encode_documents,
     read_documents,
 )
+from memformer.objectives import rollout
 
 START = 256
 
@@ -163,6 +166,56 @@ def test_an_iterator_is_resumed_by_another_that_starts_anew():
     whole.rollout(3)
     resumed.load_state_dict(first.state_dict())
     assert_equal(list(whole), list(resumed))
+
+
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=5),
+    lanes=st.integers(1, 3),
+    which=st.integers(0, 4),
+    seed=st.integers(0, 99),
+    odds=all_odds,
+)
+def test_a_document_never_changes_another(lengths, lanes, which, seed, odds):
+    """The loss of one document and its gradients stay as they are when all others have other contents."""
+    torch.manual_seed(0)
+    model, which, generator = helpers.tiny(), which % len(lengths), np.random.default_rng(seed)
+    ids = TokenIds(helpers.VOCABULARY - 4)
+    kept = generator.integers(0, ids.ordinary, lengths[which])
+
+    def loss_of_it():
+        documents = [generator.integers(0, ids.ordinary, length) for length in lengths]
+        documents[which] = kept
+        objectives = odds and Mixture(ids, continuation=odds[0], infilling=odds[1], recall=odds[2])
+        stream = Lanes(documents, lanes=lanes, length=5, start=ids.start, seed=seed, epochs=1, objectives=objectives)
+        segments = []
+        for segment in stream:
+            its_own = torch.tensor([lane["document"] == which for lane in stream.state_dict()["lanes"]])
+            segments.append(segment._replace(tgt_mask=segment.tgt_mask & its_own[:, None]))
+        loss = rollout(model, segments, divisor=1.0).loss
+        loss.backward()
+        return loss.detach(), helpers.take_grads(model)
+
+    (loss, grads), (other_loss, other_grads) = loss_of_it(), loss_of_it()
+    assert loss > 0
+    torch.testing.assert_close(other_loss, loss, rtol=1e-12, atol=0)
+    helpers.assert_same_grads(other_grads, grads)
+
+
+def test_a_rank_keeps_the_documents_of_its_own_lanes_alone():
+    alive = []
+
+    class Fresh:
+        def __iter__(self):
+            for i in range(2):
+                document = np.arange(9) + i
+                alive.append(weakref.ref(document))
+                yield document
+                del document
+
+    stream = Lanes(Fresh(), lanes=2, length=2, start=START, epochs=1, rank=1, world_size=2)
+    stream.rollout(2)
+    assert [document() is None for document in alive] == [True, False]
 
 
 def test_every_epoch_has_its_own_order_and_holds_all_documents():
