@@ -143,9 +143,9 @@ def inspect(model: Memformer, documents: Sequence[Tokens], *, start: int, segmen
                 attention.append(shares.float().cpu())
                 diversity.append(slot_diversity(memory.float()).cpu())
         reach = _gradient_reach(model, read, length)
-    name = {"bias": "bias vector", "slots": "initial content"}[model.writer.per_slot]
-    norms = model.writer.get_parameter(model.writer.per_slot).detach().float().norm(dim=-1).cpu()
-    return Inspection(torch.stack(attention, 1), torch.stack(diversity, 1), name, norms, reach)
+    writer = model.writer
+    norms = writer.get_parameter(writer.per_slot).detach().float().norm(dim=-1).cpu()
+    return Inspection(torch.stack(attention, 1), torch.stack(diversity, 1), writer.role, norms, reach)
 
 
 def _gradient_reach(model: Memformer, segments: list[Segment], length: int) -> Tensor:

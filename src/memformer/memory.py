@@ -64,10 +64,15 @@ def normalise(memory: Tensor, bias: Tensor) -> Tensor:
 
 
 class SlotWriter(nn.Module):
-    """What the writers share: slot attention, and one parameter with a row per slot."""
+    """What the writers share: slot attention, and one parameter with a row per slot.
+
+    Attributes:
+        per_slot: the name of that parameter, (slots, dim).
+        role: what a row of it is to its slot, in words.
+    """
 
     per_slot: ClassVar[str]
-    """The name of that parameter, (slots, dim)."""
+    role: ClassVar[str]
 
     def __init__(self, heads: int, temperature: float):
         super().__init__()
@@ -110,7 +115,7 @@ class NormalisedWriter(SlotWriter):
     There is no projection after the heads: it would change a slot that keeps its content.
     """
 
-    per_slot = "bias"
+    per_slot, role = "bias", "bias vector"
 
     def __init__(self, dim: int, slots: int, heads: int, temperature: float):
         super().__init__(heads, temperature)
@@ -144,7 +149,7 @@ class GatedWriter(SlotWriter):
     The GRU comes last, so that a slot stays a gated mean of bounded candidates however often it is written.
     """
 
-    per_slot = "slots"
+    per_slot, role = "slots", "initial content"
 
     def __init__(self, dim: int, slots: int, heads: int, temperature: float):
         super().__init__(heads, temperature)
