@@ -1,6 +1,5 @@
 """Documents in, batches of segments out."""
 
-from .bytes import START, VOCABULARY, decode, encode
 from .corpora import (
     Document,
     Tokens,
@@ -16,8 +15,6 @@ from .tokenizers import BPETokenizer, ByteTokenizer, Decoder, TokenIds, Tokenize
 from .yardsticks import order2_bits_per_byte, xz_bits_per_byte
 
 __all__ = [
-    "START",
-    "VOCABULARY",
     "BPETokenizer",
     "ByteTokenizer",
     "Decoder",
@@ -28,8 +25,6 @@ __all__ = [
     "TokenIds",
     "Tokenizer",
     "Tokens",
-    "decode",
-    "encode",
     "encode_documents",
     "fingerprint",
     "held_out_split",

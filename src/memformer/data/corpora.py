@@ -137,7 +137,7 @@ class _Reader:
         return self._block[start - self._first : stop - self._first : step]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Document:
     """A named run of tokens.
 
