@@ -1,14 +1,19 @@
 """The command line as a user has it: real runs, real files, one line for a mistake."""
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from memformer.cli import main
+from memformer import Memformer, checkpoints
+from memformer.cli import _parse, main
+from memformer.settings import RECIPES, TrainingConfig, read_yaml
 
 SMALL = [
     "--steps",
@@ -31,7 +36,7 @@ SMALL = [
     "2",
     "--log-every",
     "2",
-    "--sample-bytes",
+    "--sample-tokens",
     "20",
 ]
 
@@ -40,6 +45,10 @@ SMALL = [
 def folder(tmp_path, monkeypatch):
     """A folder to work in, with a text in it."""
     (tmp_path / "text.txt").write_text("To read a long text, remember it. " * 40)
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    (tmp_path / "wrong.yaml").write_text("dimm: 3")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -51,8 +60,13 @@ def test_train_evaluate_generate(folder, capsys):
     assert "     4/4  " in printed
     assert "order-2 byte model" in printed
     assert "sample" in printed
+    assert "segment " in printed
     assert main(["evaluate", "--checkpoint", "run", "--data", "text.txt"]) == 0
-    assert "bits per byte" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "memory on   " in printed
+    assert "memory off  " in printed
+    assert printed.count("bits per token") == 2
+    assert "xz          " in printed
     how = ["--prompt", "To", "--max-new-tokens", "25", "--seed", "1"]
     assert main(["generate", "--checkpoint", "run", *how]) == 0
     first = capsys.readouterr().out
@@ -66,7 +80,56 @@ def test_a_run_is_resumed_with_the_settings_it_had(folder, capsys):
     assert main(["train", "--resume", "--out", "run", "--steps", "6"]) == 0
     assert "from step 4" in capsys.readouterr().out
     assert main(["train", "--resume", "--out", "run", "--steps", "8", "--slots", "3"]) == 2
-    assert "slots: the run in run has 2, got 3; it cannot change" in capsys.readouterr().err
+    assert "model.slots: the run in run has 2, got 3; it cannot change" in capsys.readouterr().err
+
+
+def test_settings_from_a_file_and_flags_before_them(folder, capsys):
+    (folder / "my.yaml").write_text(
+        "steps: 2\nmodel: {dim: 16, heads: 2}\noutput: {sample_tokens: 0}\ndata: text.txt\n"
+    )
+    flags = ["--out", "run", "--segment-length", "8", "--slots", "3", "--enc-depth", "1"]
+    assert main(["train", "--config", "my.yaml", *flags]) == 0
+    assert "2/2" in capsys.readouterr().out
+    saved = read_yaml(folder / "run" / "run.yaml", TrainingConfig())
+    assert (saved.steps, saved.model.dim, saved.model.slots, saved.rollout.segment_length) == (2, 16, 3, 8)
+    assert main(["train", "--config=run/run.yaml", "--out", "again"]) == 0
+    first, second = (Memformer.from_pretrained(f"{out}/step-000002") for out in ("run", "again"))
+    assert all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_recipes_start_from_named_settings():
+    settings = _parse(["train", "--recipe", "paper-v1", "--slots", "5"]).settings()
+    expected = RECIPES["paper-v1"]
+    assert settings == dataclasses.replace(expected, model=dataclasses.replace(expected.model, slots=5))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, capsys):
+    assert main(["train", "--data", "text.txt", "--out", "run", *SMALL, "--save-every", "3"]) == 0
+    (folder / "run" / "step-000004" / "model.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", "run"]) == 2
+    assert "step-000004: damaged (model.safetensors" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", "run"]) == 0
+    printed = capsys.readouterr().out
+    assert "refused     run/step-000004: damaged (model.safetensors" in printed
+    assert "from step 3" in printed
+
+
+@pytest.mark.parametrize("kind", ["lines", "ids"])
+def test_other_kinds_of_data(folder, capsys, kind):
+    if kind == "lines":
+        lines = [json.dumps({"body": f"document {i} of the file" * 3}) for i in range(9)]
+        (folder / "data.jsonl").write_text("\n".join(lines))
+        data = ["--data", "data.jsonl", "--text-field", "body"]
+        options, unit = ["--tokenizer", "bpe", "--vocabulary", "270"], "bits per byte"
+    else:
+        np.save(folder / "data.npy", np.tile([1, 2, 3, 4, 0], 60).astype(np.uint16))
+        data = ["--data", "data.npy", "--separator", "0"]
+        options, unit = ["--tokenizer", "ids", "--vocabulary", "5"], "bits per token"
+    assert main(["train", *data, "--out", "run", *SMALL, *options]) == 0
+    assert f" {unit}" in capsys.readouterr().out
+    assert main(["evaluate", "--checkpoint", "run", *data, "--memory", "on"]) == 0
+    assert "memory on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -74,8 +137,15 @@ def test_a_run_is_resumed_with_the_settings_it_had(folder, capsys):
     [
         (["train", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["train", "--data", "text.txt", "--dim", "15"], "enc_heads: must divide dim"),
-        (["train", "--resume", "--out", "nowhere"], "nowhere: no checkpoint there"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere: no checkpoint to resume"),
         (["train", "--device", "abacus"], "device: 'abacus' cannot be used here"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--config", "wrong.yaml"], "wrong.yaml: dimm: unknown setting. Perhaps you meant model.dim"),
+        (["train", "--data", "latin.txt"], "latin.txt: not UTF-8"),
+        (["train", "--data", "empty"], "no text found in empty"),
+        (["train", "--data", "text.txt", "--tokenizer", "nowhere.json"], "nowhere.json"),
+        (["train", "--data", "text.txt", "--tokenizer", "ids"], "text.txt"),
+        (["train", "--out", "file", "--data", "text.txt", *SMALL], "file"),
         (["evaluate", "--checkpoint", "nowhere"], "nowhere: no checkpoint there"),
         (["evaluate", "--checkpoint", "x", "--lanes", "0"], "lanes: expected at least 1, got 0"),
         (["generate", "--checkpoint", "nowhere"], "nowhere: no checkpoint there"),
@@ -107,9 +177,32 @@ def test_every_command_has_help(capsys, command):
 
 
 def test_out_that_cannot_be_written_is_one_line(folder, capsys):
-    (folder / "file").touch()
     assert main(["train", "--data", "text.txt", "--out", "file/run", *SMALL]) == 2
     assert capsys.readouterr().err.startswith("memformer: error: ")
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(folder):
+    """No file may grow beyond 32 KiB: the model does not fit, as on a full disk."""
+    run = [sys.executable, "-m", "memformer", "train", "--data", "text.txt", "--out", "run", *SMALL, "--dim", "64"]
+    first = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert "step-000004" in first.stdout
+    again = [sys.executable, "-m", "memformer", "train", "--resume", "--out", "run", "--steps", "6"]
+    limited = subprocess.run(["bash", "-c", 'ulimit -f 32; exec "$@"', "-", *again], capture_output=True, text=True)
+    assert limited.returncode == 2
+    assert limited.stderr.startswith("memformer: error: run/step-000006: cannot be written (")
+    assert limited.stderr.count("\n") == 1
+    assert sorted(f.name for f in (folder / "run").glob("*step*")) == ["step-000004"]
+    subprocess.run(again, capture_output=True, check=True)
+
+
+def test_torchrun_trains_with_two_processes(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = [*command, "-m", "memformer", "train", "--data", "text.txt", "--out", "run", *SMALL]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes (ddp)" in done.stdout
+    assert done.stdout.count("held out    28 tokens of 1 documents") == 1
+    assert checkpoints.find(folder / "run").name == "step-000004"
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(folder):

@@ -110,8 +110,9 @@ def _lead(training_run: Run) -> int:
     if training_run.stopped_early:
         print(f"\nstopped early at step {training_run.step:,}: the best evaluation was at {training_run.best}")
     _report(training_run)
+    prompt = "" if settings.data else " --prompt 'def main('"
     print(f"\ncheckpoint  {checkpoints.newest(settings.out)}. Try:")
-    print(f"  memformer generate --checkpoint {settings.out} --prompt 'def main('")
+    print(f"  memformer generate --checkpoint {settings.out}{prompt}")
     return 0
 
 
@@ -136,9 +137,8 @@ def _report(training_run: Run) -> None:
         print(f"  xz                  {xz_bits_per_byte(texts):.3f}   (the held-out documents in one stream)")
     print(describe(result))
     if settings.output.sample_tokens:
-        sample = GenerateCommand(
-            checkpoint=settings.out, prompt="def ", max_new_tokens=settings.output.sample_tokens, device=settings.device
-        )
+        prompt, length = "" if settings.data else "def ", settings.output.sample_tokens
+        sample = GenerateCommand(checkpoint=settings.out, prompt=prompt, max_new_tokens=length, device=settings.device)
         print("\nsample")
         with training_run.averaged() as model:
             write(model, training_run.tokenizer, sample)
