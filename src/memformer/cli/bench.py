@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from .. import bench
-from ..bench.million import MillionTokens
-from ..bench.replay import ReplayBenchmark
+from ..bench import generation, million, replay
 
 __all__ = ["BenchCommand", "run"]
 
@@ -19,14 +18,20 @@ class BenchCommand:
     """Measure on this machine what the documents claim."""
 
     benchmark: (
-        Annotated[ReplayBenchmark, tyro.conf.subcommand("replay")]
-        | Annotated[MillionTokens, tyro.conf.subcommand("million")]
+        Annotated[replay.ReplayBenchmark, tyro.conf.subcommand("replay")]
+        | Annotated[million.MillionTokens, tyro.conf.subcommand("million")]
+        | Annotated[generation.GenerationBenchmark, tyro.conf.subcommand("generate")]
     )
 
 
+_RUN: dict[type, Callable[[Any], Iterator[str]]] = {
+    replay.ReplayBenchmark: replay.run,
+    million.MillionTokens: million.run,
+    generation.GenerationBenchmark: generation.run,
+}
+
+
 def run(command: BenchCommand) -> int:
-    benchmark = command.benchmark
-    lines = bench.replay.run(benchmark) if isinstance(benchmark, ReplayBenchmark) else bench.million.run(benchmark)
-    for line in lines:
+    for line in _RUN[type(command.benchmark)](command.benchmark):
         print(line, flush=True)
     return 0

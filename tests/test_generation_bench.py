@@ -1,0 +1,27 @@
+"""The benchmark of generation: its equality, its table, its refusal."""
+
+import pytest
+
+from memformer.bench import generation
+from memformer.cli import main
+from memformer.positions import Rotary
+
+
+def test_the_report(capsys):
+    command = "bench generate --tokens 1100 --segment-tokens 4 --dim 8 --depth 1 --memory-slots 2"
+    assert main(command.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "logits equal those without a cache to" in lines[2]
+    assert [line.split()[0] for line in lines[4:]] == ["1,000", "1,100"]
+    assert len({line.split()[3] for line in lines[4:]}) == 1, "the state is of one size"
+
+
+def test_a_wrong_cache_is_refused(monkeypatch):
+    monkeypatch.setattr(Rotary, "place", lambda self, x, position: x)
+    with pytest.raises(RuntimeError, match="logits differ from those without a cache by"):
+        list(generation.run(generation.GenerationBenchmark(tokens=10, segment_tokens=8, dim=32)))
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="expected tokens, segment_tokens"):
+        generation.GenerationBenchmark(tokens=0)
