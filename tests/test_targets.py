@@ -113,6 +113,20 @@ def test_spans_are_poisson_and_hide_the_share():
     assert (many == 28).all()
 
 
+def test_where_a_span_lies_says_nothing_about_its_length():
+    objectives, generator, clean = mixture(0, 1, 0), np.random.default_rng(0), np.arange(64)
+    found = []
+    for _ in range(3000):
+        damaged = np.append(objectives.damage(clean, generator.random(130)), 64)
+        first = int(np.argmax(damaged == IDS.mask))
+        found.append((first, damaged[first + 1] - first))
+    place, length = np.array(found).T
+    assert length.mean() == pytest.approx(3.5, abs=0.12)
+    assert length[place == 0].mean() == pytest.approx(3.5, abs=0.35)
+    assert length[place > 8].mean() == pytest.approx(3.5, abs=0.25)
+    assert 0.08 < (place == 0).mean() < 0.18
+
+
 def test_objectives_come_by_their_odds():
     objectives = mixture(6, 3, 1)
     drawn = np.concatenate([objectives.draw(step, 50, 8)[0] for step in range(400)])
