@@ -400,3 +400,22 @@ def test_tensorboard(settings, tmp_path):
     assert [e.step for e in events.Scalars("step/loss_nats")] == [1, 2]
     assert events.Scalars("step/loss_nats")[0].value == pytest.approx(metrics[0].loss_nats)
     assert "held_out/bits_per_byte" in events.Tags()["scalars"]
+
+
+@pytest.mark.slow
+def test_a_corpus_larger_than_memory_trains_at_flat_resident_memory(settings, tmp_path):
+    """2 GB of token ids, mapped; the resident memory, file pages included, after 50 and after 400 steps."""
+    ids = np.lib.format.open_memmap(tmp_path / "big.npy", mode="w+", dtype=np.uint16, shape=(2**30,))
+    ids[:: 2**20] = 1  # the rest of the file takes no room on disk
+    ids.flush()
+    del ids
+    options = dict(tokenizer="ids", vocabulary=2, separator=1, lanes=8, segment_length=64, save_every=1000)
+    run = Run(settings(data=(tmp_path / "big.npy",), steps=400, **options))
+    resident = {metrics.step: resident_bytes() for metrics in run.train()}
+    assert len(run.training) > 900
+    assert abs(resident[400] - resident[50]) < 20e6
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
