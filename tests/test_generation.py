@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -368,6 +370,20 @@ def test_more_beams_than_hypotheses() -> None:
     assert state.position.tolist() == [1]
 
 
+def test_mixed_precision() -> None:
+    """The cache keeps the model's dtype, whatever autocast makes of keys and values."""
+    for kind in POSITIONS:
+        model, text = lively(positions=kind).float(), torch.randint(START, (1, 8))
+        with torch.autocast("cpu", torch.bfloat16):
+            stream = model.stream(text, 7, start=START, temperature=0)
+            source = model.encode(text[:, :5], model.encode(torch.tensor([[START]])).mem).enc_out
+            whole = model.decode(torch.cat([torch.tensor([[START]]), text[:, 5:]], 1), source)[0, -1]
+            steps = recorded(model)
+            assert len(list(stream)) == 7
+        assert steps[0].dtype == torch.bfloat16
+        assert_close(steps[0][0], whole, rtol=0.1, atol=0.2)
+
+
 # --- Compiled ---------------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +395,21 @@ def test_one_compilation_serves_a_whole_stream() -> None:
     compiled = model.generate(prompts(0, 0), 17, start=START, temperature=0).tokens
     assert all(map(torch.equal, compiled, expected))
     assert counter.frame_count == 1
+
+
+# --- Documents --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_generation_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "generation.md").read_text(encoding="utf-8")
+    *blocks, compiled = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["both"].position.tolist() == [names["state"].position.item() + 10, 9, 13]
+    assert "torch.compile(model.decoder.step" in compiled, "tested above"
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from . import replay
 from .config import MemformerConfig
 from .model import Memformer
 from .objectives import memory_replay_backprop
+from .state import MemoryState
 
-__all__ = ["Memformer", "MemformerConfig", "__version__", "memory_replay_backprop", "replay"]
+__all__ = ["Memformer", "MemformerConfig", "MemoryState", "__version__", "memory_replay_backprop", "replay"]
 
 __version__ = "1.0.0.dev0"

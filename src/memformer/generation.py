@@ -318,13 +318,19 @@ class Stream(Iterator[Tensor]):
         writing.append(range(len(self._lanes)), tokens)
         result = tokens.new_full((len(self._lanes) + len(self._ended),), -1)
         result[self._lanes] = tokens
-        going = [i for i, token in enumerate(tokens.tolist()) if token not in self._sampling.stop]
-        if len(going) < len(self._lanes):
-            for i in set(range(len(self._lanes))).difference(going):
-                self._ended[self._lanes[i]] = writing.state.select([i])
-            writing.select(torch.tensor(going, dtype=torch.int64, device=tokens.device))
-            self._lanes = [self._lanes[i] for i in going]
+        if self._sampling.stop:
+            self._drop(tokens)
         return result
+
+    def _drop(self, tokens: Tensor) -> None:
+        """Lanes that end with these tokens leave the batch."""
+        ends = torch.isin(tokens, torch.tensor(self._sampling.stop, device=tokens.device))
+        if ends.any():
+            for i in ends.nonzero()[:, 0].tolist():
+                self._ended[self._lanes[i]] = self._writing.state.select([i])
+            going = (~ends).nonzero()[:, 0]
+            self._writing.select(going)
+            self._lanes = [self._lanes[i] for i in going.tolist()]
 
 
 _History = tuple[int, "_History"] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -95,6 +96,9 @@ def _texts(command: GenerateCommand) -> Iterator[str]:
         yield _utf8("standard input", sys.stdin.buffer.read())
     elif not command.interactive:
         yield ""
+    if command.interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (input() then edits lines)
     while command.interactive:
         try:
             line = input("> " if sys.stdin.isatty() else "")
