@@ -10,6 +10,7 @@ to write the same text. PyTorch runs the same steps eagerly. Both take turns and
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import runpy
 import statistics
@@ -82,11 +83,12 @@ def measure(model: Memformer, folder: Path, runs: int) -> None:
         difference = max(difference, float((torch_memory - torch.from_numpy(memory)).abs().max()))
     print(f"largest difference of memory and logits over 20 carried segments: {difference:.1e}")
     assert difference < 1e-4, "the exported steps are not the model's"
-    onnx_generate = runpy.run_path(str(EXAMPLE))["generate"]
-    count = 2 * length
+    example, count = runpy.run_path(str(EXAMPLE)), 2 * length
+    about = json.loads((folder / "export.json").read_text())
+    exported = example["Exported"](about, encode, decode)
 
     def written_by_onnx() -> list[int]:
-        return list(onnx_generate(folder, [], count))
+        return list(example["generate"](exported, [], count))
 
     def written_by_torch() -> list[int]:
         empty = torch.zeros(1, 0, dtype=torch.int64)

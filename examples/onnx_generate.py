@@ -11,16 +11,27 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 
 
-def generate(folder: Path, prompt: Sequence[int], count: int) -> Iterator[int]:
-    """The likeliest tokens after a prompt."""
+class Exported(NamedTuple):
+    about: dict[str, Any]
+    encode: onnxruntime.InferenceSession
+    decode: onnxruntime.InferenceSession
+
+
+def load(folder: Path) -> Exported:
     about = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    return Exported(about, *(onnxruntime.InferenceSession(folder / step["file"]) for step in about["steps"].values()))
+
+
+def generate(exported: Exported, prompt: Sequence[int], count: int) -> Iterator[int]:
+    """The likeliest tokens after a prompt."""
+    about, encode, decode = exported
     length, special = about["segment_length"], about["special_tokens"]
-    encode, decode = (onnxruntime.InferenceSession(folder / about["steps"][n]["file"]) for n in ("encode", "decode"))
     shapes = {name: [size if size != "batch" else 1 for size in x["shape"]]
               for step in about["steps"].values() for name, x in step["inputs"].items()}  # fmt: skip
     cache = np.zeros(shapes["cache"], np.float32)
@@ -61,7 +72,10 @@ def main() -> None:
     parser.add_argument("--prompt", default="")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     settings = parser.parse_args()
-    tokens = generate(settings.folder, list(settings.prompt.encode()), settings.max_new_tokens)
+    exported = load(settings.folder)
+    if exported.about["special_tokens"].get("start") != 256:
+        parser.error(f"{settings.folder}: expected the export of a model of bytes, as memformer train makes it")
+    tokens = generate(exported, list(settings.prompt.encode()), settings.max_new_tokens)
     print(settings.prompt + bytes(tokens).decode(errors="replace"))
 
 

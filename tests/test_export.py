@@ -125,8 +125,9 @@ def test_the_example_writes_what_the_model_writes(exported, length):
     prompt = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(length))
     expected = model.generate(prompt, 4 * LENGTH, start=BYTES.start, temperature=0, never=BYTES.special).tokens[0]
     assert len(expected.unique()) > 1
-    generate = runpy.run_path(str(EXAMPLE))["generate"]
-    assert list(generate(folder, prompt[0].tolist(), 4 * LENGTH)) == expected.tolist()
+    example = runpy.run_path(str(EXAMPLE))
+    written = example["generate"](example["load"](folder), prompt[0].tolist(), 4 * LENGTH)
+    assert list(written) == expected.tolist()
 
 
 def test_the_example_runs_without_torch(exported):
