@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memformer.data import (
@@ -130,6 +130,8 @@ def test_unreadable_files_are_refused_by_name(tmp_path):
         read_documents([tmp_path / "nowhere"])
 
 
+@example(raw="a€".encode()[:-1], block=3)
+@example(raw="a€".encode()[:-1], block=2)
 @settings(deadline=None, max_examples=80, derandomize=True)
 @given(
     raw=st.binary(min_size=1, max_size=12) | st.text(min_size=1, max_size=6).map(str.encode), block=st.integers(1, 4)

@@ -30,6 +30,8 @@ def word_level(tmp_path, unknown="[UNK]"):
     words = {"[UNK]": 0, "one": 1, "two": 2}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=unknown))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    # Its own special tokens are for other models, and are not put around a text here.
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="one $A", special_tokens=[("one", 1)])
     made.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
 
