@@ -53,10 +53,10 @@ class SelfAttention(nn.Module):
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
         keys, values = cache
         lane = torch.arange(x.shape[0], device=x.device)[:, None]
+        q, k = self.positions.place(q, k, position)
         # Autocast may make them of another dtype than the cache.
-        keys[lane, :, position] = self.positions.place(k, position).transpose(1, 2).to(keys.dtype)
+        keys[lane, :, position] = k.transpose(1, 2).to(keys.dtype)
         values[lane, :, position] = v.transpose(1, 2).to(values.dtype)
-        q = self.positions.place(q, position)
         return self.to_out(merge_heads(self.positions.look_back(q, keys, values, position)))
 
 

@@ -44,18 +44,17 @@ def relative_distance(length: int, keys: int, device: torch.device) -> Tensor:
     return i[:, None] - torch.arange(keys, device=device)
 
 
-def _back(position: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """(batch, 1, length, keys): the distance back to each key, 0 where the key lies ahead; and where it does not."""
-    distance = (position[..., None] - torch.arange(keys, device=position.device))[:, None]
-    return distance.clamp(min=0), distance >= 0
+def _back(position: Tensor, keys: int) -> Tensor:
+    """(batch, 1, length, keys): the distance back to each key, negative where the key lies ahead."""
+    return (position[..., None] - torch.arange(keys, device=position.device))[:, None]
 
 
 class Positional(nn.Module):
     """What the three have in common. ``position`` (batch, length): where each query stands; lanes may differ."""
 
-    def place(self, x: Tensor, position: Tensor) -> Tensor:
-        """Queries, or keys as a cache is to keep them, at those positions."""
-        return x
+    def place(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries at those positions, and keys as a cache is to keep them."""
+        return q, k
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         """Causal attention where key j stands at position j; what lies ahead of a query may be anything finite."""
@@ -93,12 +92,13 @@ class Rotary(Positional):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         return attend(self.rotate(q, k.shape[-2] - q.shape[-2]), self.rotate(k), v, mask, causal)
 
-    def place(self, x: Tensor, position: Tensor) -> Tensor:
-        cos, sin = (table[position][:, None].to(x.dtype) for table in (self.cos, self.sin))
-        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    def place(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = (table[position][:, None].to(q.dtype) for table in (self.cos, self.sin))
+        half = q.shape[-1] // 2
+        return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        return attend(q, k, v, _back(position, k.shape[-2])[1])
+        return attend(q, k, v, _back(position, k.shape[-2]) >= 0)
 
 
 class BucketedBias(Positional):
@@ -138,9 +138,9 @@ class BucketedBias(Positional):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        distance, past = _back(position, k.shape[-2])
+        distance = _back(position, k.shape[-2])
         bias = self.bias(self.bucket(distance[:, 0])).permute(0, 3, 1, 2).to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(~past, float("-inf")))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(distance < 0, float("-inf")))
 
 
 class RelativeEncoding(Positional):
@@ -170,11 +170,12 @@ class RelativeEncoding(Positional):
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         # Key and distance back are each the position less the other, so one gather turns either into the other.
-        distance, past = (x.expand(-1, q.shape[1], -1, -1) for x in _back(position, k.shape[-2]))
+        distance = _back(position, k.shape[-2]).expand(-1, q.shape[1], -1, -1)
+        ahead, distance = distance < 0, distance.clamp(min=0)
         rows = self.table[self.max_len - 1 : self.max_len - 1 + k.shape[-2]]
         logits = (q @ k.transpose(-1, -2) + (q @ rows.T).gather(-1, distance)) / math.sqrt(q.shape[-1])
-        weights = logits.masked_fill(~past, float("-inf")).softmax(-1)
-        return weights @ v + (weights.gather(-1, distance) * past) @ rows
+        weights = logits.masked_fill(ahead, float("-inf")).softmax(-1)
+        return weights @ v + weights.gather(-1, distance).masked_fill(ahead, 0) @ rows
 
 
 def _distance_to_key(x: Tensor, keys: int) -> Tensor:
