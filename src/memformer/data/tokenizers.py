@@ -279,7 +279,7 @@ class TokenIds(_SpecialTokens):
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Raises ValueError: there is no text form."""
-        raise ValueError("this vocabulary is token ids without a text form, so no text can be encoded")
+        raise ValueError("this vocabulary is token ids without a text form: text needs bytes, or a BPE")
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The ordinary ids, separated by spaces."""
