@@ -1,9 +1,8 @@
 """Documents streamed into the lanes of a batch, segment by segment.
 
 In each step every lane holds one segment of its document as source and, for continuation, the next one as target. A
-document's first step has the start token alone as its source, so that every token of every document is predicted exactly
-once; it carries the lane's reset flag. When a document ends, the next one starts in that lane; nothing waits for the
-longest.
+document's first step has the start token alone as its source, so that every token of every document is predicted once;
+it carries the lane's reset flag. When a document ends, the next one starts in that lane; nothing waits for the longest.
 """
 
 from __future__ import annotations
