@@ -213,6 +213,51 @@ def test_divisor_weighs_tokens_alike() -> None:
     torch.testing.assert_close(outcome.loss, (2 * first.dec_out + 8 * second.dec_out) / 10)
 
 
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize(
+    "schedule",
+    [None, replay.EveryMemory(graphs=3), replay.EveryMemory(graphs=0), replay.Binomial(2), replay.EveryKth(2)],
+)
+def test_schedules_weights_and_norms_are_keywords(schedule: Any, own_loss: bool) -> None:
+    """Any schedule gives the same gradients; a segment without a target has a weight too."""
+    model, task = small(encoder_only=own_loss), Task(count=6, batch=2, last=2, is_ragged=False, losses="every")
+    task.tgt[2], weights = None, [1.0, 0.5, 7.0, 0.0, 2.0, 3.0]
+    watch = replay.MemoryGradients()
+    total, mems = torch.zeros((), dtype=torch.float64), memory(model, 2).requires_grad_()
+    current = mems
+    for weight, (src, _, tgt, _) in zip(weights, task.segments(), strict=True):
+        if own_loss:
+            out, current = model(src, mems=current)
+            loss = out.square().sum()
+        else:
+            loss, current = (out := model(src, tgt, current)).dec_out, out.mem
+        total = total if loss is None else total + weight * loss
+    total.backward()
+    grads = take_grads(model) | take_memory_grad(mems)
+    what = {"loss_fn": lambda i, x: x.square().sum()} if own_loss else {"tgt": task.tgt}
+    actual = memory_replay_backprop(
+        model,
+        task.src,
+        mems=mems,
+        schedule=schedule,
+        segment_weights=weights,
+        memory_gradients=watch,
+        check=True,
+        **what,
+    )
+    assert_same(actual, (total.detach(), current.detach()))
+    assert watch.norms[0] == pytest.approx(mems.grad.norm().item(), rel=1e-6)
+    assert len(watch.norms) == 7
+    assert_same_grads(take_grads(model) | take_memory_grad(mems), grads)
+
+
+def test_check_finds_a_model_that_is_not_a_function_of_its_inputs() -> None:
+    model, draws = small(), iter(range(100))
+    model.encoder.register_forward_hook(lambda module, args, output: output * (1 + next(draws)))
+    with pytest.raises(RuntimeError, match=r"segment 1 differs in replay from its recording"):
+        memory_replay_backprop(model, src=tokens(2, 7), tgt=tokens(2, 4), check=True)
+
+
 # --- What it does to .grad and returns --------------------------------------------------------------------------------
 
 
@@ -406,6 +451,12 @@ def test_the_live_graph_of_plain_bptt_does_grow() -> None:
         ({"tgt": tokens(2, 4), "tgt_mask": torch.ones(2, 4)}, r"tgt_mask: expected torch\.bool"),
         ({"tgt": tokens(2, 4), "src_mask": mask("11", "11")}, r"src_mask: expected .* shape \(2, 7\)"),
         ({"tgt": tokens(2, 4), "mems": torch.zeros(1, 3, 8).double()}, r"mems: expected .* shape \(2, 3, 8\)"),
+        ({"tgt": tokens(2, 4), "schedule": "binomial"}, r"schedule: expected a schedule, .* got 'binomial'"),
+        ({"tgt": tokens(2, 4), "segment_weights": [1.0]}, r"segment_weights: expected one for each of the 3 segments"),
+        (
+            {"loss_fn": lambda i, x: x.sum(), "segment_weights": [1.0]},
+            r"segment_weights: expected one for each of the 3",
+        ),
         ({"src": tokens(2, 7).float(), "tgt": tokens(2, 4)}, r"src: expected token ids"),
         ({"src": tokens(2, 7)[0], "tgt": tokens(2, 4)}, r"src: expected token ids"),
         ({"src": [[1, 2]], "tgt": tokens(2, 4)}, r"src: expected token ids, .* got list"),

@@ -26,7 +26,7 @@ problems = st.fixed_dictionaries(
 )
 
 
-tails = st.integers(1, 7)
+tails = st.integers(0, 7)
 schedules = st.one_of(
     st.builds(replay.EveryMemory, tails),
     st.builds(replay.EveryKth, st.integers(1, 4), tails),
@@ -305,6 +305,45 @@ def test_a_tensor_named_in_params_gets_its_gradient():
         scale.grad = None
         method(cell, segments, torch.zeros((), dtype=torch.float64), params=[derived]).loss.backward(retain_graph=True)
         return {"grad": scale.grad}
+
+    assert_equal(run(replay.memory_replay), run(replay.full_bptt))
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_sparse_gradients_are_added_up(at_once):
+    """Of an embedding in the cell and of one in the readout."""
+    torch.manual_seed(0)
+    tables = nn.ModuleList(nn.Embedding(9, 2, sparse=True, dtype=torch.float64) for _ in range(2))
+    segments = [torch.tensor([t, t + 1]) for t in range(5)]
+
+    def cell(ids, memory):
+        memory = torch.tanh(memory + tables[0](ids))
+        return memory, memory
+
+    def read_out(values, parts):
+        return sum((v * tables[1](ids)).sum() for v, ids in zip(values, parts, strict=True))
+
+    def run(method):
+        tables.zero_grad()
+        memory = torch.ones(2, 2, dtype=torch.float64)
+        method(cell, segments, memory, read_out, readout_segments=at_once, params=tables).loss.backward()
+        assert all(t.weight.grad.is_sparse for t in tables)
+        return {"grads": [t.weight.grad.to_dense() for t in tables]}
+
+    assert_equal(run(replay.memory_replay), run(replay.full_bptt))
+
+
+def test_parameters_of_two_rollouts_in_one_loss():
+    """While one rollout is back-propagated, the gradients of the other, and of a plain graph, go their own way."""
+    model, segments, memory = problem("gru", [True] * 3)
+
+    def run(method):
+        def both():
+            first, second = method(model, segments, memory), method(model, segments[::-1], memory)
+            plain = sum(p.square().sum() for p in model.parameters())
+            return first.loss + second.loss.square() + plain, second.memory
+
+        return outcome(model, segments, memory, both)
 
     assert_equal(run(replay.memory_replay), run(replay.full_bptt))
 

@@ -57,6 +57,12 @@ def test_meters_count_bytes():
     assert 2 * 4000 < peak_bytes(step, torch.device("cpu")) < 8 * 4000
 
 
+def test_peak_counts_only_what_the_step_makes():
+    """Views of older tensors are not new bytes."""
+    weight = torch.ones(1000, 1000)
+    assert peak_bytes(lambda: weight.t()[0] + 1, torch.device("cpu")) == 4000
+
+
 @pytest.mark.parametrize("settings", [{"horizons": ()}, {"batch_size": 0}, {"segment_tokens": 1}])
 def test_settings_are_checked(settings):
     with pytest.raises(ValueError, match="expected"):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from memformer import replay
+from memformer.bench.meters import peak_bytes
 
 
 class Counted(nn.Module):
@@ -98,6 +99,33 @@ def test_a_graph_is_freed_before_the_next_is_built():
     cell = Counted()
     rollout = lambda: replay.memory_replay(cell, segments(9), torch.zeros(2, 8)).loss.backward()  # noqa: E731
     assert live_tensors(rollout) <= one + 1  # and the sum of two losses
+
+
+@pytest.mark.parametrize("where", ["cell", "readout"])
+def test_one_set_of_parameter_gradients_and_no_second(where):
+    """A parameter's gradient is added to its sum as soon as it is there: many large parameters, tiny graphs."""
+    layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(8))
+
+    def all_layers(x):
+        for layer in layers:
+            x = layer(x)
+        return x.square().sum()
+
+    def cell(x, memory):
+        return (all_layers(memory + x) if where == "cell" else memory + x), memory
+
+    def read_out(values, parts):
+        return all_layers(values[0])
+
+    xs = list(torch.ones(6, 1, 64))
+
+    def step():
+        readout = None if where == "cell" else read_out
+        replay.memory_replay(cell, xs, torch.zeros(1, 64), readout, params=layers).loss.backward()
+
+    one_set = 8 * 64 * 64 * 4
+    peak = peak_bytes(step, torch.device("cpu"))
+    assert one_set < peak < 1.5 * one_set
 
 
 def test_backward_frees_the_recorded_memories():

@@ -103,12 +103,15 @@ def test_segment_weights(method):
         return memory, memory
 
     def read_out(values, parts):
-        losses = torch.stack([v.square().sum() for v in values])
-        return losses if len(parts) > 1 else losses[0]
+        return torch.stack([v.square().sum() for v in values])
+
+    def one(values, parts):
+        return read_out(values, parts)[0]
 
     for rollout in (
         method(cell, segments, memory, segment_weights=weights, params=linear),
         method(cell, segments, memory, segment_weights=torch.tensor(weights), params=linear),
+        method(encode, segments, memory, one, segment_weights=weights, params=linear),
         method(encode, segments, memory, read_out, segment_weights=weights, params=linear),
         method(encode, segments, memory, read_out, readout_segments=2, segment_weights=weights, params=linear),
         method(encode, segments, memory, read_out, readout_segments=3, segment_weights=weights, params=linear),
@@ -268,3 +271,45 @@ def test_accumulate_refusals():
 
     with pytest.raises(ValueError, match="no gradient reaches the first segment"):
         replay.accumulate(forgetful, segments, memory.detach())
+
+    def early(values, parts):
+        return values[0] if parts[0] is segments[0] else None
+
+    with pytest.raises(ValueError, match=r"last call of the readout gave no loss .* not synchronised"):
+        replay.accumulate(cell, segments, memory.detach(), early)
+    with torch.no_grad():
+        assert not replay.accumulate(cell, segments, memory.detach(), early).loss.requires_grad
+
+
+def test_accumulate_takes_down_norms_clips_and_checks():
+    cell, linear, segments, memory = small()
+    memory = memory.detach()
+    for max_norm in (None, 0.5):
+        watch, reference = replay.MemoryGradients(max_norm), replay.MemoryGradients(max_norm)
+        replay.full_bptt(cell, segments, memory, memory_gradients=reference).loss.backward()
+        expected, linear.weight.grad = linear.weight.grad, None
+        replay.accumulate(cell, segments, memory, memory_gradients=watch, check=True)
+        torch.testing.assert_close(linear.weight.grad, expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(watch.norms[1:], reference.norms[1:], rtol=1e-5, atol=1e-7)
+        linear.weight.grad = None
+    draw = random.Random(0)
+    noisy = lambda x, memory: cell(x + draw.random(), memory)  # noqa: E731
+    with pytest.raises(RuntimeError, match="segment 2 differs in replay from its recording"):
+        replay.accumulate(noisy, segments, memory, check=True)
+
+
+def test_accumulate_weights_and_half_precision_scale():
+    cell, linear, segments, memory = small()
+    weights = [0.0, 1.0, 2.0, 4.0]
+    replay.full_bptt(cell, segments, memory.detach(), segment_weights=weights).loss.backward()
+    expected, linear.weight.grad = linear.weight.grad, None
+    rollout = replay.accumulate(cell, segments, memory.detach(), segment_weights=[1024 * w for w in weights])
+    torch.testing.assert_close(linear.weight.grad, 1024 * expected, rtol=1e-12, atol=1e-13)
+    assert not rollout.loss.requires_grad
+
+
+@pytest.mark.parametrize("schedule", ["binomial", replay.Binomial, 3])
+def test_what_is_no_schedule(schedule):
+    cell, linear, segments, memory = small()
+    with pytest.raises(ValueError, match=r"schedule: expected a schedule, such as replay\.Binomial\(8\), got"):
+        replay.memory_replay(cell, segments, memory, params=linear, schedule=schedule)

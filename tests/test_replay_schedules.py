@@ -60,9 +60,9 @@ def simulate(plan):
 
 
 schedules = st.one_of(
-    st.builds(EveryMemory, st.integers(1, 12)),
-    st.builds(EveryKth, st.integers(1, 12), st.integers(1, 12)),
-    st.builds(Binomial, st.integers(1, 9), st.integers(1, 12)),
+    st.builds(EveryMemory, st.integers(0, 12)),
+    st.builds(EveryKth, st.integers(1, 12), st.integers(0, 12)),
+    st.builds(Binomial, st.integers(1, 9), st.integers(0, 12)),
 )
 
 
@@ -71,7 +71,7 @@ schedules = st.one_of(
 def test_every_plan_is_legal_and_says_what_it_costs(schedule, num_segments):
     plan = schedule.plan(num_segments, memory_bytes=10, graph_bytes=1000)
     memories, graphs = simulate(plan)
-    assert graphs == min(schedule.graphs, num_segments)
+    assert graphs == max(1, min(schedule.graphs, num_segments))
     assert 1000 * graphs <= plan.bytes <= 1000 * graphs + 10 * memories
 
 
@@ -98,6 +98,8 @@ def test_every_memory():
     assert (plan.evaluations, plan.stored_memories, plan.live_graphs) == (31, 15, 1)
     assert EveryMemory().plan(16) == dataclasses.replace(Binomial(15).plan(16))
     assert EveryMemory(graphs=4).plan(16).evaluations == 28
+    assert EveryMemory(graphs=0).plan(16).evaluations == 32
+    assert all(action.kind != "graph" for action in EveryMemory(graphs=0).plan(16).recording)
     all_graphs = EveryMemory(graphs=1000).plan(16)
     assert (all_graphs.evaluations, all_graphs.stored_memories, all_graphs.live_graphs) == (16, 0, 16)
 
@@ -132,10 +134,17 @@ def test_budget_refusals():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: EveryMemory(0), lambda: EveryKth(0), lambda: Binomial(-1), lambda: Budget(0), lambda: EveryKth(1.5)],
+    [
+        lambda: EveryMemory(-1),
+        lambda: Binomial(1, graphs=-1),
+        lambda: EveryKth(0),
+        lambda: Binomial(-1),
+        lambda: Budget(0),
+        lambda: EveryKth(1.5),
+    ],
 )
 def test_settings_are_checked(make):
-    with pytest.raises(ValueError, match="expected an integer of at least 1, got"):
+    with pytest.raises(ValueError, match=r"expected an integer of at least [01], got"):
         make()
 
 

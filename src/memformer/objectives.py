@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ def rollout(
     mems: Tensor | None = None,
     *,
     divisor: Tensor | float | None = None,
+    segment_weights: replay.Weights | None = None,
     method: Callable[..., replay.Rollout] = replay.memory_replay,
 ) -> replay.Rollout:
     """Run a model with a decoder over segments that were checked already, and add up their losses.
@@ -37,12 +39,16 @@ def rollout(
         segments: at least one with a target.
         mems: (batch, slots, dim), the memory before the first; None for the learned initial memory.
         divisor: what each segment's summed loss is divided by; None for its number of counted targets.
+        segment_weights: one factor per segment for its loss; None for one each.
         method: :func:`~memformer.replay.memory_replay`, or :func:`~memformer.replay.full_bptt`, which equals it.
     """
     sizes = [s.tgt.numel() for s in segments if s.tgt is not None]
-    readout = functools.partial(_read_out, model, divisor)
+    losses = functools.partial(_losses, model, divisor)
     at_once = max(1, READOUT_TOKENS // max(sizes, default=1))
-    return method(functools.partial(_encode, model), segments, mems, readout, readout_segments=at_once)
+    run = functools.partial(method, functools.partial(_encode, model), segments, mems, readout_segments=at_once)
+    if segment_weights is None:
+        return run(functools.partial(_summed, losses))
+    return run(losses, segment_weights=segment_weights)
 
 
 def memory_replay_backprop(
@@ -54,6 +60,10 @@ def memory_replay_backprop(
     *,
     mems: Tensor | None = None,
     loss_fn: Callable[[int, Tensor], Tensor | None] | None = None,
+    segment_weights: replay.Weights | None = None,
+    schedule: replay.Schedule | None = None,
+    memory_gradients: replay.MemoryGradients | None = None,
+    check: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Back-propagate through a sequence of any length, holding the graph of one segment (paper, Algorithm 1, MRBP).
 
@@ -67,12 +77,16 @@ def memory_replay_backprop(
         mems: (batch, slots, dim), the memory to start from; None for the learned initial memory.
         loss_fn: ``loss_fn(index, enc_out) -> scalar or None``, in place of a target (for encoder-only models): called
             once per segment. Whatever it uses gets its gradients too.
+        segment_weights: one factor per segment for its loss.
+        schedule: which memories and graphs to keep, None for :class:`~memformer.replay.EveryMemory`; more is faster.
+        memory_gradients, check: as for :func:`~memformer.replay.memory_replay`.
 
     Returns:
-        ``(loss, mems)``, both detached: the sum of the segments' mean losses in nats, and the final memory.
+        ``(loss, mems)``, both detached: the weighted sum of the segments' mean losses in nats, and the final memory.
 
     Raises:
         ValueError: as :meth:`Memformer.forward`, or if there is nothing to predict.
+        RuntimeError: ``check`` finds a segment whose replay differs.
     """
     if not isinstance(model, Memformer):
         raise ValueError(
@@ -90,19 +104,22 @@ def memory_replay_backprop(
             model.check_target(segment.tgt, segment.tgt_mask, src.shape[0])
         elif segment.tgt_mask is not None:
             raise ValueError(f"tgt_mask: segment {i} has one, but no tgt")
+    options: dict[str, Any] = {"schedule": schedule, "memory_gradients": memory_gradients, "check": check}
     if loss_fn is not None:
-        return _backprop_own_loss(model, segments, mems, loss_fn)
-    outcome = rollout(model, segments, mems)
+        weights = replay.weight_list(segment_weights, len(segments)) or [1.0] * len(segments)
+        outputs, memory = replay.scan(functools.partial(_encode, model), segments, mems, **options)
+        return _backprop_own_loss(loss_fn, outputs, weights), memory.detach()
+    method = functools.partial(replay.memory_replay, **options)
+    outcome = rollout(model, segments, mems, segment_weights=segment_weights, method=method)
     outcome.loss.backward()
     return outcome.loss.detach(), outcome.memory.detach()
 
 
 def _backprop_own_loss(
-    model: Memformer, segments: list[Segment], mems: Tensor | None, loss_fn: Callable[[int, Tensor], Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    outputs, memory = replay.scan(functools.partial(_encode, model), segments, mems)
+    loss_fn: Callable[[int, Tensor], Tensor | None], outputs: list[Tensor], weights: list[float]
+) -> Tensor:
     losses, reached, trains = [], [], False
-    for i, output in enumerate(outputs):
+    for i, (output, weight) in enumerate(zip(outputs, weights, strict=True)):
         # Each loss is back-propagated to the encoder's output and freed at once, by plain autograd.
         leaf = output.detach().requires_grad_()
         loss = loss_fn(i, leaf)
@@ -111,6 +128,7 @@ def _backprop_own_loss(
         if not isinstance(loss, Tensor) or loss.dim():
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn: expected a scalar loss or None for segment {i}, got {got}")
+        loss = loss * weight
         if loss.requires_grad:
             loss.backward()
             trains = True
@@ -120,28 +138,33 @@ def _backprop_own_loss(
     if not trains:
         raise ValueError("loss_fn: returned no loss that requires a gradient, so there is nothing to back-propagate")
     torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])
-    return torch.stack(losses).sum(), memory.detach()
+    return torch.stack(losses).sum()
 
 
 def _encode(model: Memformer, segment: Segment, memory: Tensor | None) -> tuple[Tensor, Tensor]:
     return model.step(segment.src, memory, segment.src_mask, segment.reset)
 
 
-def _read_out(
+def _losses(
     model: Memformer, divisor: Tensor | float | None, outputs: list[Tensor], segments: list[Segment]
 ) -> Tensor | None:
-    """The decoder's loss on several segments in one call."""
-    kept = [(output, s, s.tgt) for output, s in zip(outputs, segments, strict=True) if s.tgt is not None]
+    """The decoder's loss on each of several segments, in one call; 0 for those without a target."""
+    kept = [i for i, s in enumerate(segments) if s.tgt is not None]
     if not kept:
         return None
     assert model.decoder is not None  # there is a target, and targets are checked
-    enc_out, src_mask = _concatenate([output for output, _, _ in kept], [s.src_mask for _, s, _ in kept])
-    tgt, tgt_mask = _concatenate([tgt for _, _, tgt in kept], [s.tgt_mask for _, s, _ in kept])
+    enc_out, src_mask = _concatenate([outputs[i] for i in kept], [segments[i].src_mask for i in kept])
+    tgt, tgt_mask = _concatenate([s.tgt for s in segments if s.tgt is not None], [segments[i].tgt_mask for i in kept])
     losses, counted = token_losses(model.decoder, tgt, enc_out, src_mask, tgt_mask)
     per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
         divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)
-    return (per_segment / divisor).sum()
+    return per_segment.new_zeros(len(segments)).index_put((torch.tensor(kept),), per_segment / divisor)
+
+
+def _summed(losses: replay.Readout, outputs: list[Tensor], segments: list[Segment]) -> Tensor | None:
+    per_segment = losses(outputs, segments)
+    return None if per_segment is None else per_segment.sum()
 
 
 def _concatenate(tensors: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:

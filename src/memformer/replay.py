@@ -113,7 +113,7 @@ def full_bptt(
     Arguments, result and errors are those of :func:`memory_replay`; ``params`` is accepted and not needed.
     """
     segments = _segment_list(segments)
-    weights = _weight_list(segment_weights, len(segments))
+    weights = weight_list(segment_weights, len(segments))
     if memory_gradients is not None:
         memory_gradients.start(len(segments))
     values = []
@@ -172,7 +172,7 @@ def memory_replay(
             of gradients are asked for, or ``check`` finds a segment whose replay differs.
     """
     segments = _segment_list(segments)
-    weights = _weight_list(segment_weights, len(segments))
+    weights = weight_list(segment_weights, len(segments))
     values, memory = scan(
         cell, segments, memory, schedule=schedule, memory_gradients=memory_gradients, check=check, params=params
     )
@@ -219,6 +219,8 @@ def accumulate(
     readout_segments: int = 1,
     segment_weights: Weights | None = None,
     schedule: Schedule | None = None,
+    memory_gradients: MemoryGradients | None = None,
+    check: bool = False,
     sync: Callable[[bool], None] = lambda last: None,
 ) -> Rollout:
     """Memory replay with its backward at once, which adds to ``.grad`` segment by segment: for FSDP2 (``fully_shard``).
@@ -231,20 +233,23 @@ def accumulate(
         sync: called with False before a backward that others follow, with True before the last one of the readout and
             the last one of the cell.
         others: as for :func:`memory_replay`; memory and segments are inputs, and none of them may require a gradient.
+            The loss is back-propagated as it is: a gradient scaler's factor goes into ``segment_weights``.
 
     Returns:
         The loss and the final memory, both detached.
 
     Raises:
         ValueError: as :func:`memory_replay`; also if an input requires a gradient, if ranks have different numbers of
-            segments (each segment is a collective operation), or if no gradient reaches the first segment.
+            segments (each segment is a collective operation), or if the last call of the readout has no loss or no
+            gradient reaches the first segment, where the gradients would be synchronised.
+        RuntimeError: ``check`` finds a segment whose replay differs.
     """
     segments = _segment_list(segments)
-    weights = _weight_list(segment_weights, len(segments))
+    weights = weight_list(segment_weights, len(segments))
     check_equal_across_ranks(len(segments), "the number of segments")
     if any(_requires_grad(leaf) for leaf in tree_leaves((segments, memory))):
         raise ValueError("accumulate: memory and segments are inputs here and get no gradient: detach them")
-    rollout = _Rollout(cell, segments, memory, schedule or EveryMemory(), None, False, None, sync)
+    rollout = _Rollout(cell, segments, memory, schedule or EveryMemory(), memory_gradients, check, None, sync)
     values, memory = rollout.outputs(rollout.record())
     cut = [_Leaves(value).cut(_carries_grad) for value in values]
     losses: list[Tensor | None] = []
@@ -258,6 +263,12 @@ def accumulate(
             sync(part == parts[-1])
         if loss is not None and loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
+        elif readout is not None and part == parts[-1] and rollout.environment.grad_enabled:
+            raise ValueError(
+                "accumulate: the last call of the readout gave no loss that requires a gradient, so the readout's "
+                "gradients were not synchronised. Leave segments without a loss to the beginning, or use a larger "
+                "readout_segments"
+            )
         losses.append(None if loss is None else loss.detach())
         del loss
     grads = [
@@ -488,14 +499,15 @@ class EveryMemory:
 
     Args:
         graphs: how many of the last segments keep their graph from the forward pass, so that they are not run twice.
-            With all of them (any number above the number of segments) nothing is run twice, as in plain BPTT.
+            With all of them (any number above the number of segments) nothing is run twice, as in plain BPTT; with 0
+            no graph of the cell is alive beside the readout's.
     """
 
     graphs: int = 1
     needs_sizes = False
 
     def __post_init__(self) -> None:
-        _at_least_one("graphs", self.graphs)
+        _at_least("graphs", self.graphs, 0)
 
     def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
         return _walk(
@@ -516,8 +528,8 @@ class EveryKth:
     needs_sizes = False
 
     def __post_init__(self) -> None:
-        _at_least_one("k", self.k)
-        _at_least_one("graphs", self.graphs)
+        _at_least("k", self.k)
+        _at_least("graphs", self.graphs, 0)
 
     def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
         def stores(first: int, stop: int, stored: int) -> range:
@@ -541,8 +553,8 @@ class Binomial:
     needs_sizes = False
 
     def __post_init__(self) -> None:
-        _at_least_one("memories", self.memories)
-        _at_least_one("graphs", self.graphs)
+        _at_least("memories", self.memories)
+        _at_least("graphs", self.graphs, 0)
 
     def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
         def stores(first: int, stop: int, stored: int) -> Iterable[int]:
@@ -568,7 +580,7 @@ class Budget:
     needs_sizes = True
 
     def __post_init__(self) -> None:
-        _at_least_one("bytes", self.bytes)
+        _at_least("bytes", self.bytes)
 
     def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
         if memory_bytes + graph_bytes < 1:
@@ -627,7 +639,7 @@ def _walk(num_segments: int, graphs: int, stores: Stores, memory_bytes: int, gra
 
     The first sweep is the forward pass. It ends with the graphs of the last ``graphs`` segments, which count as one.
     """
-    _at_least_one("num_segments", num_segments)
+    _at_least("num_segments", num_segments)
     stop = num_segments - min(graphs, num_segments) + 1
     actions: list[Action] = []
     recorded = 0
@@ -689,9 +701,9 @@ def _advances(segments: int, memories: int) -> int:
     return r * segments - _reach(memories + 1, r - 1) if r else 0
 
 
-def _at_least_one(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+def _at_least(name: str, value: int, least: int = 1) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 # --- The critical path: record, then replay ---------------------------------------------------------------------------
@@ -778,6 +790,8 @@ class _Rollout:
 
     def _plan(self, schedule: Schedule) -> Plan:
         count = len(self.segments)
+        if isinstance(schedule, type) or not hasattr(schedule, "plan"):
+            raise ValueError(f"schedule: expected a schedule, such as replay.Binomial(8), got {schedule!r}")
         if not self.environment.grad_enabled:
             forward = tuple(Action("advance", t) for t in range(count))
             return Plan(num_segments=count, recording=forward, replay=())
@@ -817,7 +831,7 @@ class _Rollout:
         self._check_unspent()
         ends = list(itertools.accumulate(recorded.value.num_leaves for recorded in self.recorded))
         self.value_grads = [list(output_grads[a:b]) for a, b in itertools.pairwise([0, *ends])]
-        self.parameter_grads = _GradientSums(len(self.parameters))
+        self.parameter_grads = _GradientSums(self.parameters)
         self.segment_grads: list[Tensor | None] = []
         self._carry_to(len(self.segments), list(output_grads[ends[-1] :]))
         with self.environment.random_numbers_kept():
@@ -943,9 +957,7 @@ class _Rollout:
             self.sync(last)
             torch.autograd.backward(outputs, upstream)
             return [source.grad for source in sources]
-        grads = torch.autograd.grad(outputs, [*self.parameters, *sources], upstream, allow_unused=True)
-        self.parameter_grads.add(grads[: len(self.parameters)])
-        return list(grads[len(self.parameters) :])
+        return self.parameter_grads.differentiate(outputs, upstream, sources)
 
     def _carry_to(self, boundary: int, grads: Grads) -> None:
         self.carry = grads if self.watch is None else self.watch.passing(boundary, grads)
@@ -1131,7 +1143,7 @@ class _ReadoutRun:
     def run(self, scale: Tensor | None) -> Tensor:
         """The loss; leaves the gradients, times ``scale``, in ``self.grads``."""
         losses: list[Tensor | None] = []
-        parameter_grads = _GradientSums(len(self.parameters))
+        parameter_grads = _GradientSums(self.parameters)
         others: Grads = []
         for part in self.parts:
             sources: list[Tensor] = []
@@ -1143,14 +1155,13 @@ class _ReadoutRun:
 
             with torch.enable_grad():
                 loss = self._call(part, cut)
-            grads: Sequence[Tensor | None] = [None] * (len(self.parameters) + len(sources))
             losses.append(None if loss is None else loss.detach())
             if loss is not None and loss.requires_grad:
                 _check_reach(self.readout, [loss], [*self.parameters, *sources])
-                grads = torch.autograd.grad(loss, [*self.parameters, *sources], scale, allow_unused=True)
-            parameter_grads.add(grads[: len(self.parameters)])
-            others += grads[len(self.parameters) :]
-            del loss, grads  # before the next chunk's graph
+                others += parameter_grads.differentiate([loss], [scale], sources)
+            else:
+                others += [None] * len(sources)
+            del loss  # and with it the graph, before the next one
         self.grads = parameter_grads.totals + others
         return _sum_of_losses(losses)
 
@@ -1339,7 +1350,8 @@ def _segment_list(segments: Sequence[Tree]) -> list[Tree]:
     return result
 
 
-def _weight_list(weights: Weights | None, count: int) -> list[float] | None:
+def weight_list(weights: Weights | None, count: int) -> list[float] | None:
+    """The weights as numbers; ValueError unless there is one for each of ``count`` segments."""
     if weights is None:
         return None
     result = [float(w) for w in weights]
@@ -1373,11 +1385,11 @@ def _call_readout(
     loss = readout(values, segments)
     if loss is None:
         return None
-    several = weights is not None and len(weights) > 1
-    if not isinstance(loss, Tensor) or loss.shape != ((len(segments),) if several else ()):
+    shapes = [()] if weights is None else [(len(segments),)] if len(segments) > 1 else [(1,), ()]
+    if not isinstance(loss, Tensor) or loss.shape not in shapes:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         expected = (
-            f"with segment_weights one loss per segment, shape ({len(segments)},)," if several else "a scalar loss"
+            "a scalar loss" if weights is None else f"with segment_weights one loss per segment, shape {shapes[0]},"
         )
         raise ValueError(f"a readout returns {expected} or None; {_name_of(readout)} returned {got}")
     return loss if weights is None else (loss * loss.new_tensor(weights)).sum()
@@ -1420,24 +1432,36 @@ def _version(leaf: Any) -> int:
 
 
 class _GradientSums:
-    """Sums of gradients, one per input; the second summand makes a sum our own, and later ones are added in place.
+    """Sums of the gradients by some parameters over several graphs.
 
-    Not the first: autograd may hand out tensors that share their storage.
+    Each gradient is added as soon as autograd has it: beside the sums there is one gradient, not a second set.
     """
 
-    def __init__(self, count: int):
-        self.totals: list[Tensor | None] = [None] * count
-        self._own = [False] * count
+    def __init__(self, parameters: list[Tensor]):
+        self.parameters = parameters
+        self.totals: list[Tensor | None] = [None] * len(parameters)
+        self._own = [False] * len(parameters)
 
-    def add(self, grads: Sequence[Tensor | None]) -> None:
-        for i, grad in enumerate(grads):
-            total = self.totals[i]
-            if grad is None:
-                continue
-            if total is None:
-                self.totals[i] = grad
-            elif self._own[i]:
-                total.add_(grad)
-            else:
-                self.totals[i] = total + grad
-                self._own[i] = True
+    def differentiate(
+        self, outputs: Sequence[Tensor], upstream: Sequence[Tensor | None], sources: list[Tensor]
+    ) -> Grads:
+        """Back-propagate through one graph; returns the gradients by ``sources``."""
+        hooks = [x.register_hook(functools.partial(self._add, i)) for i, x in enumerate(self.parameters)]
+        try:
+            grads = torch.autograd.grad(outputs, [*self.parameters, *sources], upstream, allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return list(grads[len(self.parameters) :])
+
+    def _add(self, i: int, grad: Tensor) -> Tensor:
+        total = self.totals[i]
+        if total is None:
+            self.totals[i] = grad
+        elif self._own[i]:
+            total.add_(grad)
+        else:  # autograd may hand out tensors that share their storage: the first summand is not ours to change
+            self.totals[i] = total + grad
+            self._own[i] = True
+        # Autograd keeps what is returned until its end: something of that shape and almost no bytes.
+        return grad.new_zeros(()).expand_as(grad) if grad.layout == torch.strided else grad

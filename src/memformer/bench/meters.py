@@ -89,14 +89,18 @@ class _CountTensors(TorchDispatchMode):
         self.alive, self.seen = alive, weakref.WeakSet[Any]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in _storages((args, kwargs)):  # what is older than the step is not its own, nor are views of it
+            self.seen.add(storage)
         result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                if storage not in self.seen:
-                    self.seen.add(storage)
-                    self.alive.add(storage, storage)
+        for storage in _storages(result):
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.alive.add(storage, storage)
         return result
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
