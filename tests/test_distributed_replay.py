@@ -35,12 +35,20 @@ class Cell(nn.Module):
         return self.rnn(segment, memory)
 
 
+class TouchingCell(Cell):
+    """FSDP reduces gradients of one dtype at a time: with bfloat16 parameters and a float32 reduction, one that is used
+    in a single segment would stay in bfloat16 beside the others' float32 sums. So it is used in each."""
+
+    def forward(self, segment: Tensor, memory: Tensor | None):
+        return super().forward(segment, None if memory is None else memory + 0 * self.initial)
+
+
 class Trained(nn.Module):
     """The module that is wrapped: its forward calls the replay."""
 
-    def __init__(self, method: Callable = replay.memory_replay):
+    def __init__(self, method: Callable = replay.memory_replay, cell: type[Cell] = Cell):
         super().__init__()
-        self.cell, self.head, self.method = Cell(), nn.Linear(8, 8), method
+        self.cell, self.head, self.method = cell(), nn.Linear(8, 8), method
 
     def forward(self, segments: list[Tensor]) -> Tensor:
         return self.method(self.cell, segments, None, self.read_out, readout_segments=2).loss / len(segments)
@@ -169,35 +177,62 @@ def test_ddp_memformer(tmp_path):
 # --- FSDP2, by replay.accumulate
 
 
+SCHEDULES = {
+    "every": replay.EveryMemory(),
+    "no graphs": replay.EveryMemory(graphs=0),
+    "two graphs": replay.EveryMemory(graphs=2),
+    "all graphs": replay.EveryMemory(graphs=9),
+    "binomial": replay.Binomial(1),
+    "binomial, two graphs": replay.Binomial(2, graphs=2),
+}
+
+
 def fsdp_step(rank: int) -> dict[str, list[Tensor]]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    model = Trained()
     mesh = init_device_mesh("cpu", (WORLD,))
-    fully_shard(model.cell, mesh=mesh)
-    fully_shard(model.head, mesh=mesh)
-    sharded = nn.ModuleList([model.cell, model.head])
-
-    def sync(last: bool) -> None:
-        for part in sharded:
-            part.set_requires_gradient_sync(last)
-
     segments = data()[rank::WORLD].split(LENGTH, 1)
-    results = {}
-    for name, schedule in {"every": replay.EveryMemory(), "binomial": replay.Binomial(1)}.items():
-        sharded.zero_grad()
+
+    def sharded(cell: type[Cell] = Cell, **options) -> tuple[Trained, nn.ModuleList, Callable]:
+        torch.manual_seed(0)
+        model = Trained(cell=cell)
+        parts = nn.ModuleList([model.cell, model.head])
+        for part in parts:
+            fully_shard(part, mesh=mesh, **options)
+
+        def sync(last: bool) -> None:
+            for part in parts:
+                part.set_requires_gradient_sync(last)
+
+        return model, parts, sync
+
+    def step(model, parts, sync, **options) -> tuple[list[Tensor], Tensor]:
+        parts.zero_grad()
         rollout = replay.accumulate(
-            model.cell, segments, None, model.read_out, readout_segments=2, schedule=schedule, sync=sync
+            model.cell, segments, None, model.read_out, readout_segments=2, sync=sync, check=True, **options
         )
-        results[name] = [p.grad.full_tensor() for p in sharded.parameters()]
-        results[f"{name} loss"] = [rollout.loss]
+        return [p.grad.full_tensor() for p in parts.parameters()], rollout.loss
+
+    results = {}
+    model, parts, sync = sharded()
+    for name, schedule in SCHEDULES.items():
+        results[name], loss = step(model, parts, sync, schedule=schedule)
+        results[f"{name} loss"] = [loss]
+    watch = replay.MemoryGradients(max_norm=1e-2)
+    results["clipped"], _ = step(model, parts, sync, memory_gradients=watch)
+    results["norms"] = [torch.tensor(watch.norms)]
     with pytest.raises(ValueError, match=r"sharded by FSDP.*replay\.accumulate"):
         replay.memory_replay(model.cell, segments, None, model.read_out)
     with pytest.raises(ValueError, match=r"number of segments differs between ranks.*\[2, 3\]"):
         replay.accumulate(model.cell, segments[: 2 + rank], None, model.read_out, sync=sync)
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    half = sharded(TouchingCell, mp_policy=policy)
+    for name in ("every", "binomial, two graphs"):
+        results[f"bfloat16, {name}"], _ = step(*half, schedule=SCHEDULES[name])
+        assert all(g.dtype == torch.float32 for g in results[f"bfloat16, {name}"])
     return results
 
 
@@ -207,11 +242,25 @@ def test_fsdp2_equals_one_process_and_ranks_agree(tmp_path):
     model = Trained(replay.full_bptt)
     loss = model(data().split(LENGTH, 1)) * SEGMENTS
     loss.backward()
-    for key in ("every", "binomial"):
-        assert all(torch.equal(a, b) for a, b in zip(first[key], second[key], strict=True))
-        assert_all_close(first[key], gradients(model), 1e-6)
+    whole = gradients(model)
+    for key in (*SCHEDULES, "bfloat16, every", "bfloat16, binomial, two graphs"):
+        assert all(torch.equal(a, b) for a, b in zip(first[key], second[key], strict=True)), key
+    for key in SCHEDULES:
+        assert_all_close(first[key], whole, 1e-6)
         mean = (first[f"{key} loss"][0] + second[f"{key} loss"][0]) / 2
         torch.testing.assert_close(mean, loss.detach(), rtol=1e-6, atol=1e-6)
+    for key in ("bfloat16, every", "bfloat16, binomial, two graphs"):
+        for actual, expected in zip(first[key], whole, strict=True):
+            assert (actual - expected).norm() < 2e-2 * expected.norm(), key
+
+    model.zero_grad()
+    for rank, result in enumerate((first, second)):  # clipping is of each rank's own rollouts
+        watch = replay.MemoryGradients(max_norm=1e-2)
+        mine = data()[rank::WORLD].split(LENGTH, 1)
+        rollout = replay.full_bptt(model.cell, mine, None, model.read_out, memory_gradients=watch)
+        rollout.loss.backward()
+        torch.testing.assert_close(result["norms"][0][1:], torch.tensor(watch.norms)[1:], rtol=1e-4, atol=1e-6)
+    assert_all_close(first["clipped"], [g / WORLD for g in gradients(model)], 1e-6)
 
 
 # --- Ranks of different lengths
