@@ -222,10 +222,13 @@ class _Computed(NamedTuple):
 
 
 class _Writing:
-    """Lanes that are being written: their state, what is computed once per segment, and the decoder's cache."""
+    """Lanes that are being written: their state, what is computed once per segment, and the decoder's cache.
+
+    The given state is written in place.
+    """
 
     def __init__(self, model: _Model, state: MemoryState):
-        self.model, self.state = model, state.clone()
+        self.model, self.state = model, state
         self.filled: list[int] = state.filled.tolist()
         self.computed = self._compute(state)
         self.cache = model.decoder.new_cache(state.batch_size, state.length)
@@ -247,8 +250,8 @@ class _Writing:
     def logits(self) -> Tensor:
         """Of the next token of each lane, (batch, tokens)."""
         state, filled = self.state, self.state.filled
-        last = state.pending.gather(1, (filled - 1).clamp(min=0)[:, None])[:, 0]
-        token = torch.where(filled == 0, state.start, last)
+        # Where nothing is pending, the first token there is the start token, and so the right one.
+        token = state.pending.gather(1, (filled - 1).clamp(min=0)[:, None])[:, 0]
         return self.model.decoder.step(token, filled, self.cache, self.computed.contexts, self.computed.context_mask)
 
     def seen(self) -> Tensor:
