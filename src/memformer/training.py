@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class Run:
         self.best: dict[str, Any] | None = None
         self._evaluations_since_best = 0
         state = None if checkpoint is None else self._load_weights(checkpoint)
-        self._step_of = self._parallel()
+        self._rollout = self._parallel()
         self.average = (
             {n: p.detach().clone() for n, p in self.model.named_parameters()} if settings.optimizer.ema else {}
         )
@@ -279,9 +279,10 @@ class Run:
         self, segments: list[Segment], divisor: float, last: bool, watch: replay.MemoryGradients | None
     ) -> Tensor:
         """One rollout's gradients; processes exchange them after the last one of the step."""
-        module = self._step_of
-        ddp = isinstance(module, DistributedDataParallel)
-        waits = module.no_sync() if ddp and not last else contextlib.nullcontext()
+        module = self._rollout
+        waits: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if isinstance(module, DistributedDataParallel) and not last:
+            waits = module.no_sync()
         with waits:
             with self._autocast():
                 loss, self.memory = module(segments, self.memory, divisor, last, watch)
@@ -468,9 +469,10 @@ class _Rollout(nn.Module):
                 for part in parts:
                     part.set_requires_gradient_sync(last and last_backward)  # type: ignore[operator, union-attr]
 
-            method = functools.partial(replay.accumulate, schedule=self.schedule, sync=sync)
+            method: Callable[..., replay.Rollout] = functools.partial(replay.accumulate, sync=sync)
         else:
-            method = functools.partial(replay.memory_replay, schedule=self.schedule, memory_gradients=watch)
+            method = replay.memory_replay
+        method = functools.partial(method, schedule=self.schedule, memory_gradients=watch)
         outcome = rollout(self.model, segments, mems, divisor=divisor, method=method)
         return outcome.loss, outcome.memory
 
