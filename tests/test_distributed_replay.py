@@ -1,24 +1,22 @@
 """Two processes (gloo): what a training step does under DistributedDataParallel and under FSDP2 equals one process."""
 
 import functools
-import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memformer import Memformer, replay
 from memformer.segments import cut
+from processes import WORLD, two_processes
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
-BATCH, WORLD, SEGMENTS, LENGTH = 4, 2, 4, 3
+BATCH, SEGMENTS, LENGTH = 4, 4, 3
 
 
 class Cell(nn.Module):
@@ -59,33 +57,6 @@ class Trained(nn.Module):
 
 def data() -> Tensor:
     return torch.randn(BATCH, SEGMENTS * LENGTH, 8, generator=torch.Generator().manual_seed(1))
-
-
-def two_processes(work: Callable, tmp_path: Path, *args) -> list:
-    """Run ``work(rank, *args)`` in two processes; returns what they returned, which goes through files."""
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=_process, args=(work, rank, tmp_path, args)) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
-    errors = [error for error, _ in results if error]
-    assert not errors, "\n".join(errors)
-    return [result for _, result in results]
-
-
-def _process(work: Callable, rank: int, folder: Path, args: tuple) -> None:
-    torch.set_num_threads(1)
-    error = result = None
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=WORLD)
-        result = work(rank, *args)
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        error = traceback.format_exc()
-    torch.save((error, result), folder / f"{rank}.pt")
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Real training processes, killed with SIGKILL at random moments and resumed, end with the weights of one left alone."""
+"""Real training processes, killed with SIGKILL at random moments and resumed, end as one that was left alone."""
 
 import random
 import subprocess
