@@ -263,17 +263,25 @@ def test_activation_checkpointing_inside_a_cell(dropout):
     assert_equal(*results)
 
 
-def test_compiled_cell():
+INDUCTOR = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")]  # torch's own
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
+def test_compiled_cell(backend):
+    """Twice: what replay does around a graph must not make the cell compile anew."""
     model, segments, memory = problem("dict", [True] * 3)
-    compiled = torch.compile(model.cell, backend="aot_eager")
     inner = [segment for _, segment in segments]
+    torch._dynamo.reset()
+    compiled = torch.compile(model.cell, backend=backend)
 
     def run(cell):
         values, after = replay.scan(cell, inner, memory)
         return sum(v["out"].square().sum() for v in values), after
 
-    actual = outcome(model, segments, memory, lambda: run(compiled))
-    assert_equal(actual, outcome(model, segments, memory, lambda: run(model.cell)))
+    expected = outcome(model, segments, memory, lambda: run(model.cell))
+    assert_equal(outcome(model, segments, memory, lambda: run(compiled)), expected, atol=1e-12)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_equal(outcome(model, segments, memory, lambda: run(compiled)), expected, atol=1e-12)
 
 
 def test_partials_and_bound_methods_bring_their_parameters():
