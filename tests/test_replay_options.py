@@ -2,6 +2,7 @@
 
 import gc
 import random
+import threading
 
 import pytest
 import torch
@@ -185,6 +186,42 @@ def test_offload_to_disk_writes_memories_and_leaves_nothing(tmp_path):
     del rollout
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_next_memory_is_read_from_disk_while_a_segment_is_computed(tmp_path, monkeypatch):
+    cell, linear, segments, memory = small(6)
+    read = {t: threading.Event() for t in range(1, 5)}
+    load, readers = torch.load, set()
+
+    def noted(file, **options):
+        result = load(file, **options)
+        read[int(file.stem)].set()
+        readers.add(threading.get_ident())
+        return result
+
+    monkeypatch.setattr(torch, "load", noted)
+    ahead = []
+
+    def watched(x, memory):
+        t = next(i for i, s in enumerate(segments) if torch.equal(s, x))
+        if torch.is_grad_enabled() and t in (2, 3, 4):  # the next one to be loaded is the memory before t - 1
+            ahead.append((t, read[t - 1].wait(10)))
+        return cell(x, memory)
+
+    schedule = replay.Offload(replay.EveryMemory(), to=tmp_path)
+    replay.memory_replay(watched, segments, memory, schedule=schedule, params=linear).loss.backward()
+    assert ahead == [(4, True), (3, True), (2, True)]
+    assert len(readers) == 1
+    assert threading.get_ident() not in readers
+
+
+def test_a_memory_that_cannot_be_read_is_named(tmp_path):
+    cell, linear, segments, memory = small(6)
+    schedule = replay.Offload(replay.EveryMemory(), to=tmp_path)
+    rollout = replay.memory_replay(cell, segments, memory, schedule=schedule, params=linear)
+    next(tmp_path.glob("*/3.pt")).write_bytes(b"not a memory")
+    with pytest.raises(RuntimeError, match=r"the memory before segment 3 cannot be read from .*3\.pt"):
+        rollout.loss.backward()
 
 
 # --- Sizes and budgets

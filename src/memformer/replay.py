@@ -24,6 +24,8 @@ statistics, a private ``torch.Generator``) is outside what can be replayed. ``ch
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -608,10 +610,12 @@ class Budget:
 class Offload:
     """Another schedule, with its stored memories moved away from the device.
 
+    In backward the next memory is fetched while a segment is computed, so one more memory is alive than without.
+
     Args:
         schedule: the schedule whose plan is carried out.
         to: "cpu" (pinned memory and asynchronous copies, where the memory lives on a GPU), or a folder on a disk, in
-            which each rollout makes a temporary folder of its own.
+            which each rollout makes a temporary folder of its own, and from which a thread of its own reads.
     """
 
     schedule: Schedule
@@ -777,7 +781,7 @@ class _Rollout:
         self.inputs = self.parameters + [x for x in given if x.requires_grad]
         self.environment = _Environment([*self.parameters, *given])
         self.plan = self._plan(schedule)
-        self.shelf = _Shelf(self.plan.store_on)
+        self.shelf = _Shelf(self.plan)
         self.graphs: dict[int, _Graph] = {}
         self.recording = True
         self.spent = False
@@ -970,12 +974,21 @@ class _Recorded(NamedTuple):
     memory: TreeSpec
 
 
-class _Shelf:
-    """Stored memories with the state of the generators there, on the device, on the CPU, or in files."""
+Begin = Callable[[], Callable[[], _Leaves]]
+"""Begins to fetch a memory; what it returns waits for it."""
 
-    def __init__(self, place: str):
-        self.place = place
-        self.fetch: dict[int, Callable[[], _Leaves]] = {}
+
+class _Shelf:
+    """Stored memories with the state of the generators there, on the device, on the CPU, or in files.
+
+    The plan says which is loaded next: that one is on its way while the segment before is computed.
+    """
+
+    def __init__(self, plan: Plan):
+        self.place = plan.store_on
+        self.loads = collections.deque(action.segment for action in plan.replay if action.kind == "load")
+        self.begin: dict[int, Begin] = {}
+        self.begun: dict[int, Callable[[], _Leaves]] = {}
         self.random_states: dict[int, list[Tensor]] = {}
         self.latest: list[Tensor] = []
         self.folder: Path | None = None
@@ -986,56 +999,77 @@ class _Shelf:
             random_state = [old if torch.equal(old, new) else new for old, new in pairs]
         self.latest = self.random_states[t] = random_state
         if t == 0 or self.place == "device":  # the first memory is the caller's, who holds it anyway
-            self.fetch[t] = lambda: memory
+            self.begin[t] = lambda: lambda: memory
         elif self.place == "cpu":
-            self.fetch[t] = _moved_to_cpu(memory)
+            self.begin[t] = _moved_to_cpu(memory)
         else:
-            self.fetch[t] = self._moved_to_disk(t, memory)
+            self.begin[t] = self._moved_to_disk(t, memory)
 
     def get(self, t: int) -> _Leaves:
-        return self.fetch[t]()
+        memory = (self.begun.pop(t, None) or self.begin[t]())()
+        self.loads.popleft()
+        if self.loads and self.loads[0] in self.begin:  # or it is stored later
+            self.begun[self.loads[0]] = self.begin[self.loads[0]]()
+        return memory
 
     def drop(self, t: int) -> None:
-        del self.fetch[t], self.random_states[t]
+        del self.begin[t], self.random_states[t]
         if self.folder is not None:
             (self.folder / f"{t}.pt").unlink(missing_ok=True)
 
-    def _moved_to_disk(self, t: int, memory: _Leaves) -> Callable[[], _Leaves]:
+    def _moved_to_disk(self, t: int, memory: _Leaves) -> Begin:
         if self.folder is None:
             Path(self.place).mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix="memories-", dir=self.place))
+            self.reader = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # its thread ends with the shelf
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        file = self.folder / f"{t}.pt"
-        devices = [x.device for x in memory.tensors()]
-        spec, others = memory.spec, [None if isinstance(x, Tensor) else x for x in memory.leaves]
-        positions = [i for i, x in enumerate(memory.leaves) if isinstance(x, Tensor)]
+        file, reader = self.folder / f"{t}.pt", self.reader
+        spec, leaves = memory.spec, [x.device if isinstance(x, Tensor) else x for x in memory.leaves]
         torch.save([x.clone() for x in memory.tensors()], file)  # a view would be saved with all that it is a view of
 
-        def fetch() -> _Leaves:
-            leaves = list(others)
-            for i, x, device in zip(positions, torch.load(file, weights_only=True), devices, strict=True):
-                leaves[i] = x.to(device)
-            return _Leaves(tree_unflatten(leaves, spec))
+        def begin() -> Callable[[], _Leaves]:
+            stored = reader.submit(torch.load, file, weights_only=True)
 
-        return fetch
+            def finish() -> _Leaves:
+                try:
+                    tensors = iter(stored.result())
+                except Exception as error:
+                    raise RuntimeError(f"the memory before segment {t} cannot be read from {file}: {error}") from error
+                back = [next(tensors).to(x) if isinstance(x, torch.device) else x for x in leaves]
+                return _Leaves(tree_unflatten(back, spec))
+
+            return finish
+
+        return begin
 
 
-def _moved_to_cpu(memory: _Leaves) -> Callable[[], _Leaves]:
-    """Copies in pinned memory, ordered with the work of the current stream; the host waits for neither way."""
+def _moved_to_cpu(memory: _Leaves) -> Begin:
+    """Copies in pinned memory; the host waits for neither way. Those back run on a stream of their own."""
+    on_gpu = {i: x.device for i, x in enumerate(memory.leaves) if isinstance(x, Tensor) and x.is_cuda}
+    if not on_gpu:
+        return lambda: lambda: memory
+    leaves, spec = list(memory.leaves), memory.spec
+    for i in on_gpu:
+        leaves[i] = torch.empty_like(leaves[i], device="cpu", pin_memory=True).copy_(leaves[i], non_blocking=True)
 
-    def away(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.device.type == "cpu":
-            return x
-        return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    def begin() -> Callable[[], _Leaves]:
+        streams = {device: torch.cuda.Stream(device) for device in on_gpu.values()}
+        back = list(leaves)
+        for i, device in on_gpu.items():
+            streams[device].wait_stream(torch.cuda.current_stream(device))  # which may still copy it away
+            with torch.cuda.stream(streams[device]):
+                back[i] = leaves[i].to(device, non_blocking=True)
 
-    devices = [x.device if isinstance(x, Tensor) else None for x in memory.leaves]
-    leaves, spec = [away(x) for x in memory.leaves], memory.spec
+        def finish() -> _Leaves:
+            for i, device in on_gpu.items():
+                current = torch.cuda.current_stream(device)
+                current.wait_stream(streams[device])
+                back[i].record_stream(current)
+            return _Leaves(tree_unflatten(back, spec))
 
-    def fetch() -> _Leaves:
-        back = [x if d is None else x.to(d, non_blocking=True) for x, d in zip(leaves, devices, strict=True)]
-        return _Leaves(tree_unflatten(back, spec))
+        return finish
 
-    return fetch
+    return begin
 
 
 class _Replay(torch.autograd.Function):
