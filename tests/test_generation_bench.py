@@ -12,8 +12,8 @@ def test_the_report(capsys):
     assert main(command.split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "logits equal those without a cache to" in lines[2]
-    assert [line.split()[0] for line in lines[4:]] == ["1,000", "1,100"]
-    assert len({line.split()[3] for line in lines[4:]}) == 1, "the state is of one size"
+    assert [line.split()[0] for line in lines[5:]] == ["1,000", "1,100"]
+    assert len({line.split()[3] for line in lines[5:]}) == 1, "the state is of one size"
 
 
 def test_a_wrong_cache_is_refused(monkeypatch):

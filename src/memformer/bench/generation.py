@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -74,8 +75,9 @@ def run(settings: GenerationBenchmark) -> Iterator[str]:
     yield f"logits equal those without a cache to {_largest_difference(model):.0e}, over three segments"
 
     stream = _stream(model, settings.tokens, torch.Generator().manual_seed(settings.seed))
+    yield "over the last 1,000 tokens before each: the median does not see the segments' ends, the rate does"
     yield "     token   median ms per token   tokens/s   bytes of state   process grown since the first line"
-    times: list[float] = []
+    times: deque[float] = deque(maxlen=1_000)
     meter: ProcessMeter | None = None
     points = _points(settings.tokens)
     for count in range(1, settings.tokens + 1):
@@ -85,10 +87,8 @@ def run(settings: GenerationBenchmark) -> Iterator[str]:
         if count in points:
             meter = meter or ProcessMeter()
             grown = meter.grown()
-            # A mean over whole segments has its share of their ends; the median is robust against the machine's noise.
             row = f"{count:>10,}{statistics.median(times) * 1e3:>22.3f}{len(times) / sum(times):>11,.0f}"
             yield f"{row}{stream.state.nbytes:>17,}" + ("" if grown is None else f"{grown / 1e6:>32.1f} MB")
-            times = []
 
 
 def _points(last: int) -> set[int]:
