@@ -141,6 +141,25 @@ def test_batched_equals_one_by_one(lengths: list[int], count: int, seed: int, te
         assert_same_state(together.state.select([lane]), alone.state)
 
 
+def test_each_lane_keeps_its_generator_when_others_end() -> None:
+    model, begun = lively(), prompts(2, 3, 4)
+    how = dict(start=START, temperature=3.0)
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(lane) for lane in range(3)]
+
+    free = model.generate(begun, 20, generator=generators(), **how).tokens
+    stop = next(
+        int(token)
+        for i, token in enumerate(free[0])
+        if not torch.isin(token, torch.cat([free[1][: i + 3], free[2][: i + 3]]))
+    )
+    ended = model.generate(begun, 20, generator=generators(), stop=[stop], **how).tokens
+    assert len(ended[0]) < min(len(ended[1]), len(ended[2]))
+    for lane in range(3):
+        assert torch.equal(ended[lane], free[lane][: len(ended[lane])])
+
+
 def test_a_mask_says_which_tokens_of_a_prompt_exist() -> None:
     model, padded = lively(), torch.randint(START, (3, 7))
     kept = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0, 1]], dtype=torch.bool)
@@ -297,7 +316,7 @@ def test_a_repetition_penalty_looks_at_the_last_whole_and_the_pending_segment() 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e30])
 def test_extreme_temperatures(temperature: float) -> None:
-    model, begun = lively(), prompts(3, 4)
+    model, begun = lively().float(), prompts(3, 4)
     tokens = model.generate(begun, 9, start=START, temperature=temperature).tokens
     greedy = model.generate(begun, 9, start=START, temperature=0).tokens
     assert all(map(torch.equal, tokens, greedy)) == (temperature < 1)
