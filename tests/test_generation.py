@@ -331,6 +331,7 @@ def test_one_beam_is_greedy(lengths: list[int], count: int, seed: int) -> None:
     model, begun = lively(seed), prompts(*lengths)
     greedy = model.generate(begun, count, start=START, temperature=0, stop=[0, 7])
     beam = model.generate(begun, count, start=START, beams=1, stop=[0, 7])
+    assert all(tokens.dtype == torch.int64 for tokens in beam.tokens)
     assert all(map(torch.equal, beam.tokens, greedy.tokens))
     assert_same_state(beam.state, greedy.state)
 
@@ -478,7 +479,12 @@ ONE = torch.zeros(1, 2, dtype=torch.int64)
         (dict(prompt_mask=torch.ones(1, 3, dtype=torch.bool)), "mask: expected torch.bool of the tokens' shape"),
         (dict(prompt_mask=torch.ones(1, 2)), "mask: expected torch.bool of the tokens' shape"),
         (dict(prompt=[ONE[0]], prompt_mask=torch.ones(1, 2, dtype=torch.bool)), "mask: expected torch.bool"),
-        (dict(generator=[torch.Generator()] * 2), "generator: expected one, or one for each of 1 lanes, got 2"),
+        (
+            dict(generator=[torch.Generator()] * 2),
+            "generator: expected a torch.Generator, or a list with one for each of 1 lanes",
+        ),
+        (dict(generator=3), "generator: expected a torch.Generator, .*, got 3"),
+        (dict(stop=3), "stop: expected a list of token ids, got 3"),
         (dict(beams=0), "beams: expected a whole number of at least 1, got 0"),
         (dict(beams=2, top_k=3), "beams: a search does not sample"),
         (dict(beams=2, callback=print), "beams: a search does not sample"),

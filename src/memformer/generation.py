@@ -364,7 +364,8 @@ def _beam_search(
         if done.any():
             best = (scores / count.clamp(min=1) ** length_penalty).argmax(1, keepdim=True)
             for lane, row in zip(lanes[done].tolist(), rows.gather(1, best)[done, 0].tolist(), strict=True):
-                found[lane] = torch.tensor(_tokens(histories[row]), device=device), writing.state.select([row])
+                tokens = torch.tensor(_tokens(histories[row]), dtype=torch.int64, device=device)
+                found[lane] = tokens, writing.state.select([row])
             lanes, scores, ended, count, rows = (x[~done] for x in (lanes, scores, ended, count, rows))
             writing.select(rows.flatten())
             histories = [histories[row] for row in rows.flatten().tolist()]
@@ -390,8 +391,8 @@ def _beam_search(
             for row, new, over in zip(rows.tolist(), token.flatten().tolist(), ended.flatten().tolist(), strict=True)
         ]
         ended = ended | torch.isin(token, stops)
-    tokens, states = zip(*(found[lane] for lane in range(state.batch_size)), strict=True)
-    return Generated(list(tokens), MemoryState.cat(states))
+    results = [found[lane] for lane in range(state.batch_size)]
+    return Generated([tokens for tokens, _ in results], MemoryState.cat([after for _, after in results]))
 
 
 def _tokens(history: _History) -> list[int]:
@@ -474,8 +475,12 @@ class Generation:
         """
         lanes, state = _begin(self, prompt, state, start, prompt_mask)
         _check_writing(self, max_new_tokens)
-        if isinstance(generator, Sequence) and len(generator) != len(lanes):
-            raise ValueError(f"generator: expected one, or one for each of {len(lanes)} lanes, got {len(generator)}")
+        each = generator if isinstance(generator, Sequence) else [generator] * len(lanes)
+        if len(each) != len(lanes) or not all(isinstance(g, torch.Generator | None) for g in each):
+            raise ValueError(
+                f"generator: expected a torch.Generator, or a list with one for each of {len(lanes)} lanes, "
+                f"got {generator!r}"
+            )
         sampling = _Sampling(
             config=self.config,
             start=state.start,
@@ -616,6 +621,8 @@ def _check_writing(model: _Model, max_new_tokens: int) -> None:
 
 
 def _check_ids(name: str, ids: Sequence[int], config: MemformerConfig) -> None:
+    if not isinstance(ids, Sequence):
+        raise ValueError(f"{name}: expected a list of token ids, got {ids!r}")
     for x in ids:
         if not _is_count(x, 0) or x >= _vocabulary(config):
             raise ValueError(f"{name}: expected token ids from 0 to {_vocabulary(config) - 1}, got {x!r}")
