@@ -227,6 +227,45 @@ def test_float16_readout_keeps_small_gradients():
     assert_equal(run(replay.memory_replay), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_the_rollout_holds_in_a_backward_outside_of_it(dtype):
+    """In float16 the readout is run again there, too."""
+    linear, seen = nn.Linear(2, 2), []
+
+    def cell(x, memory):
+        out = linear(x + memory)
+        seen.append(out.dtype)
+        return out, out.float()
+
+    def read_out(values, parts):
+        out = linear(torch.cat(values))
+        seen.append(out.dtype)
+        return out.float().sum()
+
+    with torch.autocast("cpu", dtype):
+        rollout = replay.memory_replay(cell, list(torch.ones(3, 1, 2)), torch.zeros(1, 2), read_out, params=linear)
+    before = len(seen)
+    rollout.loss.backward()
+    assert len(seen) > before
+    assert set(seen) == {dtype}
+
+
+def test_gradients_that_share_their_storage_are_summed_apart():
+    """Of a sum, autograd hands the same tensor to both parameters."""
+    a, b = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+
+    def cell(x, memory):
+        memory = memory * (a + b) + x
+        return memory.sum(), memory
+
+    def run(method):
+        a.grad = b.grad = None
+        method(cell, list(torch.ones(4, 2).double()), torch.ones(2).double(), params=[a, b]).loss.backward()
+        return {"grads": [a.grad, b.grad]}
+
+    assert_equal(run(replay.memory_replay), run(replay.full_bptt))
+
+
 def test_gradient_scaler():
     model, segments, memory = problem("gru", [True] * 3)
 

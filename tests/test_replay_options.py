@@ -188,6 +188,19 @@ def test_offload_to_disk_writes_memories_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_offload_writes_a_view_without_what_it_is_a_view_of(tmp_path):
+    weight = torch.ones((), requires_grad=True)
+
+    def cell(x, memory):
+        return memory.sum() * weight, torch.cat([memory, x.expand(100_000, 2)])[:1]
+
+    segments = [torch.ones(1, 2)] * 3
+    schedule = replay.Offload(replay.EveryMemory(), to=tmp_path)
+    rollout = replay.memory_replay(cell, segments, torch.zeros(1, 2), schedule=schedule, params=weight)
+    assert all(file.stat().st_size < 10_000 for file in tmp_path.glob("*/*.pt"))
+    rollout.loss.backward()
+
+
 def test_the_next_memory_is_read_from_disk_while_a_segment_is_computed(tmp_path, monkeypatch):
     cell, linear, segments, memory = small(6)
     read = {t: threading.Event() for t in range(1, 5)}
