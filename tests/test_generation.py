@@ -21,6 +21,7 @@ from torch.testing import assert_close
 import naive
 from helpers import POSITIONS, VOCABULARY, lively
 from memformer import Memformer
+from memformer.data import Lanes
 from memformer.generation import keep_allowed, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
 from memformer.state import MemoryState
 
@@ -102,6 +103,22 @@ def test_each_step_is_what_the_whole_text_gives(kind: str, writer: str, updates:
             assert token == expected[:START].argmax()
             text.append(token)
     assert_same_state(state, model.read([torch.cat(pair) for pair in zip(begun, tokens, strict=True)], start=START))
+
+
+@torch.no_grad()
+def test_what_was_trained_is_what_is_generated() -> None:
+    """The logits of a stream are those of training's own segments of the document."""
+    model, document = lively(), torch.randint(START, (13,))
+    memory, expected = None, []
+    for segment in Lanes([document.numpy()], lanes=1, length=LENGTH, start=START, epochs=1):
+        encoded, memory = model.encode(segment.src, memory, segment.src_mask, segment.reset)
+        kept = segment.tgt_mask[:, :-1]
+        logits = model.decode(segment.tgt[:, :-1], encoded, segment.src_mask, kept)
+        expected.append(logits[segment.tgt_mask[:, 1:]])
+    steps = recorded(model)
+    for length in range(len(document)):
+        model.generate(document[None, :length], 1, start=START)
+    assert_close(torch.cat(steps), torch.cat(expected))
 
 
 @pytest.mark.parametrize("kind", POSITIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -106,6 +107,16 @@ def test_operations_leave_the_state_as_it_is(state: MemoryState) -> None:
     state.select([3, 3]).pending.zero_()
     state.clone().position.zero_()
     assert same(state, before)
+
+
+def test_a_state_follows_a_memory_that_is_resized(model: Memformer, state: MemoryState) -> None:
+    before = state.memory
+    model.resize_memory(5)
+    with pytest.raises(ValueError, match="state: expected memory"):
+        model.read([torch.randint(START, (9,))] * 4, state)
+    state = dataclasses.replace(state, memory=model.resize_mems(state.memory))
+    assert torch.equal(state.memory[:, :3], before)
+    assert model.generate([torch.randint(START, (9,))] * 4, 9, state=state).state.memory.shape == (4, 5, 8)
 
 
 @pytest.mark.parametrize("lanes", [[4], [-1], torch.tensor([True]), torch.tensor([0.0]), torch.tensor([[0]])])
