@@ -49,6 +49,8 @@ class DocumentSettings:
     """The field of a .jsonl file's lines that holds the text."""
     separator: int | None = None
     """The id that ends a document inside a .npy or .bin array; without it an array is one document."""
+    bin_dtype: str = "uint16"
+    """What a .bin file is made of; a .npy file says it itself."""
     held_out: int = 48
     """One document in so many is held out, or that share of the only document's end."""
 

@@ -96,6 +96,7 @@ class Run:
         checkpoint, self.refused = self._checkpoint()
         documents = _read(settings.data, settings.documents)
         self.training, self.held_out = held_out_split(documents, settings.documents.held_out)
+        self._fingerprint = fingerprint(self.training)
         self.tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, self.training)
         self.stream = self._stream()
         with torch.random.fork_rng():
@@ -371,7 +372,7 @@ class Run:
         numbers = {
             "step": self.step,
             "settings": to_plain(self.settings),
-            "documents": fingerprint(self.training),
+            "documents": self._fingerprint,
             "stream": self.stream.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best": self.best,
@@ -396,7 +397,7 @@ class Run:
         """Check that the checkpoint is of this run, and take its weights; returns the rest of its state."""
         numbers, tensors = checkpoints.load_state(checkpoint)
         self._check_settings(numbers["settings"])
-        if numbers["documents"] != fingerprint(self.training):
+        if numbers["documents"] != self._fingerprint:
             raise ValueError(f"the training documents are not those of {self.settings.out}: was the data changed?")
         loaded = Memformer.from_pretrained(checkpoint)
         if loaded.config != self.model.config:
@@ -513,7 +514,9 @@ def _precision(name: str, device: torch.device) -> torch.dtype:
 def _read(data: Sequence[Path], settings: DocumentSettings) -> list[Document]:
     if not data:
         return standard_library()
-    return read_documents(data, text_field=settings.text_field, separator=settings.separator)
+    return read_documents(
+        data, text_field=settings.text_field, separator=settings.separator, bin_dtype=settings.bin_dtype
+    )
 
 
 def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Tokenizer:

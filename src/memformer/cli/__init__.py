@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = _parse(arguments)
         return _RUN[type(command)](command)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"memformer: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

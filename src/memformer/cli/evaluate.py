@@ -28,6 +28,8 @@ class EvaluateCommand:
     """The field of a .jsonl file's lines that holds the text."""
     separator: int | None = None
     """The id that ends a document inside a .npy or .bin array."""
+    bin_dtype: str = "uint16"
+    """What a .bin file is made of."""
     lanes: int = 16
     """At most so many documents are read side by side."""
     device: str = "auto"
@@ -39,7 +41,9 @@ def run(command: EvaluateCommand) -> int:
         raise ValueError(f"lanes: expected at least 1, got {command.lanes}")
     model, tokenizer = models.load(command.checkpoint, command.device)
     documents = (
-        read_documents(command.data, text_field=command.text_field, separator=command.separator)
+        read_documents(
+            command.data, text_field=command.text_field, separator=command.separator, bin_dtype=command.bin_dtype
+        )
         if command.data
         else held_out_split(standard_library())[1]
     )
