@@ -229,17 +229,18 @@ def test_float16_readout_keeps_small_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_of_the_rollout_holds_in_a_backward_outside_of_it(dtype):
-    """In float16 the readout is run again there, too."""
-    linear, seen = nn.Linear(2, 2), []
+    """In float16 the readout is run again there, on the scaled loss, though its inputs are of float32."""
+    linear, seen, readouts = nn.Linear(2, 2), [], []
 
     def cell(x, memory):
         out = linear(x + memory)
         seen.append(out.dtype)
-        return out, out.float()
+        return out.float(), out.float()
 
     def read_out(values, parts):
         out = linear(torch.cat(values))
         seen.append(out.dtype)
+        readouts.append(torch.rand(()).item())
         return out.float().sum()
 
     with torch.autocast("cpu", dtype):
@@ -248,6 +249,7 @@ def test_autocast_of_the_rollout_holds_in_a_backward_outside_of_it(dtype):
     rollout.loss.backward()
     assert len(seen) > before
     assert set(seen) == {dtype}
+    assert readouts[3:] == (readouts[:3] if dtype == torch.float16 else []), "with the same random numbers"
 
 
 def test_gradients_that_share_their_storage_are_summed_apart():

@@ -42,7 +42,7 @@ class ReplayBenchmark:
     """Memory slots."""
     num_tokens: int = 512
     """Vocabulary."""
-    readout_segments: int = 4
+    readout_segments: int = 3
     """Segments in one call of the decoder, where it is batched."""
     repeats: int = 3
     """Timed runs of each method; they are interleaved, and the median counts."""
@@ -164,6 +164,7 @@ def _methods(model: Memformer, segments: list[Segment], batched: int) -> dict[st
         "checkpoint per segment": step(lambda: rollout(model, segments, method=_checkpointed)),
         "memory replay": replayed(every(), 1),
         f"memory replay, readout of {batched}": replayed(every()),
+        "  + no graph of the cell beside it": replayed(every(graphs=0)),
         **{f"  + graphs of the last {n}": replayed(every(graphs=n)) for n in (horizon // 2, horizon) if n > 1},
     }
     if horizon > 4:
