@@ -81,6 +81,15 @@ def test_norm_of_the_initial_memorys_gradient_and_of_one_that_is_clipped():
     assert memory.grad.norm().item() == pytest.approx(1e-3)
     assert clipped.norms[-2] == pytest.approx(watch.norms[-2], rel=1e-6)  # nothing was clipped before it
 
+    expected, memory.grad = watch.norms, None
+    generous = replay.MemoryGradients(max_norm=1e3)
+    for part in (segments, segments[:2], segments):  # what is smaller is left alone; a second rollout starts afresh
+        memory.grad = None
+        replay.memory_replay(cell, part, memory, params=linear, memory_gradients=generous).loss.backward()
+        assert len(generous.norms) == len(part) + 1
+    assert generous.norms == pytest.approx(expected, rel=1e-6)
+    assert memory.grad.norm().item() == pytest.approx(expected[0], rel=1e-6)
+
 
 @pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
 def test_max_norm(max_norm):
