@@ -6,8 +6,8 @@
 
 Weights are random, for only speed and size are measured; batch 1, the likeliest token each time. All have the same
 vocabulary, width, heads and segment, and depths and feed-forwards that give them the same number of parameters. Each
-generates as its documentation says, with every cache that it has. Transformer-XL keeps two segments; RMT has as many
-memory tokens as there are slots here, and keeps one segment beside them, as is its default.
+generates as its documentation says, with every cache that it has. Transformer-XL keeps two segments. RMT has as many
+memory tokens as there are slots here; as is its default ("RMT + XL") it keeps a segment beside them.
 
 Two do full attention: x-transformers, and a plain Transformer whose cache is allocated beforehand, the best that full
 attention can do. They read 1,024 tokens; the rest of their cache is filled with copies, which have the same size and
@@ -168,12 +168,13 @@ class FullAttention(Entry):
 
 
 class RMT(Entry):
-    def __init__(self) -> None:
+    def __init__(self, keeps_segment: bool) -> None:
         from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
 
         network = RecurrentMemoryTransformer(
             num_tokens=BYTES, num_memory_tokens=SLOTS, dim=DIM, depth=DEPTH, causal=True, dim_head=DIM // HEADS,
             heads=HEADS, seq_len=SEGMENT, use_flash_attn=True, ff_mult=4.28,
+            use_xl_memories=keeps_segment,
         )  # fmt: skip
         self.generator = RecurrentMemoryTransformerWrapper(network)
         super().__init__(network, [first(network, "to_kv")])
@@ -273,8 +274,8 @@ def main() -> None:
     print(f"{platform.platform()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     check()
     entries = {
-        "this": This(), "Transformer-XL": TransformerXL(), "RMT": RMT(), "x-transformers": FullAttention(),
-        "plain": Plain(),
+        "this": This(), "Transformer-XL": TransformerXL(), "RMT": RMT(False), "RMT + XL": RMT(True),
+        "x-transformers": FullAttention(), "plain": Plain(),
     }  # fmt: skip
     print("parameters: " + ", ".join(f"{name} {entry.parameters:,}" for name, entry in entries.items()))
     for length in settings.contexts:
