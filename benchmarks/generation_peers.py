@@ -287,9 +287,10 @@ def main() -> None:
             rates, reading = result["rates"], f"{result['reading']:.2f}" if entry.reads or length == READ else "-"
             if name == "this":
                 ours = result
+            carried, working = (result[state] / ours[state] for state in ("carried", "working"))
             compared = (
                 f"{statistics.median(ours['rates']) / statistics.median(rates):7.2f} x as fast, "
-                f"{result['carried'] / ours['carried']:,.1f} x and {result['working'] / ours['working']:,.1f} x smaller"
+                f"{carried:,.{1 if carried > 1 else 2}f} x and {working:,.{1 if working > 1 else 2}f} x smaller"
             )
             print(f"{name:16}{min(rates):14.1f}{statistics.median(rates):9.1f}{max(rates):9.1f}{result['keys']:8.1f}"
                   f"{result['carried'] / 1024:13,.0f}{result['working'] / 1024:13,.0f}{reading:>11}"
