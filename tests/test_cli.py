@@ -130,6 +130,24 @@ def test_other_kinds_of_data(folder, capsys, kind):
     assert f" {unit}" in capsys.readouterr().out
     assert main(["evaluate", "--checkpoint", "run", *data, "--memory", "on"]) == 0
     assert "memory on" in capsys.readouterr().out
+    assert main(["evaluate", "--checkpoint", "run", "--memory", "on"]) == 0
+    held_out = "tokens of 1 documents" if kind == "lines" else "tokens of 2 documents"
+    assert held_out in capsys.readouterr().out
+
+
+def test_a_flag_is_repeated_on_resuming(folder, capsys):
+    options = ["--data", "text.txt", "--out", "run", *SMALL, "--tensorboard"]
+    assert main(["train", *options]) == 0
+    assert main(["train", *options, "--steps", "6", "--resume"]) == 0
+    assert "from step 4" in capsys.readouterr().out
+
+
+def test_files_that_are_left_out_are_mentioned(folder, capsys):
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "a.txt").write_text("To read a long text, remember it. " * 40)
+    (folder / "mixed" / "b.txt").write_bytes("déjà vu".encode("latin-1"))
+    assert main(["train", "--data", "mixed", "--out", "run", *SMALL]) == 0
+    assert "memformer: warning: 1 files, such as mixed/b.txt, were left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -139,6 +157,12 @@ def test_other_kinds_of_data(folder, capsys, kind):
         (["train", "--data", "text.txt", "--dim", "15"], "enc_heads: must divide dim"),
         (["train", "--resume", "--out", "nowhere"], "nowhere: no checkpoint to resume"),
         (["train", "--device", "abacus"], "device: 'abacus' cannot be used here"),
+        (["train", "--device", "meta"], "device: 'meta' cannot be used here"),
+        (["train", "--data", ""], "an argument is empty"),
+        (["train", "--data", "text.txt", "text.txt"], "text.txt: given twice"),
+        (["train", "--data", "text.txt", "--separator", "3"], "separator: 3 cuts .npy and .bin arrays"),
+        (["train", "--data", "text.txt", "--tokenizer", "bpe", "--vocabulary", "10"], "vocabulary: "),
+        (["train", "--data", "text.txt", "--dim", "4000000"], "memory"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--config", "wrong.yaml"], "wrong.yaml: dimm: unknown setting. Perhaps you meant model.dim"),
         (["train", "--data", "latin.txt"], "latin.txt: not UTF-8"),
@@ -196,13 +220,15 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder):
     subprocess.run(again, capture_output=True, check=True)
 
 
-def test_torchrun_trains_with_two_processes(folder):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_torchrun_trains_with_two_processes(folder, parallel):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = [*command, "-m", "memformer", "train", "--data", "text.txt", "--out", "run", *SMALL]
+    run = [*command, "-m", "memformer", "train", "--data", "text.txt", "--out", "run", *SMALL, "--parallel", parallel]
     done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "2 processes (ddp)" in done.stdout
+    assert f"2 processes ({parallel})" in done.stdout
     assert done.stdout.count("held out    28 tokens of 1 documents") == 1
+    assert done.stdout.count("sample") == 1
     assert checkpoints.find(folder / "run").name == "step-000004"
 
 

@@ -34,7 +34,8 @@ def test_files_and_folders_are_read(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").touch()
     (tmp_path / ".hidden").write_text("no")
-    assert contents(read_documents([tmp_path])) == [("a/c.txt", b"one"), ("b.txt", b"two")]
+    with pytest.warns(UserWarning, match=r"^2 files, such as .*binary, were left out: empty or not UTF-8 text$"):
+        assert contents(read_documents([tmp_path])) == [("a/c.txt", b"one"), ("b.txt", b"two")]
     assert contents(read_documents([str(tmp_path / "b.txt")])) == [("b.txt", b"two")]
 
 
@@ -322,3 +323,29 @@ def test_the_page_about_data_runs_as_it_stands(tmp_path, monkeypatch):
     for block in blocks:
         exec(block, names)
         assert len(names["lanes"].rollout(4)) == 4
+
+
+def test_a_file_given_twice_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    for paths in ([tmp_path / "a.txt"] * 2, [tmp_path, tmp_path / "a.txt"]):
+        with pytest.raises(ValueError, match=r"a\.txt: given twice"):
+            read_documents(paths)
+
+
+def test_a_separator_needs_an_array(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(ValueError, match="separator: 0 cuts"):
+        read_documents([tmp_path], separator=0)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04garbage", b"\x93NUMPY\x01\x00v\x00{'descr': '<i8', (", b"[" * 9, b""])
+def test_a_damaged_array_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npy: (not an array|empty)"):
+        read_documents([tmp_path / "a.npy"])
+
+
+def test_json_that_is_too_deep_is_refused_by_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not JSON"):
+        read_documents([tmp_path / "a.jsonl"])

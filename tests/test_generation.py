@@ -535,3 +535,13 @@ def test_an_encoder_only_model_cannot_generate() -> None:
 def test_huge_numbers_of_tokens_are_a_stream_without_an_end() -> None:
     stream = lively().stream(ONE, 10**30, start=START)
     assert len(list(itertools.islice(stream, 60))) == 60
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"beams": 2}])
+def test_a_model_that_has_diverged_is_refused(options: dict[str, Any]) -> None:
+    model = lively()
+    assert model.decoder is not None
+    with torch.no_grad():
+        model.decoder.to_logits.bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="its weights have diverged"):
+        model.generate(torch.tensor([[1]]), 3, start=START, **options)

@@ -253,12 +253,12 @@ def test_the_command_prints_and_draws(folder: Path, capsys: pytest.CaptureFixtur
     [
         (["--checkpoint", "nowhere"], "nowhere: no checkpoint there"),
         (["--data", "nothing.txt"], "nothing.txt: no such file or folder"),
-        (["--data", "a.txt", "b.txt"], "documents: expected at least 2 segments of 5 tokens of each, got 5 tokens"),
+        (["--data", "b.txt"], "documents: expected at least 2 segments of 5 tokens of each, got 5 tokens"),
         (["--segments", "1"], "segments: expected at least 2"),
-        (["--documents", "0"], "documents: expected at least 1, got 0"),
+        (["--lanes", "0"], "lanes: expected at least 1, got 0"),
         (["--device", "abacus"], "device: 'abacus' cannot be used here"),
-        (["--plot", "a.sound"], "Format 'sound' is not supported"),
-        (["--plot", "nowhere/a.png"], "No such file or directory: 'nowhere/a.png'"),
+        (["--plot", "a.sound"], "plot: expected the name of a .png file"),
+        (["--plot", "nowhere/a.png"], "in a folder that exists, got nowhere/a.png"),
     ],
 )
 def test_the_commands_mistakes(

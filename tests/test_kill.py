@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from memformer import Memformer, checkpoints
 
 SETTINGS = """
-steps: 80
+steps: {steps}
 data: [corpus]
 model: {dim: 16, slots: 2, enc_depth: 1, dec_depth: 1, heads: 2, dropout: 0.1}
 documents: {tokenizer: bpe, vocabulary: 280}
@@ -29,7 +29,6 @@ def folder(tmp_path):
     (tmp_path / "corpus").mkdir()
     for i in range(5):
         (tmp_path / "corpus" / f"{i}.txt").write_text("what was seen is not forgotten. " * (3 * i + 2))
-    (tmp_path / "run.yaml").write_text(SETTINGS)
     return tmp_path
 
 
@@ -70,11 +69,13 @@ def kill_and_resume(folder, kills, draw):
 
 
 def check(folder, kills):
+    steps = 60 + 40 * kills  # no machine may come to the end before the last kill
+    (folder / "run.yaml").write_text(SETTINGS.replace("{steps}", str(steps)))
     finish(start(folder, "whole", "--config", "run.yaml"))
     writing = kill_and_resume(folder, kills, random.Random(0))
     assert writing > 0, "no kill hit the writing of a checkpoint"
     (a, b) = (checkpoints.find(folder / name) for name in ("run", "whole"))
-    assert a.name == b.name == "step-000080"
+    assert a.name == b.name == f"step-{steps:06d}"
     assert_close(Memformer.from_pretrained(a).state_dict(), Memformer.from_pretrained(b).state_dict(), rtol=0, atol=0)
     (numbers_a, tensors_a), (numbers_b, tensors_b) = (checkpoints.load_state(f) for f in (a, b))
     assert_close(tensors_a, tensors_b, rtol=0, atol=0)

@@ -74,9 +74,11 @@ def assert_same(a, b, tolerance):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one(settings, tmp_path, parallel):
-    alone = Run(settings(out=tmp_path / "alone"))
+    """From a horizon of one on, where nothing reaches the writer."""
+    options = dict(horizon_start=1, horizon_steps=2)
+    alone = Run(settings(out=tmp_path / "alone", **options))
     expected = [dataclasses.asdict(m) for m in alone.train()]
-    first, second = two_processes(work, tmp_path, settings(parallel=parallel))
+    first, second = two_processes(work, tmp_path, settings(parallel=parallel, **options))
     assert_same(tmp_path / "run", tmp_path / "alone", 1e-9)
     for metrics in (first, second):
         for line, other in zip(metrics, expected, strict=True):

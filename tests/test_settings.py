@@ -18,14 +18,14 @@ from memformer.settings import (
     build,
     read_yaml,
     to_plain,
-    write_yaml,
+    to_yaml,
 )
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
     for name, recipe in RECIPES.items():
         settings = dataclasses.replace(recipe, data=(tmp_path / "a", tmp_path / "b"), seed=7)
-        write_yaml(settings, tmp_path / name)
+        (tmp_path / name).write_text(to_yaml(settings))
         assert read_yaml(tmp_path / name, TrainingConfig()) == settings
         assert build(TrainingConfig, to_plain(settings)) == settings
 
@@ -34,6 +34,7 @@ def test_a_file_says_only_what_differs(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("steps: 10\noptimizer:\n  learning_rate: 3e-4\nmodel: {dim: 32}\ndata: one.txt\n")
     base = TrainingConfig(seed=3, model=ModelSettings(slots=5))
+    assert build(TrainingConfig, {"seed": 2**53 + 1}).seed == 2**53 + 1
     settings = read_yaml(file, base)
     assert (settings.steps, settings.optimizer.learning_rate, settings.seed) == (10, 3e-4, 3)
     assert settings.model == ModelSettings(slots=5, dim=32)
@@ -60,6 +61,9 @@ def test_a_file_says_only_what_differs(tmp_path):
         ("model: {positions: rotatory}", "positions: expected one of rotary, relative, bucketed, got 'rotatory'"),
         ("optimizer: {learning_rate: fast}", "learning_rate: expected a number, got 'fast'"),
         ("steps: [", "not YAML"),
+        ("a: " + "[" * 20000, "not YAML"),
+        ("recipe: paper-v1", "recipe: unknown setting: --recipe is a flag"),
+        ("seed: 9223372036854775808", r"seed: expected less than 2\*\*63"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):

@@ -13,6 +13,7 @@ from helpers import training_settings
 from memformer import Memformer, checkpoints
 from memformer.data import ByteTokenizer, load_tokenizer
 from memformer.evaluation import HeldOut
+from memformer.inspection import memory_health
 from memformer.settings import read_yaml
 from memformer.training import Run, StepMetrics, saved_settings
 
@@ -39,9 +40,10 @@ def settings(tmp_path):
     return make
 
 
-def trained(settings, **how):
-    run = Run(settings, **how)
-    return run, list(run.train())
+def trained(settings):
+    """The run, and its metrics without the evaluations."""
+    run = Run(settings)
+    return run, [metrics for metrics in run.train() if isinstance(metrics, StepMetrics)]
 
 
 def weights(run_or_folder):
@@ -55,6 +57,7 @@ def lines(out):
     return [{k: v for k, v in event.items() if k not in CLOCK} for event in events]
 
 
+HALF = dict(precision="fp16", accumulate=2, tensorboard=True)
 EVERYTHING = dict(
     tokenizer="bpe", vocabulary=300, continuation=0.6, infilling=0.3, recall=0.1, horizon_start=2, horizon_steps=4,
     accumulate=2, graphs=2, ema=0.9, eval_every=2, patience=4, tie_embeddings=True, mem_updates=2,
@@ -64,7 +67,7 @@ EVERYTHING = dict(
 # --- Resuming
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("options", [{}, EVERYTHING, HALF], ids=["plain", "everything", "fp16"])
 @pytest.mark.parametrize("interrupted_after", [1, 2, 4])
 def test_interrupted_and_resumed_equals_uninterrupted(settings, tmp_path, interrupted_after, options):
     whole, _ = trained(settings(out=tmp_path / "whole", **options))
@@ -80,6 +83,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(settings, tmp_path, interr
     assert_close(second.average, whole.average, rtol=0, atol=0)
     assert_close(second.memory, whole.memory, rtol=0, atol=0)
     assert (second.best, second.stopped_early) == (whole.best, whole.stopped_early)
+    assert second.scaler.state_dict() == whole.scaler.state_dict()
     kept = lines(tmp_path / "run")
     assert [line["step"] for line in kept if line["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert kept == lines(tmp_path / "whole")
@@ -96,7 +100,7 @@ def test_a_run_that_lost_its_last_steps_repeats_them(settings, tmp_path):
     resumed = Run(settings(steps=5, save_every=3, resume=True))
     assert resumed.step == 3
     list(resumed.train())
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 5]
     again, _ = trained(settings(steps=5, out=tmp_path / "again"))
     assert_close(weights(resumed), weights(again), rtol=0, atol=0)
 
@@ -114,6 +118,46 @@ def test_data_may_move_and_output_may_change(settings, tmp_path):
     (tmp_path / "corpus").rename(tmp_path / "moved")
     run = Run(settings(resume=True, data=(tmp_path / "moved",), log_every=3, keep=5, eval_every=2))
     assert run.step == 2
+    with pytest.raises(ValueError, match=r"evaluation\.eval_limit: the run in .* cannot change"):
+        Run(settings(resume=True, data=(tmp_path / "moved",), eval_limit=7))
+
+
+def test_a_folder_has_one_training_at_a_time(settings):
+    first, second = Run(settings()), Run(settings())
+    steps = first.train()
+    next(steps)
+    with pytest.raises(BlockingIOError, match="another process trains there at this moment"):
+        next(second.train())
+    steps.close()
+    next(second.train())
+
+
+def test_a_run_that_starts_anew_leaves_no_line_of_the_one_before(settings, tmp_path):
+    steps = Run(settings(save_every=100)).train()
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    assert len(lines(tmp_path / "run")) == 3
+    steps = Run(settings(save_every=100)).train()
+    next(steps)
+    steps.close()
+    assert len(lines(tmp_path / "run")) == 1
+
+
+def test_metrics_are_replaced_whole_or_not_at_all(settings, tmp_path, monkeypatch):
+    trained(settings(steps=2))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+
+    def fail(path, text, **_):
+        path.touch()
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", fail)
+        with pytest.raises(OSError, match="No space left"):
+            Run(settings(resume=True))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert read_yaml(tmp_path / "run" / "run.yaml", settings()) == settings(steps=2)
 
 
 def test_resuming_refuses_what_does_not_fit(settings, tmp_path):
@@ -143,7 +187,7 @@ def test_a_run_is_never_overwritten(settings):
 
 def test_the_last_two_checkpoints_are_kept(settings, tmp_path):
     trained(settings(steps=5))
-    names = ["metrics.jsonl", "run.yaml", "step-000004", "step-000005"]
+    names = [".lock", "best", "metrics.jsonl", "run.yaml", "step-000004", "step-000005"]
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == names
     assert checkpoints.find(tmp_path / "run").name == "step-000005"
     assert checkpoints.find(tmp_path / "run" / "step-000004").name == "step-000004"
@@ -241,7 +285,16 @@ def test_the_loss_falls(settings):
 
 
 def test_metrics_show_the_memorys_health(settings):
-    _, metrics = trained(settings(steps=3, horizon=4))
+    run = Run(settings(steps=4, horizon=4, log_every=2, dropout=0.0))
+    seen, metrics = [], []
+    rollout = run.stream.rollout
+    run.stream.rollout = lambda horizon: seen.append((run.memory, rollout(horizon))) or seen[-1][1]
+    for line in run.train():
+        memory, segments = seen[-1]
+        if isinstance(line, StepMetrics):
+            health = memory_health(run.model, segments[0], memory)
+            assert (line.self_attention, line.slot_diversity) == (health.self_attention, health.slot_diversity)
+            metrics.append(line)
     for line in metrics:
         assert isinstance(line, StepMetrics)
         assert 0 < line.self_attention < 1
@@ -265,7 +318,7 @@ def test_accumulation_is_a_longer_rollout_truncated(settings, tmp_path):
         nats, counted = nats + loss * kept, counted + kept
     (nats / counted).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
-    (metrics,) = run.train()
+    metrics, _ = run.train()
     assert metrics.loss_nats == pytest.approx(float(nats.detach()) / counted, rel=1e-5)
     assert metrics.gradient_norm == pytest.approx(float(norm), rel=1e-4)
 
@@ -289,6 +342,8 @@ def test_the_average_is_the_mean_of_the_steps_weights(settings):
     run, seen = Run(settings(steps=4, ema=0.25)), []
     expected = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for metrics in run.train():
+        if isinstance(metrics, HeldOut):
+            break
         decay = min(0.25, metrics.step / (metrics.step + 9))
         for name, p in run.model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * p.detach()
@@ -336,14 +391,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings):
 def test_the_best_checkpoint_is_kept_and_a_run_stops_early(settings, tmp_path):
     """With a rate that ruins the model, the first evaluation is the best one."""
     options = dict(steps=40, eval_every=2, patience=3, learning_rate=3.0, warmup=0, clip=0.0, save_every=100, keep=1)
-    run, metrics = trained(settings(**options))
+    run = Run(settings(**options))
+    metrics = list(run.train())
     evaluations = [m for m in metrics if isinstance(m, HeldOut)]
     best = min(evaluations, key=lambda m: m.loss_nats)
     assert run.best == {"step": best.step, "loss_nats": best.loss_nats}
     assert run.stopped_early
     assert run.step == best.step + 6 < 40
     names = {f.name for f in (tmp_path / "run").iterdir()}
-    assert names == {"best", "metrics.jsonl", "run.yaml", f"step-{best.step:06d}", f"step-{run.step:06d}"}
+    assert names == {".lock", "best", "metrics.jsonl", "run.yaml", f"step-{best.step:06d}", f"step-{run.step:06d}"}
     assert (tmp_path / "run" / "best").resolve().name == f"step-{best.step:06d}"
     assert checkpoints.find(tmp_path / "run" / "best").name == "best"
     with pytest.raises(ValueError, match=f"stopped early, at step {run.step}: raise --patience"):
@@ -394,7 +450,7 @@ def test_a_tokenizer_file_that_is_none(settings, tmp_path):
 def test_tensorboard(settings, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _, metrics = trained(settings(steps=2, tensorboard=True, eval_every=2))
+    _, metrics = trained(settings(steps=2, tensorboard=True))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("step/loss_nats")] == [1, 2]
@@ -409,7 +465,9 @@ def test_a_corpus_larger_than_memory_trains_at_flat_resident_memory(settings, tm
     ids[:: 2**20] = 1  # the rest of the file takes no room on disk
     ids.flush()
     del ids
-    options = dict(tokenizer="ids", vocabulary=2, separator=1, lanes=8, segment_length=64, save_every=1000)
+    options = dict(
+        tokenizer="ids", vocabulary=2, separator=1, lanes=8, segment_length=64, save_every=1000, eval_limit=20_000
+    )
     run = Run(settings(data=(tmp_path / "big.npy",), steps=400, **options))
     resident = {metrics.step: resident_bytes() for metrics in run.train()}
     assert len(run.training) > 900

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from memformer.data import order2_bits_per_byte, xz_bits_per_byte
+from memformer.data import order2_bits_per_byte, xz_bits_per_byte, yardsticks
 
 
-def test_the_order2_model_against_a_dictionary():
+@pytest.mark.parametrize("part", [1, 3, 1 << 20])
+def test_the_order2_model_against_a_dictionary(monkeypatch, part):
+    monkeypatch.setattr(yardsticks, "_PART", part)
     training, held_out = [b"abracadabra", b"abba"], [b"abracab", b"x"]
     bits, count = 0.0, 0
     for text in held_out:

@@ -14,13 +14,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["find", "load_state", "newest", "newest_sound", "save", "set_aside_newer"]
+__all__ = ["find", "load_state", "lock", "newest", "newest_sound", "replace_text", "save", "set_aside_newer"]
 
 _CHECKSUMS = "checksums.json"
 
@@ -129,6 +129,30 @@ def find(path: Path) -> Path:
         sound = next((other for other in reversed(_checkpoints(folder.parent)) if _damage(other) is None), None)
         raise ValueError(f"{damage}; " + ("there is no sound one" if sound is None else f"use {sound}"))
     return folder
+
+
+def lock(out: Path) -> BinaryIO:
+    """Hold a run's folder for this process, until the file that is returned is closed.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    import fcntl  # not everywhere
+
+    file = (out / ".lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise BlockingIOError(f"{out}: another process trains there at this moment; choose another --out") from error
+    return file
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    new = file.with_name(f".{file.name}-new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -127,7 +127,7 @@ def evaluate(
     return HeldOut(
         step=step,
         loss_nats=nats / tokens,
-        perplexity=math.exp(nats / tokens),
+        perplexity=math.exp(min(nats / tokens, 700.0)),
         bits_per_token=bits / tokens,
         bits_per_byte=None if num_bytes is None else bits / num_bytes,
         tokens=int(tokens),

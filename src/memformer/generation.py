@@ -118,6 +118,8 @@ class _Sampling:
 
     def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
         """Logits of what may be generated at all: tokens that the encoder can read, but for ``start`` and ``never``."""
+        if logits.isnan().any():
+            raise ValueError("the model's logits are not numbers (nan): its weights have diverged")
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         if self.repetition_penalty != 1:
             logits = penalise_repetition(logits, seen, self.repetition_penalty)

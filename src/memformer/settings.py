@@ -31,7 +31,7 @@ __all__ = [
     "build",
     "read_yaml",
     "to_plain",
-    "write_yaml",
+    "to_yaml",
 ]
 
 T = TypeVar("T")
@@ -210,10 +210,10 @@ class ComputeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Evaluation on held-out documents, read whole with the memory carried on."""
+    """Evaluation on held-out documents, read whole with the memory carried on; the best checkpoint is kept."""
 
     eval_every: int = 0
-    """Steps between evaluations; the best checkpoint is kept, beside the newest ones. 0: at the end alone."""
+    """Steps between evaluations; 0: at the end alone."""
     patience: int = 0
     """Stop after so many evaluations without a better one; 0 never does."""
     eval_limit: int = 2_000_000
@@ -277,6 +277,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_positive_int("steps", self.steps)
         _check_not_negative("seed", self.seed)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
         if self.model.tie_embeddings and self.compute.parallel == "fsdp":
             raise ValueError(
                 "tie_embeddings: FSDP cannot share a matrix between encoder and decoder; use --parallel ddp"
@@ -333,7 +335,7 @@ def read_yaml(file: Path, base: TrainingConfig) -> TrainingConfig:
     """
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
     try:
         return build(TrainingConfig, {} if values is None else values, base=base)
@@ -341,9 +343,9 @@ def read_yaml(file: Path, base: TrainingConfig) -> TrainingConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def write_yaml(settings: TrainingConfig, file: Path) -> None:
-    """Write every setting, so that ``--config FILE`` repeats the run."""
-    file.write_text(yaml.safe_dump(to_plain(settings), sort_keys=False), encoding="utf-8")
+def to_yaml(settings: TrainingConfig) -> str:
+    """Every setting, so that ``--config FILE`` repeats the run."""
+    return yaml.safe_dump(to_plain(settings), sort_keys=False)
 
 
 def to_plain(settings: Any) -> dict[str, Any]:
@@ -384,7 +386,9 @@ def build(cls: type[T], values: Any, *, base: T | None = None, where: str = "") 
 
 def _suggestion(name: str) -> str:
     known = dict(_paths(TrainingConfig, ""))
-    close = difflib.get_close_matches(name, known, n=1)
+    if name in ("recipe", "config"):
+        return f": --{name} is a flag"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f". Perhaps you meant {known[close[0]]}" if close else f"; there are {', '.join(sorted(known))}"
 
 
@@ -412,6 +416,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         (inner,) = (k for k in get_args(kind) if k is not type(None))
         return None if value is None else _convert(name, inner, value)
     if kind in (int, float) and not isinstance(value, bool):
+        if isinstance(value, kind):
+            return value
         try:
             number = float(value)  # YAML takes 3e-4 for a string
         except (TypeError, ValueError):

@@ -39,11 +39,14 @@ from .model import Memformer
 from .objectives import rollout
 from .parallel import Ranks, full, like, shard
 from .segments import Segment
-from .settings import DocumentSettings, TrainingConfig, build, to_plain, write_yaml
+from .settings import DocumentSettings, TrainingConfig, build, to_plain, to_yaml
 
-__all__ = ["Run", "StepMetrics", "choose_device", "saved_settings"]
+__all__ = ["Run", "StepMetrics", "choose_device", "documents_of", "saved_settings", "settings_of"]
 
-_FREE_ON_RESUME = {"steps", "out", "data", "resume", "device", "output", "evaluation", "compute.parallel"}
+_FREE_ON_RESUME = {
+    "steps", "out", "data", "resume", "device", "output", "compute.parallel", "evaluation.eval_every",
+    "evaluation.patience",
+}  # fmt: skip
 """Settings that may differ from the saved run's: they change no number of a run that ends at the same step. The data
 may have moved, but must be the same documents."""
 
@@ -73,7 +76,7 @@ class Run:
     """One training run in a folder; under torch.distributed, this process's part in it.
 
     Attributes:
-        training, held_out: the documents.
+        training, held_out: the documents; of those held out, as many as are evaluated.
         tokenizer, model: what is trained; ``model`` has the newest weights, not their average.
         refused: what is wrong with checkpoints that were damaged and set aside on resuming.
         best: ``{"step", "loss_nats"}`` of the best evaluation so far, or None.
@@ -94,8 +97,8 @@ class Run:
             )
         settings.model.config(1, settings.rollout.segment_length)  # before anything that takes time
         checkpoint, self.refused = self._checkpoint()
-        documents = _read(settings.data, settings.documents)
-        self.training, self.held_out = held_out_split(documents, settings.documents.held_out)
+        self.training, held_out = documents_of(settings)
+        self.held_out = limited(held_out, settings.evaluation.eval_limit)
         self._fingerprint = fingerprint(self.training)
         self.tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, self.training)
         self.stream = self._stream()
@@ -121,7 +124,8 @@ class Run:
         self._writer = self._tensorboard() if settings.output.tensorboard and not self.ranks.rank else None
         if not self.ranks.rank:
             settings.out.mkdir(parents=True, exist_ok=True)
-            write_yaml(settings, settings.out / "run.yaml")
+            checkpoints.replace_text(settings.out / "run.yaml", to_yaml(settings))
+            self._forget_metrics_after(self.step)
 
     def _checkpoint(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to go on from; damaged ones that are newer are set aside."""
@@ -204,20 +208,31 @@ class Run:
     def train(self) -> Iterator[StepMetrics | HeldOut]:
         """Train until ``settings.steps``, :meth:`stop`, or early stopping; yield what is written to ``metrics.jsonl``.
 
+        A run that ends by itself ends with an evaluation.
+
         Raises:
-            FloatingPointError: the gradient is not finite; the newest checkpoint is from before.
+            FloatingPointError: the gradient is not finite.
+            BlockingIOError: another process trains in the same folder.
         """
+        lock = None if self.ranks.rank else checkpoints.lock(self.settings.out)
+        with lock or contextlib.nullcontext():
+            yield from self._train()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _train(self) -> Iterator[StepMetrics | HeldOut]:
         output, every = self.settings.output, self.settings.evaluation.eval_every
         self.model.train()
-        nats, tokens, began = torch.zeros((), device=self.device), 0, time.perf_counter()
+        nats, tokens, seconds = torch.zeros((), device=self.device), 0, 0.0
         while self.step < self.settings.steps and not self.stopping and not self.stopped_early:
             watched = self.step % output.log_every == output.log_every - 1 or self.step + 1 == self.settings.steps
             watch = replay.MemoryGradients() if watched else None
             rate, horizon = self.learning_rate(self.step), self.settings.rollout.horizon_at(self.step)
-            loss, counted, norm, segment = self._take_step(rate, horizon, watch)
-            nats, tokens = nats + loss * counted, tokens + counted
+            began = time.perf_counter()
+            loss, counted, norm, before = self._take_step(rate, horizon, watch)
+            nats, tokens, seconds = nats + loss * counted, tokens + counted, seconds + time.perf_counter() - began
             if watched or self.stopping:
-                mean, seconds = float(self.ranks.sum(nats)) / tokens, time.perf_counter() - began
+                mean = float(self.ranks.sum(nats)) / tokens
                 metrics = StepMetrics(
                     step=self.step,
                     loss_nats=mean,
@@ -227,24 +242,22 @@ class Run:
                     gradient_norm=norm,
                     horizon=horizon,
                     memory_gradient=self._reach(watch),
-                    **self._health(segment),
+                    **self._health(*before),
                 )
                 self.log("step", metrics)
                 yield metrics
-                nats, tokens, began = torch.zeros_like(nats), 0, time.perf_counter()
-            evaluating = bool(every) and self.step % every == 0
+                nats, tokens, seconds = torch.zeros_like(nats), 0, 0.0
+            evaluating = self.step == self.settings.steps or (every and self.step % every == 0)
             if evaluating:
                 yield self._evaluate_and_compare()
-            if evaluating or self.stopping or self.step == self.settings.steps or self.step % output.save_every == 0:
+            if evaluating or self.stopping or self.step % output.save_every == 0:
                 self.save()
-        if self._writer is not None:
-            self._writer.flush()
 
     def _take_step(
         self, rate: float, horizon: int, watch: replay.MemoryGradients | None
-    ) -> tuple[Tensor, int, float, Segment]:
+    ) -> tuple[Tensor, int, float, tuple[Segment, Tensor | None]]:
         """One update: this process's part of the mean loss in nats, tokens counted by all, the gradient's norm, and the
-        last segment read."""
+        last rollout's first segment with the memory before it."""
         settings, ranks = self.settings, self.ranks
         rollouts = [self.stream.rollout(horizon) for _ in range(settings.rollout.accumulate)]
         own = sum(_counted(segment) for segments in rollouts for segment in segments)
@@ -258,15 +271,21 @@ class Run:
             for i, segments in enumerate(rollouts):
                 last = i == len(rollouts) - 1
                 segments = [to_device(segment, self.device) for segment in segments]
+                before = segments[0], self.memory
                 loss += self._back_propagate(segments, counted / ranks.size, last, watch if last else None)
         self.scaler.unscale_(self.optimizer)
         limit = settings.optimizer.clip or math.inf
         norm = float(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
         if not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
+            newest = checkpoints.newest(settings.out)
             raise FloatingPointError(
-                f"step {self.step + 1}: the gradient is not finite (loss {float(loss) * ranks.size:.3g}). Lower "
-                f"--learning-rate; the newest checkpoint in {settings.out} is from before"
+                f"step {self.step + 1}: the gradient is not finite (loss {float(loss):.3g}). Lower --learning-rate; "
+                + (f"the newest checkpoint, from before, is {newest}" if newest else "there is no checkpoint yet")
             )
+        # A parameter that no gradient reaches (the writer's, at horizon 1) has a zero one under DDP, and so here.
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
@@ -274,7 +293,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._update_average()
-        return loss / ranks.size, int(counted), norm, segments[-1]
+        return loss / ranks.size, int(counted), norm, before
 
     def _back_propagate(
         self, segments: list[Segment], divisor: float, last: bool, watch: replay.MemoryGradients | None
@@ -325,18 +344,16 @@ class Run:
         first, last = self.ranks.sum(ends.square()).sqrt().tolist()
         return first / last if last else None
 
-    def _health(self, segment: Segment) -> dict[str, float]:
-        assert self.memory is not None
-        health = memory_health(self.model, segment, self.memory)
+    def _health(self, segment: Segment, memory: Tensor | None) -> dict[str, float]:
+        health = memory_health(self.model, segment, memory)
         shares = torch.tensor([health.self_attention, health.slot_diversity], dtype=torch.float64, device=self.device)
         self_attention, diversity = (self.ranks.sum(shares) / self.ranks.size).tolist()
         return {"self_attention": self_attention, "slot_diversity": diversity}
 
     def evaluate(self) -> HeldOut:
         """The model on the held-out documents, with the weights that a checkpoint has; see :func:`evaluate`."""
-        documents = limited(self.held_out, self.settings.evaluation.eval_limit)
         with self.averaged() as model, self._autocast():
-            return evaluate(model, documents, self.tokenizer, step=self.step, device=self.device)
+            return evaluate(model, self.held_out, self.tokenizer, step=self.step, device=self.device)
 
     def _evaluate_and_compare(self) -> HeldOut:
         result = self.evaluate()
@@ -436,15 +453,13 @@ class Run:
             raise ValueError(
                 f"the run in {self.settings.out} stopped early, at step {self.step}: raise --patience to go on"
             )
-        if not self.ranks.rank:
-            self._forget_metrics_after(self.step)
 
     def _forget_metrics_after(self, step: int) -> None:
         file = self.settings.out / "metrics.jsonl"
         if file.is_file():
             lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            checkpoints.replace_text(file, "".join(line + "\n" for line in kept))
 
 
 class _Rollout(nn.Module):
@@ -488,6 +503,11 @@ def saved_settings(out: Path) -> TrainingConfig:
     checkpoint, _ = checkpoints.newest_sound(out)
     if checkpoint is None:
         raise FileNotFoundError(f"{out}: no checkpoint to resume")
+    return settings_of(checkpoint)
+
+
+def settings_of(checkpoint: Path) -> TrainingConfig:
+    """The settings of the run that wrote a checkpoint. Raises ValueError if they are missing or damaged."""
     return build(TrainingConfig, checkpoints.load_state(checkpoint)[0]["settings"])
 
 
@@ -498,8 +518,8 @@ def choose_device(name: str) -> torch.device:
         return found or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # which the device "meta" cannot
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
     return device
 
@@ -511,12 +531,19 @@ def _precision(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def _read(data: Sequence[Path], settings: DocumentSettings) -> list[Document]:
-    if not data:
-        return standard_library()
-    return read_documents(
-        data, text_field=settings.text_field, separator=settings.separator, bin_dtype=settings.bin_dtype
+def documents_of(settings: TrainingConfig) -> tuple[list[Document], list[Document]]:
+    """``(training, held_out)``, the documents of a run.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`.
+    """
+    how = settings.documents
+    if not settings.data:
+        return held_out_split(standard_library(), how.held_out)
+    documents = read_documents(
+        settings.data, text_field=how.text_field, separator=how.separator, bin_dtype=how.bin_dtype
     )
+    return held_out_split(documents, how.held_out)
 
 
 def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Tokenizer:
@@ -525,7 +552,10 @@ def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Toke
     if settings.tokenizer == "ids":
         return TokenIds(settings.vocabulary)
     if settings.tokenizer == "bpe":
-        return BPETokenizer.train((bytes(d) for d in training), settings.vocabulary)
+        try:
+            return BPETokenizer.train((bytes(d) for d in training), settings.vocabulary)
+        except ValueError as error:
+            raise ValueError(f"vocabulary: {error}") from error
     return BPETokenizer.from_file(Path(settings.tokenizer))
 
 

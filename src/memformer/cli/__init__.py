@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from . import bench, evaluate, export, generate, inspect, train
@@ -25,14 +27,28 @@ _RUN: dict[type, Callable[[Any], int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 for a user's mistake, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        command = _parse(arguments)
-        return _RUN[type(command)](command)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        print(f"memformer: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *_, **__: print(f"memformer: warning: {message}", file=sys.stderr)
+        try:
+            if "" in arguments[1:] and arguments[0] != "generate":
+                raise ValueError("an argument is empty: is a variable of the shell not set?")
+            command = _parse(arguments)
+            return _RUN[type(command)](command)
+        except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
+            return _refuse(error)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):  # on the CPU
+                return _refuse(error)
+            raise
+        except KeyboardInterrupt:
+            return 130
+
+
+def _refuse(error: Exception) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"memformer: error: {text}", file=sys.stderr)
+    return 2
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -48,6 +64,6 @@ def _parse(arguments: list[str]) -> Any:
     options: dict[str, Any] = {
         "prog": "memformer",
         "description": "Train and use models that read sequences of any length with a memory of fixed size.",
-        "config": (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        "config": (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     }
     return tyro.cli(commands, args=arguments, **options)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from ..data import held_out_split, read_documents, standard_library, xz_bits_per_byte
+from ..data import xz_bits_per_byte
 from ..evaluation import HeldOut, evaluate
 from . import models
 
@@ -14,22 +13,11 @@ __all__ = ["EvaluateCommand", "describe", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand:
+class EvaluateCommand(models.DocumentOptions):
     """Bits per byte of a trained model on documents read whole, also by depth in the document: does memory help?"""
 
-    checkpoint: Path
-    """A run's folder, or one checkpoint in it (RUN/best is the best one, where the run evaluates)."""
-    data: tuple[Path, ...] = ()
-    """Files and folders of UTF-8 text, .jsonl, .npy or .bin; by default the held-out part of the Python standard
-    library's sources."""
     memory: Literal["on", "off", "both"] = "both"
     """Carry the memory from segment to segment, begin each with the initial one, or compare the two."""
-    text_field: str = "text"
-    """The field of a .jsonl file's lines that holds the text."""
-    separator: int | None = None
-    """The id that ends a document inside a .npy or .bin array."""
-    bin_dtype: str = "uint16"
-    """What a .bin file is made of."""
     lanes: int = 16
     """At most so many documents are read side by side."""
     device: str = "auto"
@@ -40,13 +28,7 @@ def run(command: EvaluateCommand) -> int:
     if command.lanes < 1:
         raise ValueError(f"lanes: expected at least 1, got {command.lanes}")
     model, tokenizer = models.load(command.checkpoint, command.device)
-    documents = (
-        read_documents(
-            command.data, text_field=command.text_field, separator=command.separator, bin_dtype=command.bin_dtype
-        )
-        if command.data
-        else held_out_split(standard_library())[1]
-    )
+    documents = command.documents()
     for memory in {"on": [True], "off": [False], "both": [True, False]}[command.memory]:
         result = evaluate(model, documents, tokenizer, lanes=command.lanes, memory=memory)
         per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits per byte, "

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import encode_documents, held_out_split, read_documents, standard_library
+from ..data import encode_documents
+from ..evaluation import segment_length
 from ..inspection import KINDS, Inspection, inspect, kinds, plot
 from . import models
 
@@ -16,39 +17,30 @@ _SLOTS_PER_LINE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectCommand:
+class InspectCommand(models.DocumentOptions):
     """What a trained model's memory does: how its slots are written, how they differ, how far gradients reach."""
 
-    checkpoint: Path
-    """A run's folder, or one checkpoint in it."""
-    data: tuple[Path, ...] = ()
-    """Files and folders of UTF-8 text, .jsonl, .npy or .bin; by default the held-out part of the Python standard
-    library's sources."""
     segments: int = 32
     """How many to read of each document, from its start."""
-    documents: int = 4
+    lanes: int = 4
     """At most so many are read, side by side: the longest."""
     plot: Path | None = None
     """Also draw it into this PNG file."""
-    text_field: str = "text"
-    """The field of a .jsonl file's lines that holds the text."""
-    separator: int | None = None
-    """The id that ends a document inside a .npy or .bin array."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 
 
 def run(command: InspectCommand) -> int:
-    if command.documents < 1:
-        raise ValueError(f"documents: expected at least 1, got {command.documents}")
+    if command.lanes < 1:
+        raise ValueError(f"lanes: expected at least 1, got {command.lanes}")
+    if command.plot is not None and (command.plot.suffix != ".png" or not command.plot.absolute().parent.is_dir()):
+        raise ValueError(f"plot: expected the name of a .png file in a folder that exists, got {command.plot}")
     model, tokenizer = models.load(command.checkpoint, command.device)
-    documents = (
-        read_documents(command.data, text_field=command.text_field, separator=command.separator)
-        if command.data
-        else held_out_split(standard_library())[1]
-    )
-    longest = sorted(documents, key=lambda document: -len(document.content))[: command.documents]
-    found = inspect(model, encode_documents(longest, tokenizer), start=tokenizer.start, segments=command.segments)
+    longest = sorted(command.documents(), key=lambda document: -len(document))[: command.lanes]
+    sequences = encode_documents(longest, tokenizer)
+    # In a document of one segment no memory is read, and the shortest decides how far all of them are.
+    long = [tokens for tokens in sequences if len(tokens) >= 2 * segment_length(model)] or sequences
+    found = inspect(model, long, start=tokenizer.start, segments=command.segments)
     print(describe(found))
     if command.plot is not None:
         try:

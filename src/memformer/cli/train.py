@@ -20,10 +20,14 @@ from ..evaluation import HeldOut, limited
 from ..parallel import joined
 from ..settings import RECIPES, TrainingConfig, read_yaml
 from ..training import Run, StepMetrics, saved_settings
+from . import models
 from .evaluate import describe
 from .generate import GenerateCommand, write
 
 __all__ = ["TrainCommand", "defaults", "run"]
+
+ORDER2_BYTES = 50_000_000
+"""Of so much training text the order-2 model is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,7 @@ def _follow(training_run: Run) -> int:
     with _stopping(training_run):
         for _ in training_run.train():
             pass
-    if _interrupted(training_run):
-        return 130
-    training_run.evaluate()
-    return 0
+    return 130 if _interrupted(training_run) else 0
 
 
 def _lead(training_run: Run) -> int:
@@ -103,13 +104,17 @@ def _lead(training_run: Run) -> int:
     with _stopping(training_run), _progress(settings, training_run.step) as show:
         for metrics in training_run.train():
             show(metrics)
+            if isinstance(metrics, HeldOut):
+                result = metrics
     if _interrupted(training_run):
         again = f"memformer train --resume --out {settings.out}"
         print(f"\nstopped and saved at step {training_run.step:,}. Go on with:\n  {again}")
         return 130
     if training_run.stopped_early:
-        print(f"\nstopped early at step {training_run.step:,}: the best evaluation was at {training_run.best}")
-    _report(training_run)
+        assert training_run.best is not None
+        best = f"the best evaluation was at step {training_run.best['step']:,}, see {settings.out / 'best'}"
+        print(f"\nstopped early at step {training_run.step:,}: {best}")
+    _report(training_run, result)
     prompt = "" if settings.data else " --prompt 'def main('"
     print(f"\ncheckpoint  {checkpoints.newest(settings.out)}. Try:")
     print(f"  memformer generate --checkpoint {settings.out}{prompt}")
@@ -120,28 +125,27 @@ def _interrupted(training_run: Run) -> bool:
     return training_run.step < training_run.settings.steps and not training_run.stopped_early
 
 
-def _report(training_run: Run) -> None:
+def _report(training_run: Run, result: HeldOut) -> None:
     """How well the model does on held-out documents, beside two yardsticks where they are text; and a sample."""
     settings = training_run.settings
-    result = training_run.evaluate()
-    training_run.log("held_out", result)
-    held_out = limited(training_run.held_out, settings.evaluation.eval_limit)
     print(f"\nheld out    {result.tokens:,} tokens of {result.documents} documents")
     if result.bits_per_byte is None:
         print(f"  this model          {result.perplexity:.3f} perplexity, {result.bits_per_token:.3f} bits per token")
     else:
-        texts = [bytes(document) for document in held_out]
-        order2 = order2_bits_per_byte((bytes(d) for d in training_run.training), texts)
+        texts = [bytes(document) for document in training_run.held_out]
+        counted = limited(training_run.training, ORDER2_BYTES)
+        order2 = order2_bits_per_byte((bytes(d) for d in counted), texts)
+        over = "the" if len(counted) == len(training_run.training) else f"the first {ORDER2_BYTES:,} bytes of the"
         print(f"  this model          {result.bits_per_byte:.3f} bits per byte")
-        print(f"  order-2 byte model  {order2:.3f}   (counts over the training documents)")
+        print(f"  order-2 byte model  {order2:.3f}   (counts over {over} training documents)")
         print(f"  xz                  {xz_bits_per_byte(texts):.3f}   (the held-out documents in one stream)")
     print(describe(result))
     if settings.output.sample_tokens:
         prompt, length = "" if settings.data else "def ", settings.output.sample_tokens
         sample = GenerateCommand(checkpoint=settings.out, prompt=prompt, max_new_tokens=length, device=settings.device)
         print("\nsample")
-        with training_run.averaged() as model:
-            write(model, training_run.tokenizer, sample)
+        # As it was saved: under FSDP the model at hand is in parts, and the other processes have left.
+        write(*models.load(settings.out, str(training_run.device)), sample)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import json
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,15 +212,18 @@ def read_documents(
     - ``.jsonl``: one document per line, the field ``text_field`` of an object; empty texts are left out;
     - ``.npy``: token ids, one-dimensional; ``.bin``: token ids of type ``bin_dtype`` without a header. Either is one
       document, or as many as ``separator`` cuts it into (the separator itself is in none of them);
-    - anything else: UTF-8 text, one document. In a folder, a file that is empty or not UTF-8 is left out.
+    - anything else: UTF-8 text, one document. In a folder, a file that is empty or not UTF-8 is left out, and a warning
+      says how many were.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a named file is not what its name says or is empty, a line is not an object with that field, or
-            there is nothing to read at all.
+        ValueError: a named file is not what its name says or is empty, a line is not an object with that field, a file
+            is given twice, ``separator`` has no array to cut, or there is nothing to read at all.
     """
     places = [Path(path) for path in paths]
     documents: list[Document] = []
+    seen: set[Path] = set()
+    left_out: list[Path] = []
     for path in places:
         if path.is_dir():
             inside = [(f.relative_to(path), f) for f in path.rglob("*") if f.is_file()]
@@ -230,6 +234,9 @@ def read_documents(
             raise FileNotFoundError(f"{path}: no such file or folder")
         for name, file in sorted(visible):
             strict, before = file == path, len(documents)
+            if file.resolve() in seen:
+                raise ValueError(f"{file}: given twice, so one copy might be held out and the other trained on")
+            seen.add(file.resolve())
             if file.suffix == ".jsonl":
                 documents += _read_lines(file, name, text_field)
             elif file.suffix == ".npy":
@@ -238,11 +245,19 @@ def read_documents(
                 documents += _cut(_bin(file, bin_dtype), name, separator)
             else:
                 documents += _read_text(file, name, strict)
-            if strict and len(documents) == before:
-                raise ValueError(f"{file}: empty")
+            if len(documents) == before:
+                if strict:
+                    raise ValueError(f"{file}: empty")
+                left_out.append(file)
     if not documents:
         raise ValueError(
             f"no text found in {', '.join(map(str, places))}: expected files of UTF-8 text, .jsonl, .npy or .bin"
+        )
+    if separator is not None and all(document.text for document in documents):
+        raise ValueError(f"separator: {separator} cuts .npy and .bin arrays, and there are none")
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} files, such as {left_out[0]}, were left out: empty or not UTF-8 text", stacklevel=2
         )
     return documents
 
@@ -272,7 +287,7 @@ def _read_lines(file: Path, name: str, field: str) -> Iterator[Document]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 got = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
@@ -289,10 +304,10 @@ def _read_lines(file: Path, name: str, field: str) -> Iterator[Document]:
 
 def _npy(file: Path) -> _FileTokens:
     try:
-        mapped = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        mapped = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # whatever a damaged header makes numpy's parser raise
         raise ValueError(f"{file}: not an array that can be read in pieces ({error})") from error
-    if not isinstance(mapped, np.memmap) or mapped.ndim != 1 or not np.issubdtype(mapped.dtype, np.integer):
+    if mapped.ndim != 1 or not np.issubdtype(mapped.dtype, np.integer):
         raise ValueError(f"{file}: expected one dimension of integers, got {mapped.dtype} of shape {mapped.shape}")
     return _FileTokens(file, mapped.dtype, mapped.offset, 0, len(mapped))
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import lzma
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 __all__ = ["order2_bits_per_byte", "xz_bits_per_byte"]
+
+_PART = 1 << 20
+"""So many bytes are counted at once."""
 
 
 def order2_bits_per_byte(training: Iterable[bytes], held_out: Sequence[bytes]) -> float:
@@ -18,13 +21,12 @@ def order2_bits_per_byte(training: Iterable[bytes], held_out: Sequence[bytes]) -
     """
     pairs, triples = np.zeros(1 << 16, np.int64), np.zeros(1 << 24, np.int32)
     for document in training:
-        _, pair, triple = _contexts(document)
-        pairs += np.bincount(pair, minlength=1 << 16)
-        np.add.at(triples, triple, 1)
+        for _, pair, triple in _contexts(document):
+            pairs += np.bincount(pair, minlength=1 << 16)
+            np.add.at(triples, triple, 1)
     by_order = [pairs.reshape(256, 256).sum(0)[None], pairs.reshape(256, 256), triples.reshape(-1, 256)]
     nats, count = 0.0, 0
-    for document in held_out:
-        byte, pair, triple = _contexts(document)
+    for byte, pair, triple in (part for document in held_out for part in _contexts(document)):
         probability = np.full(len(byte), 1 / 256)
         for counts, context in zip(by_order, (np.zeros_like(byte), pair >> 8, triple >> 8), strict=True):
             seen, distinct = counts.sum(1), (counts > 0).sum(1)
@@ -36,11 +38,13 @@ def order2_bits_per_byte(training: Iterable[bytes], held_out: Sequence[bytes]) -
     return nats / np.log(2) / count
 
 
-def _contexts(document: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each byte, with one and with two bytes before it, as one number."""
-    padded = np.frombuffer(b"\0\0" + document, np.uint8).astype(np.int64)
-    byte, before, before2 = padded[2:], padded[1:-1], padded[:-2]
-    return byte, before << 8 | byte, before2 << 16 | before << 8 | byte
+def _contexts(document: bytes) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Each byte, with one and with two bytes before it, as one number; in parts, for they take much room."""
+    padded = np.frombuffer(b"\0\0" + document, np.uint8)
+    for start in range(0, len(document), _PART):
+        part = padded[start : start + _PART + 2].astype(np.int64)
+        byte, before, before2 = part[2:], part[1:-1], part[:-2]
+        yield byte, before << 8 | byte, before2 << 16 | before << 8 | byte
 
 
 def xz_bits_per_byte(held_out: Sequence[bytes]) -> float:
