@@ -162,7 +162,7 @@ def test_files_that_are_left_out_are_mentioned(folder, capsys):
         (["train", "--data", "text.txt", "text.txt"], "text.txt: given twice"),
         (["train", "--data", "text.txt", "--separator", "3"], "separator: 3 cuts .npy and .bin arrays"),
         (["train", "--data", "text.txt", "--tokenizer", "bpe", "--vocabulary", "10"], "vocabulary: "),
-        (["train", "--data", "text.txt", "--dim", "4000000"], "memory"),
+        (["train", "--data", "text.txt", "--dim", "400000000"], "memory"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--config", "wrong.yaml"], "wrong.yaml: dimm: unknown setting. Perhaps you meant model.dim"),
         (["train", "--data", "latin.txt"], "latin.txt: not UTF-8"),
