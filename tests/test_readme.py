@@ -18,7 +18,7 @@ def test_the_readme_has_its_examples():
     assert "memory_replay_backprop(model" in EXAMPLES[2]
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_a_readme_example_runs_as_it_stands(number, tmp_path):
     # In a process of its own, with all cores and none of this suite's settings.
     done = subprocess.run([sys.executable, "-W", "error", "-c", EXAMPLES[number]], cwd=tmp_path, capture_output=True)
