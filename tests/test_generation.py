@@ -545,3 +545,18 @@ def test_a_model_that_has_diverged_is_refused(options: dict[str, Any]) -> None:
         model.decoder.to_logits.bias.fill_(math.nan)
     with pytest.raises(ValueError, match="its weights have diverged"):
         model.generate(torch.tensor([[1]]), 3, start=START, **options)
+
+
+def test_without_a_prompt_a_state_goes_on() -> None:
+    model = lively()
+    _, state = model.generate([torch.tensor([1, 2]), torch.tensor([3])], 3, start=START, temperature=0)
+    empty = torch.empty(2, 0, dtype=torch.int64)
+    for expected, got in zip(
+        model.generate(empty, 9, state=state, temperature=0).tokens,
+        model.generate(None, 9, state=state, temperature=0).tokens,
+        strict=True,
+    ):
+        assert expected.equal(got)
+    for prompt in (None, 3, torch.tensor(3)):
+        with pytest.raises(ValueError, match=r"tokens: expected token ids .* or None to go on from a state"):
+            model.generate(prompt, 3, start=START)

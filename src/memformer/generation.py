@@ -439,7 +439,7 @@ class Generation:
 
     def stream(
         self: _Model,
-        prompt: Tokens,
+        prompt: Tokens | None,
         max_new_tokens: int,
         *,
         start: int | None = None,
@@ -459,7 +459,7 @@ class Generation:
         The prompt is read before this returns. Its ``state`` is at any time that after the tokens that came.
 
         Args:
-            prompt, prompt_mask, state, start: as in :meth:`read`.
+            prompt, prompt_mask, state, start: as in :meth:`read`; None as a prompt goes on from the state alone.
             max_new_tokens: per lane. However many, the state stays of one size.
             temperature: 0 takes the likeliest token; higher is wilder.
             top_k, top_p, min_p: :func:`keep_top_k`, :func:`keep_top_p`, :func:`keep_min_p`; None keeps all. Applied in
@@ -499,7 +499,7 @@ class Generation:
     @torch.no_grad()
     def generate(
         self: _Model,
-        prompt: Tokens,
+        prompt: Tokens | None,
         max_new_tokens: int,
         *,
         start: int | None = None,
@@ -573,9 +573,16 @@ class Generation:
 
 
 def _begin(
-    model: _Model, tokens: Tokens, state: MemoryState | None, start: int | None, mask: Tensor | None
+    model: _Model, tokens: Tokens | None, state: MemoryState | None, start: int | None, mask: Tensor | None
 ) -> tuple[list[Tensor], MemoryState]:
     """Each lane's tokens, and the state before them."""
+    if tokens is None and state is not None:
+        tokens = state.pending.new_empty(state.batch_size, 0)
+    if not isinstance(tokens, Tensor | Sequence) or (isinstance(tokens, Tensor) and tokens.dim() == 0):
+        raise ValueError(
+            "tokens: expected token ids (batch, length), a list with one (length,) per lane, or None to go on from a "
+            f"state, got {type(tokens).__name__}"
+        )
     like, length, batch = model.get_initial_mem(1)[0], _segment_length(model.config), len(tokens)
     if not batch:
         raise ValueError("tokens: expected at least one lane, got none; a lane's tokens may be empty")
