@@ -183,6 +183,8 @@ def test_ctrl_c_leaves_the_state_as_it_was(generate: Callable[..., str]) -> None
     generate("--prompt", "Long ago", "--state", "talk")
     before = Path("talk").read_bytes()
     command = [sys.executable, "-m", "memformer", "generate", "--checkpoint", "run", "--state", "talk"]
+    # Where the suite runs in the background of a shell SIGINT is ignored, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*command, "--prompt", "ever after", "--max-new-tokens", "1000000000000"],
         stdout=subprocess.PIPE,
