@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from memformer import Memformer
 from memformer.data import ByteTokenizer, Document, TokenIds
-from memformer.evaluation import evaluate, limited, segment_length
+from memformer.evaluation import evaluate, limited
 
 WORDS = b"the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
 TOKENIZER = ByteTokenizer()
@@ -99,4 +99,4 @@ def test_a_limit_cuts_the_last_document():
 
 
 def test_a_segment_fits_encoder_and_decoder(model):
-    assert segment_length(model) == 8
+    assert model.config.segment_length == 8

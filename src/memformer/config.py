@@ -77,6 +77,13 @@ class MemformerConfig:
         if self.tie_embeddings and self.encoder_only:
             raise ValueError("tie_embeddings: there is nothing to tie in an encoder-only model")
 
+    @property
+    def segment_length(self) -> int:
+        """Tokens per segment: what the encoder can read and a decoder, after its start token, can write."""
+        if self.dec_max_seq_len is None:
+            return self.enc_max_seq_len
+        return min(self.enc_max_seq_len, self.dec_max_seq_len - 1)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

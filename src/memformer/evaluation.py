@@ -17,7 +17,7 @@ from .model import Memformer, token_losses
 from .parallel import Ranks
 from .segments import Segment
 
-__all__ = ["Depth", "HeldOut", "evaluate", "limited", "segment_length", "to_device"]
+__all__ = ["Depth", "HeldOut", "evaluate", "limited", "to_device"]
 
 LOGITS_AT_ONCE = 2**22
 """The decoder is called on so many segments at once as give this many logits, 16 MiB in float32."""
@@ -93,7 +93,7 @@ def evaluate(
     stream = Lanes(
         sequences,
         lanes=lanes,
-        length=segment_length(model),
+        length=model.config.segment_length,
         start=tokenizer.start,
         epochs=1,
         rank=ranks.rank,
@@ -143,11 +143,6 @@ def evaluate(
 
 def _joined(segments: Sequence[Segment], name: str) -> Tensor:
     return torch.cat([getattr(segment, name) for segment in segments])
-
-
-def segment_length(model: Memformer) -> int:
-    """Tokens per segment: what the encoder can read and the decoder, after its start token, can write."""
-    return min(model.config.enc_max_seq_len, (model.config.dec_max_seq_len or 0) - 1)
 
 
 def to_device(segment: Segment, device: torch.device) -> Segment:

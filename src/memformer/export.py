@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .generation import _segment_length
 from .model import Decoder, Memformer
 
 __all__ = ["DecodeStep", "EncodeStep", "Format", "export"]
@@ -140,7 +139,7 @@ def export(
         described[name] = {"file": file.name, **{kind: _described(group) for kind, group in tensors.items()}}
     contents = {
         "format": format,
-        "segment_length": _segment_length(config),
+        "segment_length": config.segment_length,
         "special_tokens": dict(special_tokens or {}),
         "steps": described,
         "model": config.to_dict(),

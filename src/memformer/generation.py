@@ -168,13 +168,6 @@ class _Model(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def _segment_length(config: MemformerConfig) -> int:
-    """The decoder writes one segment after its start token; the encoder must be able to read it."""
-    if config.dec_max_seq_len is None:
-        return config.enc_max_seq_len
-    return min(config.enc_max_seq_len, config.dec_max_seq_len - 1)
-
-
 def _vocabulary(config: MemformerConfig) -> int:
     """Tokens that can be both written and read: 0 to this number."""
     return min(config.enc_num_tokens, config.dec_num_tokens or config.enc_num_tokens)
@@ -583,7 +576,7 @@ def _begin(
             "tokens: expected token ids (batch, length), a list with one (length,) per lane, or None to go on from a "
             f"state, got {type(tokens).__name__}"
         )
-    like, length, batch = model.get_initial_mem(1)[0], _segment_length(model.config), len(tokens)
+    like, length, batch = model.get_initial_mem(1)[0], model.config.segment_length, len(tokens)
     if not batch:
         raise ValueError("tokens: expected at least one lane, got none; a lane's tokens may be empty")
     if state is None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import replay
 from .data import Lanes, Tokens
-from .evaluation import segment_length, to_device
+from .evaluation import to_device
 from .model import Memformer
 from .objectives import rollout
 from .segments import Segment
@@ -122,7 +122,7 @@ def inspect(model: Memformer, documents: Sequence[Tokens], *, start: int, segmen
         raise ValueError("documents: expected at least one, got none")
     if model.decoder is None:
         raise ValueError("model: expected one with a decoder, for there is no loss without one; see memory_health")
-    length = segment_length(model)
+    length = model.config.segment_length
     count = min(segments, *(len(document) // length for document in documents))
     if count < 2:
         shortest = min(len(document) for document in documents)

@@ -34,10 +34,7 @@ def run(command: ExportCommand) -> int:
     except FileNotFoundError:
         tokenizer = None  # a model that was not trained here: its ids are its user's own
     special = {} if tokenizer is None else dict(zip(SPECIAL, tokenizer.special, strict=True))
-    try:
-        contents = export(model, command.out, format=command.format, special_tokens=special)
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    contents = export(model, command.out, format=command.format, special_tokens=special)
     if tokenizer is not None:
         tokenizer.save(command.out)
     for name in [step["file"] for step in contents["steps"].values()] + ["export.json"]:

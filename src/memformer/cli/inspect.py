@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import encode_documents
-from ..evaluation import segment_length
 from ..inspection import KINDS, Inspection, inspect, kinds, plot
 from . import models
 
@@ -39,14 +38,11 @@ def run(command: InspectCommand) -> int:
     longest = sorted(command.documents(), key=lambda document: -len(document))[: command.lanes]
     sequences = encode_documents(longest, tokenizer)
     # In a document of one segment no memory is read, and the shortest decides how far all of them are.
-    long = [tokens for tokens in sequences if len(tokens) >= 2 * segment_length(model)] or sequences
+    long = [tokens for tokens in sequences if len(tokens) >= 2 * model.config.segment_length] or sequences
     found = inspect(model, long, start=tokenizer.start, segments=command.segments)
     print(describe(found))
     if command.plot is not None:
-        try:
-            plot(found, command.plot)
-        except ImportError as error:
-            raise ValueError(str(error)) from error
+        plot(found, command.plot)
         print(f"\nplot in {command.plot}")
     return 0
 
