@@ -15,7 +15,7 @@ PACKAGE = Path(memformer.__file__).parent
 
 LAYERS = [
     {"replay", "config", "segments", "positions"},
-    {"attention"},
+    {"attention", "tasks"},
     {"blocks"},
     {"memory", "state"},
     {"generation"},
