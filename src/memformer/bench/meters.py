@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["ProcessMeter", "live_bytes", "machine", "peak_bytes", "seconds"]
+__all__ = ["ProcessMeter", "flops", "live_bytes", "machine", "peak_bytes", "seconds"]
 
 
 def machine(device: torch.device) -> str:
@@ -36,6 +38,16 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
     step()
     _wait(device)
     return time.perf_counter() - start
+
+
+def flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products in ``step``, a multiplication and an addition being two.
+
+    Attention is computed by its plain products meanwhile: torch's counter does not see into the CPU's fused kernel.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 class _Alive:
