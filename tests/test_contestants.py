@@ -1,0 +1,138 @@
+"""All contestants under the same rules: what they see, what they carry, how large they are.
+
+Those from other packages are tested where the environment says in which folders they are: MEMFORMER_RIVALS and
+MEMFORMER_EARLIER.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import memformer
+from memformer.bench.contestants import CONTESTANTS, Sizes, build
+from memformer.tasks import Episode
+
+OWN = ("memformer", "memory off")
+SIZES = Sizes(vocabulary=11, length=4, dim=16, heads=2, slots=4)
+
+
+def contestant(name, sizes=SIZES):
+    variable = None if name in OWN else "MEMFORMER_EARLIER" if name == "earlier" else "MEMFORMER_RIVALS"
+    folder = Path(os.environ.get(variable, "")) if variable else None
+    if variable and variable not in os.environ:
+        pytest.skip(f"{variable} is not set")
+    return build(name, sizes, rivals=folder, earlier=folder)
+
+
+def episode(segments=5, answers=None, batch=3):
+    tokens = torch.randint(1, SIZES.vocabulary, (batch, segments, SIZES.length))
+    marked = torch.zeros_like(tokens, dtype=torch.bool)
+    marked[:, 1:] = True
+    if answers is not None:
+        marked[:] = answers
+    return Episode(tokens, marked)
+
+
+def grid(model, given, state=None):
+    """The logits at their answers' places; zero elsewhere."""
+    logits = model(given, state).logits
+    return torch.zeros(*given.tokens.shape, SIZES.vocabulary).masked_scatter(given.answers[..., None], logits)
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_a_prediction_sees_what_stands_before_it_and_nothing_else(name):
+    model = contestant(name).eval()
+    given = episode()
+    changed = given.tokens.clone()
+    changed[:, 2, 1] = (changed[:, 2, 1] + 1) % SIZES.vocabulary
+    before, after = (grid(model, given._replace(tokens=tokens)).flatten(1, 2) for tokens in (given.tokens, changed))
+    place = 2 * SIZES.length + 1
+    torch.testing.assert_close(before[:, : place + 1], after[:, : place + 1])
+    assert (before - after)[:, place + 1].abs().max() > 1e-5, "the next token's prediction sees it"
+    assert (before - after)[:, 3 * SIZES.length].abs().max() > 1e-6, "and so does the next segment's"
+    later = (before - after)[:, 4 * SIZES.length :].abs().max().item()
+    assert later == 0 if name == "memory off" else later > 1e-7
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_only_segments_with_answers_count_and_in_their_order(name):
+    model = contestant(name).eval()
+    given = episode()
+    few = torch.zeros_like(given.answers)
+    few[0, 2, 1:3] = few[1, 4, 0] = few[2, 2, 3] = True
+    expected = grid(model, given)[few]
+    assert expected.shape == (4, SIZES.vocabulary)
+    torch.testing.assert_close(model(given._replace(answers=few)).logits, expected)
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_an_episode_in_two_parts_is_the_episode(name):
+    model = contestant(name).eval()
+    whole = episode()
+    first, second = (Episode(*(x[:, part] for x in whole)) for part in (slice(0, 2), slice(2, None)))
+    state = model(first).state
+    assert not any(x.requires_grad for x in torch.utils._pytree.tree_leaves(state) if isinstance(x, torch.Tensor))
+    second = second._replace(answers=torch.ones_like(second.answers))
+    torch.testing.assert_close(grid(model, second, state), grid(model, whole)[:, 2:])
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_sizes_are_about_the_same_and_every_parameter_is_trained(name):
+    sizes = Sizes(vocabulary=51, length=4)
+    own, model = contestant("memformer", sizes), contestant(name, sizes)
+    counts = [sum(p.numel() for p in x.parameters()) for x in (own, model)]
+    assert counts[1] == pytest.approx(counts[0], rel=0.07)
+    numbers = model.numbers_carried(4)
+    assert numbers == 0 if name == "memory off" else numbers == pytest.approx(own.numbers_carried(4), rel=0.2)
+    given = episode(segments=12)
+    outcome = model(given)
+    loss = torch.nn.functional.cross_entropy(outcome.logits, given.tokens[given.answers]) + outcome.extra_loss
+    loss.backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    # Memory off never writes; Compressive has a compression in the layers that keep nothing.
+    allowed = {"memory off": "network.writer", "Compressive": "network.attn_layers.0.fn.fn.compress_mem_fn"}
+    assert all(parameter.startswith(allowed.get(name, "-")) for parameter in unused), unused
+
+
+def test_transformer_xl_gets_the_state_that_is_asked_for():
+    sizes = Sizes(vocabulary=11, length=4, dim=16, heads=2, slots=4, carried=8 * 4 * 16)
+    assert contestant("Transformer-XL", sizes).numbers_carried(4) == 8 * 4 * 16
+
+
+def test_compressive_trains_its_keys_and_values_to_the_end():
+    """The package would stop at the first compression; in evaluation it does not compress for a loss."""
+    model, given, grads = contestant("Compressive"), episode(segments=12), []
+    for training in (True, False):
+        model.train(training).zero_grad()
+        logits = model(given).logits
+        torch.nn.functional.cross_entropy(logits, given.tokens[given.answers]).backward()
+        grads.append([layer.fn.fn.to_kv.weight.grad.clone() for layer in model.network.attn_layers])
+    torch.testing.assert_close(*grads)
+    assert all(grad.abs().max() > 0 for grad in grads[0])
+
+
+def test_the_earlier_library_leaves_this_one_in_its_place():
+    mine = sys.modules["memformer.model"]
+    model = contestant("earlier")
+    assert type(model.network) is not memformer.Memformer
+    assert sys.modules["memformer.model"] is mine
+    assert sys.modules["memformer"] is memformer
+    assert "memformer.mrbp" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["earlier", "RMT", "Transformer-XL", "Compressive"])
+def test_a_missing_package_is_refused_with_the_command_that_gets_it(name, tmp_path):
+    option = "earlier" if name == "earlier" else "rivals"
+    for folder in (None, tmp_path):
+        with pytest.raises(ValueError, match=rf"{option}: expected a folder made by `pip install --no-deps --target"):
+            build(name, SIZES, rivals=folder, earlier=folder)
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(ValueError, match=r"contestants: expected some of memformer, memory off, .* got 'GPT'"):
+        build("GPT", SIZES)
+    with pytest.raises(ValueError, match="answers: expected none in the first segment"):
+        contestant("memformer")(episode(answers=True))
