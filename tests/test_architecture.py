@@ -14,7 +14,7 @@ import memformer
 PACKAGE = Path(memformer.__file__).parent
 
 LAYERS = [
-    {"replay", "config", "segments", "positions"},
+    {"replay", "config", "segments", "positions", "pictures"},
     {"attention", "tasks"},
     {"blocks"},
     {"memory", "state"},

@@ -24,6 +24,7 @@ from .data import Lanes, Tokens
 from .evaluation import to_device
 from .model import Memformer
 from .objectives import rollout
+from .pictures import new_figure
 from .segments import Segment
 
 __all__ = ["KINDS", "Inspection", "MemoryHealth", "inspect", "kinds", "memory_health", "plot", "slot_diversity"]
@@ -177,12 +178,9 @@ def plot(inspection: Inspection, path: str | Path) -> None:
         ImportError: matplotlib is missing.
         ValueError: the name's suffix is not of a picture that matplotlib can write.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install 'memformer[plot]'", name="matplotlib") from error
+    figure = new_figure(11, 7.5)
+    import matplotlib as mpl
+
     colours = mpl.colormaps["YlGnBu"]
     of_kind = [colours(0.95), colours(0.55), colours(0.12)]
     order = inspection.by_slot.argsort(descending=True, stable=True)
@@ -190,8 +188,6 @@ def plot(inspection: Inspection, path: str | Path) -> None:
     slots, segments = attention.shape
     positions, times = np.arange(slots), np.arange(1, segments + 1)
 
-    figure = Figure(figsize=(11, 7.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     (heat, bars), (areas, reach) = figure.subplots(2, 2, width_ratios=[3, 1.6], height_ratios=[1.7, 1])
 
     picture = heat.imshow(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import pictures
 from ..data import encode_documents
 from ..inspection import KINDS, Inspection, inspect, kinds, plot
 from . import models
@@ -32,8 +33,7 @@ class InspectCommand(models.DocumentOptions):
 def run(command: InspectCommand) -> int:
     if command.lanes < 1:
         raise ValueError(f"lanes: expected at least 1, got {command.lanes}")
-    if command.plot is not None and (command.plot.suffix != ".png" or not command.plot.absolute().parent.is_dir()):
-        raise ValueError(f"plot: expected the name of a .png file in a folder that exists, got {command.plot}")
+    pictures.check(command.plot)
     model, tokenizer = models.load(command.checkpoint, command.device)
     longest = sorted(command.documents(), key=lambda document: -len(document))[: command.lanes]
     sequences = encode_documents(longest, tokenizer)
