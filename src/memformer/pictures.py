@@ -15,13 +15,13 @@ def new_figure(width: float, height: float) -> Any:
         ImportError: matplotlib is missing.
     """
     try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib import figure
+        from matplotlib.backends import backend_agg
     except ImportError as error:
         raise ImportError("a plot needs matplotlib: pip install 'memformer[plot]'", name="matplotlib") from error
-    figure = mpl.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    new = figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
+    backend_agg.FigureCanvasAgg(new)
+    return new
 
 
 def check(path: Path | None) -> None:
