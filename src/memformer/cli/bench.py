@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..bench import generation, million, replay
+from ..bench import generation, learn, million, replay
 
 __all__ = ["BenchCommand", "run"]
 
@@ -21,6 +21,7 @@ class BenchCommand:
         Annotated[replay.ReplayBenchmark, tyro.conf.subcommand("replay")]
         | Annotated[million.MillionTokens, tyro.conf.subcommand("million")]
         | Annotated[generation.GenerationBenchmark, tyro.conf.subcommand("generate")]
+        | Annotated[learn.LearningBenchmark, tyro.conf.subcommand("learn")]
     )
 
 
@@ -28,6 +29,7 @@ _RUN: dict[type, Callable[[Any], Iterator[str]]] = {
     replay.ReplayBenchmark: replay.run,
     million.MillionTokens: million.run,
     generation.GenerationBenchmark: generation.run,
+    learn.LearningBenchmark: learn.run,
 }
 
 

