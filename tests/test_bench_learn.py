@@ -150,6 +150,13 @@ def test_the_best_rate_solves_soonest_then_scores_then_loses_least():
         assert learn._best_rate(metric, {(float(i), 0): r for i, r in enumerate(given)}) == expected
 
 
+def test_a_run_that_has_stopped_keeps_its_last_score_in_the_picture():
+    curves = [[(2, 0.1, 3.0), (4, 1.0, 0.1)], [(2, 0.2, 3.0), (4, 0.3, 2.0), (6, 0.4, 1.0)]]
+    steps, scores = learn._over_steps(TASKS["retrieval"], curves)
+    assert steps == [2, 4, 6]
+    assert scores.tolist() == [[0.1, 1.0, 1.0], [0.2, 0.3, 0.4]]
+
+
 def test_the_judge_counts_every_answer_once():
     class Fixed(Contestant):
         def read(self, episode, state):

@@ -326,6 +326,13 @@ def _table(
         )
 
 
+def _over_steps(task: Task, curves: list[list[tuple[int, float, float]]]) -> tuple[list[int], np.ndarray]:
+    """The steps at which any run was judged, and all runs' scores there; a run that has stopped keeps its last one."""
+    steps = sorted({point[0] for curve in curves for point in curve})
+    held = [[max((p for p in curve if p[0] <= step), default=curve[0]) for step in steps] for curve in curves]
+    return steps, np.array([[_score(task, point[1:]) for point in points] for points in held])
+
+
 def _plot(
     tasks: dict[str, tuple[Task, Task]],
     settings: LearningBenchmark,
@@ -341,10 +348,8 @@ def _plot(
             curves = [result["curve"] for result in chosen[name, contestant] if result["curve"]]
             if not curves:
                 continue
-            # A run that has stopped keeps its last score.
-            steps = sorted({point[0] for curve in curves for point in curve})
-            held = [[max((p for p in curve if p[0] <= step), default=curve[0]) for step in steps] for curve in curves]
-            scores = percent * np.array([[_score(task, point[1:]) for point in points] for points in held])
+            steps, scores = _over_steps(task, curves)
+            scores = percent * scores
             (line,) = panel.plot(steps, scores.mean(0), label=contestant, linewidth=1.8)
             panel.fill_between(steps, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         panel.axhline(percent * held_out.chance, color="0.5", linestyle=":", linewidth=1)
