@@ -350,12 +350,13 @@ def _plot(
                 continue
             steps, scores = _over_steps(task, curves)
             scores = percent * scores
-            (line,) = panel.plot(steps, scores.mean(0), label=contestant, linewidth=1.8)
+            (line,) = panel.plot(steps, scores.mean(0), label=contestant, linewidth=1.8, marker=".")
             panel.fill_between(steps, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         panel.axhline(percent * held_out.chance, color="0.5", linestyle=":", linewidth=1)
         panel.set(title=name, xlabel="training steps", ylabel="accuracy, %" if percent == 100 else "bits per pixel")
         if percent == 100:
             panel.set_ylim(-3, 103)
+        panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
     for panel in panels:
         panel.remove()
