@@ -230,6 +230,12 @@ class BPETokenizer(_SpecialTokens):
     def decoder(self) -> Decoder:
         return _PieceDecoder(self)
 
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """(ordinary,) how many bytes each id stands for, where the vocabulary is byte-level."""
+        # Such a vocabulary writes every byte as one character.
+        return np.array([len(self._tokenizer.id_to_token(token) or "") for token in range(self.ordinary)])
+
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
         super().save(folder)
