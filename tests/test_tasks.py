@@ -239,7 +239,7 @@ class TestFair:
 
     @pytest.mark.parametrize("name", ["copy", "reverse", "retrieval", "rewrite", "one fact"])
     def test_chance_is_the_best_guess_without_a_memory(self, name: str) -> None:
-        """Learned by counting, from the last three tokens before an answer that are in its segment or the one before."""
+        """Learned by counting, from the last three tokens before an answer, in its segment and the one before."""
         task = SMALL[name]
         seen: dict[tuple, Tensor] = {}
         for seed, role in enumerate(("count", "guess")):
@@ -262,7 +262,7 @@ class TestScores:
         train = torch.tensor([[0, 0, 1], [0, 0, 1], [1, 1, 1]])
         task = Pixels(images=torch.tensor([[1, 1, 0]]), levels=2, per_segment=1, counted=train)
         assert task.chance == pytest.approx(-(torch.tensor(2 / 5).log2() + torch.tensor(1 / 5).log2()).item() / 2)
-        assert task.solved == pytest.approx(0.9 * task.chance)
+        assert task.solved == pytest.approx(0.8 * task.chance)
 
     def test_either_metric(self) -> None:
         accuracy, bits = SMALL["copy"], SMALL["pixels"]
@@ -329,6 +329,14 @@ class TestRefusals:
             task.draw(4, generator())
         with pytest.raises(ValueError, match="segments: an image has 1 that tell of later ones, got 2"):
             task.draw(1, generator(), segments=2)
+
+    def test_tasks_of_images_are_equal_only_to_themselves(self) -> None:
+        first, second = (Pixels(images=IMAGES.clone(), levels=2, per_segment=2) for _ in range(2))
+        assert first == first
+        assert first != second
+        assert len({first, second}) == 2
+        assert Copy() == Copy() != Copy(symbols=2)
+        assert Copy() != Reverse()
 
     @each_task
     def test_nothing_can_be_changed(self, task: Task) -> None:
@@ -446,10 +454,9 @@ class TestLearning:
         assert accuracy(forgetful, task, memory=False) == pytest.approx(task.chance, abs=0.05)
 
     @pytest.mark.slow
-    def test_one_fact_longer_than_in_training(self) -> None:
+    def test_one_fact_over_eight_segments(self) -> None:
         task = OneFact(segments=8)
         model = learn(task, 500, 3e-3)
         assert task.solves(accuracy(model, task))
-        assert task.solves(accuracy(model, task, segments=32))
         forgetful = learn(task, 500, 3e-3, memory=False)
         assert accuracy(forgetful, task, memory=False) == pytest.approx(task.chance, abs=0.03)

@@ -304,7 +304,7 @@ class Pixels(Task):
     levels: int
     per_segment: int
     counted: Tensor | None = field(default=None, repr=False)
-    solved_share: float = 0.9
+    solved_share: float = 0.8
     segments: int = field(init=False)
     metric: ClassVar[Literal["accuracy", "bits"]] = "bits"
 
@@ -373,7 +373,7 @@ def digits(per_segment: int = 8) -> tuple[Pixels, Pixels]:
     except ImportError as error:
         raise ImportError("digits need scikit-learn: pip install 'memformer[digits]'", name="sklearn") from error
     images, classes = (torch.from_numpy(array).long() for array in load_digits(return_X_y=True))
-    return _pixels([images[classes == digit] for digit in range(10)], 17, per_segment, solved_share=0.9)
+    return _pixels([images[classes == digit] for digit in range(10)], 17, per_segment, solved_share=0.8)
 
 
 def mnist(folder: Path | str, per_segment: int = 28) -> tuple[Pixels, Pixels]:
