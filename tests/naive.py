@@ -171,8 +171,8 @@ def write(writer: NormalisedWriter | GatedWriter, memory: Tensor, x: Tensor, mas
     normed = writer.norm(memory)
     if isinstance(writer, NormalisedWriter):
         q, own_k = writer.slot_qk(normed).chunk(2, -1)
-        moved = slot_attention(q, own_k, memory, k, v, writer.heads, mask, writer.temperature) + writer.bias
-        return torch.stack([slot / slot.square().sum().sqrt() for slot in moved])
+        moved = slot_attention(q, own_k, memory, k, v, writer.heads, mask, writer.temperature)
+        return torch.stack([slot / slot.square().sum().sqrt() for slot in moved + writer.scale * writer.bias])
     q, own_k, own_v = writer.slot_qkv(normed).chunk(3, -1)
     found = writer.to_out(slot_attention(q, own_k, own_v, k, v, writer.heads, mask, writer.temperature))
     found = found + writer.feed_forward(writer.feed_norm(found))

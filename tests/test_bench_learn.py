@@ -46,7 +46,7 @@ def test_the_command(capsys, tmp_path):
     assert sum(" seed 0 " in line for line in printed) == sum(" seed 1 " in line for line in printed) == 4
     tables = [i for i, line in enumerate(printed) if line.startswith("contestant")]
     assert [printed[i - 1].split(":")[0] for i in tables] == ["retrieval", "copy"]
-    assert "chance 6.2, solved from 99.0" in printed[tables[0] - 1]
+    assert "chance 12.5, solved from 99.0" in printed[tables[0] - 1]
     assert "at 3" in printed[tables[0]]
     assert "at 6" in printed[tables[0]]
     for i in tables:
@@ -124,8 +124,12 @@ def test_a_run_stops_when_it_has_solved_the_task_twice(monkeypatch):
     monkeypatch.setattr(learn, "_judge", lambda model, episodes: next(scores, (0.75, 0.5)))
     found = learn.train(learn.LearningBenchmark(**TINY | {"steps": 20}), RUN)
     assert found["solved_at"] == 10
+    assert found["curve"][-1][0] == 20, "it goes on, for it is judged at lengths beyond those of training"
+    monkeypatch.setattr(learn, "LONGER", {})
+    scores = iter([(0.2, 1.0), (1.0, 0.1), (0.5, 1.0), (1.0, 0.1), (1.0, 0.1)])
+    found = learn.train(learn.LearningBenchmark(**TINY | {"steps": 20}), RUN)
     assert [point[0] for point in found["curve"]] == [2, 4, 6, 8, 10]
-    assert found["scores"] == {"3": (0.75, 0.5), "6": (0.75, 0.5)}, "other episodes judge it"
+    assert found["scores"] == {"3": (0.75, 0.5)}, "other episodes judge it"
 
 
 def test_a_run_that_diverges_ends_and_does_not_stop_the_others():
@@ -180,9 +184,10 @@ def test_flops_grow_with_segments_and_with_the_batch():
     model = settings.build("memformer", task)
     costs = learn._flops_per_segments(model, task, 4)
     assert len(costs) == 3
-    assert costs[2] - costs[1] == costs[1] - costs[0] > 0, "each segment more costs the same"
+    assert list(costs) == [3, 4, 5], "with question and answer"
+    assert costs[5] - costs[4] == costs[4] - costs[3] > 0, "each segment more costs the same"
     whole = learn.flops(lambda: learn._loss(model, task.draw(4, torch.Generator(), 3)).backward())
-    assert whole == costs[2]
+    assert whole == costs[5]
 
 
 def test_pixels_are_compared_in_bits():

@@ -460,3 +460,17 @@ class TestLearning:
         assert task.solves(accuracy(model, task))
         forgetful = learn(task, 500, 3e-3, memory=False)
         assert accuracy(forgetful, task, memory=False) == pytest.approx(task.chance, abs=0.03)
+
+
+def test_an_exercise_has_up_to_all_segments_and_noise_in_every_third_batch() -> None:
+    task, generator = AssociativeRetrieval(), torch.Generator().manual_seed(0)
+    first_noise = 3 + task.keys + task.values
+    lengths, noisy = set(), 0
+    for _ in range(300):
+        tokens = task.exercise(2, generator).tokens[:, :-2]
+        lengths.add(tokens.shape[1])
+        noisy += bool((tokens >= first_noise).any())
+    assert lengths == set(range(1, 9))
+    # A third has fewer pairs, and of these one in n, for n segments, has all the same.
+    assert 50 < noisy < 100
+    assert {Copy().exercise(2, generator).tokens.shape[1] for _ in range(100)} == {3, 5, 7, 9}

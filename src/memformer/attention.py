@@ -37,6 +37,15 @@ class SelfAttention(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * dim)
         self.to_out = nn.Linear(dim, dim)
 
+    @torch.no_grad()
+    def begin_with_copies(self) -> None:
+        """New weights with which a token takes from another that one's own vector.
+
+        So tokens that stand together in a segment look alike, and one of them finds what was stored with the other.
+        """
+        nn.init.orthogonal_(self.to_out.weight)
+        self.to_qkv.weight[2 * len(self.to_out.weight) :] = self.to_out.weight.T
+
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
         return self.to_out(merge_heads(self.positions(q, k, v, mask, causal)))

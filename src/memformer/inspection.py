@@ -145,7 +145,7 @@ def inspect(model: Memformer, documents: Sequence[Tokens], *, start: int, segmen
                 diversity.append(slot_diversity(memory.float()).cpu())
         reach = _gradient_reach(model, read, length)
     writer = model.writer
-    norms = writer.get_parameter(writer.per_slot).detach().float().norm(dim=-1).cpu()
+    norms = writer.scale * writer.get_parameter(writer.per_slot).detach().float().norm(dim=-1).cpu()
     return Inspection(torch.stack(attention, 1), torch.stack(diversity, 1), writer.role, norms, reach)
 
 

@@ -59,6 +59,8 @@ class Encoder(nn.Module):
         self.embedding = embedding
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
+        for layer in layers:
+            layer.self_attention.begin_with_copies()
         self.memory_norm = nn.LayerNorm(dim)
         self.memory_projection = ContextProjection(dim, heads, len(layers))
         self.norm = nn.LayerNorm(dim)

@@ -8,6 +8,7 @@ Shapes: tokens (batch, segments, length).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -113,6 +114,11 @@ class Task:
         check_positive_int("segments", segments)
         return self._draw(batch_size, segments, generator)
 
+    def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
+        """A batch to train on: as :meth:`draw`, of 1 to ``self.segments`` segments, so that easy ones teach what hard
+        ones need. It does not depend on what was learned so far: whoever has the same generator sees the same."""
+        return self.draw(batch_size, generator, 1 + int(torch.randint(self.segments, (), generator=generator)))
+
     def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
         raise NotImplementedError
 
@@ -186,8 +192,8 @@ class AssociativeRetrieval(Task):
 
     segments: int = 8
     pairs: int = 8
-    keys: int = 16
-    values: int = 16
+    keys: int = 8
+    values: int = 8
     rewrite: bool = False
 
     def __post_init__(self) -> None:
@@ -213,6 +219,14 @@ class AssociativeRetrieval(Task):
     @property
     def chance(self) -> float:
         return 1 / self.values
+
+    def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
+        """One batch in three has fewer pairs than segments, and so noise."""
+        segments = 1 + int(torch.randint(self.segments, (), generator=generator))
+        pairs = min(self.pairs, segments)
+        if int(torch.randint(3, (), generator=generator)) == 0:
+            pairs = 1 + int(torch.randint(pairs, (), generator=generator))
+        return dataclasses.replace(self, pairs=pairs).draw(batch_size, generator, segments)
 
     def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
         pairs = min(self.pairs, segments)
@@ -395,7 +409,7 @@ TASKS: dict[str, Task] = {
     "copy": Copy(),
     "reverse": Reverse(),
     "retrieval": AssociativeRetrieval(),
-    "rewrite": AssociativeRetrieval(keys=8, rewrite=True),
+    "rewrite": AssociativeRetrieval(rewrite=True),
     "one-fact": OneFact(),
     "copy-360": Copy(segments=9, per_segment=40),
     "reverse-360": Reverse(segments=9, per_segment=40),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..config import Positions
 from ..model import Memformer
 from ..tasks import START, Episode
 
@@ -43,6 +44,7 @@ class Sizes:
         length: tokens per segment.
         dim, heads, encoder_depth, decoder_depth, slots: of :class:`~memformer.Memformer`. A decoder-only model has as
             many layers as both stacks together.
+        positions: of this model alone.
         carried: how many numbers a model whose memory grows with tokens may carry from segment to segment, roughly;
             None for as many as this model does, slots x dim.
     """
@@ -54,6 +56,7 @@ class Sizes:
     encoder_depth: int = 1
     decoder_depth: int = 1
     slots: int = 16
+    positions: Positions = "rotary"
     carried: int | None = None
 
     @property
@@ -173,7 +176,7 @@ class _This(_EncoderDecoder):
 
     @classmethod
     def build(cls, sizes: Sizes, _folder: Path | None) -> _This:
-        return cls(Memformer(**sizes.model))
+        return cls(Memformer(**sizes.model, positions=sizes.positions))
 
     def encode(self, tokens: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.network.step(tokens, memory)
@@ -339,7 +342,7 @@ def _of_equal_size(make: Callable[[int], nn.Module], choices: Sequence[int], siz
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in make().parameters())
 
-    target = count(lambda: Memformer(**sizes.model))
+    target = count(lambda: Memformer(**sizes.model, positions=sizes.positions))
     first = bisect.bisect_left(choices, target, key=lambda choice: count(lambda: make(choice)))
     near = choices[max(0, first - 1) : first + 1]
     counts = [abs(count(lambda choice=choice: make(choice)) - target) for choice in near]  # type: ignore[misc]

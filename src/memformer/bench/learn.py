@@ -24,12 +24,15 @@ from .runs import Record, carry_out
 
 __all__ = ["LearningBenchmark", "run"]
 
-MODEL = {"dim": 64, "heads": 4, "encoder_depth": 1, "decoder_depth": 1, "slots": 16}
+MODEL: dict[str, Any] = {
+    "dim": 64, "heads": 4, "encoder_depth": 1, "decoder_depth": 1, "slots": 16, "positions": "relative",
+}  # fmt: skip
 """The sizes of this model; the others get as many parameters and carry as many numbers."""
 LONGER = {"retrieval": (16,), "rewrite": (16,), "one-fact": (128, 512)}
 """Segments beyond those of training, on which a task is judged too."""
-WARM_UP, EVERY, EPISODES = 100, 100, 512
-"""Steps until the learning rate is reached; steps from one look at the held-out episodes to the next; their number."""
+WARM_UP, EVERY, EPISODES = 300, 100, 512
+"""Steps until the learning rate is reached, whence it falls to zero as a cosine; steps from one look at the held-out
+episodes to the next; their number."""
 _VALIDATION, _TEST = 1_000_000, 1_000_001
 """Seeds of the episodes that stop a run and choose its learning rate, and of those that judge it."""
 
@@ -42,7 +45,8 @@ class LearningBenchmark:
 
     Each trains once with each learning rate and the first seed, for as long as ever. The best rate goes on with the
     other seeds: the one that solves the task in the fewest steps, or else ends with the best score, then loss, on
-    held-out episodes. A run stops where it has solved the task twice in a row on them; others judge it at the end.
+    held-out episodes. A run stops where it has solved the task twice in a row on them, unless the task is judged at
+    lengths beyond those of training; other episodes judge it at the end.
     """
 
     tasks: tuple[str, ...] = ("retrieval",)
@@ -51,12 +55,12 @@ class LearningBenchmark:
     """Of memformer, "memory off", earlier, RMT, Transformer-XL, Compressive. Default: all whose folder is given."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """For parameters and data, which are the same for all contestants; the first one chooses the learning rate."""
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    learning_rates: tuple[float, ...] = (3e-4, 7e-4, 2e-3)
     """What is tried for each contestant and task."""
     steps: int = 3000
     """Training steps of a run, at most."""
     batch_size: int = 64
-    """Episodes in a step. All have as many segments, drawn from 1 to the task's own number for each step."""
+    """Episodes in a step, as the task's ``exercise`` draws them: of 1 to the task's own number of segments."""
     rivals: Path | None = None
     """Folder with the other libraries."""
     earlier: Path | None = None
@@ -117,7 +121,8 @@ def run(settings: LearningBenchmark) -> Iterator[str]:
     )
     yield machine(torch.device("cpu"))
     yield (
-        f"batches of {settings.batch_size}, at most {settings.steps:,} steps; AdamW, {WARM_UP} steps of warm-up, "
+        f"batches of {settings.batch_size}, at most {settings.steps:,} steps; AdamW, {WARM_UP} steps of warm-up, then "
+        "a cosine to zero, "
         f"gradients clipped at 1; this model: " + ", ".join(f"{name} {value}" for name, value in MODEL.items())
     )
     if settings.rivals is None and not settings.contestants:
@@ -178,7 +183,7 @@ def train(settings: LearningBenchmark, described: Result) -> Result:
     model = settings.build(described["contestant"], task)
     parameters = list(model.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=described["learning_rate"], betas=(0.9, 0.98), weight_decay=0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1, (step + 1) / WARM_UP))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, functools.partial(_rate, settings.steps))
     generator = torch.Generator().manual_seed(described["seed"])
     validation = _episodes(held_out, _VALIDATION, task.segments)
     costs = _flops_per_segments(model, task, settings.batch_size)
@@ -187,8 +192,8 @@ def train(settings: LearningBenchmark, described: Result) -> Result:
     seconds, spent, solved_at, diverged_at = 0.0, 0, None, None
     for step in range(1, settings.steps + 1):
         begun = time.perf_counter()
-        segments = int(torch.randint(1, task.segments + 1, (), generator=generator))
-        loss = _loss(model, task.draw(settings.batch_size, generator, segments))
+        episode = task.exercise(settings.batch_size, generator)
+        loss = _loss(model, episode)
         if not loss.isfinite():
             diverged_at = step
             break
@@ -198,14 +203,15 @@ def train(settings: LearningBenchmark, described: Result) -> Result:
         optimiser.step()
         schedule.step()
         seconds += time.perf_counter() - begun
-        spent += costs[segments - 1]
+        spent += costs[episode.tokens.shape[1]]
         if step % EVERY and step < settings.steps:
             continue
         curve.append((step, *_judge(model, validation)))
         # What counts as solved in bits is a mark on the way; there the runs go on to compare where they end.
         if task.metric == "accuracy" and len(curve) > 1 and all(task.solves(score) for _, score, _ in curve[-2:]):
-            solved_at = step
-            break
+            solved_at = solved_at or step
+            if described["task"] not in LONGER:
+                break
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         "numbers_carried": model.numbers_carried(task.length),
@@ -218,8 +224,13 @@ def train(settings: LearningBenchmark, described: Result) -> Result:
         },
         "seconds": seconds,
         "flops": spent,
-        "flops_per_step": sum(costs) / len(costs),
+        "flops_per_step": sum(costs.values()) / len(costs),
     }
+
+
+def _rate(steps: int, step: int) -> float:
+    """The share of the learning rate for a step, counted from 0."""
+    return min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _loss(model: Contestant, episode: Episode) -> Tensor:
@@ -228,12 +239,13 @@ def _loss(model: Contestant, episode: Episode) -> Tensor:
     return loss
 
 
-def _flops_per_segments(model: Contestant, task: Task, batch_size: int) -> list[int]:
-    """What a training step costs, by its number of segments from 1 on; it is proportional to the batch."""
-    costs = []
+def _flops_per_segments(model: Contestant, task: Task, batch_size: int) -> dict[int, int]:
+    """What a training step costs, by its number of segments, all counted; it is proportional to the batch."""
+    costs = {}
     for segments in range(1, task.segments + 1):
         episode = task.draw(1, torch.Generator().manual_seed(0), segments)
-        costs.append(batch_size * flops(lambda episode=episode: _loss(model, episode).backward()))  # type: ignore[misc]
+        cost = flops(lambda episode=episode: _loss(model, episode).backward())  # type: ignore[misc]
+        costs[episode.tokens.shape[1]] = batch_size * cost
     model.zero_grad()
     return costs
 
