@@ -390,7 +390,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings):
 
 def test_the_best_checkpoint_is_kept_and_a_run_stops_early(settings, tmp_path):
     """With a rate that ruins the model, the first evaluation is the best one."""
-    options = dict(steps=40, eval_every=2, patience=3, learning_rate=3.0, warmup=0, clip=0.0, save_every=100, keep=1)
+    options = dict(steps=40, eval_every=2, patience=3, learning_rate=10.0, warmup=0, clip=0.0, save_every=100, keep=1)
     run = Run(settings(**options))
     metrics = list(run.train())
     evaluations = [m for m in metrics if isinstance(m, HeldOut)]
