@@ -153,3 +153,20 @@ def test_a_low_temperature_sharpens() -> None:
     best = torch.cat([own_k, k], 2).mul(q).sum(-1).argmax()
     expected = torch.cat([own_v, v], 2)[0, 0, best]
     torch.testing.assert_close(slot_attention(q, own_k, own_v, k, v, temperature=1e-4)[0, 0, 0], expected)
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(32, 4), (64, 4), (256, 8)])
+def test_a_new_slot_gives_itself_most_of_its_attention_at_any_width(dim: int, heads: int) -> None:
+    writer = NormalisedWriter(dim, 32, heads, 0.25).double()
+    shares = writer.attention_on_itself(writer.initial(8), torch.nn.functional.layer_norm(randn(8, 16, dim), (dim,)))
+    assert 0.6 < shares.mean().item() < 0.85
+
+
+def test_a_new_bias_vector_forgets_slowly() -> None:
+    """Content that is kept is still the larger part after 100 segments."""
+    writer = make("normalised")
+    content = torch.nn.functional.normalize(randn(1, SLOTS, DIM), dim=-1)
+    memory, nothing = content, torch.zeros(1, LENGTH, dtype=torch.bool)
+    for _ in range(100):
+        memory = writer(memory, randn(1, LENGTH, DIM), nothing)
+    assert ((memory * content).sum(-1) > 0.7).all()

@@ -543,3 +543,18 @@ def test_mistyped_keywords() -> None:
 def test_decoder_settings_without_a_decoder_are_pointed_out() -> None:
     with pytest.warns(UserWarning, match="the decoder's settings .* have no effect"):
         tiny(encoder_only=True, dec_num_tokens=11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_new_encoder_copies_neighbours_as_they_are(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = tiny()
+    finally:
+        torch.set_default_dtype(before)
+    for layer in model.encoder.layers:
+        attention = layer.self_attention
+        both = attention.to_out.weight.float() @ attention.to_qkv.weight.chunk(3)[2].float()
+        tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(both, torch.eye(len(both)), rtol=0, atol=tolerance)

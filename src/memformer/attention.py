@@ -43,8 +43,10 @@ class SelfAttention(nn.Module):
 
         So tokens that stand together in a segment look alike, and one of them finds what was stored with the other.
         """
-        nn.init.orthogonal_(self.to_out.weight)
-        self.to_qkv.weight[2 * len(self.to_out.weight) :] = self.to_out.weight.T
+        out = self.to_out.weight
+        # Drawn in single precision at least: the decomposition behind it knows no half precision.
+        out.copy_(nn.init.orthogonal_(torch.empty_like(out, dtype=torch.promote_types(out.dtype, torch.float32))))
+        self.to_qkv.weight[2 * len(out) :] = out.T
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))

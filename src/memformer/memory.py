@@ -131,7 +131,7 @@ class NormalisedWriter(SlotWriter):
         with torch.no_grad():
             # x has norm sqrt(dim); its values must be of the size of a slot, which is 1, or one write would erase it.
             self.segment_kv.weight[dim:].normal_(std=1 / dim)
-            # Each slot's key is parallel to its query, so that it gives itself about half of its attention whatever the
+            # Each slot's key is parallel to its query, so that it gives itself half of its attention or more at any
             # width; with independent ones it gives itself a few percent, and two writes leave all slots the same.
             query, own_key = self.slot_qk.weight.chunk(2)
             own_key.copy_(15 * temperature / math.sqrt(dim / heads) * query)
