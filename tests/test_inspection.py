@@ -127,7 +127,7 @@ def test_an_inspection_equals_a_plain_reading(writer: str) -> None:
         torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-7)
     assert (found.gradient_reach > 0).all()
     parameter = model.writer.bias if writer == "normalised" else model.writer.slots
-    lengths = parameter.detach().float().square().sum(-1).sqrt() * {"normalised": 0.003, "gated": 1.0}[writer]
+    lengths = parameter.detach().float().square().sum(-1).sqrt() * {"normalised": 0.001, "gated": 1.0}[writer]
     torch.testing.assert_close(found.slot_norms, lengths)
     assert found.slot_parameter == {"normalised": "bias vector", "gated": "initial content"}[writer]
 

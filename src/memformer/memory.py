@@ -114,13 +114,13 @@ class NormalisedWriter(SlotWriter):
 
     A slot that attends itself alone is only pulled towards its bias, so it holds content over many segments; slots live
     on the unit sphere, and with nothing written drift back to where they began, faster where the bias is longer.
-    The bias vector b is ``scale`` times the parameter ``bias``: it begins 0.003 long, so that content which is kept
+    The bias vector b is ``scale`` times the parameter ``bias``: it begins 0.001 long, so that content which is kept
     outlives hundreds of segments, and an optimiser whose steps do not know a gradient's size (Adam) changes it as
     slowly; a parameter of that length would be a hundred times longer within 100 steps.
     There is no projection after the heads: it would change a slot that keeps its content.
     """
 
-    per_slot, role, scale = "bias", "bias vector", 0.003
+    per_slot, role, scale = "bias", "bias vector", 0.001
 
     def __init__(self, dim: int, slots: int, heads: int, temperature: float):
         super().__init__(heads, temperature)
