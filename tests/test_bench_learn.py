@@ -137,21 +137,20 @@ def test_a_run_that_diverges_ends_and_does_not_stop_the_others():
     assert found["diverged_at"] == 2
     assert found["solved_at"] is None
     assert found["curve"] == []
-    assert learn._best_rate(TASKS["retrieval"], {(9.0, 0): found, (1e-3, 0): result()}) == 1e-3
+    assert learn._badness(TASKS["retrieval"], found) > learn._badness(TASKS["retrieval"], result())
 
 
-def test_the_best_rate_solves_soonest_then_scores_then_loses_least():
+def test_the_best_solves_soonest_then_scores_then_loses_least():
     task = TASKS["retrieval"]
     images = Pixels(images=torch.zeros(2, 4, dtype=torch.int64), levels=2, per_segment=2)
     soon, late = result(solved_at=100, curve=[(100, 0.99, 0.5)]), result(solved_at=200, curve=[(200, 1.0, 0.1)])
     better, surer = result(curve=[(3, 0.6, 3.0)]), result(curve=[(3, 0.5, 1.0)])
-    for given, metric, expected in (
-        ((late, soon, better), task, 1.0),
-        ((result(), better, surer), task, 1.0),
-        ((result(), surer), task, 1.0),
-        ((better, surer, result()), images, 1.0),
+    for given, metric in (
+        ((soon, late, better), task),
+        ((better, surer, result()), task),
+        ((surer, result(), better), images),
     ):
-        assert learn._best_rate(metric, {(float(i), 0): r for i, r in enumerate(given)}) == expected
+        assert sorted(given, key=lambda one: learn._badness(metric, one)) == list(given)
 
 
 def test_a_run_that_has_stopped_keeps_its_last_score_in_the_picture():
@@ -186,7 +185,8 @@ def test_flops_grow_with_segments_and_with_the_batch():
     assert len(costs) == 3
     assert list(costs) == [3, 4, 5], "with question and answer"
     assert costs[5] - costs[4] == costs[4] - costs[3] > 0, "each segment more costs the same"
-    whole = learn.flops(lambda: learn._loss(model, task.draw(4, torch.Generator(), 3)).backward())
+    episode = task.draw(4, torch.Generator(), 3)
+    whole = learn.flops(lambda: model(episode).loss(episode).backward())
     assert whole == costs[5]
 
 

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -100,6 +101,10 @@ class Outcome(NamedTuple):
     state: Any
     extra_loss: Tensor
 
+    def loss(self, episode: Episode) -> Tensor:
+        """What is trained: the mean loss in nats over the episode's answers, and the extra loss."""
+        return F.cross_entropy(self.logits, episode.tokens[episode.answers]) + self.extra_loss
+
 
 class Contestant(nn.Module):
     """A model that reads an episode segment by segment and predicts its answers."""
@@ -165,7 +170,7 @@ class _EncoderDecoder(Contestant):
                     encoded.append(seen)
                     targets.append(segment)
             last = segment
-        started = nn.functional.pad(torch.stack(targets, 1)[..., :-1], (1, 0), value=START)
+        started = F.pad(torch.stack(targets, 1)[..., :-1], (1, 0), value=START)
         logits = self.decode(started.flatten(0, 1), torch.stack(encoded, 1).flatten(0, 1))
         return logits.unflatten(0, started.shape[:2]), (memory, last), logits.new_zeros(())
 

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from .. import pictures
 from ..tasks import TASKS, Episode, Pixels, Task, digits, mnist
 from .contestants import CONTESTANTS, INSTALL_EARLIER, INSTALL_RIVALS, Contestant, Sizes, build
 from .meters import flops, machine
-from .runs import Record, carry_out
+from .runs import Record, Result, Tuned, tune
 
 __all__ = ["LearningBenchmark", "run"]
 
@@ -35,8 +34,6 @@ WARM_UP, EVERY, EPISODES = 300, 100, 512
 episodes to the next; their number."""
 _VALIDATION, _TEST = 1_000_000, 1_000_001
 """Seeds of the episodes that stop a run and choose its learning rate, and of those that judge it."""
-
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,32 +127,24 @@ def run(settings: LearningBenchmark) -> Iterator[str]:
     if settings.earlier is None and not settings.contestants:
         yield f"the earlier library: --earlier FOLDER, made by `{INSTALL_EARLIER}`"
 
-    work = functools.partial(train, settings)
-    found: dict[tuple[str, str], dict[tuple[float, int], Result]] = {}
-
-    def carry_out_all(wanted: list[Result]) -> Iterator[str]:
-        for described, result in carry_out(work, wanted, record, settings.jobs):
-            key = described["task"], described["contestant"]
-            found.setdefault(key, {})[described["learning_rate"], described["seed"]] = result
-            yield _line(tasks[described["task"]][0], described, result)
-
     pairs = [(task, contestant) for task in settings.tasks for contestant in settings.names]
-    first, *others = settings.seeds
-    yield from carry_out_all([_described(*pair, rate, first) for pair in pairs for rate in settings.learning_rates])
-    best = {pair: _best_rate(tasks[pair[0]][0], found[pair]) for pair in pairs}
-    yield from carry_out_all([_described(*pair, best[pair], seed) for pair in pairs for seed in others])
-
-    chosen = {pair: [found[pair][best[pair], seed] for seed in settings.seeds] for pair in pairs}
+    found = yield from tune(
+        functools.partial(train, settings),
+        [{"task": task, "contestant": contestant} for task, contestant in pairs],
+        settings.learning_rates,
+        settings.seeds,
+        lambda described, result: _badness(tasks[described["task"]][0], result),
+        lambda described, result: _line(tasks[described["task"]][0], described, result),
+        record,
+        settings.jobs,
+    )
+    chosen = dict(zip(pairs, found, strict=True))
     for name in settings.tasks:
         yield ""
-        yield from _table(name, tasks[name], settings, found, best, chosen)
+        yield from _table(name, tasks[name], {who: chosen[name, who] for who in settings.names})
     if settings.plot is not None:
         _plot(tasks, settings, chosen)
         yield f"plot in {settings.plot}"
-
-
-def _described(task: str, contestant: str, rate: float, seed: int) -> Result:
-    return {"task": task, "contestant": contestant, "learning_rate": rate, "seed": seed}
 
 
 def _tasks(name: str, folder: Path | None) -> tuple[Task, Task]:
@@ -193,7 +182,7 @@ def train(settings: LearningBenchmark, described: Result) -> Result:
     for step in range(1, settings.steps + 1):
         begun = time.perf_counter()
         episode = task.exercise(settings.batch_size, generator)
-        loss = _loss(model, episode)
+        loss = model(episode).loss(episode)
         if not loss.isfinite():
             diverged_at = step
             break
@@ -233,18 +222,12 @@ def _rate(steps: int, step: int) -> float:
     return min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _loss(model: Contestant, episode: Episode) -> Tensor:
-    outcome = model(episode)
-    loss: Tensor = F.cross_entropy(outcome.logits, episode.tokens[episode.answers]) + outcome.extra_loss
-    return loss
-
-
 def _flops_per_segments(model: Contestant, task: Task, batch_size: int) -> dict[int, int]:
     """What a training step costs, by its number of segments, all counted; it is proportional to the batch."""
     costs = {}
     for segments in range(1, task.segments + 1):
         episode = task.draw(1, torch.Generator().manual_seed(0), segments)
-        cost = flops(lambda episode=episode: _loss(model, episode).backward())  # type: ignore[misc]
+        cost = flops(lambda episode=episode: model(episode).loss(episode).backward())  # type: ignore[misc]
         costs[episode.tokens.shape[1]] = batch_size * cost
     model.zero_grad()
     return costs
@@ -277,13 +260,10 @@ def _score(task: Task, judged: Sequence[float]) -> float:
     return judged[0] if task.metric == "accuracy" else judged[1]
 
 
-def _best_rate(task: Task, results: dict[tuple[float, int], Result]) -> float:
-    def badness(key: tuple[float, int]) -> tuple[float, float, float]:
-        result = results[key]
-        accuracy, bits = result["curve"][-1][1:] if result["curve"] else (0.0, math.inf)
-        return result["solved_at"] or math.inf, bits if task.metric == "bits" else -accuracy, bits
-
-    return min(results, key=badness)[0]
+def _badness(task: Task, result: Result) -> tuple[float, float, float]:
+    """When it was solved, and how well and with what loss it ended, by which learning rates are compared."""
+    accuracy, bits = result["curve"][-1][1:] if result["curve"] else (0.0, math.inf)
+    return result["solved_at"] or math.inf, bits if task.metric == "bits" else -accuracy, bits
 
 
 def _shown(task: Task, score: float) -> str:
@@ -301,19 +281,13 @@ def _line(task: Task, described: Result, result: Result) -> str:
     )
 
 
-def _table(
-    name: str,
-    tasks: tuple[Task, Task],
-    settings: LearningBenchmark,
-    found: dict[tuple[str, str], dict[tuple[float, int], Result]],
-    best: dict[tuple[str, str], float],
-    chosen: dict[tuple[str, str], list[Result]],
-) -> Iterator[str]:
+def _table(name: str, tasks: tuple[Task, Task], chosen: dict[str, Tuned]) -> Iterator[str]:
     task, held_out = tasks
     unit = "%" if task.metric == "accuracy" else "bits"
-    lengths = list(next(iter(chosen[name, contestant] for contestant in settings.names))[0]["scores"])
+    some = next(iter(chosen.values())).results
+    lengths = list(some[0]["scores"])
     yield (
-        f"{name}: {len(settings.seeds)} seeds, mean (min-max) of {task.metric} in {unit} by segments of information; "
+        f"{name}: {len(some)} seeds, mean (min-max) of {task.metric} in {unit} by segments of information; "
         f"chance {_shown(task, held_out.chance)}, solved from {_shown(task, held_out.solved)}"
     )
     yield (
@@ -321,8 +295,7 @@ def _table(
         + "".join(f"{f'at {n}':>22}" for n in lengths)
         + f"{'solved: seeds, steps':>22} {'MFLOP/step':>11} {'TFLOP spent':>12} {'s per run':>10}"
     )
-    for contestant in settings.names:
-        results, all_runs = chosen[name, contestant], found[name, contestant].values()
+    for contestant, (rate, results, others) in chosen.items():
         cells = ""
         for n in lengths:
             scores = [_score(task, result["scores"][n]) for result in results]
@@ -332,8 +305,8 @@ def _table(
         solved = f"{len(steps)}/{len(results)}" + (f", {statistics.median(steps):,.0f}" if steps else "")
         yield (
             f"{contestant:<15} {results[0]['parameters']:>10,} {results[0]['numbers_carried']:>8,} "
-            f"{best[name, contestant]:>7g}{cells}{solved:>22} {results[0]['flops_per_step'] / 1e6:>11,.0f} "
-            f"{sum(result['flops'] for result in all_runs) / 1e12:>12,.2f} "
+            f"{rate:>7g}{cells}{solved:>22} {results[0]['flops_per_step'] / 1e6:>11,.0f} "
+            f"{sum(result['flops'] for result in results + others) / 1e12:>12,.2f} "
             f"{statistics.median(result['seconds'] for result in results):>10,.0f}"
         )
 
@@ -348,7 +321,7 @@ def _over_steps(task: Task, curves: list[list[tuple[int, float, float]]]) -> tup
 def _plot(
     tasks: dict[str, tuple[Task, Task]],
     settings: LearningBenchmark,
-    chosen: dict[tuple[str, str], list[Result]],
+    chosen: dict[tuple[str, str], Tuned],
 ) -> None:
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
@@ -357,7 +330,7 @@ def _plot(
     for (name, (task, held_out)), panel in zip(tasks.items(), panels, strict=False):
         percent = 100 if task.metric == "accuracy" else 1
         for contestant in settings.names:
-            curves = [result["curve"] for result in chosen[name, contestant] if result["curve"]]
+            curves = [result["curve"] for result in chosen[name, contestant].results if result["curve"]]
             if not curves:
                 continue
             steps, scores = _over_steps(task, curves)

