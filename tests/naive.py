@@ -167,12 +167,13 @@ def slot_attention(
 
 
 def write(writer: NormalisedWriter | GatedWriter, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    k, v = writer.segment_kv(x).chunk(2, -1)
     normed = writer.norm(memory)
     if isinstance(writer, NormalisedWriter):
-        q, own_k = writer.slot_qk(normed).chunk(2, -1)
+        q, own_k = (0.1 * normed @ writer.slots_to_qk.weight.T).chunk(2, -1)
+        k, v = (0.1 * x @ writer.segment_to_kv.weight.T).chunk(2, -1)
         moved = slot_attention(q, own_k, memory, k, v, writer.heads, mask, writer.temperature)
         return torch.stack([slot / slot.square().sum().sqrt() for slot in moved + writer.scale * writer.bias])
+    k, v = writer.segment_kv(x).chunk(2, -1)
     q, own_k, own_v = writer.slot_qkv(normed).chunk(3, -1)
     found = writer.to_out(slot_attention(q, own_k, own_v, k, v, writer.heads, mask, writer.temperature))
     found = found + writer.feed_forward(writer.feed_norm(found))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import naive
 from helpers import WRITERS, mask
 from memformer.attention import merge_heads, split_heads
-from memformer.memory import GatedWriter, NormalisedWriter, normalise, slot_attention
+from memformer.memory import GatedWriter, NormalisedWriter, SlowLinear, normalise, slot_attention
 
 DIM, SLOTS, HEADS, BATCH, LENGTH = 8, 3, 2, 2, 5
 MASKS = [None, mask("11100", "01011"), mask("00000", "11111")]
@@ -102,8 +102,8 @@ def test_a_slot_that_attends_itself_alone_keeps_its_content() -> None:
     nothing = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     assert torch.equal(writer.attend(memory, x, nothing), memory)
     with torch.no_grad():  # and so where the slot's own key outshines every token's
-        writer.slot_qk.weight.copy_(1e3 * torch.eye(DIM).repeat(2, 1))
-        writer.segment_kv.weight[:DIM] = 0
+        writer.slots_to_qk.weight.copy_(1e3 * torch.eye(DIM).repeat(2, 1))
+        writer.segment_to_kv.weight[:DIM] = 0
         writer.norm.bias.zero_()
         writer.norm.weight.fill_(1)
     assert torch.equal(writer.attend(memory, x), memory)
@@ -170,3 +170,18 @@ def test_a_new_bias_vector_forgets_slowly() -> None:
     for _ in range(100):
         memory = writer(memory, randn(1, LENGTH, DIM), nothing)
     assert ((memory * content).sum(-1) > 0.7).all()
+
+
+def test_a_slow_map_is_a_linear_map_that_adam_changes_a_tenth_as_fast() -> None:
+    torch.manual_seed(0)
+    slow, usual = SlowLinear(DIM, 3).double(), torch.nn.Linear(DIM, 3, bias=False).double()
+    with torch.no_grad():
+        usual.weight.copy_(0.1 * slow.weight)
+    before, x = usual.weight.detach().clone(), randn(BATCH, DIM)
+    torch.testing.assert_close(slow(x), usual(x))
+    for part in (slow, usual):
+        optimiser = torch.optim.Adam(part.parameters(), lr=1e-3, eps=0)
+        part(x).square().sum().backward()
+        optimiser.step()
+    torch.testing.assert_close(0.1 * slow.weight - before, 0.1 * (usual.weight - before), rtol=1e-3, atol=1e-6)
+    assert SlowLinear(64, 1000).weight.std().item() == pytest.approx(10 / (3 * 64) ** 0.5, rel=0.02), "as any other, times 10"

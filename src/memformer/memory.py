@@ -109,6 +109,24 @@ class SlotWriter(nn.Module):
         setattr(self, self.per_slot, nn.Parameter(torch.cat([old.detach()[:slots], new]), old.requires_grad))
 
 
+class SlowLinear(nn.Linear):
+    """A linear map without a bias whose matrix is ``speed`` times its parameter, which begins as much larger.
+
+    The outputs are those of any linear map, but an optimiser whose steps do not know a gradient's size (Adam) changes
+    them ``speed`` times as fast.
+    """
+
+    speed: ClassVar[float] = 0.1
+
+    def __init__(self, dim: int, out: int):
+        super().__init__(dim, out, bias=False)
+        with torch.no_grad():
+            self.weight /= self.speed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.speed * super().forward(x)
+
+
 class NormalisedWriter(SlotWriter):
     """Slot attention with the slot's own value unprojected, then biased normalisation (paper v2).
 
@@ -117,6 +135,8 @@ class NormalisedWriter(SlotWriter):
     The bias vector b is ``scale`` times the parameter ``bias``: it begins 0.001 long, so that content which is kept
     outlives hundreds of segments, and an optimiser whose steps do not know a gradient's size (Adam) changes it as
     slowly; a parameter of that length would be a hundred times longer within 100 steps.
+    Queries, keys and values are learned slowly as well: at the speed of the other weights attention becomes hard
+    within a few hundred steps, all slots attend the same tokens and hold the same, and no gradient tells them apart.
     There is no projection after the heads: it would change a slot that keeps its content.
     """
 
@@ -125,15 +145,15 @@ class NormalisedWriter(SlotWriter):
     def __init__(self, dim: int, slots: int, heads: int, temperature: float):
         super().__init__(heads, temperature)
         self.norm = nn.LayerNorm(dim)
-        self.slot_qk = nn.Linear(dim, 2 * dim, bias=False)
-        self.segment_kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.slots_to_qk = SlowLinear(dim, 2 * dim)
+        self.segment_to_kv = SlowLinear(dim, 2 * dim)
         self.bias = nn.Parameter(self.new_slots(slots, dim))
         with torch.no_grad():
             # x has norm sqrt(dim); its values must be of the size of a slot, which is 1, or one write would erase it.
-            self.segment_kv.weight[dim:].normal_(std=1 / dim)
+            self.segment_to_kv.weight[dim:].normal_(std=1 / dim / SlowLinear.speed)
             # Each slot's key is parallel to its query, so that it gives itself half of its attention or more at any
             # width; with independent ones it gives itself a few percent, and two writes leave all slots the same.
-            query, own_key = self.slot_qk.weight.chunk(2)
+            query, own_key = self.slots_to_qk.weight.chunk(2)
             own_key.copy_(15 * temperature / math.sqrt(dim / heads) * query)
 
     @staticmethod
@@ -144,8 +164,8 @@ class NormalisedWriter(SlotWriter):
         return F.normalize(self.bias, dim=-1).expand(batch_size, -1, -1)
 
     def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
-        q, own_k = self.slot_qk(self.norm(memory)).chunk(2, -1)
-        return [split_heads(part, self.heads) for part in (q, own_k, memory, *self.segment_kv(x).chunk(2, -1))]
+        q, own_k = self.slots_to_qk(self.norm(memory)).chunk(2, -1)
+        return [split_heads(part, self.heads) for part in (q, own_k, memory, *self.segment_to_kv(x).chunk(2, -1))]
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return normalise(self.attend(memory, x, mask), self.scale * self.bias)
