@@ -169,8 +169,8 @@ def slot_attention(
 def write(writer: NormalisedWriter | GatedWriter, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     normed = writer.norm(memory)
     if isinstance(writer, NormalisedWriter):
-        q, own_k = (0.1 * normed @ writer.slots_to_qk.weight.T).chunk(2, -1)
-        k, v = (0.1 * x @ writer.segment_to_kv.weight.T).chunk(2, -1)
+        q, own_k = (0.3 * normed @ writer.slots_to_qk.weight.T).chunk(2, -1)
+        k, v = (0.3 * x @ writer.segment_to_kv.weight.T).chunk(2, -1)
         moved = slot_attention(q, own_k, memory, k, v, writer.heads, mask, writer.temperature)
         return torch.stack([slot / slot.square().sum().sqrt() for slot in moved + writer.scale * writer.bias])
     k, v = writer.segment_kv(x).chunk(2, -1)

@@ -116,7 +116,7 @@ class SlowLinear(nn.Linear):
     them ``speed`` times as fast.
     """
 
-    speed: ClassVar[float] = 0.1
+    speed: ClassVar[float] = 0.3
 
     def __init__(self, dim: int, out: int):
         super().__init__(dim, out, bias=False)
