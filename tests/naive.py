@@ -169,7 +169,8 @@ def slot_attention(
 def write(writer: NormalisedWriter | GatedWriter, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     normed = writer.norm(memory)
     if isinstance(writer, NormalisedWriter):
-        q, own_k = (0.3 * normed @ writer.slots_to_qk.weight.T).chunk(2, -1)
+        names = torch.stack([math.sqrt(len(b)) * b / b.norm() for b in writer.bias])
+        q, own_k = (0.3 * (normed + names) / math.sqrt(2) @ writer.slots_to_qk.weight.T).chunk(2, -1)
         k, v = (0.3 * x @ writer.segment_to_kv.weight.T).chunk(2, -1)
         moved = slot_attention(q, own_k, memory, k, v, writer.heads, mask, writer.temperature)
         return torch.stack([slot / slot.square().sum().sqrt() for slot in moved + writer.scale * writer.bias])

@@ -135,8 +135,9 @@ class NormalisedWriter(SlotWriter):
     The bias vector b is ``scale`` times the parameter ``bias``: it begins 0.001 long, so that content which is kept
     outlives hundreds of segments, and an optimiser whose steps do not know a gradient's size (Adam) changes it as
     slowly; a parameter of that length would be a hundred times longer within 100 steps.
-    Queries, keys and values are learned slowly as well: at the speed of the other weights attention becomes hard
-    within a few hundred steps, all slots attend the same tokens and hold the same, and no gradient tells them apart.
+    A slot's query and own key are made from its content and from the direction of its bias vector, its name: slots that
+    hold the same would attend the same and hold the same for ever. They, and the segment's keys and values, are learned
+    slowly as well: at the speed of the other weights attention hardens before it is useful.
     There is no projection after the heads: it would change a slot that keeps its content.
     """
 
@@ -164,7 +165,8 @@ class NormalisedWriter(SlotWriter):
         return F.normalize(self.bias, dim=-1).expand(batch_size, -1, -1)
 
     def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
-        q, own_k = self.slots_to_qk(self.norm(memory)).chunk(2, -1)
+        name = math.sqrt(memory.shape[-1]) * F.normalize(self.bias, dim=-1)  # as long as a normalised slot
+        q, own_k = self.slots_to_qk((self.norm(memory) + name) / math.sqrt(2)).chunk(2, -1)
         return [split_heads(part, self.heads) for part in (q, own_k, memory, *self.segment_to_kv(x).chunk(2, -1))]
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
