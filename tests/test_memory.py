@@ -156,10 +156,21 @@ def test_a_low_temperature_sharpens() -> None:
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(32, 4), (64, 4), (256, 8)])
-def test_a_new_slot_gives_itself_most_of_its_attention_at_any_width(dim: int, heads: int) -> None:
+def test_a_slot_of_a_new_model_gives_itself_most_of_its_attention_at_any_width(dim: int, heads: int) -> None:
     writer = NormalisedWriter(dim, 32, heads, 0.25).double()
-    shares = writer.attention_on_itself(writer.initial(8), torch.nn.functional.layer_norm(randn(8, 16, dim), (dim,)))
-    assert 0.6 < shares.mean().item() < 0.85
+    x = torch.nn.functional.layer_norm(randn(8, 16, dim), (dim,))
+    content = torch.nn.functional.normalize(randn(8, 32, dim), dim=-1)
+    assert 0.6 < writer.attention_on_itself(content, x).mean().item() < 0.85
+    assert 0.85 < writer.attention_on_itself(writer.initial(8), x).mean().item() < 0.99, "its content is its name"
+
+
+def test_slots_that_hold_the_same_do_not_stay_the_same() -> None:
+    writer = NormalisedWriter(64, 8, 4, 0.25)
+    memory = torch.nn.functional.normalize(torch.randn(1, 1, 64), dim=-1).expand(1, 8, 64)
+    for _ in range(10):
+        memory = writer(memory, torch.nn.functional.layer_norm(torch.randn(1, 16, 64), (64,)))
+    cosines = memory[0] @ memory[0].T
+    assert (cosines.sum() - 8) / 56 < 0.5
 
 
 def test_a_new_bias_vector_forgets_slowly() -> None:
