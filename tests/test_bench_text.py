@@ -211,7 +211,7 @@ def test_peers_spend_the_same(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"horizons": (3,)}, "expected a divisor of window, 32, got 3"),
+        ({"horizons": (3,)}, "expected a divisor of window, 16, got 3"),
         ({"seeds": ()}, "seeds: expected some"),
         ({"steps": 0}, "steps: expected above 0, got 0"),
         ({"slots": (1, 1)}, "slots: expected each once"),
