@@ -60,8 +60,8 @@ AT_ONCE = 8
 class TextBenchmark:
     """Held-out bits per byte of real text: this model at several horizons or numbers of slots, or beside its rivals.
 
-    The default, horizons on the standard library's sources, trains 15 models of five minutes each. Segments are short, so
-    that much of what helps lies further back than the one before.
+    The default, horizons on the standard library's sources, trains 15 models of five minutes each. Segments are short,
+    so that much of what helps lies further back than the one before.
     """
 
     study: Literal["horizon", "slots", "peers"] = "horizon"
