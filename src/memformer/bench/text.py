@@ -51,7 +51,7 @@ WARM_UP = 100
 """Steps in which the learning rate rises, at most half of all; then it falls to a tenth along a cosine."""
 POINTS = 8
 """So many times a run is judged on the tuning documents."""
-TUNING_BYTES = 1 << 16
+TUNING_BYTES = 1 << 14
 AT_ONCE = 8
 """Segments in a call where documents are read."""
 
