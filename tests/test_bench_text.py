@@ -204,7 +204,9 @@ def test_peers_spend_the_same(monkeypatch, tmp_path):
     out = tmp_path / "runs.json"
     peers = ["bench", "text", "--study", "peers", "--contestants", "memformer", "memory off", "--out", str(out)]
     assert main([*peers, *SMALL]) == 0
+    assert main(["bench", "text", "--horizons", "2", *SMALL, "--out", str(out)]) == 0
     runs = [held["run"] for held in json.loads(out.read_text())["runs"]]
+    assert len(runs) == 2 * 3, "at the same horizon the study of horizons needs none of its own"
     assert {(run["variant"][0], run["steps"]) for run in runs} == {("memformer", 4), ("memory off", 10)}
 
 

@@ -113,7 +113,7 @@ class TextBenchmark:
     jobs: int = 0
     """Processes, each of one thread; 0 for one per core."""
     out: Path | None = None
-    """JSON file of all runs; what it holds already is not run again."""
+    """JSON file of all runs, for all studies; what it holds already is not run again."""
     plot: Path | None = None
     """PNG file of the results."""
 
@@ -132,31 +132,45 @@ class TextBenchmark:
 
 
 class Variant(NamedTuple):
-    """What a study compares."""
+    """What studies compare; two that compare the same need one run."""
 
-    label: str
-    contestant: str = "memformer"
-    slots: int = 16
-    horizon: int = 16
+    contestant: str
+    slots: int
+    horizon: int
     carried: int | None = None
 
 
-def _variants(settings: TextBenchmark) -> list[Variant]:
-    usual = Variant("memformer", slots=settings.memory_slots, horizon=settings.horizon)
+def _usual(settings: TextBenchmark) -> Variant:
+    return Variant("memformer", settings.memory_slots, settings.horizon)
+
+
+def _variants(settings: TextBenchmark) -> dict[str, Variant]:
+    """By the name that the study gives them."""
+    usual = _usual(settings)
     if settings.study == "horizon":
-        return [usual._replace(label=f"horizon {n}", horizon=n) for n in settings.horizons]
+        return {f"horizon {n}": usual._replace(horizon=n) for n in settings.horizons}
     if settings.study == "slots":
-        return [usual._replace(label=f"{n} slots", slots=n) for n in settings.slots]
+        return {f"{n} slots": usual._replace(slots=n) for n in settings.slots}
     ours = settings.memory_slots * settings.dim
-    variants = []
+    variants = {}
     for name in settings.contestants:
         if name == "Transformer-XL":
             for times in settings.transformer_xl:
-                label = f"{name} x {times:g}"
-                variants.append(usual._replace(label=label, contestant=name, carried=round(times * ours)))
+                variants[f"{name} x {times:g}"] = usual._replace(contestant=name, carried=round(times * ours))
         else:
-            variants.append(usual._replace(label=name, contestant=name))
+            variants[name] = usual._replace(contestant=name)
     return variants
+
+
+class Entry(NamedTuple):
+    """A row of a study's table: what it costs, and what came of it."""
+
+    variant: Variant
+    steps: int
+    parameters: int
+    numbers_carried: int
+    flops_per_step: int
+    tuned: Tuned
 
 
 class _Corpus(NamedTuple):
@@ -394,9 +408,9 @@ def run(settings: TextBenchmark) -> Iterator[str]:
     texts = [bytes(document) for document in held]
     sizes = (sum(map(len, part)) for part in (training, tuning, held))
     counts = (len(part) for part in (training, tuning, held))
-    names = ("training", "tuning", "held out")
+    parts = ("training", "tuning", "held out")
     yield f"{settings.corpus}: " + ", ".join(
-        f"{name} {size:,} bytes in {count} documents" for name, size, count in zip(names, sizes, counts, strict=True)
+        f"{part} {size:,} bytes in {count} documents" for part, size, count in zip(parts, sizes, counts, strict=True)
     )
     yield (
         f"without a neural network, bits per byte: order-2 {order2_bits_per_byte(map(bytes, training), texts):.3f}, "
@@ -412,36 +426,41 @@ def run(settings: TextBenchmark) -> Iterator[str]:
 
     vocabulary = len(_corpus(settings).token_bytes)
     variants = _variants(settings)
-    costs = {variant: _costs(settings, variant, vocabulary) for variant in variants}
-    budget = None
+    costs = {variant: _costs(settings, variant, vocabulary) for variant in variants.values()}
+    steps = dict.fromkeys(costs, settings.steps)
     if settings.study == "peers":
-        usual = Variant("memformer", slots=settings.memory_slots, horizon=settings.horizon)
+        usual = _usual(settings)
         budget = settings.steps * (costs.get(usual) or _costs(settings, usual, vocabulary))["flops_per_step"]
-    steps = {v: round(budget / costs[v]["flops_per_step"]) if budget else settings.steps for v in variants}
+        steps = {variant: round(budget / cost["flops_per_step"]) for variant, cost in costs.items()}
+    names = {variant: label for label, variant in variants.items()}
     found = yield from tune(
         functools.partial(_train, settings),
-        [{"variant": list(v), "steps": steps[v]} for v in variants],
+        [{"variant": list(variant), "steps": steps[variant]} for variant in variants.values()],
         settings.learning_rates,
         settings.seeds,
         _badness,
-        _line,
+        lambda run, result: _line(names[Variant(*run["variant"])], run, result),
         record,
         settings.jobs,
     )
     yield ""
-    chosen = dict(zip(variants, found, strict=True))
-    yield from _table(chosen, costs, steps)
+    entries = {
+        label: Entry(variant, steps[variant], **costs[variant], tuned=tuned)
+        for (label, variant), tuned in zip(variants.items(), found, strict=True)
+    }
+    yield from _table(entries)
     if settings.plot is not None:
-        plot(settings.study, chosen, costs, settings.plot)
+        plot(settings.study, entries, settings.plot)
         yield ""
         yield f"plot in {settings.plot}"
 
 
 def _fixed(settings: TextBenchmark) -> dict[str, Any]:
-    """What all runs of a file have in common."""
-    free = ("horizons", "slots", "transformer_xl", "contestants", "learning_rates", "seeds")
-    places = ("shakespeare", "rivals", "jobs", "out", "plot")
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in free + places}
+    """What all runs of a file have in common, whatever the study."""
+    studies = {"study", "horizons", "slots", "transformer_xl", "contestants", "horizon", "memory_slots"}
+    of_a_run, places = {"steps", "learning_rates", "seeds"}, {"shakespeare", "rivals", "jobs", "out", "plot"}
+    free = studies | of_a_run | places
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
 
 
 def _badness(_: Run, result: Result) -> float:
@@ -449,45 +468,43 @@ def _badness(_: Run, result: Result) -> float:
     return math.inf if math.isnan(bits) else bits
 
 
-def _line(run: Run, result: Result) -> str:
+def _line(label: str, run: Run, result: Result) -> str:
     return (
-        f"{run['variant'][0]}, seed {run['seed']}, learning rate {run['learning_rate']:g}: tuning "
+        f"{label}, seed {run['seed']}, learning rate {run['learning_rate']:g}: tuning "
         f"{result['tuning'][-1][1]:.3f}, held out {result['bits_per_byte']:.3f}, without memory "
         f"{result['bits_per_byte_without_memory']:.3f}, {result['seconds']:.0f} s"
     )
 
 
-def _table(
-    chosen: dict[Variant, Tuned], costs: dict[Variant, dict[str, int]], steps: dict[Variant, int]
-) -> Iterator[str]:
+def _table(entries: dict[str, Entry]) -> Iterator[str]:
     yield "held-out bits per byte: mean (least-most) over the seeds; without memory: from the segment before alone"
     yield (
         f"{'':20}{'parameters':>11}{'carried':>9}{'rate':>8}{'bits per byte':>22}{'without memory':>16}{'steps':>7}"
         f"{'FLOPs':>9}{'seconds':>9}"
     )
-    for variant, (rate, results, _) in chosen.items():
-        cost, count = costs[variant], steps[variant]
+    for label, entry in entries.items():
+        rate, results, _ = entry.tuned
         bits = [result["bits_per_byte"] for result in results]
         without = statistics.mean(result["bits_per_byte_without_memory"] for result in results)
         spread = f"{statistics.mean(bits):.3f} ({min(bits):.3f}-{max(bits):.3f})"
         seconds = statistics.median(result["seconds"] for result in results)
         yield (
-            f"{variant.label:20}{cost['parameters']:>11,}{cost['numbers_carried']:>9,}{rate:>8g}"
-            f"{spread:>22}{without:>16.3f}{count:>7}{count * cost['flops_per_step']:>9.1e}{seconds:>9.0f}"
+            f"{label:20}{entry.parameters:>11,}{entry.numbers_carried:>9,}{rate:>8g}"
+            f"{spread:>22}{without:>16.3f}{entry.steps:>7}{entry.steps * entry.flops_per_step:>9.1e}{seconds:>9.0f}"
         )
     yield ""
     yield "by the segment's depth in its document (the first is 0), mean over the seeds"
-    depths = [Depth(*depth) for depth in next(iter(chosen.values())).results[0]["by_depth"]]
+    depths = [Depth(*depth) for depth in next(iter(entries.values())).tuned.results[0]["by_depth"]]
     yield f"{'':20}" + "".join(f"{f'{depth.first}-{depth.last}':>11}" for depth in depths)
     yield f"{'bytes':20}" + "".join(f"{depth.bytes:>11,}" for depth in depths)
-    for variant, tuned in chosen.items():
-        columns = zip(*(result["by_depth"] for result in tuned.results), strict=True)
-        yield f"{variant.label:20}" + "".join(
+    for label, entry in entries.items():
+        columns = zip(*(result["by_depth"] for result in entry.tuned.results), strict=True)
+        yield f"{label:20}" + "".join(
             f"{statistics.mean(bits / count for _, _, count, bits in column):>11.3f}" for column in columns
         )
 
 
-def plot(study: str, chosen: dict[Variant, Tuned], costs: dict[Variant, dict[str, int]], path: str | Path) -> None:
+def plot(study: str, entries: dict[str, Entry], path: str | Path) -> None:
     """Draw bits per byte against what varies, and against compute, into a PNG file; no window is opened.
 
     Raises:
@@ -496,15 +513,15 @@ def plot(study: str, chosen: dict[Variant, Tuned], costs: dict[Variant, dict[str
     figure = pictures.new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
 
-    def place(variant: Variant) -> int:
-        return {"horizon": variant.horizon, "slots": variant.slots}.get(study, costs[variant]["numbers_carried"])
+    def place(entry: Entry) -> int:
+        return {"horizon": entry.variant.horizon, "slots": entry.variant.slots}.get(study, entry.numbers_carried)
 
-    names = list(dict.fromkeys(variant.contestant for variant in chosen))
+    names = list(dict.fromkeys(entry.variant.contestant for entry in entries.values()))
     for number, name in enumerate(names):
         points, colour = [], f"C{number}"
-        for variant in (v for v in chosen if v.contestant == name):
-            bits = [result["bits_per_byte"] for result in chosen[variant].results]
-            points.append((place(variant), statistics.mean(bits), min(bits), max(bits)))
+        for entry in (one for one in entries.values() if one.variant.contestant == name):
+            bits = [result["bits_per_byte"] for result in entry.tuned.results]
+            points.append((place(entry), statistics.mean(bits), min(bits), max(bits)))
         points.sort()
         x, mean, least, most = map(np.array, zip(*points, strict=True))
         if not x.all():  # nothing is carried, and the axis is logarithmic
@@ -516,9 +533,9 @@ def plot(study: str, chosen: dict[Variant, Tuned], costs: dict[Variant, dict[str
     left.set(xlabel=labels[study], ylabel="held-out bits per byte", title="mean and range over the seeds")
     left.legend(frameon=False)
     left.grid(alpha=0.3)
-    for variant, tuned in chosen.items():
-        steps, bits = np.array([result["tuning"] for result in tuned.results]).mean(0).T
-        right.plot(steps * costs[variant]["flops_per_step"], bits, marker=".", label=variant.label)
+    for label, entry in entries.items():
+        steps, bits = np.array([result["tuning"] for result in entry.tuned.results]).mean(0).T
+        right.plot(steps * entry.flops_per_step, bits, marker=".", label=label)
     right.set(xlabel="training FLOPs", ylabel="bits per byte of the tuning documents", title="while training")
     right.set_xscale("log")
     right.legend(frameon=False, fontsize=8)
