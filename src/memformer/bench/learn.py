@@ -33,7 +33,7 @@ WARM_UP, EVERY, EPISODES = 300, 100, 512
 """Steps until the learning rate is reached, whence it falls to zero as a cosine; steps from one look at the held-out
 episodes to the next; their number."""
 _VALIDATION, _TEST = 1_000_000, 1_000_001
-"""Seeds of the episodes that stop a run and choose its learning rate, and of those that judge it."""
+"""Seeds of the episodes that choose the learning rate, and of those that judge a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,8 @@ class LearningBenchmark:
     """Train this model and its rivals on tasks that only a memory solves: same data, steps, parameters, in one run.
 
     Each trains once with each learning rate and the first seed, for as long as ever. The best rate goes on with the
-    other seeds: the one that solves the task in the fewest steps, or else ends with the best score, then loss, on
-    held-out episodes. A run stops where it has solved the task twice in a row on them, unless the task is judged at
-    lengths beyond those of training; other episodes judge it at the end.
+    other seeds: the one that solves the task (twice in a row) in the fewest steps, or else ends with the best score, then
+    loss, on held-out episodes. Other episodes judge it at the end.
     """
 
     tasks: tuple[str, ...] = ("retrieval",)
@@ -196,11 +195,9 @@ def train(settings: LearningBenchmark, described: Result) -> Result:
         if step % EVERY and step < settings.steps:
             continue
         curve.append((step, *_judge(model, validation)))
-        # What counts as solved in bits is a mark on the way; there the runs go on to compare where they end.
+        # What counts as solved in bits is a mark on the way; there runs are compared by where they end.
         if task.metric == "accuracy" and len(curve) > 1 and all(task.solves(score) for _, score, _ in curve[-2:]):
             solved_at = solved_at or step
-            if described["task"] not in LONGER:
-                break
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         "numbers_carried": model.numbers_carried(task.length),
@@ -312,7 +309,7 @@ def _table(name: str, tasks: tuple[Task, Task], chosen: dict[str, Tuned]) -> Ite
 
 
 def _over_steps(task: Task, curves: list[list[tuple[int, float, float]]]) -> tuple[list[int], np.ndarray]:
-    """The steps at which any run was judged, and all runs' scores there; a run that has stopped keeps its last one."""
+    """The steps at which any run was judged, and all runs' scores there; a run that diverged keeps its last one."""
     steps = sorted({point[0] for curve in curves for point in curve})
     held = [[max((p for p in curve if p[0] <= step), default=curve[0]) for step in steps] for curve in curves]
     return steps, np.array([[_score(task, point[1:]) for point in points] for points in held])
