@@ -41,8 +41,8 @@ class LearningBenchmark:
     """Train this model and its rivals on tasks that only a memory solves: same data, steps, parameters, in one run.
 
     Each trains once with each learning rate and the first seed, for as long as ever. The best rate goes on with the
-    other seeds: the one that solves the task (twice in a row) in the fewest steps, or else ends with the best score, then
-    loss, on held-out episodes. Other episodes judge it at the end.
+    other seeds: the one that solves the task (twice in a row) in the fewest steps, or else ends with the best score,
+    then loss, on held-out episodes. Other episodes judge it at the end.
     """
 
     tasks: tuple[str, ...] = ("retrieval",)
