@@ -343,5 +343,5 @@ def _plot(
     for panel in panels:
         panel.remove()
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * columns), frameon=False)
     figure.savefig(settings.plot)
