@@ -388,21 +388,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings):
 # --- Evaluation on the way
 
 
-def test_the_best_checkpoint_is_kept_and_a_run_stops_early(settings, tmp_path):
-    """With a rate that ruins the model, the first evaluation is the best one."""
-    options = dict(steps=40, eval_every=2, patience=3, learning_rate=10.0, warmup=0, clip=0.0, save_every=100, keep=1)
+def test_the_best_checkpoint_is_kept_and_a_run_stops_early(settings, tmp_path, monkeypatch):
+    """The fourth step is the best one, three evaluations more are waited for."""
+    evaluate = Run.evaluate
+    monkeypatch.setattr(Run, "evaluate", lambda run: dataclasses.replace(evaluate(run), loss_nats=abs(run.step - 4.0)))
+    options = dict(steps=40, eval_every=2, patience=3, save_every=100, keep=1)
     run = Run(settings(**options))
     metrics = list(run.train())
-    evaluations = [m for m in metrics if isinstance(m, HeldOut)]
-    best = min(evaluations, key=lambda m: m.loss_nats)
-    assert run.best == {"step": best.step, "loss_nats": best.loss_nats}
+    assert [m.step for m in metrics if isinstance(m, HeldOut)] == [2, 4, 6, 8, 10]
+    assert run.best == {"step": 4, "loss_nats": 0.0}
     assert run.stopped_early
-    assert run.step == best.step + 6 < 40
+    assert run.step == 10
     names = {f.name for f in (tmp_path / "run").iterdir()}
-    assert names == {".lock", "best", "metrics.jsonl", "run.yaml", f"step-{best.step:06d}", f"step-{run.step:06d}"}
-    assert (tmp_path / "run" / "best").resolve().name == f"step-{best.step:06d}"
+    assert names == {".lock", "best", "metrics.jsonl", "run.yaml", "step-000004", "step-000010"}
+    assert (tmp_path / "run" / "best").resolve().name == "step-000004"
     assert checkpoints.find(tmp_path / "run" / "best").name == "best"
-    with pytest.raises(ValueError, match=f"stopped early, at step {run.step}: raise --patience"):
+    with pytest.raises(ValueError, match="stopped early, at step 10: raise --patience"):
         Run(settings(**options, resume=True))
 
 
