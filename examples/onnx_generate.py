@@ -31,7 +31,7 @@ def load(folder: Path) -> Exported:
 def generate(exported: Exported, prompt: Sequence[int], count: int) -> Iterator[int]:
     """The likeliest tokens after a prompt."""
     about, encode, decode = exported
-    length, special = about["segment_length"], about["special_tokens"]
+    length, special, overlap = about["segment_length"], about["special_tokens"], about["model"]["dec_overlap"]
     shapes = {name: [size if size != "batch" else 1 for size in x["shape"]]
               for step in about["steps"].values() for name, x in step["inputs"].items()}  # fmt: skip
     cache = np.zeros(shapes["cache"], np.float32)
@@ -46,24 +46,29 @@ def generate(exported: Exported, prompt: Sequence[int], count: int) -> Iterator[
         memory, context = encode.run(["memory_after", "context"], inputs)
         return {"context": context, "mask": mask}, memory
 
-    looked_at, memory = read([special["start"]])
-    pending = list(prompt)
-    while len(pending) >= length:
-        looked_at, memory = read(pending[:length], memory)
-        pending = pending[length:]
-    waiting = [special["start"], *pending]  # tokens that the decoder has not seen
+    def begin(segment: Sequence[int]) -> list[int]:
+        """What the decoder reads before it goes on from a segment: the start token, and the segment's last tokens."""
+        return [special["start"], *([special["start"]] * overlap + [*segment])[len(segment) :]]
+
+    segment, rest = [special["start"]], list(prompt)
+    looked_at, memory = read(segment)
+    while len(rest) >= length:
+        segment, rest = rest[:length], rest[length:]
+        looked_at, memory = read(segment, memory)
+    written, known = [*begin(segment), *rest], 0  # the decoder's tokens, and how many of them it has read
     for _ in range(count):
-        for position, token in enumerate(waiting, len(pending) + 1 - len(waiting)):
-            step = {"token": np.array([token]), "position": np.array([position]), "cache": cache, **looked_at}
-            logits, cache = decode.run(None, step)
+        for position in range(known, len(written)):
+            step = {"token": np.array([written[position]]), "position": np.array([position]), "cache": cache}
+            logits, cache = decode.run(None, step | looked_at)
         logits[:, list(special.values())] = -np.inf
         token = int(logits.argmax())
         yield token
-        pending.append(token)
-        waiting = [token]
-        if len(pending) == length:
-            looked_at, memory = read(pending, memory)
-            pending, waiting = [], [special["start"]]
+        known = len(written)
+        written.append(token)
+        if len(written) == 1 + overlap + length:
+            segment = written[-length:]
+            looked_at, memory = read(segment, memory)
+            written, known = begin(segment), 0
 
 
 def main() -> None:

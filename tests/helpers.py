@@ -82,9 +82,10 @@ def training_settings(**flat: Any) -> TrainingConfig:
 
 
 def lively(seed: int = 0, **changes: Any) -> Memformer:
-    """A :func:`tiny` model with segments of 5 tokens whose greedy text is not one token for ever."""
+    """A :func:`tiny` model with segments of 5 tokens, and an overlap, whose greedy text is not one token for ever."""
+    overlap = {} if changes.get("encoder_only") else {"dec_overlap": 2}
     with torch.random.fork_rng():
-        model = tiny(**{"enc_max_seq_len": 5, **changes}).eval()
+        model = tiny(**{"enc_max_seq_len": 5, **overlap, **changes}).eval()
         torch.manual_seed(10 + seed)  # after the model's own draws, whose number is its own affair
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -122,16 +122,30 @@ def encode(model: Memformer, src: Tensor, memory: Tensor, mask: Tensor | None = 
 
 
 def loss(
-    model: Memformer, tgt: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, tgt_mask: Tensor | None = None
+    model: Memformer,
+    src: Tensor,
+    tgt: Tensor,
+    enc_out: Tensor,
+    src_mask: Tensor | None = None,
+    tgt_mask: Tensor | None = None,
 ) -> Tensor:
     """The mean loss of one lane, each token predicted by a decoder that was given only the tokens before it."""
     kept = torch.ones(len(tgt), dtype=torch.bool) if tgt_mask is None else tgt_mask
+    source = src if src_mask is None else src[src_mask]
     losses = []
     for n in range(1, len(tgt)):
         if kept[n] and kept[:n].any():
-            logits = last_logits(model, tgt[:n], kept[:n], enc_out, src_mask)
+            before, exists = overlapped(model, source, tgt[:n]), torch.ones(model.config.dec_overlap, dtype=torch.bool)
+            logits = last_logits(model, before, torch.cat([kept[:1], exists, kept[1:n]]), enc_out, src_mask)
             losses.append(-logits.log_softmax(0)[tgt[n]])
     return torch.stack(losses).mean()
+
+
+def overlapped(model: Memformer, source: Tensor, tgt: Tensor) -> Tensor:
+    """A target whose first token is followed by the last ones of a source that exists, or by itself in their place."""
+    places = range(len(source) - model.config.dec_overlap, len(source))
+    last = [source[i] if i >= 0 else tgt[0] for i in places]
+    return torch.stack([tgt[0], *last, *tgt[1:]])
 
 
 def last_logits(model: Memformer, tgt: Tensor, kept: Tensor, enc_out: Tensor, src_mask: Tensor | None) -> Tensor:
@@ -201,5 +215,5 @@ def next_logits(model: Memformer, text: list[int], start: int) -> Tensor:
         for _ in range(model.config.num_mem_updates):
             memory = write(model.writer, memory, encoding)
         source = torch.tensor(text[begin : begin + length])
-    pending = torch.tensor([start, *text[len(text) // length * length :]])
+    pending = overlapped(model, source, torch.tensor([start, *text[len(text) // length * length :]]))
     return last_logits(model, pending, torch.ones(len(pending), dtype=torch.bool), encode(model, source, memory), None)

@@ -26,15 +26,19 @@ def stained_cache(model: Memformer, batch: int) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("overlap", [0, 3])
 @torch.no_grad()
-def test_step_by_step_equals_at_once(kind: str, dtype: torch.dtype) -> None:
-    model, batch = tiny(positions=kind).to(dtype), 3
-    tgt, enc_out = tokens(batch, LENGTH), model.encode(tokens(batch, 4)).enc_out
+def test_step_by_step_equals_at_once(kind: str, dtype: torch.dtype, overlap: int) -> None:
+    model, batch = tiny(positions=kind, dec_overlap=overlap).to(dtype), 3
+    src, tgt = tokens(batch, 4), tokens(batch, LENGTH)
+    enc_out = model.encode(src).enc_out
     contexts, cache = model.decoder.context_projection(enc_out), stained_cache(model, batch)
-    whole = model.decode(tgt, enc_out)
-    for i in range(LENGTH):
-        logits = model.decoder.step(tgt[:, i], torch.full((batch,), i), cache, contexts)
-        assert_close(logits, whole[:, i], **TOLERANCE[dtype])
+    whole = model.decode(tgt, enc_out, src=src)
+    written = torch.cat([tgt[:, :1], src[:, 4 - overlap :], tgt[:, 1:]], 1)
+    for i in range(LENGTH + overlap):
+        logits = model.decoder.step(written[:, i], torch.full((batch,), i), cache, contexts)
+        if i >= overlap:
+            assert_close(logits, whole[:, i - overlap], **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("kind", POSITIONS)

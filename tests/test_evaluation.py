@@ -19,7 +19,7 @@ def model():
     return Memformer(
         dim=16, num_memory_slots=3, enc_num_tokens=TOKENIZER.vocabulary, enc_max_seq_len=8, enc_depth=1, enc_heads=2,
         dec_num_tokens=TOKENIZER.vocabulary, dec_max_seq_len=9, dec_depth=1, dec_heads=2, mem_update_attn_heads=2,
-        dropout=0.3,
+        dec_overlap=3, dropout=0.3,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import naive
 from helpers import POSITIONS, WRITERS
 from memformer import Memformer
 from memformer.cli import main
@@ -30,6 +31,7 @@ def small(**changes):
     }  # fmt: skip
     if not changes.get("encoder_only"):
         settings |= {"dec_num_tokens": BYTES.vocabulary, "dec_depth": 1, "dec_heads": 2, "dec_max_seq_len": LENGTH + 1}
+        settings["dec_overlap"] = min(2, changes.get("enc_max_seq_len", LENGTH))
     model = Memformer(**(settings | changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # else position tables and biases are too small to be missed
@@ -75,14 +77,18 @@ def assert_same_over_segments(model, steps, batch_size, segments=20):
         if model.decoder is None:
             continue
         written = torch.randint(model.config.dec_num_tokens, (batch_size, LENGTH), generator=generator)
-        expected = model.decode(written, encoded, mask)  # at once, without a cache
-        cache = torch.full((1, 2, batch_size, 2, LENGTH + 1, 8), 9.0)  # what lies ahead does not matter
-        for turn in range(LENGTH):
+        expected = model.decode(written, encoded, mask, None, tokens)  # at once, without a cache
+        overlap = model.config.dec_overlap
+        cache = torch.full((1, 2, batch_size, 2, LENGTH + 1 + overlap, 8), 9.0)  # what lies ahead does not matter
+        rows = zip(written, tokens, mask, strict=True)
+        written = torch.stack([torch.cat([naive.overlapped(model, x[m], w[:1]), w[1:]]) for w, x, m in rows])
+        for turn in range(LENGTH + overlap):
             position = (turn - lanes).clamp(min=0)  # each lane is one token behind the one before
             given = {"token": written[lanes, position], "position": position, "cache": cache}
             out |= steps["decode"](**given, context=out["context"], mask=mask)
             cache = out["cache_after"]
-            assert_close(out["logits"], expected[lanes, position], rtol=0, atol=1e-4)
+            told = position >= overlap
+            assert_close(out["logits"][told], expected[lanes, position - overlap][told], rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

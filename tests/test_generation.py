@@ -90,9 +90,11 @@ def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
 
 @pytest.mark.parametrize(("writer", "updates"), [("normalised", 1), ("gated", 2)])
 @pytest.mark.parametrize("kind", POSITIONS)
-def test_each_step_is_what_the_whole_text_gives(kind: str, writer: str, updates: int) -> None:
+@pytest.mark.parametrize("overlap", [0, 1, LENGTH])
+def test_each_step_is_what_the_whole_text_gives(kind: str, writer: str, updates: int, overlap: int) -> None:
     """Also right at a segment's end, in lanes whose segments end at different times."""
-    model, begun = lively(positions=kind, memory_writer=writer, num_mem_updates=updates), prompts(0, 4, 5, 11)
+    settings = {"positions": kind, "memory_writer": writer, "num_mem_updates": updates, "dec_overlap": overlap}
+    model, begun = lively(**settings), prompts(0, 4, 5, 11)
     steps = recorded(model)
     tokens, state = model.generate(begun, 8, start=START, temperature=0)
     for lane, prompt in enumerate(begun):
@@ -113,7 +115,7 @@ def test_what_was_trained_is_what_is_generated() -> None:
     for segment in Lanes([document.numpy()], lanes=1, length=LENGTH, start=START, epochs=1):
         encoded, memory = model.encode(segment.src, memory, segment.src_mask, segment.reset)
         kept = segment.tgt_mask[:, :-1]
-        logits = model.decode(segment.tgt[:, :-1], encoded, segment.src_mask, kept)
+        logits = model.decode(segment.tgt[:, :-1], encoded, segment.src_mask, kept, segment.src)
         expected.append(logits[segment.tgt_mask[:, 1:]])
     steps = recorded(model)
     for length in range(len(document)):
@@ -427,7 +429,7 @@ def test_mixed_precision() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             stream = model.stream(text, 7, start=START, temperature=0)
             source = model.encode(text[:, :5], model.encode(torch.tensor([[START]])).mem).enc_out
-            whole = model.decode(torch.cat([torch.tensor([[START]]), text[:, 5:]], 1), source)[0, -1]
+            whole = model.decode(torch.cat([torch.tensor([[START]]), text[:, 5:]], 1), source, src=text[:, :5])[0, -1]
             steps = recorded(model)
             assert len(list(stream)) == 7
         assert steps[0].dtype == torch.bfloat16

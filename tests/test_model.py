@@ -19,15 +19,20 @@ from memformer import Memformer, MemformerConfig
 
 SRC_MASK = mask("111000", "010110")
 TGT_MASK = mask("11110", "01011")
+STARTED = mask("11110", "10101")
+"""An overlap needs a target's first token."""
+OVERLAPS = [0, 2, 4]
+"""Two tokens of the source, and more than some masked sources have."""
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_loops(positions: str, masked: bool) -> None:
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_equals_loops(positions: str, masked: bool, overlap: int) -> None:
     """Encoder, writer and decoder, lane by lane; each token predicted by a decoder that sees only those before."""
-    model = tiny(positions=positions, num_mem_updates=2)
+    model = tiny(positions=positions, num_mem_updates=2, dec_overlap=overlap)
     src, tgt, mems = tokens(2, 6), tokens(2, 5), memory(model, 2)
-    src_mask, tgt_mask = (SRC_MASK, TGT_MASK) if masked else (None, None)
+    src_mask, tgt_mask = (SRC_MASK, STARTED if overlap else TGT_MASK) if masked else (None, None)
     out = model(src, tgt, mems, src_mask, tgt_mask)
     losses = []
     for b in range(2):
@@ -38,7 +43,7 @@ def test_equals_loops(positions: str, masked: bool) -> None:
         for _ in range(2):
             written = naive.write(model.writer, written, enc_out, src_kept)
         torch.testing.assert_close(out.mem[b], written, rtol=1e-10, atol=1e-10)
-        losses.append(naive.loss(model, tgt[b], enc_out, src_kept, tgt_kept))
+        losses.append(naive.loss(model, src[b], tgt[b], enc_out, src_kept, tgt_kept))
     # Masked, lane 0 predicts 3 tokens and lane 1 two: the mean is over tokens.
     expected = (3 * losses[0] + 2 * losses[1]) / 5 if masked else (losses[0] + losses[1]) / 2
     torch.testing.assert_close(out.dec_out, expected, rtol=1e-10, atol=1e-10)
@@ -46,14 +51,15 @@ def test_equals_loops(positions: str, masked: bool) -> None:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("tgt_mask", [None, mask("11011")])
-def test_no_decoder_position_sees_a_later_token(positions: str, tgt_mask: Tensor | None) -> None:
-    model, tgt = tiny(positions=positions), tokens(1, 5)
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_no_decoder_position_sees_a_later_token(positions: str, tgt_mask: Tensor | None, overlap: int) -> None:
+    model, tgt, src = tiny(positions=positions, dec_overlap=overlap), tokens(1, 5), tokens(1, 6)
     enc_out = torch.randn(1, 6, 8, dtype=torch.float64)
-    before = model.decode(tgt, enc_out, None, tgt_mask)
+    before = model.decode(tgt, enc_out, None, tgt_mask, src)
     for n in range(1, 5):
         changed = tgt.clone()
         changed[:, n:] = (changed[:, n:] + 1) % VOCABULARY
-        after = model.decode(changed, enc_out, None, tgt_mask)
+        after = model.decode(changed, enc_out, None, tgt_mask, src)
         assert torch.equal(after[:, :n], before[:, :n])
         assert not torch.allclose(after[:, n:], before[:, n:])
 
@@ -106,8 +112,9 @@ def pad(x: Tensor, side: str, fill: Callable[..., Tensor], count: int = 2) -> tu
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("writer", WRITERS)
-def test_padding_changes_nothing(side: str, positions: str, writer: str) -> None:
-    model = tiny(positions=positions, memory_writer=writer, num_mem_updates=2)
+@pytest.mark.parametrize("overlap", [0, 3, 5])
+def test_padding_changes_nothing(side: str, positions: str, writer: str, overlap: int) -> None:
+    model = tiny(positions=positions, memory_writer=writer, num_mem_updates=2, dec_overlap=overlap)
     src, tgt, mems = tokens(2, 4), tokens(2, 4), memory(model, 2).requires_grad_()
 
     def run(src: Tensor, tgt: Tensor, src_mask: Tensor | None, tgt_mask: Tensor | None) -> tuple[Any, Any, Any]:
@@ -121,7 +128,7 @@ def test_padding_changes_nothing(side: str, positions: str, writer: str) -> None
 
     (enc_out, mem, loss), mems_grad, grads = run(src, tgt, None, None)
     padded_src, src_mask = pad(src, side, tokens)
-    padded_tgt, tgt_mask = pad(tgt, side, tokens)
+    padded_tgt, tgt_mask = pad(tgt, "right" if overlap else side, tokens)
     (padded_out, padded_mem, padded_loss), padded_mems_grad, padded_grads = run(
         padded_src, padded_tgt, src_mask, tgt_mask
     )
@@ -136,19 +143,20 @@ def test_padding_changes_nothing(side: str, positions: str, writer: str) -> None
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("writer", WRITERS)
-def test_what_masked_tokens_say_changes_nothing(positions: str, writer: str) -> None:
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_what_masked_tokens_say_changes_nothing(positions: str, writer: str, overlap: int) -> None:
     """Wherever they stand: at the ends or in between."""
-    model = tiny(positions=positions, memory_writer=writer)
-    src, tgt, mems = tokens(2, 6), tokens(2, 5), memory(model, 2)
+    model = tiny(positions=positions, memory_writer=writer, dec_overlap=overlap)
+    src, tgt, mems, tgt_mask = tokens(2, 6), tokens(2, 5), memory(model, 2), STARTED if overlap else TGT_MASK
 
     def run(src: Tensor, tgt: Tensor) -> tuple[Any, Any]:
-        out = model(src, tgt, mems, SRC_MASK, TGT_MASK)
+        out = model(src, tgt, mems, SRC_MASK, tgt_mask)
         (out.dec_out + out.mem[..., 0].sum()).backward()
         return out, take_grads(model)
 
     before, grads = run(src, tgt)
     other_src = torch.where(SRC_MASK, src, (src + 1) % VOCABULARY)
-    other_tgt = torch.where(TGT_MASK, tgt, (tgt + 1) % VOCABULARY)
+    other_tgt = torch.where(tgt_mask, tgt, (tgt + 1) % VOCABULARY)
     after, other_grads = run(other_src, other_tgt)
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old, new)
@@ -501,11 +509,16 @@ def test_a_target_for_an_encoder_only_model() -> None:
         ({"tgt": ids(2, 7)}, r"tgt: expected at most dec_max_seq_len = 6 tokens, got 7"),
         ({"src_mask": mask("11", "11")}, r"src_mask: expected .* shape \(2, 6\)"),
         ({"tgt_mask": mask("11", "11")}, r"tgt_mask: expected .* shape \(2, 5\)"),
+        ({"src": None}, r"src: expected the source of enc_out, shape \(2, 6\), as dec_overlap needs it, got NoneType"),
+        ({"src": ids(2, 5)}, r"src: expected the source of enc_out, shape \(2, 6\), .* got .* of shape \(2, 5\)"),
+        ({"src": ids(2, 6) + 90}, r"src: token id \d+ is outside the table of enc_num_tokens"),
+        ({"tgt_mask": mask("11100", "01100")}, r"tgt_mask: expected the first token .* Pad targets on the right"),
     ],
 )
 def test_a_decode_that_does_not_fit(arguments: dict[str, Any], message: str) -> None:
+    given = {"tgt": ids(2, 5), "src": ids(2, 6), "enc_out": torch.zeros(2, 6, 8, dtype=torch.float64)}
     with pytest.raises(ValueError, match=message):
-        tiny().decode(**{"tgt": ids(2, 5), "enc_out": torch.zeros(2, 6, 8, dtype=torch.float64), **arguments})
+        tiny(dec_overlap=2).decode(**(given | arguments))
 
 
 @pytest.mark.parametrize(
@@ -517,6 +530,9 @@ def test_a_decode_that_does_not_fit(arguments: dict[str, Any], message: str) -> 
         ({"enc_heads": 8}, r"rotary needs an even width per head, got dim 8 / enc_heads 8 = 1"),
         ({"dec_num_tokens": None}, r"dec_num_tokens: a decoder needs it, got None\. Set it, or encoder_only=True"),
         ({"dec_max_seq_len": None}, r"dec_max_seq_len: a decoder needs it, got None"),
+        ({"dec_overlap": -1}, r"dec_overlap: expected a whole number of at least 0, got -1"),
+        ({"dec_overlap": 6}, r"dec_overlap: expected at most a segment's 5 tokens, got 6"),
+        ({"dec_overlap": 1, "dec_num_tokens": 7}, r"dec_overlap: .* got enc_num_tokens 11 and dec_num_tokens 7"),
         ({"num_memory_slots": 0}, r"num_memory_slots: expected a whole number of at least 1, got 0"),
         ({"enc_depth": 1.5}, r"enc_depth: expected a whole number of at least 1, got 1\.5"),
         ({"num_mem_updates": True}, r"num_mem_updates: expected a whole number of at least 1, got True"),

@@ -39,6 +39,7 @@ models = st.fixed_dictionaries(
         "num_mem_updates": st.integers(1, 3),
     }
 )
+overlaps = st.integers(0, LENGTH)
 
 
 def small(**changes: Any) -> Memformer:
@@ -110,10 +111,10 @@ def take_memory_grad(mems: Tensor | None) -> dict[str, Tensor | None]:
 
 
 @SHARED
-@given(shape=shapes, model=models)
-def test_encoder_decoder_equals_bptt(shape: dict[str, Any], model: dict[str, Any]) -> None:
+@given(shape=shapes, model=models, overlap=overlaps)
+def test_encoder_decoder_equals_bptt(shape: dict[str, Any], model: dict[str, Any], overlap: int) -> None:
     torch.manual_seed(shape["seed"])
-    model = small(**model)
+    model = small(**model, dec_overlap=overlap)
     task = Task(shape["count"], shape["batch"], shape["last"], shape["ragged"], shape["losses"])
     mems = start_memory(model, shape["start"], shape["batch"])
     expected = by_hand(model, task, mems)
@@ -195,7 +196,10 @@ def test_resets_equal_bptt_by_hand() -> None:
 def test_the_size_of_the_readout_changes_nothing(readout_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets and sources of unequal length share a call of the decoder, padded."""
     monkeypatch.setattr(objectives, "READOUT_TOKENS", readout_tokens)
-    model, task = small(positions="relative"), Task(count=5, batch=2, last=1, is_ragged=True, losses="every")
+    model, task = (
+        small(positions="relative", dec_overlap=2),
+        Task(count=5, batch=2, last=1, is_ragged=True, losses="every"),
+    )
     task.tgt_mask[-1] = None
     expected = by_hand(model, task, None)
     grads = take_grads(model)

@@ -30,6 +30,7 @@ class MemformerConfig:
     dec_max_seq_len: int | None = None
     dec_depth: int = 6
     dec_heads: int = 8
+    dec_overlap: int = 0
     encoder_only: bool = False
     num_mem_updates: int = 1
     mem_update_attn_heads: int = 8
@@ -49,6 +50,7 @@ class MemformerConfig:
                     raise ValueError(f"{name}: a decoder needs it, got None. Set it, or encoder_only=True")
             counts += ["dec_num_tokens", "dec_max_seq_len", "dec_depth", "dec_heads"]
             stack_heads += ["dec_heads"]
+            self._check_overlap()
         for name in counts:
             check_positive_int(name, getattr(self, name))
         for name in [*stack_heads, "mem_update_attn_heads"]:
@@ -76,6 +78,18 @@ class MemformerConfig:
             )
         if self.tie_embeddings and self.encoder_only:
             raise ValueError("tie_embeddings: there is nothing to tie in an encoder-only model")
+
+    def _check_overlap(self) -> None:
+        overlap = self.dec_overlap
+        if not isinstance(overlap, int) or isinstance(overlap, bool) or overlap < 0:
+            raise ValueError(f"dec_overlap: expected a whole number of at least 0, got {overlap!r}")
+        if overlap > self.segment_length:
+            raise ValueError(f"dec_overlap: expected at most a segment's {self.segment_length} tokens, got {overlap}")
+        if overlap and self.enc_num_tokens > (self.dec_num_tokens or 0):
+            raise ValueError(
+                f"dec_overlap: the decoder reads {overlap} of the encoder's tokens, so it needs to know them all; got "
+                f"enc_num_tokens {self.enc_num_tokens} and dec_num_tokens {self.dec_num_tokens}"
+            )
 
     @property
     def segment_length(self) -> int:

@@ -208,16 +208,18 @@ def _read(model: _Model, lanes: Sequence[Tensor], state: MemoryState) -> MemoryS
 
 
 class _Computed(NamedTuple):
-    """What is computed from the last whole segment of each lane, once; first dimension: batch."""
+    """What is computed from the last whole segment of each lane, once, and the cache; first dimension: batch."""
 
     contexts: list[KeysValues]
     context_mask: Tensor
     memory: Tensor
     """After that segment."""
+    cache: list[KeysValues]
+    """The decoder's, of all that it read since but for each lane's last token, which the next step brings."""
 
 
 class _Writing:
-    """Lanes that are being written: their state, what is computed once per segment, and the decoder's cache.
+    """Lanes that are being written: their state, and what is computed once per segment with the decoder's cache.
 
     The given state is written in place.
     """
@@ -226,28 +228,33 @@ class _Writing:
         self.model, self.state = model, state
         self.filled: list[int] = state.filled.tolist()
         self.computed = self._compute(state)
-        self.cache = model.decoder.new_cache(state.batch_size, state.length)
-        begun = max(self.filled)
-        if begun:
-            # All but each lane's last token, which the first step brings. What shorter lanes put into the cache beyond
-            # their end is written over before it is looked at.
-            written = F.pad(state.pending, (1, 0), value=state.start)[:, :begun]
-            position = torch.arange(begun, device=written.device).expand_as(written)
-            model.decoder.extend(written, position, self.cache, self.computed.contexts, self.computed.context_mask)
 
     def _compute(self, state: MemoryState) -> _Computed:
+        decoder = self.model.decoder
         enc_out, memory = _encode(self.model, state)
         # Shapes are those of a whole segment also at the start of a document, so that compiled code serves both.
         enc_out = F.pad(enc_out, (0, 0, 0, state.length - enc_out.shape[1]))
-        contexts = self.model.decoder.context_projection(enc_out)
-        return _Computed([(k.contiguous(), v.contiguous()) for k, v in contexts], _source_mask(state), memory)
+        contexts = [(k.contiguous(), v.contiguous()) for k, v in decoder.context_projection(enc_out)]
+        context_mask, cache = _source_mask(state), decoder.new_cache(state.batch_size, state.length)
+        begun = decoder.overlap + int(state.filled.max())
+        if begun:
+            # What shorter lanes put into the cache beyond their end is written over before it is looked at.
+            tokens = self._written(state)[:, :begun]
+            position = torch.arange(begun, device=tokens.device).expand_as(tokens)
+            decoder.extend(tokens, position, cache, contexts, context_mask)
+        return _Computed(contexts, context_mask, memory, cache)
+
+    def _written(self, state: MemoryState) -> Tensor:
+        """What the decoder reads: the start token, the overlap with the last whole segment, what is pending."""
+        overlap = state.segment[:, state.length - self.model.decoder.overlap :]
+        return torch.cat([F.pad(overlap, (1, 0), value=state.start), state.pending], 1)
 
     def logits(self) -> Tensor:
         """Of the next token of each lane, (batch, tokens)."""
-        state, filled = self.state, self.state.filled
-        # Where nothing is pending, the first token there is the start token, and so the right one.
-        token = state.pending.gather(1, (filled - 1).clamp(min=0)[:, None])[:, 0]
-        return self.model.decoder.step(token, filled, self.cache, self.computed.contexts, self.computed.context_mask)
+        contexts, context_mask, _, cache = self.computed
+        position = self.state.filled + self.model.decoder.overlap
+        token = self._written(self.state).gather(1, position[:, None])[:, 0]
+        return self.model.decoder.step(token, position, cache, contexts, context_mask)
 
     def seen(self) -> Tensor:
         """All tokens that the state holds (batch, 2 length)."""
@@ -271,7 +278,7 @@ class _Writing:
         """Go on with those lanes alone, in that order; a lane may come more than once."""
         self.state = self.state.select(lanes)
         self.filled = [self.filled[i] for i in lanes.tolist()]
-        self.computed, self.cache = tree_map(lambda x: x[lanes], (self.computed, self.cache))
+        self.computed = tree_map(lambda x: x[lanes], self.computed)
 
 
 # --- Streams and beams ------------------------------------------------------------------------------------------------

@@ -77,11 +77,18 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Predicts each token of a target from those before it and from the encoder's output."""
+    """Predicts each token of a target from those before it and from the encoder's output.
 
-    def __init__(self, embedding: nn.Embedding, layers: list[Block], heads: int, dropout: float, tied: bool):
+    After the target's first token, which starts it, it reads the last ``overlap`` tokens of the source: a target that
+    continues the source is then predicted at the border of two segments as inside one.
+    """
+
+    def __init__(
+        self, embedding: nn.Embedding, layers: list[Block], heads: int, dropout: float, tied: bool, overlap: int
+    ):
         super().__init__()
         dim, tokens = embedding.embedding_dim, embedding.num_embeddings
+        self.overlap = overlap
         self.embedding = embedding
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
@@ -92,12 +99,21 @@ class Decoder(nn.Module):
             self.to_logits.weight = embedding.weight
 
     def forward(
-        self, tgt: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, tgt_mask: Tensor | None = None
+        self,
+        tgt: Tensor,
+        enc_out: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        src: Tensor | None = None,
     ) -> Tensor:
         """(batch, length) and (batch, source, dim) -> logits (batch, length, tokens), of the token after each position.
 
-        A masked target is seen by no other position, and its own position does not know which token it was.
+        A masked target is seen by no other position, and its own position does not know which token it was. ``src``
+        (batch, source) is needed where there is an overlap.
         """
+        if self.overlap:
+            assert src is not None, "an overlap needs the source"
+            tgt, tgt_mask = self._with_overlap(tgt, tgt_mask, src, src_mask)
         x = self.dropout(self.embedding(tgt))
         mask = None
         if tgt_mask is not None:
@@ -108,13 +124,37 @@ class Decoder(nn.Module):
         context_mask = None if src_mask is None else _visible(src_mask)[:, None, None, :]
         for layer, context in zip(self.layers, self.context_projection(enc_out), strict=True):
             x = layer(x, context, mask, context_mask)
-        return self.to_logits(self.norm(x))
+        return self.to_logits(self.norm(x[:, self.overlap :]))
+
+    def _with_overlap(
+        self, tgt: Tensor, tgt_mask: Tensor | None, src: Tensor, src_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A target whose first token is followed by the source's last ones, and its mask.
+
+        Where the source has fewer, the first token is repeated, so that places in the target do not depend on it.
+        """
+        start, rest = tgt.tensor_split([1], 1)
+        tokens = torch.cat([start.expand(-1, self.overlap), src], 1)
+        if src_mask is None and tgt_mask is None:
+            return torch.cat([start, tokens[:, -self.overlap :], rest], 1), None
+        src_mask = torch.ones_like(src, dtype=torch.bool) if src_mask is None else src_mask
+        tgt_mask = torch.ones_like(tgt, dtype=torch.bool) if tgt_mask is None else tgt_mask
+        start_mask, rest_mask = tgt_mask.tensor_split([1], 1)
+        mask = torch.cat([start_mask.expand(-1, self.overlap), src_mask], 1)
+        last = mask.byte().argsort(dim=1, stable=True)[:, -self.overlap :]  # the kept ones stand behind, in their order
+        return (
+            torch.cat([start, tokens.gather(1, last), rest], 1),
+            torch.cat([start_mask, mask.gather(1, last), rest_mask], 1),
+        )
 
     def new_cache(self, batch_size: int, length: int) -> list[KeysValues]:
-        """Room for the keys and values of ``length`` targets (the start token counted), for :meth:`extend`."""
+        """Room for the keys and values of ``length`` targets (the start token counted), for :meth:`extend`.
+
+        The overlap, which stands between the first and the second, has its room besides.
+        """
         like = self.to_logits.weight
         heads = self.context_projection.heads
-        shape = (batch_size, heads, length, self.embedding.embedding_dim // heads)
+        shape = (batch_size, heads, length + self.overlap, self.embedding.embedding_dim // heads)
         return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers]
 
     def extend(
@@ -128,7 +168,7 @@ class Decoder(nn.Module):
         """:meth:`forward` for some targets of a segment, with what was computed for those before them.
 
         Args:
-            tgt: (batch, new) token ids.
+            tgt: (batch, new) token ids; the overlap's are among them, at the positions after the first.
             position: (batch, new), where each stands in its segment; lanes may stand at different places.
             cache: from :meth:`new_cache`; written in place, at ``position``. Its shapes are fixed, so compiled code
                 serves every position; what lies ahead of a position is not looked at.
@@ -166,6 +206,9 @@ class Memformer(Generation, nn.Module):
         enc_num_tokens, enc_max_seq_len: the encoder's vocabulary, and the length of a segment.
         enc_depth, enc_heads: the encoder's layers, and attention heads in each.
         dec_num_tokens, dec_max_seq_len, dec_depth, dec_heads: the same for the decoder.
+        dec_overlap: so many of the source's last tokens are read by the decoder too, before what it predicts. For
+            targets that continue the source, in the same vocabulary; 0 for any other. A target's mask must then keep
+            its first token.
         encoder_only: without a decoder; the call then returns ``(enc_out, mem)``.
         num_mem_updates: how often the memory is written per segment.
         mem_update_attn_heads: heads of the writing attention.
@@ -192,6 +235,7 @@ class Memformer(Generation, nn.Module):
         dec_max_seq_len: int | None = None,
         dec_depth: int = 6,
         dec_heads: int = 8,
+        dec_overlap: int = 0,
         encoder_only: bool = False,
         num_mem_updates: int = 1,
         mem_update_attn_heads: int = 8,
@@ -213,6 +257,7 @@ class Memformer(Generation, nn.Module):
             dec_max_seq_len=dec_max_seq_len,
             dec_depth=dec_depth,
             dec_heads=dec_heads,
+            dec_overlap=dec_overlap,
             encoder_only=encoder_only,
             num_mem_updates=num_mem_updates,
             mem_update_attn_heads=mem_update_attn_heads,
@@ -231,7 +276,7 @@ class Memformer(Generation, nn.Module):
         self.writer = writers[memory_writer](dim, num_memory_slots, mem_update_attn_heads, write_temperature)
         self.decoder: Decoder | None = None
         if encoder_only:
-            if dec_num_tokens is not None or dec_max_seq_len is not None:
+            if dec_num_tokens is not None or dec_max_seq_len is not None or dec_overlap:
                 warnings.warn("encoder_only=True: the decoder's settings (dec_...) have no effect", stacklevel=2)
             return
         assert dec_num_tokens is not None, "the configuration checks it"
@@ -239,8 +284,8 @@ class Memformer(Generation, nn.Module):
         if not tie_embeddings:
             embedding = nn.Embedding(dec_num_tokens, dim)
             nn.init.normal_(embedding.weight, std=dim**-0.5)
-        layers = _layers(config, dec_depth, dec_heads, dec_max_seq_len, causal=True)
-        self.decoder = Decoder(embedding, layers, dec_heads, dropout, tie_embeddings)
+        layers = _layers(config, dec_depth, dec_heads, dec_max_seq_len + dec_overlap, causal=True)
+        self.decoder = Decoder(embedding, layers, dec_heads, dropout, tie_embeddings, dec_overlap)
 
     def get_initial_mem(self, batch_size: int) -> Tensor:
         """The learned memory before the first segment, (batch, slots, dim)."""
@@ -315,7 +360,7 @@ class Memformer(Generation, nn.Module):
             return EncOnlyResults(enc_out, mem)
         if tgt is None:
             return Results(enc_out, mem, None)
-        losses, counted = token_losses(self.decoder, tgt, enc_out, src_mask, tgt_mask)
+        losses, counted = token_losses(self.decoder, tgt, enc_out, src_mask, tgt_mask, src)
         return Results(enc_out, mem, losses.sum() / counted.sum().clamp(min=1))
 
     def encode(
@@ -343,22 +388,33 @@ class Memformer(Generation, nn.Module):
         return EncOnlyResults(enc_out, written)
 
     def decode(
-        self, tgt: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, tgt_mask: Tensor | None = None
+        self,
+        tgt: Tensor,
+        enc_out: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        src: Tensor | None = None,
     ) -> Tensor:
         """Logits (batch, length, dec_num_tokens) of the token after each position, given the encoder's output.
 
+        ``src``, of which ``enc_out`` was made, is needed by a model with ``dec_overlap``.
+
         Raises:
-            ValueError: as :meth:`forward`, and for an encoder-only model.
+            ValueError: as :meth:`forward`, for an encoder-only model, and for a source that is missing.
         """
         decoder = self._decoder("decode")
-        _check_tokens("tgt", tgt, decoder.embedding.num_embeddings, self.config.dec_max_seq_len or 0, "dec")
-        _check_mask("tgt_mask", tgt_mask, tgt)
+        self._check_target_tokens(decoder, tgt, tgt_mask)
         if enc_out.dim() != 3 or enc_out.shape[0] != tgt.shape[0] or enc_out.shape[2] != self.config.dim:
             expected = f"({tgt.shape[0]}, length, {self.config.dim})"
             raise ValueError(f"enc_out: expected shape {expected}, got {_describe(enc_out)}")
         if src_mask is not None:
             _check_mask("src_mask", src_mask, enc_out[..., 0])
-        return decoder(tgt, enc_out, src_mask, tgt_mask)
+        if src is not None:
+            self.check_source(src, None, None, None)
+        if (self.config.dec_overlap or src is not None) and (src is None or src.shape != enc_out.shape[:2]):
+            expected = f"the source of enc_out, shape {tuple(enc_out.shape[:2])}, as dec_overlap needs it"
+            raise ValueError(f"src: expected {expected}, got {_describe(src)}")
+        return decoder(tgt, enc_out, src_mask, tgt_mask, src)
 
     def check_source(
         self,
@@ -387,13 +443,22 @@ class Memformer(Generation, nn.Module):
 
     def check_target(self, tgt: Tensor, tgt_mask: Tensor | None, batch_size: int) -> None:
         """Raise ValueError where a target does not fit a source of that batch size."""
-        decoder = self._decoder("a target")
-        _check_tokens("tgt", tgt, decoder.embedding.num_embeddings, self.config.dec_max_seq_len or 0, "dec")
-        _check_mask("tgt_mask", tgt_mask, tgt)
+        self._check_target_tokens(self._decoder("a target"), tgt, tgt_mask)
         if tgt.shape[0] != batch_size:
             raise ValueError(f"tgt: expected the batch size of src, {batch_size}, got {tgt.shape[0]}")
         if tgt.shape[1] < 2:
             raise ValueError("tgt: expected at least 2 tokens, one that starts the decoder and one to predict, got 1")
+
+    def _check_target_tokens(self, decoder: Decoder, tgt: Tensor, tgt_mask: Tensor | None) -> None:
+        _check_tokens("tgt", tgt, decoder.embedding.num_embeddings, self.config.dec_max_seq_len or 0, "dec")
+        _check_mask("tgt_mask", tgt_mask, tgt)
+        if not decoder.overlap or tgt_mask is None or torch.compiler.is_compiling():
+            return
+        if (tgt_mask.any(1) & ~tgt_mask[:, 0]).any():
+            raise ValueError(
+                "tgt_mask: expected the first token of every target to exist, for dec_overlap puts the source's last "
+                "ones behind it. Pad targets on the right"
+            )
 
     def _decoder(self, purpose: str) -> Decoder:
         if self.decoder is None:
@@ -436,7 +501,12 @@ class Memformer(Generation, nn.Module):
 
 
 def token_losses(
-    decoder: Decoder, tgt: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, tgt_mask: Tensor | None = None
+    decoder: Decoder,
+    tgt: Tensor,
+    enc_out: Tensor,
+    src_mask: Tensor | None = None,
+    tgt_mask: Tensor | None = None,
+    src: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each predicted token in nats, zero where it does not count, and whether it counts.
 
@@ -444,7 +514,7 @@ def token_losses(
     first one starts the decoder.
     """
     kept = None if tgt_mask is None else tgt_mask[:, :-1]
-    logits = decoder(tgt[:, :-1], enc_out, src_mask, kept)
+    logits = decoder(tgt[:, :-1], enc_out, src_mask, kept, src)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     losses = F.cross_entropy(logits.transpose(1, 2), tgt[:, 1:].long(), reduction="none")

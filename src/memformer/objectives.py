@@ -153,9 +153,11 @@ def _losses(
     if not kept:
         return None
     assert model.decoder is not None  # there is a target, and targets are checked
-    enc_out, src_mask = _concatenate([outputs[i] for i in kept], [segments[i].src_mask for i in kept])
+    src_masks = [segments[i].src_mask for i in kept]
+    enc_out, src_mask = _concatenate([outputs[i] for i in kept], src_masks)
+    src, _ = _concatenate([segments[i].src for i in kept], src_masks)
     tgt, tgt_mask = _concatenate([s.tgt for s in segments if s.tgt is not None], [segments[i].tgt_mask for i in kept])
-    losses, counted = token_losses(model.decoder, tgt, enc_out, src_mask, tgt_mask)
+    losses, counted = token_losses(model.decoder, tgt, enc_out, src_mask, tgt_mask, src)
     per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
         divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)

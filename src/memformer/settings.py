@@ -74,6 +74,8 @@ class ModelSettings:
     """Encoder layers."""
     dec_depth: int = 2
     """Decoder layers."""
+    dec_overlap: int = 4
+    """So many of the last segment's tokens are read by the decoder too, before those it predicts."""
     heads: int = 4
     """Attention heads, in reading, writing and both stacks."""
     mem_updates: int = 1
@@ -106,6 +108,7 @@ class ModelSettings:
             dec_max_seq_len=segment_length + 1,
             dec_depth=self.dec_depth,
             dec_heads=self.heads,
+            dec_overlap=self.dec_overlap,
             num_mem_updates=self.mem_updates,
             mem_update_attn_heads=self.heads,
             memory_writer=self.memory_writer,
@@ -300,8 +303,8 @@ RECIPES: dict[str, TrainingConfig] = {
         steps=400_000,
         documents=DocumentSettings(tokenizer="bpe", vocabulary=32_000),
         model=ModelSettings(
-            dim=512, slots=32, enc_depth=4, dec_depth=8, heads=8, memory_writer="gated", write_temperature=1.0,
-            positions="relative",
+            dim=512, slots=32, enc_depth=4, dec_depth=8, dec_overlap=0, heads=8, memory_writer="gated",
+            write_temperature=1.0, positions="relative",
         ),
         objective=ObjectiveSettings(continuation=0.6, infilling=0.3, recall=0.1),
         rollout=RolloutSettings(lanes=64, segment_length=64, horizon=8),
@@ -312,7 +315,7 @@ RECIPES: dict[str, TrainingConfig] = {
     "paper-v2": TrainingConfig(
         steps=400_000,
         documents=DocumentSettings(tokenizer="bpe", vocabulary=32_000),
-        model=ModelSettings(dim=512, slots=64, enc_depth=4, dec_depth=8, heads=8),
+        model=ModelSettings(dim=512, slots=64, enc_depth=4, dec_depth=8, dec_overlap=0, heads=8),
         rollout=RolloutSettings(lanes=64, segment_length=64, horizon=8),
         optimizer=OptimizerSettings(learning_rate=2.5e-4, warmup=4000, weight_decay=0.01),
         evaluation=EvaluationSettings(eval_every=5000),

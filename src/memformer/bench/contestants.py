@@ -45,7 +45,7 @@ class Sizes:
         length: tokens per segment.
         dim, heads, encoder_depth, decoder_depth, slots: of :class:`~memformer.Memformer`. A decoder-only model has as
             many layers as both stacks together.
-        positions: of this model alone.
+        positions, overlap: of this model alone; ``overlap`` is its ``dec_overlap``.
         carried: how many numbers a model whose memory grows with tokens may carry from segment to segment, roughly;
             None for as many as this model does, slots x dim.
     """
@@ -58,6 +58,7 @@ class Sizes:
     decoder_depth: int = 1
     slots: int = 16
     positions: Positions = "rotary"
+    overlap: int = 0
     carried: int | None = None
 
     @property
@@ -157,21 +158,23 @@ class _EncoderDecoder(Contestant):
     def encode(self, tokens: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
 
-    def decode(self, tokens: Tensor, encoded: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, encoded: Tensor, sources: Tensor) -> Tensor:
+        """Logits after each of ``tokens``; ``encoded`` is what became of ``sources``. All first (batch, length)."""
         raise NotImplementedError
 
     def read(self, episode: Episode, state: Any) -> tuple[Tensor, Any, Tensor]:
         memory, last = (None, None) if state is None else state
-        encoded, targets = [], []
+        encoded, sources, targets = [], [], []
         for segment, wanted in zip(episode.tokens.unbind(1), episode.answers.any(2).any(0).tolist(), strict=True):
             if last is not None:
                 seen, memory = self.encode(last, memory)
                 if wanted:
                     encoded.append(seen)
+                    sources.append(last)
                     targets.append(segment)
             last = segment
         started = F.pad(torch.stack(targets, 1)[..., :-1], (1, 0), value=START)
-        logits = self.decode(started.flatten(0, 1), torch.stack(encoded, 1).flatten(0, 1))
+        logits = self.decode(*(x.flatten(0, 1) for x in (started, torch.stack(encoded, 1), torch.stack(sources, 1))))
         return logits.unflatten(0, started.shape[:2]), (memory, last), logits.new_zeros(())
 
 
@@ -181,14 +184,14 @@ class _This(_EncoderDecoder):
 
     @classmethod
     def build(cls, sizes: Sizes, _folder: Path | None) -> _This:
-        return cls(Memformer(**sizes.model, positions=sizes.positions))
+        return cls(Memformer(**sizes.model, positions=sizes.positions, dec_overlap=sizes.overlap))
 
     def encode(self, tokens: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.network.step(tokens, memory)
 
-    def decode(self, tokens: Tensor, encoded: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, encoded: Tensor, sources: Tensor) -> Tensor:
         assert self.network.decoder is not None, "it is built with one"
-        return self.network.decoder(tokens, encoded)
+        return self.network.decoder(tokens, encoded, src=sources)
 
 
 class _MemoryOff(_This):
@@ -217,7 +220,7 @@ class _Earlier(_EncoderDecoder):
         encoded, memory, _ = self.network(tokens, mems=memory)
         return encoded, memory
 
-    def decode(self, tokens: Tensor, encoded: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, encoded: Tensor, _sources: Tensor) -> Tensor:
         logits: Tensor = self.network.decoder.net(tokens, context=encoded)  # type: ignore[union-attr, operator]
         return logits
 

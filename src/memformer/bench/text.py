@@ -1,4 +1,4 @@
-"""Real text: held-out bits per byte against the horizon, the number of slots, the numbers carried, and compute.
+"""Real text: held-out bits per byte against the horizon, slots, overlap, the numbers carried, and compute.
 
 Every contestant is trained on the very same windows of text. A window is a stretch of segments in some lanes, and one
 step of the optimiser; a horizon cuts the gradient inside it and changes nothing else, so that horizons are compared at
@@ -58,14 +58,14 @@ AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class TextBenchmark:
-    """Held-out bits per byte of real text: this model at several horizons or numbers of slots, or beside its rivals.
+    """Held-out bits per byte of real text: this model with several horizons, slots or overlaps, or beside its rivals.
 
     The default, horizons on the standard library's sources, trains 15 models of five minutes each. Segments are short,
     so that much of what helps lies further back than the one before.
     """
 
-    study: Literal["horizon", "slots", "peers"] = "horizon"
-    """What varies: the horizon of the gradient (paper, Figure 3b), the memory slots (Figure 3c), or the model."""
+    study: Literal["horizon", "slots", "overlap", "peers"] = "horizon"
+    """What varies: the horizon of gradients (paper, Figure 3b), the slots (Figure 3c), the overlap, or the model."""
     corpus: Literal["standard-library", "shakespeare"] = "standard-library"
     """The running Python's sources, or Shakespeare's works."""
     shakespeare: Path | None = None
@@ -80,6 +80,8 @@ class TextBenchmark:
     """Of the study of horizons: how many segments a gradient reaches back."""
     slots: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Of the study of slots."""
+    overlaps: tuple[int, ...] = (0, 1, 4, 16)
+    """Of the study of overlaps: how many of the last segment's tokens the decoder reads too."""
     transformer_xl: tuple[float, ...] = (1, 2, 4, 8)
     """Of the study of peers: states of Transformer-XL, as multiples of this model's."""
     contestants: tuple[str, ...] = ("memformer", "memory off", "Transformer-XL", "RMT", "Compressive")
@@ -89,6 +91,8 @@ class TextBenchmark:
     horizon: int = 16
     """Of the other studies."""
     memory_slots: int = 16
+    """Of the other studies."""
+    dec_overlap: int = 4
     """Of the other studies."""
     lanes: int = 8
     """Stretches of text side by side in a training step."""
@@ -122,8 +126,10 @@ class TextBenchmark:
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,)
             numbers = [x for x in values if isinstance(x, (int, float))]
-            if not values or (name not in ("jobs", "seeds") and any(x <= 0 for x in numbers)):
-                raise ValueError(f"{name}: expected {'some' if not values else 'above 0'}, got {value}")
+            zero = name in ("jobs", "seeds", "overlaps", "dec_overlap")
+            if not values or any(x < 0 or (x == 0 and not zero) for x in numbers):
+                expected = "some" if not values else "at least 0" if zero else "above 0"
+                raise ValueError(f"{name}: expected {expected}, got {value}")
             if isinstance(value, tuple) and len(set(value)) < len(value):
                 raise ValueError(f"{name}: expected each once, got {value}")
         for horizon in self.horizons if self.study == "horizon" else (self.horizon,):
@@ -137,11 +143,12 @@ class Variant(NamedTuple):
     contestant: str
     slots: int
     horizon: int
+    overlap: int
     carried: int | None = None
 
 
 def _usual(settings: TextBenchmark) -> Variant:
-    return Variant("memformer", settings.memory_slots, settings.horizon)
+    return Variant("memformer", settings.memory_slots, settings.horizon, settings.dec_overlap)
 
 
 def _variants(settings: TextBenchmark) -> dict[str, Variant]:
@@ -151,6 +158,8 @@ def _variants(settings: TextBenchmark) -> dict[str, Variant]:
         return {f"horizon {n}": usual._replace(horizon=n) for n in settings.horizons}
     if settings.study == "slots":
         return {f"{n} slots": usual._replace(slots=n) for n in settings.slots}
+    if settings.study == "overlap":
+        return {f"overlap {n}": usual._replace(overlap=n) for n in settings.overlaps}
     ours = settings.memory_slots * settings.dim
     variants = {}
     for name in settings.contestants:
@@ -343,6 +352,7 @@ def _contestant(settings: TextBenchmark, variant: Variant, vocabulary: int) -> C
         encoder_depth=settings.enc_depth,
         decoder_depth=settings.dec_depth,
         slots=variant.slots,
+        overlap=variant.overlap,
         carried=variant.carried,
     )
     return build(variant.contestant, sizes, rivals=settings.rivals)
@@ -457,9 +467,9 @@ def run(settings: TextBenchmark) -> Iterator[str]:
 
 def _fixed(settings: TextBenchmark) -> dict[str, Any]:
     """What all runs of a file have in common, whatever the study."""
-    studies = {"study", "horizons", "slots", "transformer_xl", "contestants", "horizon", "memory_slots"}
-    of_a_run, places = {"steps", "learning_rates", "seeds"}, {"shakespeare", "rivals", "jobs", "out", "plot"}
-    free = studies | of_a_run | places
+    studies = {"study", "horizons", "slots", "overlaps", "transformer_xl", "contestants"}
+    of_a_run = {"horizon", "memory_slots", "dec_overlap", "steps", "learning_rates", "seeds"}
+    free = studies | of_a_run | {"shakespeare", "rivals", "jobs", "out", "plot"}
     return {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
 
 
@@ -514,7 +524,8 @@ def plot(study: str, entries: dict[str, Entry], path: str | Path) -> None:
     left, right = figure.subplots(1, 2)
 
     def place(entry: Entry) -> int:
-        return {"horizon": entry.variant.horizon, "slots": entry.variant.slots}.get(study, entry.numbers_carried)
+        varied = {"horizon": entry.variant.horizon, "slots": entry.variant.slots, "overlap": entry.variant.overlap}
+        return varied.get(study, entry.numbers_carried)
 
     names = list(dict.fromkeys(entry.variant.contestant for entry in entries.values()))
     for number, name in enumerate(names):
@@ -524,12 +535,18 @@ def plot(study: str, entries: dict[str, Entry], path: str | Path) -> None:
             points.append((place(entry), statistics.mean(bits), min(bits), max(bits)))
         points.sort()
         x, mean, least, most = map(np.array, zip(*points, strict=True))
-        if not x.all():  # nothing is carried, and the axis is logarithmic
+        if study == "peers" and not x.all():  # nothing is carried, and the axis is logarithmic
             left.axhline(mean[0], color=colour, linestyle="--", label=name)
             continue
         left.errorbar(x, mean, (mean - least, most - mean), color=colour, marker="o", capsize=3, label=name)
-    left.set_xscale("log", base=2)
-    labels = {"horizon": "horizon, segments", "slots": "memory slots", "peers": "numbers carried between segments"}
+    if study != "overlap":
+        left.set_xscale("log", base=2)
+    labels = {
+        "horizon": "horizon, segments",
+        "slots": "memory slots",
+        "overlap": "tokens of the segment before that the decoder reads",
+        "peers": "numbers carried between segments",
+    }
     left.set(xlabel=labels[study], ylabel="held-out bits per byte", title="mean and range over the seeds")
     left.legend(frameon=False)
     left.grid(alpha=0.3)
