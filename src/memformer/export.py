@@ -3,8 +3,8 @@
 Shapes: tokens (batch, length), memory (batch, slots, dim). Batch and length are free, up to the model's segment. What
 the decoder looks at is computed once per segment, and travels as two tensors: ``context``, the keys and values of the
 encoder's output, (layers, 2, batch, heads, length, head_dim), and ``cache``, those of the targets so far, (layers, 2,
-batch, heads, dec_max_seq_len, head_dim). Not known here: how to sample and when a segment is full; see
-``examples/onnx_generate.py``.
+batch, heads, dec_max_seq_len + dec_overlap, head_dim). Not known here: how to sample, when a segment is full, and which
+tokens of the last one overlap; see ``examples/onnx_generate.py``.
 """
 
 from __future__ import annotations
