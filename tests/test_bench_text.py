@@ -67,7 +67,7 @@ def test_held_out_refuses_what_has_nothing_to_predict():
 @pytest.fixture
 def contestant():
     torch.manual_seed(0)
-    return build("memformer", Sizes(vocabulary=VOCABULARY, length=LENGTH, dim=8, heads=2, slots=2))
+    return build("memformer", Sizes(vocabulary=VOCABULARY, length=LENGTH, dim=8, heads=2, slots=2, overlap=2))
 
 
 def naive_bits(contestant, text: Tensor, memory: bool) -> float:
@@ -79,7 +79,7 @@ def naive_bits(contestant, text: Tensor, memory: bool) -> float:
         mems = after if memory else None
         started = torch.cat([torch.zeros(1, 1, dtype=torch.int64), segment[:, :-1]], 1)
         for i in range(segment.shape[1]):
-            logits = network.decoder(started[:, : i + 1], encoded)[0, -1]
+            logits = network.decoder(started[:, : i + 1], encoded, src=before)[0, -1]
             total -= float(logits.double().log_softmax(-1)[segment[0, i]]) / math.log(2)
     return total
 
@@ -186,6 +186,12 @@ def test_the_report_and_what_is_taken_up_again(monkeypatch, capsys, tmp_path):
         return [line.split()[:9] for line in report.splitlines() if line.startswith("horizon ")]
 
     assert figures(table) == figures(again[again.index("held-out bits") :])
+    overlaps = [*command[:2], "--study", "overlap", "--overlaps", "0", "3", *SMALL, "--plot", plot]
+    assert main(overlaps) == 0
+    report = capsys.readouterr().out
+    rows = [row.split() for row in report[report.index("held-out bits") :].splitlines() if row.startswith("overlap ")]
+    assert [row[1] for row in rows[:2]] == ["0", "3"]
+    assert rows[0][5] != rows[1][5], "it makes a difference"
     assert main([*command, "--dim", "16"]) != 0
     assert "holds runs with dim of 8, not 16" in capsys.readouterr().err
 
@@ -217,6 +223,9 @@ def test_peers_spend_the_same(monkeypatch, tmp_path):
         ({"seeds": ()}, "seeds: expected some"),
         ({"steps": 0}, "steps: expected above 0, got 0"),
         ({"slots": (1, 1)}, "slots: expected each once"),
+        ({"overlaps": (-1,)}, "overlaps: expected at least 0, got"),
+        ({"dec_overlap": 17}, "overlap: expected at most a segment's 16 tokens, got 17"),
+        ({"study": "overlap", "segment_tokens": 8}, "overlap: expected at most a segment's 8 tokens, got 16"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -16,7 +16,7 @@ from memformer.bench.contestants import CONTESTANTS, Sizes, build
 from memformer.tasks import Episode
 
 OWN = ("memformer", "memory off")
-SIZES = Sizes(vocabulary=11, length=4, dim=16, heads=2, slots=4, overlap=2)
+SIZES = Sizes(vocabulary=11, length=4, dim=16, heads=2, slots=4, overlap=4)
 
 
 def contestant(name, sizes=SIZES):

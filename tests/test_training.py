@@ -113,6 +113,22 @@ def test_the_saved_settings_repeat_the_run(settings, tmp_path):
     assert_close(weights(second), weights(first), rtol=0, atol=0)
 
 
+def test_a_run_from_before_the_overlap_goes_on_without_one(settings, tmp_path, monkeypatch):
+    trained(settings(steps=2, dec_overlap=0))
+    load = checkpoints.load_state
+
+    def from_before(folder):
+        numbers, tensors = load(folder)
+        del numbers["settings"]["model"]["dec_overlap"]
+        return numbers, tensors
+
+    monkeypatch.setattr(checkpoints, "load_state", from_before)
+    assert saved_settings(tmp_path / "run") == settings(steps=2, dec_overlap=0)
+    assert Run(settings(steps=3, dec_overlap=0, resume=True)).step == 2
+    with pytest.raises(ValueError, match=r"model\.dec_overlap: the run in .* has 0, got 4; it cannot change"):
+        Run(settings(steps=3, resume=True))
+
+
 def test_data_may_move_and_output_may_change(settings, tmp_path):
     trained(settings(steps=2))
     (tmp_path / "corpus").rename(tmp_path / "moved")

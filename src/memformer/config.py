@@ -50,9 +50,10 @@ class MemformerConfig:
                     raise ValueError(f"{name}: a decoder needs it, got None. Set it, or encoder_only=True")
             counts += ["dec_num_tokens", "dec_max_seq_len", "dec_depth", "dec_heads"]
             stack_heads += ["dec_heads"]
-            self._check_overlap()
         for name in counts:
             check_positive_int(name, getattr(self, name))
+        if not self.encoder_only:
+            self._check_overlap()
         for name in [*stack_heads, "mem_update_attn_heads"]:
             if self.dim % getattr(self, name):
                 raise ValueError(f"{name}: must divide dim, got {getattr(self, name)} heads for dim {self.dim}")
@@ -84,7 +85,9 @@ class MemformerConfig:
         if not isinstance(overlap, int) or isinstance(overlap, bool) or overlap < 0:
             raise ValueError(f"dec_overlap: expected a whole number of at least 0, got {overlap!r}")
         if overlap > self.segment_length:
-            raise ValueError(f"dec_overlap: expected at most a segment's {self.segment_length} tokens, got {overlap}")
+            raise ValueError(
+                f"dec_overlap: expected at most a segment's {self.segment_length} tokens, got {overlap}. Set it lower"
+            )
         if overlap and self.enc_num_tokens > (self.dec_num_tokens or 0):
             raise ValueError(
                 f"dec_overlap: the decoder reads {overlap} of the encoder's tokens, so it needs to know them all; got "

@@ -134,18 +134,16 @@ class Decoder(nn.Module):
         Where the source has fewer, the first token is repeated, so that places in the target do not depend on it.
         """
         start, rest = tgt.tensor_split([1], 1)
-        tokens = torch.cat([start.expand(-1, self.overlap), src], 1)
-        if src_mask is None and tgt_mask is None:
-            return torch.cat([start, tokens[:, -self.overlap :], rest], 1), None
-        src_mask = torch.ones_like(src, dtype=torch.bool) if src_mask is None else src_mask
-        tgt_mask = torch.ones_like(tgt, dtype=torch.bool) if tgt_mask is None else tgt_mask
-        start_mask, rest_mask = tgt_mask.tensor_split([1], 1)
-        mask = torch.cat([start_mask.expand(-1, self.overlap), src_mask], 1)
-        last = mask.byte().argsort(dim=1, stable=True)[:, -self.overlap :]  # the kept ones stand behind, in their order
-        return (
-            torch.cat([start, tokens.gather(1, last), rest], 1),
-            torch.cat([start_mask, mask.gather(1, last), rest_mask], 1),
-        )
+        last = torch.cat([start.expand(-1, self.overlap), src], 1)
+        if src_mask is None:
+            last = last[:, -self.overlap :]
+        else:
+            # Sorted by whether they exist, those that do stand behind, in their order; the repeated ones always do.
+            order = F.pad(src_mask, (self.overlap, 0), value=True).byte().argsort(dim=1, stable=True)
+            last = last.gather(1, order[:, -self.overlap :])
+        if tgt_mask is not None:
+            tgt_mask = torch.cat([tgt_mask[:, :1].expand(-1, 1 + self.overlap), tgt_mask[:, 1:]], 1)
+        return torch.cat([start, last, rest], 1), tgt_mask
 
     def new_cache(self, batch_size: int, length: int) -> list[KeysValues]:
         """Room for the keys and values of ``length`` targets (the start token counted), for :meth:`extend`.
@@ -206,9 +204,8 @@ class Memformer(Generation, nn.Module):
         enc_num_tokens, enc_max_seq_len: the encoder's vocabulary, and the length of a segment.
         enc_depth, enc_heads: the encoder's layers, and attention heads in each.
         dec_num_tokens, dec_max_seq_len, dec_depth, dec_heads: the same for the decoder.
-        dec_overlap: so many of the source's last tokens are read by the decoder too, before what it predicts. For
-            targets that continue the source, in the same vocabulary; 0 for any other. A target's mask must then keep
-            its first token.
+        dec_overlap: so many of the source's last tokens are read by the decoder too, before what it predicts: for
+            targets that continue the source, in the same vocabulary. A target's mask must then keep its first token.
         encoder_only: without a decoder; the call then returns ``(enc_out, mem)``.
         num_mem_updates: how often the memory is written per segment.
         mem_update_attn_heads: heads of the writing attention.
@@ -412,7 +409,7 @@ class Memformer(Generation, nn.Module):
         if src is not None:
             self.check_source(src, None, None, None)
         if (self.config.dec_overlap or src is not None) and (src is None or src.shape != enc_out.shape[:2]):
-            expected = f"the source of enc_out, shape {tuple(enc_out.shape[:2])}, as dec_overlap needs it"
+            expected = f"the source of enc_out, shape {tuple(enc_out.shape[:2])}, which dec_overlap reads"
             raise ValueError(f"src: expected {expected}, got {_describe(src)}")
         return decoder(tgt, enc_out, src_mask, tgt_mask, src)
 

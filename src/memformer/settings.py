@@ -94,6 +94,7 @@ class ModelSettings:
     def __post_init__(self) -> None:
         for name in ("dim", "slots", "enc_depth", "dec_depth", "heads", "mem_updates"):
             check_positive_int(name, getattr(self, name))
+        _check_not_negative("dec_overlap", self.dec_overlap)
 
     def config(self, vocabulary: int, segment_length: int) -> MemformerConfig:
         """The model's configuration. Raises ValueError where settings do not fit together."""

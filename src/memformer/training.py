@@ -427,7 +427,7 @@ class Run:
         return numbers, tensors | averages
 
     def _check_settings(self, saved: dict[str, Any]) -> None:
-        before, now = (_flat(to_plain(s)) for s in (build(TrainingConfig, saved), self.settings))
+        before, now = (_flat(to_plain(s)) for s in (_as_saved(saved), self.settings))
         for name in before:
             if name not in _FREE_ON_RESUME and name.split(".")[0] not in _FREE_ON_RESUME and before[name] != now[name]:
                 raise ValueError(
@@ -508,7 +508,13 @@ def saved_settings(out: Path) -> TrainingConfig:
 
 def settings_of(checkpoint: Path) -> TrainingConfig:
     """The settings of the run that wrote a checkpoint. Raises ValueError if they are missing or damaged."""
-    return build(TrainingConfig, checkpoints.load_state(checkpoint)[0]["settings"])
+    return _as_saved(checkpoints.load_state(checkpoint)[0]["settings"])
+
+
+def _as_saved(settings: dict[str, Any]) -> TrainingConfig:
+    """A checkpoint's settings; in one that does not know the overlap there was none."""
+    model = {"dec_overlap": 0, **settings["model"]}
+    return build(TrainingConfig, {**settings, "model": model})
 
 
 def choose_device(name: str) -> torch.device:

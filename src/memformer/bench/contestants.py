@@ -184,7 +184,7 @@ class _This(_EncoderDecoder):
 
     @classmethod
     def build(cls, sizes: Sizes, _folder: Path | None) -> _This:
-        return cls(Memformer(**sizes.model, positions=sizes.positions, dec_overlap=sizes.overlap))
+        return cls(_memformer(sizes))
 
     def encode(self, tokens: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.network.step(tokens, memory)
@@ -335,6 +335,10 @@ class _Compressive(_DecoderOnly):
         return logits, tuple(memory), extra_loss.squeeze()
 
 
+def _memformer(sizes: Sizes) -> Memformer:
+    return Memformer(**sizes.model, positions=sizes.positions, dec_overlap=sizes.overlap)
+
+
 def _dims(sizes: Sizes) -> range:
     return range(2 * sizes.heads, 2 * sizes.dim + 1, sizes.heads)
 
@@ -350,7 +354,7 @@ def _of_equal_size(make: Callable[[int], nn.Module], choices: Sequence[int], siz
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in make().parameters())
 
-    target = count(lambda: Memformer(**sizes.model, positions=sizes.positions))
+    target = count(lambda: _memformer(sizes))
     first = bisect.bisect_left(choices, target, key=lambda choice: count(lambda: make(choice)))
     near = choices[max(0, first - 1) : first + 1]
     counts = [abs(count(lambda choice=choice: make(choice)) - target) for choice in near]  # type: ignore[misc]

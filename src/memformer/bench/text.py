@@ -135,6 +135,9 @@ class TextBenchmark:
         for horizon in self.horizons if self.study == "horizon" else (self.horizon,):
             if self.window % horizon:
                 raise ValueError(f"horizon: expected a divisor of window, {self.window}, got {horizon}")
+        for overlap in self.overlaps if self.study == "overlap" else (self.dec_overlap,):
+            if overlap > self.segment_tokens:
+                raise ValueError(f"overlap: expected at most a segment's {self.segment_tokens} tokens, got {overlap}")
 
 
 class Variant(NamedTuple):

@@ -55,7 +55,7 @@ def describe(found: Inspection) -> str:
     by_segment = found.self_attention.mean((0, 2))
     depths, back = ([*_powers_of_two(segments - first), segments - first] for first in (0, 1))
     slot_lines = [
-        f"{slot:>6} {float(found.by_slot[slot]):9.3f} {float(found.slot_norms[slot]):8.2g}"
+        f"{slot:>6} {float(found.by_slot[slot]):9.3f} {float(found.slot_norms[slot]):8.3g}"
         for slot in found.by_slot.argsort(descending=True, stable=True).tolist()
     ]
     head = f"{'slot':>6} {'on itself':>9} {'norm':>8}"
