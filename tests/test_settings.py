@@ -21,6 +21,8 @@ from memformer.settings import (
     to_yaml,
 )
 
+UNTIED = ModelSettings(tie_embeddings=False)
+
 
 def test_what_is_written_is_what_is_read(tmp_path):
     for name, recipe in RECIPES.items():
@@ -92,10 +94,13 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
         (lambda: EvaluationSettings(patience=2), "patience: 2 counts evaluations, but eval_every is 0"),
         (lambda: OutputSettings(keep=0), "keep: expected a whole number of at least 1"),
         (
-            lambda: TrainingConfig(model=ModelSettings(tie_embeddings=True), compute=ComputeSettings(parallel="fsdp")),
+            lambda: TrainingConfig(compute=ComputeSettings(parallel="fsdp")),
             "tie_embeddings: FSDP cannot share",
         ),
-        (lambda: TrainingConfig(compute=ComputeSettings(precision="fp16", parallel="fsdp")), "precision: fp16"),
+        (
+            lambda: TrainingConfig(model=UNTIED, compute=ComputeSettings(precision="fp16", parallel="fsdp")),
+            "precision: fp16",
+        ),
     ],
 )
 def test_settings_check_themselves(make, message):

@@ -88,7 +88,7 @@ class ModelSettings:
     """How attention knows positions."""
     dropout: float = 0.0
     """Probability, on every sublayer's output."""
-    tie_embeddings: bool = False
+    tie_embeddings: bool = True
     """One matrix for both embeddings and the output projection."""
 
     def __post_init__(self) -> None:
@@ -144,9 +144,9 @@ class RolloutSettings:
 
     lanes: int = 12
     """Documents read side by side, over all processes: the batch size."""
-    segment_length: int = 64
+    segment_length: int = 32
     """Tokens per segment."""
-    horizon: int = 3
+    horizon: int = 6
     """Segments per rollout: how far gradients go back."""
     horizon_start: int | None = None
     """The horizon of the first step, if it is to grow; it reaches --horizon after --horizon-steps."""
@@ -285,7 +285,8 @@ class TrainingConfig:
             raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
         if self.model.tie_embeddings and self.compute.parallel == "fsdp":
             raise ValueError(
-                "tie_embeddings: FSDP cannot share a matrix between encoder and decoder; use --parallel ddp"
+                "tie_embeddings: FSDP cannot share a matrix between encoder and decoder; add --no-tie-embeddings, or "
+                "use --parallel ddp"
             )
         if self.compute.precision == "fp16" and self.compute.parallel == "fsdp":
             raise ValueError("precision: fp16 scales the loss, which FSDP's accumulation does not; use bf16")
@@ -305,7 +306,7 @@ RECIPES: dict[str, TrainingConfig] = {
         documents=DocumentSettings(tokenizer="bpe", vocabulary=32_000),
         model=ModelSettings(
             dim=512, slots=32, enc_depth=4, dec_depth=8, dec_overlap=0, heads=8, memory_writer="gated",
-            write_temperature=1.0, positions="relative",
+            write_temperature=1.0, positions="relative", tie_embeddings=False,
         ),
         objective=ObjectiveSettings(continuation=0.6, infilling=0.3, recall=0.1),
         rollout=RolloutSettings(lanes=64, segment_length=64, horizon=8),
@@ -316,7 +317,7 @@ RECIPES: dict[str, TrainingConfig] = {
     "paper-v2": TrainingConfig(
         steps=400_000,
         documents=DocumentSettings(tokenizer="bpe", vocabulary=32_000),
-        model=ModelSettings(dim=512, slots=64, enc_depth=4, dec_depth=8, dec_overlap=0, heads=8),
+        model=ModelSettings(dim=512, slots=64, enc_depth=4, dec_depth=8, dec_overlap=0, heads=8, tie_embeddings=False),
         rollout=RolloutSettings(lanes=64, segment_length=64, horizon=8),
         optimizer=OptimizerSettings(learning_rate=2.5e-4, warmup=4000, weight_decay=0.01),
         evaluation=EvaluationSettings(eval_every=5000),
