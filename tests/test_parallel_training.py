@@ -88,7 +88,8 @@ def test_two_processes_equal_one(settings, tmp_path, parallel):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_processes(settings, tmp_path, parallel):
-    options = dict(steps=4, eval_every=2, tie_embeddings=parallel == "ddp")
+    tied = parallel == "ddp"
+    options = dict(steps=4, eval_every=2, tie_embeddings=tied)
     list(Run(settings(out=tmp_path / "alone", **options)).train())
     together = settings(parallel=parallel, **options)
     two_processes(work, tmp_path, together, 1)
@@ -98,10 +99,9 @@ def test_a_run_goes_on_with_another_number_of_processes(settings, tmp_path, para
         if metrics.step == 3:
             alone.stop()
     assert_same(tmp_path / "run", tmp_path / "alone", 1e-9)
-    list(Run(settings(out=tmp_path / "run2", steps=3)).train())
-    two_processes(
-        work, tmp_path, settings(out=tmp_path / "run2", steps=4, resume=True, parallel=parallel, eval_every=2)
-    )
+    again = dict(out=tmp_path / "run2", tie_embeddings=tied)
+    list(Run(settings(steps=3, **again)).train())
+    two_processes(work, tmp_path, settings(steps=4, resume=True, parallel=parallel, eval_every=2, **again))
 
 
 def test_lanes_that_cannot_be_divided_are_refused(settings, tmp_path):
