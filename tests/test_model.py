@@ -561,6 +561,8 @@ def test_mistyped_keywords() -> None:
 def test_decoder_settings_without_a_decoder_are_pointed_out() -> None:
     with pytest.warns(UserWarning, match="the decoder's settings .* have no effect"):
         tiny(encoder_only=True, dec_num_tokens=11)
+    with pytest.warns(UserWarning, match="the decoder's settings .* have no effect"):
+        tiny(encoder_only=True, dec_overlap=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -196,10 +196,8 @@ def test_resets_equal_bptt_by_hand() -> None:
 def test_the_size_of_the_readout_changes_nothing(readout_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets and sources of unequal length share a call of the decoder, padded."""
     monkeypatch.setattr(objectives, "READOUT_TOKENS", readout_tokens)
-    model, task = (
-        small(positions="relative", dec_overlap=2),
-        Task(count=5, batch=2, last=1, is_ragged=True, losses="every"),
-    )
+    model = small(positions="relative", dec_overlap=2)
+    task = Task(count=5, batch=2, last=1, is_ragged=True, losses="every")
     task.tgt_mask[-1] = None
     expected = by_hand(model, task, None)
     grads = take_grads(model)

@@ -114,6 +114,18 @@ def test_the_horizon_grows_along_a_line():
     assert RolloutSettings(horizon=8).horizon_at(0) == 8
 
 
+def test_every_setting_of_the_model_reaches_it():
+    changes = {
+        "dim": 128, "slots": 3, "enc_depth": 3, "dec_depth": 3, "dec_overlap": 3, "heads": 2, "mem_updates": 2,
+        "memory_writer": "gated", "write_temperature": 0.5, "positions": "relative", "dropout": 0.1,
+        "tie_embeddings": False,
+    }  # fmt: skip
+    assert set(changes) == {field.name for field in dataclasses.fields(ModelSettings)}
+    usual = ModelSettings().config(300, 32)
+    for name, value in changes.items():
+        assert dataclasses.replace(ModelSettings(), **{name: value}).config(300, 32) != usual, name
+
+
 def test_recipes_make_models():
     for recipe in RECIPES.values():
         config = recipe.model.config(300, recipe.rollout.segment_length)

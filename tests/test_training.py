@@ -127,6 +127,9 @@ def test_a_run_from_before_the_overlap_goes_on_without_one(settings, tmp_path, m
     assert Run(settings(steps=3, dec_overlap=0, resume=True)).step == 2
     with pytest.raises(ValueError, match=r"model\.dec_overlap: the run in .* has 0, got 4; it cannot change"):
         Run(settings(steps=3, resume=True))
+    monkeypatch.setattr(checkpoints, "load_state", lambda folder: ({"settings": {"dim": 16}}, {}))
+    with pytest.raises(ValueError, match="dim: unknown setting"):
+        saved_settings(tmp_path / "run")
 
 
 def test_data_may_move_and_output_may_change(settings, tmp_path):

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-__all__ = ["MemformerConfig", "Positions", "Writer", "check_positive_int"]
+__all__ = ["MemformerConfig", "Positions", "Writer", "check_count", "is_count"]
 
 Positions = Literal["rotary", "relative", "bucketed"]
 Writer = Literal["normalised", "gated"]
@@ -51,7 +51,7 @@ class MemformerConfig:
             counts += ["dec_num_tokens", "dec_max_seq_len", "dec_depth", "dec_heads"]
             stack_heads += ["dec_heads"]
         for name in counts:
-            check_positive_int(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         if not self.encoder_only:
             self._check_overlap()
         for name in [*stack_heads, "mem_update_attn_heads"]:
@@ -82,8 +82,7 @@ class MemformerConfig:
 
     def _check_overlap(self) -> None:
         overlap = self.dec_overlap
-        if not isinstance(overlap, int) or isinstance(overlap, bool) or overlap < 0:
-            raise ValueError(f"dec_overlap: expected a whole number of at least 0, got {overlap!r}")
+        check_count("dec_overlap", overlap, least=0)
         if overlap > self.segment_length:
             raise ValueError(
                 f"dec_overlap: expected at most a segment's {self.segment_length} tokens, got {overlap}. Set it lower"
@@ -115,6 +114,10 @@ class MemformerConfig:
         return cls(**values)
 
 
-def check_positive_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+def check_count(name: str, value: object, least: int = 1) -> None:
+    if not is_count(value, least):
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .attention import KeysValues
-from .config import MemformerConfig
+from .config import MemformerConfig, check_count, is_count
 from .state import MemoryState
 
 __all__ = [
@@ -54,7 +54,7 @@ class Generated(NamedTuple):
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """The ``k`` most likely tokens."""
-    _check_count("top_k", k, 1)
+    check_count("top_k", k, 1)
     least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < least, float("-inf"))
 
@@ -558,7 +558,7 @@ class Generation:
                 "beams: a search does not sample; expected no temperature, top_k, top_p, min_p, generator or callback "
                 "beside it"
             )
-        _check_count("beams", beams, 1)
+        check_count("beams", beams, 1)
         if not math.isfinite(length_penalty):
             raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
         lanes, state = _begin(self, prompt, state, start, prompt_mask)
@@ -626,21 +626,12 @@ def _words(x: object) -> str:
 def _check_writing(model: _Model, max_new_tokens: int) -> None:
     if model.decoder is None:
         raise ValueError("generate: this model is encoder_only and has no decoder")
-    _check_count("max_new_tokens", max_new_tokens, 0)
+    check_count("max_new_tokens", max_new_tokens, 0)
 
 
 def _check_ids(name: str, ids: Sequence[int], config: MemformerConfig) -> None:
     if not isinstance(ids, Sequence):
         raise ValueError(f"{name}: expected a list of token ids, got {ids!r}")
     for x in ids:
-        if not _is_count(x, 0) or x >= _vocabulary(config):
+        if not is_count(x, 0) or x >= _vocabulary(config):
             raise ValueError(f"{name}: expected token ids from 0 to {_vocabulary(config) - 1}, got {x!r}")
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not _is_count(value, least):
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

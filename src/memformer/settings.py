@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from .config import MemformerConfig, Positions, Writer, check_positive_int
+from .config import MemformerConfig, Positions, Writer, check_count
 
 __all__ = [
     "RECIPES",
@@ -55,7 +55,7 @@ class DocumentSettings:
     """One document in so many is held out, or that share of the only document's end."""
 
     def __post_init__(self) -> None:
-        check_positive_int("vocabulary", self.vocabulary)
+        check_count("vocabulary", self.vocabulary)
         if not isinstance(self.held_out, int) or self.held_out < 2:
             raise ValueError(f"held_out: expected a whole number of at least 2, got {self.held_out!r}")
         if self.separator is not None:
@@ -93,8 +93,8 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         for name in ("dim", "slots", "enc_depth", "dec_depth", "heads", "mem_updates"):
-            check_positive_int(name, getattr(self, name))
-        _check_not_negative("dec_overlap", self.dec_overlap)
+            check_count(name, getattr(self, name))
+        check_count("dec_overlap", self.dec_overlap, least=0)
 
     def config(self, vocabulary: int, segment_length: int) -> MemformerConfig:
         """The model's configuration. Raises ValueError where settings do not fit together."""
@@ -159,9 +159,9 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         for name in ("lanes", "segment_length", "horizon", "horizon_steps", "accumulate", "graphs"):
-            check_positive_int(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         if self.horizon_start is not None:
-            check_positive_int("horizon_start", self.horizon_start)
+            check_count("horizon_start", self.horizon_start)
             if self.horizon_start > self.horizon:
                 raise ValueError(
                     f"horizon_start: expected at most the horizon {self.horizon}, got {self.horizon_start}"
@@ -247,7 +247,7 @@ class OutputSettings:
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
-            check_positive_int(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         _check_not_negative("sample_tokens", self.sample_tokens)
 
 
@@ -279,7 +279,7 @@ class TrainingConfig:
     output: OutputSettings = field(default_factory=OutputSettings)
 
     def __post_init__(self) -> None:
-        check_positive_int("steps", self.steps)
+        check_count("steps", self.steps)
         _check_not_negative("seed", self.seed)
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected less than 2**63, got {self.seed}")

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import check_positive_int
+from .config import check_count
 
 __all__ = [
     "ASK",
@@ -72,7 +72,7 @@ class Task:
     metric: ClassVar[Literal["accuracy", "bits"]] = "accuracy"
 
     def __post_init__(self) -> None:
-        check_positive_int("segments", self.segments)
+        check_count("segments", self.segments)
 
     @property
     def vocabulary(self) -> int:
@@ -110,8 +110,8 @@ class Task:
             ValueError: there is no such batch; the message says why.
         """
         segments = self.segments if segments is None else segments
-        check_positive_int("batch_size", batch_size)
-        check_positive_int("segments", segments)
+        check_count("batch_size", batch_size)
+        check_count("segments", segments)
         return self._draw(batch_size, segments, generator)
 
     def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
@@ -138,8 +138,8 @@ class Copy(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive_int("symbols", self.symbols)
-        check_positive_int("per_segment", self.per_segment)
+        check_count("symbols", self.symbols)
+        check_count("per_segment", self.per_segment)
 
     @property
     def vocabulary(self) -> int:
@@ -199,7 +199,7 @@ class AssociativeRetrieval(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("pairs", "keys", "values"):
-            check_positive_int(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         if self.pairs > self.segments:
             raise ValueError(f"pairs: a segment holds one, so at most segments ({self.segments}), got {self.pairs}")
         if self.pairs > self.keys and not self.rewrite:
@@ -266,8 +266,8 @@ class OneFact(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive_int("facts", self.facts)
-        check_positive_int("noise", self.noise)
+        check_count("facts", self.facts)
+        check_count("noise", self.noise)
 
     @property
     def vocabulary(self) -> int:
@@ -323,8 +323,8 @@ class Pixels(Task):
     metric: ClassVar[Literal["accuracy", "bits"]] = "bits"
 
     def __post_init__(self) -> None:
-        check_positive_int("levels", self.levels)
-        check_positive_int("per_segment", self.per_segment)
+        check_count("levels", self.levels)
+        check_count("per_segment", self.per_segment)
         _check_images("images", self.images, self.levels)
         pixels = self.images.shape[1]
         if pixels % self.per_segment or pixels == self.per_segment:

@@ -513,7 +513,7 @@ def settings_of(checkpoint: Path) -> TrainingConfig:
 
 def _as_saved(settings: dict[str, Any]) -> TrainingConfig:
     """A checkpoint's settings; in one that does not know the overlap there was none."""
-    model = {"dec_overlap": 0, **settings["model"]}
+    model = {"dec_overlap": 0, **settings.get("model", {})}
     return build(TrainingConfig, {**settings, "model": model})
 
 
