@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .positions import Positional, attend
+from .positions import Positional, Rotary, attend
 
 __all__ = ["ContextProjection", "CrossAttention", "SelfAttention", "merge_heads", "split_heads"]
 
@@ -47,6 +47,17 @@ class SelfAttention(nn.Module):
         # Drawn in single precision at least: the decomposition behind it knows no half precision.
         out.copy_(nn.init.orthogonal_(torch.empty_like(out, dtype=torch.promote_types(out.dtype, torch.float32))))
         self.to_qkv.weight[2 * len(out) :] = out.T
+
+    @torch.no_grad()
+    def begin_with_neighbours(self) -> None:
+        """New biases with which head h first looks at the token h + 1 before its own (rotary positions alone).
+
+        What comes next depends on the last few tokens more than on all else, and so it need not be found out.
+        """
+        if isinstance(self.positions, Rotary):
+            q, k, _ = self.to_qkv.bias.view(3, self.heads, -1)
+            for head in range(self.heads):
+                q[head], k[head] = self.positions.preferring(head + 1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))

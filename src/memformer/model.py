@@ -92,6 +92,8 @@ class Decoder(nn.Module):
         self.embedding = embedding
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
+        for layer in layers:
+            layer.self_attention.begin_with_neighbours()
         self.context_projection = ContextProjection(dim, heads, len(layers))
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, tokens)
