@@ -16,6 +16,8 @@ from torch import Tensor
 import naive
 from helpers import POSITIONS, VOCABULARY, WRITERS, assert_same_grads, mask, memory, take_grads, tiny, tokens
 from memformer import Memformer, MemformerConfig
+from memformer.attention import SelfAttention, split_heads
+from memformer.positions import Rotary
 
 SRC_MASK = mask("111000", "010110")
 TGT_MASK = mask("11110", "01011")
@@ -578,3 +580,25 @@ def test_a_new_encoder_copies_neighbours_as_they_are(dtype: torch.dtype) -> None
         both = attention.to_out.weight.float() @ attention.to_qkv.weight.chunk(3)[2].float()
         tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(both, torch.eye(len(both)), rtol=0, atol=tolerance)
+
+
+def test_a_new_decoders_heads_look_at_the_tokens_before() -> None:
+    length, heads = 12, 4
+    model = Memformer(
+        dim=96, num_memory_slots=3, enc_num_tokens=5, enc_max_seq_len=length, enc_depth=1, enc_heads=heads,
+        dec_num_tokens=5, dec_max_seq_len=length, dec_depth=2, dec_heads=heads,
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def looked_at(attention: SelfAttention) -> list[int]:
+        """How far back each head looks most, on average over random tokens."""
+        q, k, _ = (split_heads(part, heads) for part in attention.to_qkv(torch.randn(64, length, 96)).chunk(3, -1))
+        assert isinstance(attention.positions, Rotary)
+        logits = attention.positions.rotate(q) @ attention.positions.rotate(k).mT / q.shape[-1] ** 0.5
+        last = logits[..., -1, :].softmax(-1).mean(0)
+        return (length - 1 - last.argmax(-1)).tolist()
+
+    assert model.decoder is not None
+    for layer in model.decoder.layers:
+        assert looked_at(layer.self_attention) == [1, 2, 3, 4]
+    assert looked_at(model.encoder.layers[0].self_attention) != [1, 2, 3, 4]

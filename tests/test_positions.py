@@ -153,3 +153,15 @@ def test_causal_buckets_use_all_for_the_past() -> None:
 def test_causal_mask_is_aligned_at_the_end() -> None:
     expected = torch.tensor([[True, True, False], [True, True, True]])
     assert torch.equal(causal_mask(2, 3, torch.device("cpu")), expected)
+
+
+@pytest.mark.parametrize("head_dim", [2, 16, 24, 128])
+@pytest.mark.parametrize("distance", [0, 1, 4])
+def test_rotary_can_prefer_a_distance(head_dim: int, distance: int) -> None:
+    keys = 60
+    rotary = Rotary(head_dim, keys).double()
+    q, k = (rotary.rotate(x.expand(keys, -1)) for x in rotary.preferring(distance))
+    logits = q @ k.T / head_dim**0.5
+    for i in range(distance, keys):
+        assert logits[i, : i + 1].argmax() == i - distance
+        assert logits[i, i - distance].item() == pytest.approx(8)

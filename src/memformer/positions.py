@@ -103,7 +103,7 @@ class Rotary(Positional):
         """
         frequencies = self._frequencies()
         fast = frequencies > 2 * math.pi / 70
-        size = fast * (8 * math.sqrt(self.head_dim) / fast.sum()).sqrt()
+        size = (fast * (8 * math.sqrt(self.head_dim) / fast.sum()).sqrt()).to(frequencies)
         angles = -distance * frequencies
         query = torch.cat([size * angles.cos(), size * angles.sin()])
         return query, torch.cat([size, torch.zeros_like(size)])
