@@ -602,3 +602,14 @@ def test_a_new_decoders_heads_look_at_the_tokens_before() -> None:
     for layer in model.decoder.layers:
         assert looked_at(layer.self_attention) == [1, 2, 3, 4]
     assert looked_at(model.encoder.layers[0].self_attention) != [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("positions", [kind for kind in POSITIONS if kind != "rotary"])
+def test_positions_without_a_preference_leave_a_new_decoder_as_it_is(positions: Any) -> None:
+    model = Memformer(
+        dim=16, num_memory_slots=3, enc_num_tokens=5, enc_max_seq_len=6, dec_num_tokens=5, dec_max_seq_len=6,
+        positions=positions,
+    )  # fmt: skip
+    assert model.decoder is not None
+    for layer in model.decoder.layers:
+        assert layer.self_attention.to_qkv.bias.abs().amax() <= 16**-0.5, "as torch draws it"

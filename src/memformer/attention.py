@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .positions import Positional, Rotary, attend
+from .positions import Positional, attend
 
 __all__ = ["ContextProjection", "CrossAttention", "SelfAttention", "merge_heads", "split_heads"]
 
@@ -50,14 +50,15 @@ class SelfAttention(nn.Module):
 
     @torch.no_grad()
     def begin_with_neighbours(self) -> None:
-        """New biases with which head h first looks at the token h + 1 before its own (rotary positions alone).
+        """New biases with which head h first looks at the token h + 1 before its own, if the positions know how.
 
         What comes next depends on the last few tokens more than on all else, and so it need not be found out.
         """
-        if isinstance(self.positions, Rotary):
-            q, k, _ = self.to_qkv.bias.view(3, self.heads, -1)
-            for head in range(self.heads):
-                q[head], k[head] = self.positions.preferring(head + 1)
+        q, k, _ = self.to_qkv.bias.view(3, self.heads, -1)
+        for head in range(self.heads):
+            preferred = self.positions.preferring(head + 1)
+            if preferred is not None:
+                q[head], k[head] = preferred
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))

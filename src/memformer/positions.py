@@ -56,6 +56,12 @@ class Positional(nn.Module):
         """Queries at those positions, and keys as a cache is to keep them."""
         return q, k
 
+    def preferring(self, distance: int) -> tuple[Tensor, Tensor] | None:
+        """Two vectors (head_dim,): added to all queries and to all keys, before they are placed, they make each query
+        prefer the key that stands ``distance`` before it. None: these positions do not know how.
+        """
+        return None
+
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         """Causal attention where key j stands at position j; what lies ahead of a query may be anything finite."""
         raise NotImplementedError
@@ -96,10 +102,8 @@ class Rotary(Positional):
         return attend(self.rotate(q, k.shape[-2] - q.shape[-2]), self.rotate(k), v, mask, causal)
 
     def preferring(self, distance: int) -> tuple[Tensor, Tensor]:
-        """Two vectors (head_dim,): added to all queries and to all keys, before they are rotated, they make each query
-        prefer the key that stands ``distance`` before it, by up to 8 in the logits.
-
-        Only rotations that come round within 70 tokens have a part in it: slower ones tell no neighbours apart.
+        """By up to 8 in the logits. Only rotations that come round within 70 tokens have a part in it: slower ones tell
+        no neighbours apart.
         """
         frequencies = self._frequencies()
         fast = frequencies > 2 * math.pi / 70
