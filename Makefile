@@ -9,5 +9,5 @@ lint:
 types:
 	mypy
 
-test:
-	pytest
+test:  ## in two processes
+	pytest -n 2 --dist worksteal
