@@ -508,12 +508,12 @@ def _table(entries: dict[str, Entry]) -> Iterator[str]:
     yield ""
     yield "by the segment's depth in its document (the first is 0), mean over the seeds"
     depths = [Depth(*depth) for depth in next(iter(entries.values())).tuned.results[0]["by_depth"]]
-    yield f"{'':20}" + "".join(f"{f'{depth.first}-{depth.last}':>11}" for depth in depths)
-    yield f"{'bytes':20}" + "".join(f"{depth.bytes:>11,}" for depth in depths)
+    yield f"{'':20}" + "".join(f"{f'{depth.first}-{depth.last}':>13}" for depth in depths)
+    yield f"{'bytes':20}" + "".join(f"{depth.bytes:>13,}" for depth in depths)
     for label, entry in entries.items():
         columns = zip(*(result["by_depth"] for result in entry.tuned.results), strict=True)
         yield f"{label:20}" + "".join(
-            f"{statistics.mean(bits / count for _, _, count, bits in column):>11.3f}" for column in columns
+            f"{statistics.mean(bits / count for _, _, count, bits in column):>13.3f}" for column in columns
         )
 
 
