@@ -129,8 +129,8 @@ def equality() -> float:
     import torch
 
     from memformer import Memformer, replay
-    from memformer.objectives import rollout
-    from memformer.segments import cut
+    from memformer.data.segments import cut
+    from memformer.rollouts import rollout
 
     torch.manual_seed(0)
     model = Memformer(**{**EXAMPLE, "dim": 32, "enc_max_seq_len": 16, "dec_max_seq_len": 16}).double()
@@ -151,8 +151,8 @@ def operations() -> float:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     from memformer import Memformer, replay
-    from memformer.objectives import rollout
-    from memformer.segments import cut
+    from memformer.data.segments import cut
+    from memformer.rollouts import rollout
 
     model, (src, tgt) = Memformer(**EXAMPLE), example_input()
     segments = cut(EXAMPLE["enc_max_seq_len"], src, tgt)

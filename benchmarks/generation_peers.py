@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from memformer import Memformer
-from memformer.attention import merge_heads, split_heads
-from memformer.positions import Rotary
+from memformer.nn.attention import merge_heads, split_heads
+from memformer.nn.positions import Rotary
 
 BYTES, START = 256, 256
 DIM, HEADS, DEPTH, SEGMENT, SLOTS = 256, 4, 8, 64, 32

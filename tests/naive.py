@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from memformer.blocks import Block
-from memformer.memory import GatedWriter, NormalisedWriter
 from memformer.model import Memformer
-from memformer.positions import BucketedBias, RelativeEncoding, Rotary
+from memformer.nn.blocks import Block
+from memformer.nn.memory import GatedWriter, NormalisedWriter
+from memformer.nn.positions import BucketedBias, RelativeEncoding, Rotary
 
 
 def head(x: Tensor, h: int, heads: int) -> Tensor:

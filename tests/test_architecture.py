@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,29 +14,38 @@ import memformer
 PACKAGE = Path(memformer.__file__).parent
 
 LAYERS = [
-    {"replay", "config", "segments", "positions", "pictures"},
-    {"attention", "tasks"},
-    {"blocks"},
-    {"memory", "state"},
-    {"generation"},
-    {"model"},
-    {"objectives", "data", "checkpoints", "parallel", "settings"},
-    {"evaluation", "export"},
+    {"replay.inputs", "replay.environment", "replay.schedules", "config", "nn.attention", "pictures"},
+    {"replay.storage", "replay.gradients", "nn.positions", "nn.blocks", "tasks"},
+    {"replay.options", "replay.readout", "nn.memory", "state"},
+    {"replay.engine", "generation"},
+    {"replay.functions", "model"},
+    {"replay", "nn", "data.tokenizers", "data.segments", "data.yardsticks", "checkpoints", "parallel", "settings"},
+    {"data.corpora", "data.objectives"},
+    {"data.lanes"},
+    {"data", "rollouts", "export"},
+    {"evaluation"},
     {"inspection"},
     {"training", "bench"},
     {"cli", "hf"},
     {"__init__", "__main__"},
 ]
-"""From the ground up. A part imports from lower layers only, and never from its own."""
+"""From the ground up. A room imports from lower layers only, and never from its own. Rooms are modules; the command
+line and the benchmarks are one room each."""
+
+WHOLE = {"cli", "bench", "hf"}
+"""Folders that are one room."""
 
 
-def part_of(file: Path) -> str:
-    """A module of the package, or a folder with all in it."""
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room_of(file: Path) -> str:
+    """A module of the package, named from there; a package's ``__init__`` has its folder's name."""
+    parts = [*file.relative_to(PACKAGE).with_suffix("").parts]
+    if parts[0] in WHOLE:
+        return parts[0]
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def parts() -> set[str]:
-    return {part_of(file) for file in PACKAGE.rglob("*.py")}
+def rooms() -> set[str]:
+    return {room_of(file) for file in PACKAGE.rglob("*.py")}
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -48,45 +57,64 @@ def imports(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else ()
             name = ".".join([*start, *([node.module] if node.module else [])])
-            # "from . import replay" names modules, "from .config import Writer" does not.
-            yield from (f"{name}.{alias.name}" for alias in node.names) if name == "memformer" else (name,)
+            yield from (f"{name}.{alias.name}" for alias in node.names)
 
 
-def own_imports(part: str) -> set[str]:
-    """The parts of the package that a part imports, itself left out; ``import memformer`` is its ``__init__``."""
-    files = [file for file in PACKAGE.rglob("*.py") if part_of(file) == part]
-    names = [name.split(".") for file in files for name in imports(file)]
-    found = {name[1] if len(name) > 1 else "__init__" for name in names if name[0] == "memformer"}
-    return {name if name in parts() else "__init__" for name in found} - {part}
+def own_imports(room: str) -> set[str]:
+    """The rooms of the package that a room imports, itself left out: of each name the longest part that is a room."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        if room_of(file) == room:
+            for name in imports(file):
+                root, *parts = name.split(".")
+                if root == "memformer":
+                    known = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+                    found.add(next((part for part in known if part in rooms()), "__init__"))
+    return found - {room}
 
 
-def test_each_part_has_its_layer() -> None:
-    assert parts() <= set.union(*LAYERS), "a new part needs a place in LAYERS"
+def test_each_room_has_its_layer() -> None:
+    assert rooms() <= set.union(*LAYERS), "a new room needs a place in LAYERS"
 
 
 def test_imports_point_down() -> None:
     below: set[str] = set()
     for layer in LAYERS:
-        for part in sorted(layer & parts()):
-            assert own_imports(part) <= below, f"{part} imports {sorted(own_imports(part) - below)}, not below it"
+        for room in sorted(layer & rooms()):
+            assert own_imports(room) <= below, f"{room} imports {sorted(own_imports(room) - below)}, not below it"
         below |= layer
 
 
 def test_the_chain_of_the_model() -> None:
     """The reader of imports sees what is there."""
-    assert own_imports("attention") == {"positions"}
-    assert own_imports("blocks") == {"attention", "positions"}
-    assert own_imports("memory") == {"attention", "blocks"}
-    assert own_imports("model") >= {"attention", "blocks", "config", "memory", "positions"}
-    assert "replay" not in own_imports("model"), "the model does not know the engine"
-    assert "replay" in own_imports("__init__")
+    assert own_imports("nn.attention") == set()
+    assert own_imports("nn.positions") == own_imports("nn.blocks") == {"nn.attention"}
+    assert own_imports("nn.memory") == {"nn.attention", "nn.blocks"}
+    assert own_imports("model") >= {"nn.attention", "nn.blocks", "config", "nn.memory", "nn.positions"}
+    assert not any(room.startswith("replay") for room in own_imports("model")), "the model does not know the engine"
+    assert own_imports("rollouts") >= {"model", "replay"}
 
 
-def test_the_replay_engine_imports_torch_alone() -> None:
-    roots = {name.split(".")[0] for name in imports(PACKAGE / "replay.py")}
-    assert roots - set(sys.stdlib_module_names) == {"torch"}
-    # So the file can be carried elsewhere and used by itself.
-    assert runpy.run_path(str(PACKAGE / "replay.py"))["memory_replay"].__name__ == "memory_replay"
+def test_no_room_is_too_large() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 700, file.name
+
+
+def test_the_replay_engine_imports_torch_alone(tmp_path: Path) -> None:
+    files = sorted((PACKAGE / "replay").glob("*.py"))
+    typing_only = {"typing_extensions"}  # for type checkers, who bring it
+    roots = {name.split(".")[0] for file in files for name in imports(file)} - typing_only
+    assert roots - set(sys.stdlib_module_names) == {"torch", "memformer"}
+    assert all(own <= rooms_of_replay() for own in map(own_imports, rooms_of_replay()))
+    # So the folder can be carried elsewhere and used by itself, under another name.
+    shutil.copytree(PACKAGE / "replay", tmp_path / "carried")
+    code = "import sys, carried; print(carried.memory_replay.__name__, 'memformer' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("memory_replay False\n", "")
+
+
+def rooms_of_replay() -> set[str]:
+    return {room for room in rooms() if room.split(".")[0] == "replay"}
 
 
 def test_the_package_is_light() -> None:

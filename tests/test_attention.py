@@ -8,9 +8,9 @@ from torch import nn
 
 import naive
 from helpers import POSITIONS, mask
-from memformer.attention import ContextProjection, CrossAttention, SelfAttention, merge_heads, split_heads
-from memformer.blocks import Block
-from memformer.positions import BucketedBias, RelativeEncoding, Rotary
+from memformer.nn.attention import ContextProjection, CrossAttention, SelfAttention, merge_heads, split_heads
+from memformer.nn.blocks import Block
+from memformer.nn.positions import BucketedBias, RelativeEncoding, Rotary
 
 DIM, HEADS = 8, 2
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memformer import Memformer, replay
-from memformer.segments import cut
+from memformer.data.segments import cut
 from processes import WORLD, two_processes
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -117,7 +117,7 @@ class MemformerStep(nn.Module):
         )  # fmt: skip
 
     def forward(self, src: Tensor, tgt: list[Tensor]) -> Tensor:
-        from memformer.objectives import rollout
+        from memformer.rollouts import rollout
 
         return rollout(self.model, cut(4, src, tgt)).loss
 

@@ -4,7 +4,7 @@ import pytest
 
 from memformer.bench import generation
 from memformer.cli import main
-from memformer.positions import Rotary
+from memformer.nn.positions import Rotary
 
 
 def test_the_report(capsys):

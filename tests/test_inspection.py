@@ -16,8 +16,8 @@ from helpers import VOCABULARY, WRITERS, mask, memory, take_grads, tiny, tokens
 from memformer import Memformer
 from memformer.cli import main
 from memformer.data import ByteTokenizer
+from memformer.data.segments import Segment
 from memformer.inspection import KINDS, Inspection, MemoryHealth, inspect, kinds, memory_health, plot, slot_diversity
-from memformer.segments import Segment
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -21,7 +21,7 @@ from memformer.data import (
     encode_documents,
     read_documents,
 )
-from memformer.objectives import rollout
+from memformer.rollouts import rollout
 
 START = 256
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import naive
 from helpers import WRITERS, mask
-from memformer.attention import merge_heads, split_heads
-from memformer.memory import GatedWriter, NormalisedWriter, SlowLinear, normalise, slot_attention
+from memformer.nn.attention import merge_heads, split_heads
+from memformer.nn.memory import GatedWriter, NormalisedWriter, SlowLinear, normalise, slot_attention
 
 DIM, SLOTS, HEADS, BATCH, LENGTH = 8, 3, 2, 2, 5
 MASKS = [None, mask("11100", "01011"), mask("00000", "11111")]

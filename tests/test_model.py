@@ -16,8 +16,8 @@ from torch import Tensor
 import naive
 from helpers import POSITIONS, VOCABULARY, WRITERS, assert_same_grads, mask, memory, take_grads, tiny, tokens
 from memformer import Memformer, MemformerConfig
-from memformer.attention import SelfAttention, split_heads
-from memformer.positions import Rotary
+from memformer.nn.attention import SelfAttention, split_heads
+from memformer.nn.positions import Rotary
 
 SRC_MASK = mask("111000", "010110")
 TGT_MASK = mask("11110", "01011")

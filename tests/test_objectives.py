@@ -1,494 +1,186 @@
-"""Memory replay of a Memformer against back-propagation through time written out by hand."""
+"""The three objectives: what source and target are, by which odds, and that the stream under them is the same."""
 
-from __future__ import annotations
+import itertools
 
-import gc
-import weakref
-from collections.abc import Iterator
-from typing import Any
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
-from helpers import POSITIONS, VOCABULARY, WRITERS, assert_same_grads, mask, memory, take_grads, tiny, tokens
-from memformer import Memformer, memory_replay_backprop, objectives, replay
-from memformer.segments import Segment, cut
+from memformer.data import ByteTokenizer, Lanes, Mixture, Objective, TokenIds
 
-LENGTH = 3
-TARGET_LENGTHS = (2, 6)
-SHARED = settings(deadline=None, derandomize=True, max_examples=40)
-
-shapes = st.fixed_dictionaries(
-    {
-        "count": st.integers(1, 12),
-        "batch": st.integers(1, 4),
-        "last": st.integers(1, LENGTH),
-        "ragged": st.booleans(),
-        "losses": st.sampled_from(["every", "some", "last"]),
-        "start": st.sampled_from(["learned", "given", "trained"]),
-        "seed": st.integers(0, 10**6),
-    }
-)
-models = st.fixed_dictionaries(
-    {
-        "memory_writer": st.sampled_from(WRITERS),
-        "positions": st.sampled_from(POSITIONS),
-        "num_mem_updates": st.integers(1, 3),
-    }
-)
-overlaps = st.integers(0, LENGTH)
+IDS = TokenIds(100_000)
 
 
-def small(**changes: Any) -> Memformer:
-    decoder = {} if changes.get("encoder_only") else {"dec_depth": 1}
-    return tiny(**{"enc_max_seq_len": LENGTH, "enc_depth": 1, **decoder, **changes})
+def mixture(*odds, seed=0, **given_):
+    names = ("continuation", "infilling", "recall")
+    return Mixture(IDS, **dict(zip(names, odds, strict=True)), seed=seed, **given_)
 
 
-def ragged(batch: int, length: int) -> Tensor:
-    """Each lane ends somewhere, the first of all possible places being before its first token."""
-    return torch.arange(length) < torch.randint(length + 1, (batch, 1))
-
-
-def with_loss(losses: str, count: int) -> list[bool]:
-    if losses == "every":
-        return [True] * count
-    some = (torch.rand(count) < 0.5).tolist() if losses == "some" else [False] * count
-    return [*some[:-1], True]
-
-
-def start_memory(model: Memformer, start: str, batch: int) -> Tensor | None:
-    return None if start == "learned" else memory(model, batch).requires_grad_(start == "trained")
-
-
-class Task:
-    """A random sequence with masks and targets of random lengths."""
-
-    def __init__(self, count: int, batch: int, last: int, is_ragged: bool, losses: str):
-        length = (count - 1) * LENGTH + last
-        self.src, self.src_mask = tokens(batch, length), ragged(batch, length) if is_ragged else None
-        self.wanted = with_loss(losses, count)
-        lengths = torch.randint(TARGET_LENGTHS[0], TARGET_LENGTHS[1] + 1, (count,)).tolist()
-        self.tgt = [tokens(batch, n) if wanted else None for n, wanted in zip(lengths, self.wanted, strict=True)]
-        masked = [is_ragged and bool(torch.rand(()) < 0.7) for _ in self.tgt]
-        self.tgt_mask = [
-            ragged(*tgt.shape) if tgt is not None and m else None for tgt, m in zip(self.tgt, masked, strict=True)
-        ]
-
-    def segments(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]:
-        for t, (tgt, tgt_mask) in enumerate(zip(self.tgt, self.tgt_mask, strict=True)):
-            part = slice(t * LENGTH, (t + 1) * LENGTH)
-            yield self.src[:, part], None if self.src_mask is None else self.src_mask[:, part], tgt, tgt_mask
-
-
-def by_hand(model: Memformer, task: Task, mems: Tensor | None) -> tuple[Tensor, Tensor]:
-    loss = torch.zeros((), dtype=torch.float64)
-    for src, src_mask, tgt, tgt_mask in task.segments():
-        out = model(src, tgt, mems, src_mask, tgt_mask)
-        mems = out.mem
-        loss = loss if out.dec_out is None else loss + out.dec_out
-    loss.backward()
-    return loss.detach(), mems.detach()
-
-
-def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    assert not actual[0].requires_grad
-    assert not actual[1].requires_grad
-    torch.testing.assert_close(actual[0], expected[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-14)
-
-
-def take_memory_grad(mems: Tensor | None) -> dict[str, Tensor | None]:
-    if mems is None or not mems.requires_grad:
-        return {}
-    grad, mems.grad = mems.grad, None
-    return {"mems": grad}
-
-
-# --- Gradients are those of back-propagation through time -------------------------------------------------------------
-
-
-@SHARED
-@given(shape=shapes, model=models, overlap=overlaps)
-def test_encoder_decoder_equals_bptt(shape: dict[str, Any], model: dict[str, Any], overlap: int) -> None:
-    torch.manual_seed(shape["seed"])
-    model = small(**model, dec_overlap=overlap)
-    task = Task(shape["count"], shape["batch"], shape["last"], shape["ragged"], shape["losses"])
-    mems = start_memory(model, shape["start"], shape["batch"])
-    expected = by_hand(model, task, mems)
-    grads = take_grads(model) | take_memory_grad(mems)
-    actual = memory_replay_backprop(model, task.src, task.tgt, task.src_mask, task.tgt_mask, mems=mems)
-    assert_same(actual, expected)
-    assert_same_grads(take_grads(model) | take_memory_grad(mems), grads)
-
-
-@SHARED
-@given(shape=shapes, model=models)
-def test_encoder_only_equals_bptt(shape: dict[str, Any], model: dict[str, Any]) -> None:
-    """With a loss of the caller's own, on a head of the caller's own."""
-    torch.manual_seed(shape["seed"])
-    model, head = small(**model, encoder_only=True), nn.Linear(8, 1).double()
-    task = Task(shape["count"], shape["batch"], shape["last"], shape["ragged"], shape["losses"])
-    mems = start_memory(model, shape["start"], shape["batch"])
-
-    def loss_fn(index: int, enc_out: Tensor) -> Tensor | None:
-        return (index + 1) * head(enc_out).square().mean() if task.wanted[index] else None
-
-    loss, current = torch.zeros((), dtype=torch.float64), mems
-    for t, (src, src_mask, _, _) in enumerate(task.segments()):
-        enc_out, current = model(src, mems=current, src_mask=src_mask)
-        loss = loss + (loss_fn(t, enc_out) if task.wanted[t] else 0)
-    loss.backward()
-    grads = take_grads(model, head) | take_memory_grad(mems)
-    actual = memory_replay_backprop(model, src=task.src, src_mask=task.src_mask, mems=mems, loss_fn=loss_fn)
-    assert_same(actual, (loss.detach(), current.detach()))
-    assert_same_grads(take_grads(model, head) | take_memory_grad(mems), grads)
-
-
-@SHARED
-@given(shape=shapes, model=models, dropout=st.sampled_from([0.0, 0.3]), divisor=st.sampled_from([None, 7.0]))
-def test_rollout_with_resets_and_dropout(
-    shape: dict[str, Any], model: dict[str, Any], dropout: float, divisor: float | None
-) -> None:
-    """With the same seed the two methods see the same dropout, though replay runs all segments but the last twice."""
-    torch.manual_seed(shape["seed"])
-    model, count, batch = small(**model, dropout=dropout), shape["count"], shape["batch"]
-    task = Task(count, batch, shape["last"], shape["ragged"], shape["losses"])
-    segments = [Segment(s, m, torch.rand(batch) < 0.3, t, tm) for s, m, t, tm in task.segments()]
-    mems = start_memory(model, shape["start"], batch)
-
-    def run(method: Any) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor | None], float]:
-        torch.manual_seed(1)
-        outcome = objectives.rollout(model, segments, mems, method=method, divisor=divisor)
-        outcome.loss.backward()
-        following = float(torch.rand(()))
-        return (outcome.loss.detach(), outcome.memory.detach()), take_grads(model) | take_memory_grad(mems), following
-
-    expected, grads, following = run(replay.full_bptt)
-    actual, replayed, following_replay = run(replay.memory_replay)
-    assert_same(actual, expected)
-    assert_same_grads(replayed, grads)
-    assert following_replay == following, "replay leaves the random numbers where plain back-propagation does"
-
-
-def test_resets_equal_bptt_by_hand() -> None:
-    model, src, tgt = small(), tokens(2, 4 * LENGTH), tokens(2, 4)
-    resets = [torch.tensor(row) for row in ([True, False], [False, False], [False, True], [False, False])]
-    mems = memory(model, 2).requires_grad_()
-    loss, current = 0, mems
-    for t in range(4):
-        out = model(src[:, t * LENGTH : (t + 1) * LENGTH], tgt, current, reset=resets[t])
-        loss, current = loss + out.dec_out, out.mem
-    loss.backward()
-    grads = take_grads(model) | take_memory_grad(mems)
-    segments = [s._replace(reset=r) for s, r in zip(cut(LENGTH, src, [tgt] * 4), resets, strict=True)]
-    outcome = objectives.rollout(model, segments, mems)
-    outcome.loss.backward()
-    assert not mems.grad[0].any()
-    assert mems.grad[1].any()
-    assert_same((outcome.loss.detach(), outcome.memory.detach()), (loss.detach(), current.detach()))
-    assert_same_grads(take_grads(model) | take_memory_grad(mems), grads)
-
-
-@pytest.mark.parametrize("readout_tokens", [1, 20, 10_000])
-def test_the_size_of_the_readout_changes_nothing(readout_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Targets and sources of unequal length share a call of the decoder, padded."""
-    monkeypatch.setattr(objectives, "READOUT_TOKENS", readout_tokens)
-    model = small(positions="relative", dec_overlap=2)
-    task = Task(count=5, batch=2, last=1, is_ragged=True, losses="every")
-    task.tgt_mask[-1] = None
-    expected = by_hand(model, task, None)
-    grads = take_grads(model)
-    actual = memory_replay_backprop(model, task.src, task.tgt, task.src_mask, task.tgt_mask)
-    assert_same(actual, expected)
-    assert_same_grads(take_grads(model), grads)
-
-
-def test_divisor_weighs_tokens_alike() -> None:
-    """With one divisor for all segments, a token counts the same in a short target and in a long one."""
-    model, src, targets = small(), tokens(2, 2 * LENGTH), [tokens(2, 2), tokens(2, 5)]
-    first = model(src[:, :LENGTH], targets[0])
-    second = model(src[:, LENGTH:], targets[1], first.mem)
-    outcome = objectives.rollout(model, cut(LENGTH, src, targets), divisor=torch.tensor(10.0))
-    torch.testing.assert_close(outcome.loss, (2 * first.dec_out + 8 * second.dec_out) / 10)
-
-
-@pytest.mark.parametrize("own_loss", [False, True])
-@pytest.mark.parametrize(
-    "schedule",
-    [None, replay.EveryMemory(graphs=3), replay.EveryMemory(graphs=0), replay.Binomial(2), replay.EveryKth(2)],
-)
-def test_schedules_weights_and_norms_are_keywords(schedule: Any, own_loss: bool) -> None:
-    """Any schedule gives the same gradients; a segment without a target has a weight too."""
-    model, task = small(encoder_only=own_loss), Task(count=6, batch=2, last=2, is_ragged=False, losses="every")
-    task.tgt[2], weights = None, [1.0, 0.5, 7.0, 0.0, 2.0, 3.0]
-    watch = replay.MemoryGradients()
-    total, mems = torch.zeros((), dtype=torch.float64), memory(model, 2).requires_grad_()
-    current = mems
-    for weight, (src, _, tgt, _) in zip(weights, task.segments(), strict=True):
-        if own_loss:
-            out, current = model(src, mems=current)
-            loss = out.square().sum()
-        else:
-            loss, current = (out := model(src, tgt, current)).dec_out, out.mem
-        total = total if loss is None else total + weight * loss
-    total.backward()
-    grads = take_grads(model) | take_memory_grad(mems)
-    what = {"loss_fn": lambda i, x: x.square().sum()} if own_loss else {"tgt": task.tgt}
-    actual = memory_replay_backprop(
-        model,
-        task.src,
-        mems=mems,
-        schedule=schedule,
-        segment_weights=weights,
-        memory_gradients=watch,
-        check=True,
-        **what,
+def row(segment, lane):
+    return (
+        segment.src[lane][segment.src_mask[lane]].tolist(),
+        segment.tgt[lane][segment.tgt_mask[lane]].tolist(),
     )
-    assert_same(actual, (total.detach(), current.detach()))
-    assert watch.norms[0] == pytest.approx(mems.grad.norm().item(), rel=1e-6)
-    assert len(watch.norms) == 7
-    assert_same_grads(take_grads(model) | take_memory_grad(mems), grads)
 
 
-def test_check_finds_a_model_that_is_not_a_function_of_its_inputs() -> None:
-    model, draws = small(), iter(range(100))
-    model.encoder.register_forward_hook(lambda module, args, output: output * (1 + next(draws)))
-    with pytest.raises(RuntimeError, match=r"segment 1 differs in replay from its recording"):
-        memory_replay_backprop(model, src=tokens(2, 7), tgt=tokens(2, 4), check=True)
+def streams(*odds, lengths=(50, 3, 21, 34), lanes=3, length=5, seed=0):
+    """The stream under these odds, and the plain one."""
+    documents = [np.arange(n) + 100 * i for i, n in enumerate(lengths)]
+    given_ = dict(lanes=lanes, length=length, start=IDS.start, epochs=2, seed=1)
+    return Lanes(documents, **given_, objectives=mixture(*odds, seed=seed)), Lanes(documents, **given_)
 
 
-# --- What it does to .grad and returns --------------------------------------------------------------------------------
-
-
-def test_grad_accumulates() -> None:
-    model, src, tgt = small(), tokens(2, 7), tokens(2, 4)
-    memory_replay_backprop(model, src=src, tgt=tgt)
-    once = {name: None if grad is None else 2 * grad for name, grad in take_grads(model).items()}
-    memory_replay_backprop(model, src=src, tgt=tgt)
-    memory_replay_backprop(model, src=src, tgt=tgt)
-    assert_same_grads(take_grads(model), once)
-
-
-def test_memory_carries_from_call_to_call() -> None:
-    model, src, tgt = small(), tokens(2, 4 * LENGTH), tokens(2, 4)
-    _, mems = memory_replay_backprop(model, src=src[:, : 2 * LENGTH], tgt=tgt)
-    _, chunked = memory_replay_backprop(model, src=src[:, 2 * LENGTH :], tgt=tgt, mems=mems)
-    _, whole = memory_replay_backprop(model, src=src, tgt=tgt)
-    assert torch.equal(chunked, whole)
-
-
-def test_a_source_of_one_segment_is_a_plain_call() -> None:
-    model, src, tgt, src_mask, tgt_mask = small(), tokens(2, 2), tokens(2, 4), mask("10", "11"), mask("1110", "1111")
-    out = model(src, tgt, None, src_mask, tgt_mask)
-    out.dec_out.backward()
-    grads = take_grads(model)
-    actual = memory_replay_backprop(model, src=src, tgt=tgt, src_mask=src_mask, tgt_mask=tgt_mask)
-    assert_same(actual, (out.dec_out.detach(), out.mem.detach()))
-    assert_same_grads(take_grads(model), grads)
-
-
-def test_a_frozen_encoder() -> None:
-    model, task = small(), Task(count=4, batch=2, last=2, is_ragged=False, losses="every")
-    model.encoder.requires_grad_(False)
-    model.writer.requires_grad_(False)
-    expected = by_hand(model, task, None)
-    grads = take_grads(model)
-    assert_same(memory_replay_backprop(model, task.src, task.tgt), expected)
-    assert_same_grads(take_grads(model), grads)
-
-
-def test_a_frozen_model_below_a_trained_head() -> None:
-    model, head, src = small(encoder_only=True).requires_grad_(False), nn.Linear(8, 1).double(), tokens(2, 7)
-    memory_replay_backprop(model, src=src, loss_fn=lambda index, enc_out: head(enc_out).mean())
-    assert head.weight.grad.any()
-    assert all(grad is None for grad in take_grads(model).values())
-
-
-def test_a_loss_without_a_gradient_is_added() -> None:
-    """As in a sum of losses by hand."""
-    model, src = small(encoder_only=True), tokens(2, 2 * LENGTH)
-    loss, _ = memory_replay_backprop(
-        model, src=src, loss_fn=lambda index, enc_out: enc_out.sum() if index else torch.tensor(5.0).double()
-    )
-    expected, _ = memory_replay_backprop(
-        model, src=src, loss_fn=lambda index, enc_out: enc_out.sum() if index else None
-    )
-    torch.testing.assert_close(loss, expected + 5)
-
-
-# --- Cost -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_how_often_encoder_and_decoder_run(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recording and replay each run the encoder once, but the last segment is not computed twice; the decoder, off the
-    critical path, runs once per chunk of targets and never without its gradient."""
-    model, src = small(), tokens(2, count * LENGTH)
-    targets = [tokens(2, 4) if t % 2 == 0 else None for t in range(count - 1)] + [tokens(2, 4)]
-    calls: dict[str, list[bool]] = {"encoder": [], "decoder": []}
-    for name, found in calls.items():
-        getattr(model, name).register_forward_hook(lambda *_, found=found: found.append(torch.is_grad_enabled()))
-    monkeypatch.setattr(objectives, "READOUT_TOKENS", 8)  # one segment's
-    memory_replay_backprop(model, src=src, tgt=targets)
-    assert calls["encoder"] == [False] * (count - 1) + [True] * count
-    assert calls["decoder"] == [True] * sum(tgt is not None for tgt in targets)
-
-    calls["decoder"].clear()
-    monkeypatch.setattr(objectives, "READOUT_TOKENS", 4 * 8)
-    memory_replay_backprop(model, src=src, tgt=targets)
-    assert calls["decoder"] == [True] * -(-count // 4)
-
-    for found in calls.values():
-        found.clear()
-    memory_replay_backprop(model, src=src, loss_fn=lambda index, enc_out: enc_out.sum())
-    assert calls["encoder"] == [False] * (count - 1) + [True] * count
-    assert calls["decoder"] == []
-
-
-class LiveTensors:
-    """Counts the tensors that autograd keeps for a backward pass, while they are kept."""
-
-    def __init__(self) -> None:
-        self.now, self.most = 0, 0
-
-    def __enter__(self) -> LiveTensors:
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda packed: packed[0])
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
-
-    class Packed(list):
-        """A list that may have weak references."""
-
-    def pack(self, x: Tensor) -> Packed:
-        # Not x itself: an output that is saved would hold its node, and the node holds what is packed.
-        packed = self.Packed([x.detach()])
-        weakref.finalize(packed, self.forget)
-        self.now += 1
-        self.most = max(self.most, self.now)
-        return packed
-
-    def forget(self) -> None:
-        self.now -= 1
-
-
-@pytest.mark.parametrize("kind", ["targets", "last target", "own loss", "rollout with resets"])
-def test_the_live_graph_does_not_grow_with_the_rollout(kind: str) -> None:
-    def most(count: int) -> int:
-        torch.manual_seed(0)
-        model, src, tgt = small(encoder_only=kind == "own loss"), tokens(1, count * LENGTH), tokens(1, 4)
-        gc.collect()
-        with LiveTensors() as live:
-            if kind == "own loss":
-                memory_replay_backprop(model, src=src, loss_fn=lambda index, enc_out: enc_out.square().sum())
-            elif kind == "rollout with resets":
-                segments = [s._replace(reset=torch.tensor([True])) for s in cut(LENGTH, src, [tgt] * count)]
-                objectives.rollout(model, segments).loss.backward()
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(seed=st.integers(0, 99), length=st.integers(1, 12))
+def test_each_objective_has_its_source_and_target(seed, length):
+    """Against the plain stream beside it, which knows what every segment is."""
+    mixed, plain = streams(1, 1, 1, length=length, seed=seed)
+    before, seen = {}, set()
+    for segment, reference in zip(mixed, plain, strict=True):
+        assert segment.reset.equal(reference.reset)
+        assert segment.src.shape == reference.src.shape
+        assert segment.tgt.shape == reference.tgt.shape
+        for lane in range(len(segment.src)):
+            (source, target), (clean, following) = row(segment, lane), row(reference, lane)
+            if reference.reset[lane]:
+                before[lane] = []
+            if not target:
+                assert not following
+                continue
+            seen.add(target[0])
+            if target[0] == IDS.start:
+                assert (source, target) == (clean, following)
+            elif target[0] == IDS.recall:
+                assert source == clean
+                assert target[1:] == before[lane][-1]
+                assert len(before[lane]) > 0
             else:
-                memory_replay_backprop(model, src=src, tgt=[tgt] * count if kind == "targets" else tgt)
-        assert live.now == 0, "the graph is gone when the call returns"
-        return live.most
-
-    few, many = most(4), most(64)
-    assert few == many
-    assert few > 10, "the count counts"
-
-
-@pytest.mark.parametrize("with_backward", [True, False])
-def test_nothing_is_left_behind(with_backward: bool) -> None:
-    """A rollout is freed when it goes out of use, back-propagated or not, without the garbage collector."""
-    model, segments = small(), cut(LENGTH, tokens(1, 4 * LENGTH), [tokens(1, 4)] * 4)
-
-    def tensors() -> int:
-        return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
-
-    def run() -> None:
-        loss = objectives.rollout(model, segments).loss
-        if with_backward:
-            loss.backward()
-
-    run()  # the gradients' tensors are made here
-    gc.collect()
-    gc.disable()
-    try:
-        before = tensors()
-        run()
-        assert tensors() == before
-    finally:
-        gc.enable()
+                assert target == [IDS.infill, *clean]
+                assert clean != [IDS.start]
+                check_damage(clean, source)
+            if clean != [IDS.start]:
+                before[lane].append(clean)
+    assert IDS.start in seen
+    if length == 5:
+        assert seen == {IDS.start, IDS.infill, IDS.recall}
 
 
-def test_the_live_graph_of_plain_bptt_does_grow() -> None:
-    """The count of the test above can tell."""
-    model, most = small(), []
-    for count in (4, 16):
-        with LiveTensors() as live:
-            segments = cut(LENGTH, tokens(1, count * LENGTH), [tokens(1, 4)] * count)
-            objectives.rollout(model, segments, method=replay.full_bptt).loss.backward()
-        most.append(live.most)
-    assert most[1] > 3 * most[0]
+def check_damage(clean, damaged):
+    """What is kept stands in order; every mask stands for what is missing there; masks do not touch."""
+    assert IDS.mask in damaged
+    assert len(damaged) <= len(clean)
+    kept = [token for token in damaged if token != IDS.mask]
+    rest = iter(clean)
+    assert all(token in rest for token in kept)
+    assert all(a != IDS.mask or b != IDS.mask for a, b in itertools.pairwise(damaged))
+    # Where two kept tokens are neighbours in the source and nothing is masked between them, nothing is missing.
+    for a, b in itertools.pairwise(damaged):
+        if IDS.mask not in (a, b):
+            assert clean.index(b) == clean.index(a) + 1
+    if damaged[0] != IDS.mask:
+        assert damaged[0] == clean[0]
+    if damaged[-1] != IDS.mask:
+        assert damaged[-1] == clean[-1]
 
 
-# --- The caller's mistakes --------------------------------------------------------------------------------------------
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(size=st.integers(1, 70), seed=st.integers(0, 10**6), masked=st.sampled_from([0.01, 0.3, 0.5]))
+def test_a_damaged_source_keeps_what_is_not_masked(size, seed, masked):
+    objectives = mixture(0, 1, 0, masked=masked)
+    clean = np.arange(size)
+    check_damage(clean.tolist(), objectives.damage(clean, np.random.default_rng(seed).random(2 * size + 2)).tolist())
+
+
+def test_spans_are_poisson_and_hide_the_share():
+    """On long sources, where the cut of the last span is seldom: mean, share of zeros, and the whole histogram."""
+    objectives, generator, size = mixture(0, 1, 0), np.random.default_rng(0), 20_000
+    clean = np.arange(size)
+    damaged = objectives.damage(clean, generator.random(2 * size + 2))
+    masks = np.flatnonzero(damaged == IDS.mask)
+    edged = np.concatenate([[-1], damaged, [size]])
+    spans = edged[masks + 2] - edged[masks] - 1
+    assert (damaged != IDS.mask).sum() == size - 6000
+    assert spans.sum() == 6000
+    assert spans.mean() == pytest.approx(3.5, abs=0.15)
+    poisson = np.array([np.exp(-3.5) * 3.5**k / np.prod(np.arange(1, k + 1)) for k in range(9)])
+    found = np.array([(spans == k).mean() for k in range(9)])
+    assert np.abs(found - poisson).max() < 0.03
+    # And they lie anywhere.
+    assert masks.mean() == pytest.approx(len(damaged) / 2, rel=0.05)
+    many = np.array([(objectives.damage(np.arange(40), generator.random(82)) != IDS.mask).sum() for _ in range(50)])
+    assert (many == 28).all()
+
+
+def test_where_a_span_lies_says_nothing_about_its_length():
+    objectives, generator, clean = mixture(0, 1, 0), np.random.default_rng(0), np.arange(64)
+    found = []
+    for _ in range(3000):
+        damaged = np.append(objectives.damage(clean, generator.random(130)), 64)
+        first = int(np.argmax(damaged == IDS.mask))
+        found.append((first, damaged[first + 1] - first))
+    place, length = np.array(found).T
+    assert length.mean() == pytest.approx(3.5, abs=0.12)
+    assert length[place == 0].mean() == pytest.approx(3.5, abs=0.35)
+    assert length[place > 8].mean() == pytest.approx(3.5, abs=0.25)
+    assert 0.08 < (place == 0).mean() < 0.18
+
+
+def test_objectives_come_by_their_odds():
+    objectives = mixture(6, 3, 1)
+    drawn = np.concatenate([objectives.draw(step, 50, 8)[0] for step in range(400)])
+    share = np.bincount(drawn, minlength=3) / len(drawn)
+    assert np.abs(share - [0.6, 0.3, 0.1]).max() < 0.012
+    for only, odds in enumerate(np.eye(3)):
+        assert set(mixture(*odds).draw(0, 500, 8)[0]) == {only}
+    assert set(mixture(0, 1, 1).draw(0, 500, 8)[0]) == {Objective.INFILLING, Objective.RECALL}
+
+
+def test_a_draw_is_decided_by_seed_step_and_lane_alone():
+    few, many = mixture(1, 1, 1).draw(7, 3, 16), mixture(1, 1, 1).draw(7, 200, 16)
+    assert few[0] == many[0][:3]
+    assert np.array_equal(few[1], many[1][:3])
+    others = [mixture(1, 1, 1).draw(8, 200, 16), mixture(1, 1, 1, seed=1).draw(7, 200, 16)]
+    assert all(other[0] != many[0] for other in others)
+    assert len(np.unique(many[1])) == many[1].size
+
+
+def test_a_mixture_of_continuation_alone_is_the_plain_stream():
+    for segment, reference in zip(*streams(1, 0, 0), strict=True):
+        for a, b in zip(segment, reference, strict=True):
+            assert a.equal(b)
+
+
+def test_infilling_reads_the_damaged_source_and_recall_the_clean_one():
+    """By hand, on bytes."""
+    tokenizer = ByteTokenizer()
+    text = [tokenizer.encode("abcdefghijkl")]
+    given_ = dict(lanes=1, length=4, start=tokenizer.start, epochs=1)
+    infilling = list(Lanes(text, **given_, objectives=Mixture(tokenizer, continuation=0, infilling=1)))
+    assert [tokenizer.decode(s.tgt[s.tgt_mask]) for s in infilling] == ["abcd", "abcd", "efgh"]
+    assert [int(s.tgt[0, 0]) for s in infilling] == [256, 257, 257]
+    assert all((s.src == tokenizer.mask).sum() == 1 for s in infilling[1:])
+    recall = list(Lanes(text, **given_, objectives=Mixture(tokenizer, continuation=0, recall=1)))
+    assert [tokenizer.decode(s.tgt[s.tgt_mask]) for s in recall] == ["abcd", "efgh", "abcd"]
+    assert [int(s.tgt[0, 0]) for s in recall] == [256, 256, 258]
+    assert [tokenizer.decode(s.src[s.src_mask]) for s in recall] == ["", "abcd", "efgh"]
+    assert all(s.src.dtype == s.tgt.dtype == torch.int64 for s in recall)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given_", "message"),
     [
-        ({}, r"expected either tgt or loss_fn$"),
-        ({"tgt": tokens(2, 4), "loss_fn": lambda i, x: x.sum()}, r"expected either tgt or loss_fn, got both"),
-        ({"tgt": [None] * 4}, r"tgt: expected one entry \(or None\) for each of the 3 segments, got 4"),
-        ({"tgt": [None, None, None]}, r"no segment of the rollout has a loss"),
-        ({"tgt": tokens(2, 4), "tgt_mask": [None]}, r"tgt_mask: expected one entry .* 3 segments, got 1"),
-        ({"tgt": [tokens(2, 4), None, None], "tgt_mask": mask("1111", "1111")}, r"tgt_mask: segment 2 has one, but no"),
-        ({"tgt_mask": mask("11", "11"), "loss_fn": lambda i, x: x.sum()}, r"tgt_mask: given without tgt"),
-        ({"tgt": tokens(2, 7)}, r"tgt: expected at most dec_max_seq_len = 6 tokens, got 7"),
-        ({"tgt": tokens(3, 4)}, r"tgt: expected the batch size of src, 2, got 3"),
-        ({"tgt": tokens(2, 4) + VOCABULARY}, r"tgt: token id \d+ is outside the table of dec_num_tokens = 11"),
-        ({"tgt": tokens(2, 4), "tgt_mask": torch.ones(2, 4)}, r"tgt_mask: expected torch\.bool"),
-        ({"tgt": tokens(2, 4), "src_mask": mask("11", "11")}, r"src_mask: expected .* shape \(2, 7\)"),
-        ({"tgt": tokens(2, 4), "mems": torch.zeros(1, 3, 8).double()}, r"mems: expected .* shape \(2, 3, 8\)"),
-        ({"tgt": tokens(2, 4), "schedule": "binomial"}, r"schedule: expected a schedule, .* got 'binomial'"),
-        ({"tgt": tokens(2, 4), "segment_weights": [1.0]}, r"segment_weights: expected one for each of the 3 segments"),
-        (
-            {"loss_fn": lambda i, x: x.sum(), "segment_weights": [1.0]},
-            r"segment_weights: expected one for each of the 3",
-        ),
-        ({"src": tokens(2, 7).float(), "tgt": tokens(2, 4)}, r"src: expected token ids"),
-        ({"src": tokens(2, 7)[0], "tgt": tokens(2, 4)}, r"src: expected token ids"),
-        ({"src": [[1, 2]], "tgt": tokens(2, 4)}, r"src: expected token ids, .* got list"),
-        ({"src": tokens(2, 7) + VOCABULARY, "tgt": tokens(2, 4)}, r"src: token id \d+ is outside the table"),
-        ({"loss_fn": lambda i, x: None}, r"loss_fn: returned no loss that requires a gradient"),
-        ({"loss_fn": lambda i, x: x.detach().sum()}, r"loss_fn: returned no loss that requires a gradient"),
-        ({"loss_fn": lambda i, x: x}, r"loss_fn: expected a scalar loss or None for segment 0, got shape \(2, 3, 8\)"),
-        ({"loss_fn": lambda i, x: 1.0}, r"loss_fn: expected a scalar loss or None for segment 0, got float"),
+        (dict(infilling=-0.1), r"expected odds of at least 0, some above, got \(1.0, -0.1, 0.0\)"),
+        (dict(continuation=0.0), "expected odds of at least 0, some above"),
+        (dict(recall=float("nan")), "expected odds"),
+        (dict(recall=float("inf")), "expected odds"),
+        (dict(masked=0.0), "masked: expected a share above 0 and at most 0.5, got 0.0"),
+        (dict(masked=0.6), "masked: expected a share above 0 and at most 0.5, got 0.6"),
+        (dict(span=0.0), "span: expected a mean length above 0, got 0.0"),
+        (dict(seed=-1), "seed: expected at least 0, got -1"),
     ],
 )
-def test_a_call_that_does_not_fit(arguments: dict[str, Any], message: str) -> None:
+def test_a_mixture_checks_itself(given_, message):
     with pytest.raises(ValueError, match=message):
-        memory_replay_backprop(small(), **{"src": tokens(2, 7), **arguments})
-
-
-def test_models_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"a target: this model is encoder_only and has no decoder"):
-        memory_replay_backprop(small(encoder_only=True), src=tokens(2, 7), tgt=tokens(2, 4))
-    with pytest.raises(ValueError, match=r"model: expected a Memformer, got Linear\. Other models, and wrapped ones"):
-        memory_replay_backprop(nn.Linear(2, 2), src=tokens(2, 7), tgt=tokens(2, 4))
-    with pytest.raises(TypeError, match="target"):
-        memory_replay_backprop(small(), src=tokens(2, 7), target=tokens(2, 4))
-
-
-def test_cut() -> None:
-    src, kept, tgt = tokens(2, 7), torch.rand(2, 7) < 0.5, tokens(2, 4)
-    parts = cut(LENGTH, src, tgt, kept, tgt > 3)
-    assert [part.src.shape[1] for part in parts] == [3, 3, 1]
-    assert torch.equal(torch.cat([part.src for part in parts], 1), src)
-    assert torch.equal(torch.cat([part.src_mask for part in parts], 1), kept)
-    assert [part.tgt is tgt for part in parts] == [False, False, True]
-    assert [part.tgt_mask is None for part in parts] == [True, True, False]
-    assert all(part.reset is None for part in parts)
+        Mixture(IDS, **given_)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import naive
 from helpers import POSITIONS
-from memformer.positions import BucketedBias, RelativeEncoding, Rotary, attend, causal_mask
+from memformer.nn.attention import attend, causal_mask
+from memformer.nn.positions import BucketedBias, RelativeEncoding, Rotary
 
 HEADS, HEAD_DIM, MAX_LEN = 2, 4, 9
 

@@ -31,7 +31,7 @@ def test_the_names_in_the_paper_table_exist():
     assert len(names) > 12
     for name in names:
         assert resolves(name), name
-    assert not resolves("memformer.memory.forget")
+    assert not resolves("memformer.nn.memory.forget")
 
 
 def resolves(name: str) -> bool:

@@ -188,7 +188,7 @@ def test_segments(method):
 
 
 def test_readout_segments():
-    with pytest.raises(ValueError, match="readout_segments: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="readout_segments: expected an integer of at least 1, got 0"):
         run(Cell(), SEGMENTS, ZEROS, lambda values, segments: torch.stack(values).sum(), readout_segments=0)
 
 

@@ -3,7 +3,7 @@
 from . import replay
 from .config import MemformerConfig
 from .model import Memformer
-from .objectives import memory_replay_backprop
+from .rollouts import memory_replay_backprop
 from .state import MemoryState
 
 __all__ = ["Memformer", "MemformerConfig", "MemoryState", "__version__", "memory_replay_backprop", "replay"]

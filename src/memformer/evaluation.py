@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .data import Document, Lanes, Tokenizer, encode_documents
+from .data.segments import Segment
 from .model import Memformer, token_losses
 from .parallel import Ranks
-from .segments import Segment
 
 __all__ = ["Depth", "HeldOut", "evaluate", "limited", "to_device"]
 

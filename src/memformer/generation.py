@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .attention import KeysValues
 from .config import MemformerConfig, check_count, is_count
+from .nn.attention import KeysValues
 from .state import MemoryState
 
 __all__ = [

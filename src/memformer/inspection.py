@@ -7,7 +7,6 @@ parameters, gradients or generators. Shapes: memory (batch, slots, dim).
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 
 from . import replay
 from .data import Lanes, Tokens
+from .data.segments import Segment
 from .evaluation import to_device
 from .model import Memformer
-from .objectives import rollout
 from .pictures import new_figure
-from .segments import Segment
+from .rollouts import rollout
 
 __all__ = ["KINDS", "Inspection", "MemoryHealth", "inspect", "kinds", "memory_health", "plot", "slot_diversity"]
 
@@ -160,7 +159,7 @@ def _gradient_reach(model: Memformer, segments: list[Segment], length: int) -> T
             [*silent, segments[-1]._replace(reset=None)],
             initial,
             divisor=float(length),
-            method=functools.partial(replay.memory_replay, memory_gradients=norms),
+            memory_gradients=norms,
         )
         torch.autograd.grad(outcome.loss, initial)
     return torch.tensor(norms.norms[-2::-1]) / math.sqrt(lanes)

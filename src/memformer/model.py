@@ -1,7 +1,7 @@
 """The Memformer: an encoder that reads and writes a memory of fixed size, and a decoder that reads the encoder.
 
 The one place that turns a configuration into modules. Shapes: tokens (batch, length), memory (batch, slots, dim).
-The model does not know the replay engine; ``objectives.py`` joins them.
+The model does not know the replay engine; ``rollouts.py`` joins them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
-from .attention import ContextProjection, KeysValues
-from .blocks import Block
 from .config import MemformerConfig, Positions, Writer
 from .generation import Generation
-from .memory import GatedWriter, NormalisedWriter
-from .positions import BucketedBias, Positional, RelativeEncoding, Rotary, causal_mask
+from .nn.attention import ContextProjection, KeysValues, Positional, causal_mask
+from .nn.blocks import Block
+from .nn.memory import GatedWriter, NormalisedWriter
+from .nn.positions import BucketedBias, RelativeEncoding, Rotary
 
 __all__ = ["Decoder", "EncOnlyResults", "Encoder", "Memformer", "Results", "token_losses"]
 
@@ -211,7 +211,7 @@ class Memformer(Generation, nn.Module):
         encoder_only: without a decoder; the call then returns ``(enc_out, mem)``.
         num_mem_updates: how often the memory is written per segment.
         mem_update_attn_heads: heads of the writing attention.
-        memory_writer: "normalised" (paper v2) or "gated" (the earlier library's); see ``memory.py``.
+        memory_writer: "normalised" (paper v2) or "gated" (the earlier library's); see ``nn/memory.py``.
         write_temperature: temperature of the writing attention; below 1 sharpens it (paper v2).
         positions: "rotary" (the fastest), "relative" (paper v1) or "bucketed" (the earlier library's).
         dropout: probability, on the embeddings and on every sublayer's output.

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,12 @@ from .data import (
     read_documents,
     standard_library,
 )
+from .data.segments import Segment
 from .evaluation import HeldOut, evaluate, limited, to_device
 from .inspection import memory_health
 from .model import Memformer
-from .objectives import rollout
 from .parallel import Ranks, full, like, shard
-from .segments import Segment
+from .rollouts import rollout
 from .settings import DocumentSettings, TrainingConfig, build, to_plain, to_yaml
 
 __all__ = ["Run", "StepMetrics", "choose_device", "documents_of", "saved_settings", "settings_of"]
@@ -485,11 +485,11 @@ class _Rollout(nn.Module):
                 for part in parts:
                     part.set_requires_gradient_sync(last and last_backward)  # type: ignore[operator, union-attr]
 
-            method: Callable[..., replay.Rollout] = functools.partial(replay.accumulate, sync=sync)
+            method: replay.Method = functools.partial(replay.accumulate, sync=sync)
         else:
             method = replay.memory_replay
-        method = functools.partial(method, schedule=self.schedule, memory_gradients=watch)
-        outcome = rollout(self.model, segments, mems, divisor=divisor, method=method)
+        options = replay.Options(schedule=self.schedule, memory_gradients=watch)
+        outcome = rollout(self.model, segments, mems, divisor=divisor, method=method, options=options)
         return outcome.loss, outcome.memory
 
 

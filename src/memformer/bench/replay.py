@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import replay
+from ..data.segments import Segment
 from ..model import Memformer
-from ..objectives import rollout
-from ..segments import Segment
+from ..replay.inputs import Cell, Readout
+from ..rollouts import rollout
 from .meters import live_bytes, machine, peak_bytes, seconds
 
 __all__ = ["ReplayBenchmark", "run"]
@@ -152,15 +153,15 @@ def _methods(model: Memformer, segments: list[Segment], batched: int) -> dict[st
         return owner, once
 
     def replayed(schedule: replay.Schedule, readout_segments: int = batched) -> tuple[nn.Module, Step]:
-        def method(*args: Any, **options: Any) -> replay.Rollout:
-            return replay.memory_replay(*args, readout_segments=readout_segments, schedule=schedule)
-
-        return step(lambda: rollout(model, segments, method=method))
+        options = replay.Options(schedule=schedule, readout_segments=readout_segments)
+        return step(lambda: rollout(model, segments, method=replay.memory_replay, options=options))
 
     every = replay.EveryMemory
     methods = {
-        "plain BPTT": step(lambda: rollout(model, segments, method=_bptt)),
-        "checkpoint per layer": step(lambda: rollout(layered, segments, method=_bptt), layered),
+        "plain BPTT": step(lambda: rollout(model, segments, method=replay.full_bptt, readout_segments=1)),
+        "checkpoint per layer": step(
+            lambda: rollout(layered, segments, method=replay.full_bptt, readout_segments=1), layered
+        ),
         "checkpoint per segment": step(lambda: rollout(model, segments, method=_checkpointed)),
         "memory replay": replayed(every(), 1),
         f"memory replay, readout of {batched}": replayed(every()),
@@ -172,13 +173,17 @@ def _methods(model: Memformer, segments: list[Segment], batched: int) -> dict[st
     return methods
 
 
-def _bptt(cell, segments, memory, readout, *, readout_segments):  # type: ignore[no-untyped-def]
-    """Segment by segment, as a plain training loop runs."""
-    return replay.full_bptt(cell, segments, memory, readout, readout_segments=1)
-
-
-def _checkpointed(cell, segments, memory, readout, *, readout_segments):  # type: ignore[no-untyped-def]
+def _checkpointed(
+    cell: Cell,
+    segments: Sequence[Any],
+    memory: Any,
+    readout: Readout | None = None,
+    *,
+    options: replay.Options | None = None,
+) -> replay.Rollout:
     """The whole segment, decoder included, is run again in backward: only memories are kept between segments."""
+
+    assert readout is not None
 
     def whole(segment: Segment, memory: Tensor | None) -> tuple[Tensor | None, Tensor]:
         value, memory = cell(segment, memory)

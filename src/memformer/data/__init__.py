@@ -10,7 +10,7 @@ from .corpora import (
     standard_library,
 )
 from .lanes import Lanes
-from .targets import Mixture, Objective
+from .objectives import Mixture, Objective
 from .tokenizers import BPETokenizer, ByteTokenizer, Decoder, TokenIds, Tokenizer, load_tokenizer
 from .yardsticks import order2_bits_per_byte, xz_bits_per_byte
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..segments import Segment
 from .corpora import Document, Tokens
-from .targets import Mixture, Objective
+from .objectives import Mixture, Objective
+from .segments import Segment
 
 __all__ = ["Lanes"]
 
@@ -35,7 +35,7 @@ class _Lane:
 
 
 class Lanes:
-    """An iterator of :class:`~memformer.segments.Segment`, resumable in the middle of a document.
+    """An iterator of :class:`~memformer.data.segments.Segment`, resumable in the middle of a document.
 
     Every rank follows all lanes and returns the rows of its own, so all ranks together are one process, and the state
     is the same on each of them. A Segment has ``src`` (lanes of the rank, length) and ``tgt`` (lanes of the rank,

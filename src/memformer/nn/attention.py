@@ -7,11 +7,19 @@ serves all layers of a stack (:class:`ContextProjection`), and because they need
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .positions import Positional, attend
-
-__all__ = ["ContextProjection", "CrossAttention", "SelfAttention", "merge_heads", "split_heads"]
+__all__ = [
+    "ContextProjection",
+    "CrossAttention",
+    "Positional",
+    "SelfAttention",
+    "attend",
+    "causal_mask",
+    "merge_heads",
+    "split_heads",
+]
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, each (batch, heads, keys, head_dim)."""
@@ -27,8 +35,61 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(-2)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention without positions. The mask-free and boolean-mask cases stay on torch's fast path."""
+    if causal and (mask is not None or q.shape[-2] != k.shape[-2]):
+        mask, causal = with_causal(mask, q, k), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def causal_mask(length: int, keys: int, device: torch.device) -> Tensor:
+    """(length, keys), True where query ``i``, at position ``keys - length + i``, may see key ``j``."""
+    return relative_distance(length, keys, device) >= 0
+
+
+def with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    allowed = causal_mask(q.shape[-2], k.shape[-2], q.device)
+    return allowed if mask is None else mask & allowed
+
+
+def relative_distance(length: int, keys: int, device: torch.device) -> Tensor:
+    """(length, keys): i - j, positive where the key lies in the query's past."""
+    i = torch.arange(keys - length, keys, device=device)
+    return i[:, None] - torch.arange(keys, device=device)
+
+
+def distance_back(position: Tensor, keys: int) -> Tensor:
+    """(batch, 1, length, keys): the distance back to each key, negative where the key lies ahead."""
+    return (position[..., None] - torch.arange(keys, device=position.device))[:, None]
+
+
+class Positional(nn.Module):
+    """How positions enter attention: a part that is called as ``(q, k, v, mask, causal)`` and does the attending.
+
+    Shapes: q (batch, heads, length, head_dim), k and v (batch, heads, keys, head_dim); the result has q's shape. The
+    queries are the last ``length`` of the ``keys`` positions, so a cached prefix needs no offset. ``mask`` is boolean,
+    True where a query may look, and broadcasts to (batch, heads, length, keys). A cache of fixed size needs
+    :meth:`place` and :meth:`look_back`; ``position`` (batch, length) says where each query stands; lanes may differ.
+    The three kinds are in ``positions.py``.
+    """
+
+    def place(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries at those positions, and keys as a cache is to keep them."""
+        return q, k
+
+    def preferring(self, distance: int) -> tuple[Tensor, Tensor] | None:
+        """Two vectors (head_dim,): added to all queries and to all keys, before they are placed, they make each query
+        prefer the key that stands ``distance`` before it. None: these positions do not know how.
+        """
+        return None
+
+    def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        """Causal attention where key j stands at position j; what lies ahead of a query may be anything finite."""
+        raise NotImplementedError
+
+
 class SelfAttention(nn.Module):
-    """Attention of a sequence over itself; ``positions`` does the attending (see ``positions.py``)."""
+    """Attention of a sequence over itself; ``positions`` does the attending."""
 
     def __init__(self, dim: int, heads: int, positions: Positional):
         super().__init__()

@@ -1,22 +1,29 @@
-"""What a rollout of a Memformer is trained for, and the adapter between the model and the replay engine.
+"""Rollouts of a Memformer: the adapter between the model and the replay engine.
 
 The encoder with its memory is the replay's cell, the critical path; the decoder and its loss are the readout.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import replay
+from .data.segments import Segment, Targets, cut
 from .model import Memformer, token_losses
-from .segments import Segment, Targets, cut
+from .replay.inputs import Readout, weight_list
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .replay.options import OptionKeywords
 
 __all__ = ["memory_replay_backprop", "rollout"]
 
@@ -30,8 +37,9 @@ def rollout(
     mems: Tensor | None = None,
     *,
     divisor: Tensor | float | None = None,
-    segment_weights: replay.Weights | None = None,
-    method: Callable[..., replay.Rollout] = replay.memory_replay,
+    method: replay.Method = replay.memory_replay,
+    options: replay.Options | None = None,
+    **keywords: Unpack[OptionKeywords],
 ) -> replay.Rollout:
     """Run a model with a decoder over segments that were checked already, and add up their losses.
 
@@ -39,16 +47,19 @@ def rollout(
         segments: at least one with a target.
         mems: (batch, slots, dim), the memory before the first; None for the learned initial memory.
         divisor: what each segment's summed loss is divided by; None for its number of counted targets.
-        segment_weights: one factor per segment for its loss; None for one each.
-        method: :func:`~memformer.replay.memory_replay`, or :func:`~memformer.replay.full_bptt`, which equals it.
+        method: :func:`~memformer.replay.memory_replay`, or one that equals it: :func:`~memformer.replay.full_bptt`,
+            :func:`~memformer.replay.accumulate`.
+        options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too. Without
+            ``readout_segments`` a call of the decoder takes as many segments as have READOUT_TOKENS targets.
     """
-    sizes = [s.tgt.numel() for s in segments if s.tgt is not None]
-    losses = functools.partial(_losses, model, divisor)
-    at_once = max(1, READOUT_TOKENS // max(sizes, default=1))
-    run = functools.partial(method, functools.partial(_encode, model), segments, mems, readout_segments=at_once)
-    if segment_weights is None:
-        return run(functools.partial(_summed, losses))
-    return run(losses, segment_weights=segment_weights)
+    options = replay.Options.of(options, keywords)
+    if options.readout_segments is None:
+        most = max((s.tgt.numel() for s in segments if s.tgt is not None), default=1)
+        options = dataclasses.replace(options, readout_segments=max(1, READOUT_TOKENS // most))
+    readout: Readout = functools.partial(_losses, model, divisor)
+    if options.segment_weights is None:
+        readout = functools.partial(_summed, readout)
+    return method(functools.partial(_encode, model), segments, mems, readout, options=options)
 
 
 def memory_replay_backprop(
@@ -60,10 +71,8 @@ def memory_replay_backprop(
     *,
     mems: Tensor | None = None,
     loss_fn: Callable[[int, Tensor], Tensor | None] | None = None,
-    segment_weights: replay.Weights | None = None,
-    schedule: replay.Schedule | None = None,
-    memory_gradients: replay.MemoryGradients | None = None,
-    check: bool = False,
+    options: replay.Options | None = None,
+    **keywords: Unpack[OptionKeywords],
 ) -> tuple[Tensor, Tensor]:
     """Back-propagate through a sequence of any length, holding the graph of one segment (paper, Algorithm 1, MRBP).
 
@@ -77,9 +86,8 @@ def memory_replay_backprop(
         mems: (batch, slots, dim), the memory to start from; None for the learned initial memory.
         loss_fn: ``loss_fn(index, enc_out) -> scalar or None``, in place of a target (for encoder-only models): called
             once per segment. Whatever it uses gets its gradients too.
-        segment_weights: one factor per segment for its loss.
-        schedule: which memories and graphs to keep, None for :class:`~memformer.replay.EveryMemory`; more is faster.
-        memory_gradients, check: as for :func:`~memformer.replay.memory_replay`.
+        options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too:
+            ``schedule``, ``segment_weights``, ``memory_gradients``, ``check``, ``readout_segments``.
 
     Returns:
         ``(loss, mems)``, both detached: the weighted sum of the segments' mean losses in nats, and the final memory.
@@ -88,6 +96,7 @@ def memory_replay_backprop(
         ValueError: as :meth:`Memformer.forward`, or if there is nothing to predict.
         RuntimeError: ``check`` finds a segment whose replay differs.
     """
+    options = replay.Options.of(options, keywords)
     if not isinstance(model, Memformer):
         raise ValueError(
             f"model: expected a Memformer, got {type(model).__name__}. Other models, and wrapped ones, go through "
@@ -104,13 +113,12 @@ def memory_replay_backprop(
             model.check_target(segment.tgt, segment.tgt_mask, src.shape[0])
         elif segment.tgt_mask is not None:
             raise ValueError(f"tgt_mask: segment {i} has one, but no tgt")
-    options: dict[str, Any] = {"schedule": schedule, "memory_gradients": memory_gradients, "check": check}
     if loss_fn is not None:
-        weights = replay.weight_list(segment_weights, len(segments)) or [1.0] * len(segments)
-        outputs, memory = replay.scan(functools.partial(_encode, model), segments, mems, **options)
+        weights = weight_list(options.segment_weights, len(segments)) or [1.0] * len(segments)
+        options = dataclasses.replace(options, segment_weights=None)
+        outputs, memory = replay.scan(functools.partial(_encode, model), segments, mems, options=options)
         return _backprop_own_loss(loss_fn, outputs, weights), memory.detach()
-    method = functools.partial(replay.memory_replay, **options)
-    outcome = rollout(model, segments, mems, segment_weights=segment_weights, method=method)
+    outcome = rollout(model, segments, mems, options=options)
     outcome.loss.backward()
     return outcome.loss.detach(), outcome.memory.detach()
 
@@ -164,7 +172,7 @@ def _losses(
     return per_segment.new_zeros(len(segments)).index_put((torch.tensor(kept),), per_segment / divisor)
 
 
-def _summed(losses: replay.Readout, outputs: list[Tensor], segments: list[Segment]) -> Tensor | None:
+def _summed(losses: Readout, outputs: list[Tensor], segments: list[Segment]) -> Tensor | None:
     per_segment = losses(outputs, segments)
     return None if per_segment is None else per_segment.sum()
 

@@ -1,12 +1,7 @@
-"""How positions enter attention: three interchangeable parts, each a module called as ``(q, k, v, mask, causal)``.
+"""Positions in attention, three interchangeable parts: rotary, relative (paper v1), bucketed.
 
-Shapes: q (batch, heads, length, head_dim), k and v (batch, heads, keys, head_dim); the result has q's shape. The
-queries are the last ``length`` of the ``keys`` positions, so a cached prefix needs no offset. ``mask`` is boolean, True
-where a query may look, and broadcasts to (batch, heads, length, keys).
-
-A cache of fixed size needs two more methods, see :class:`Positional`.
-
-Only distances matter, so padding on either side of a sequence changes nothing.
+Each is a :class:`~memformer.nn.attention.Positional`, where the shapes are told. Only distances matter, so padding on
+either side of a sequence changes nothing.
 """
 
 from __future__ import annotations
@@ -18,53 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BucketedBias", "Positional", "RelativeEncoding", "Rotary", "attend", "causal_mask"]
+from .attention import Positional, attend, distance_back, relative_distance, with_causal
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention without positions. The mask-free and boolean-mask cases stay on torch's fast path."""
-    if causal and (mask is not None or q.shape[-2] != k.shape[-2]):
-        mask, causal = with_causal(mask, q, k), False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-
-
-def causal_mask(length: int, keys: int, device: torch.device) -> Tensor:
-    """(length, keys), True where query ``i``, at position ``keys - length + i``, may see key ``j``."""
-    return relative_distance(length, keys, device) >= 0
-
-
-def with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
-    allowed = causal_mask(q.shape[-2], k.shape[-2], q.device)
-    return allowed if mask is None else mask & allowed
-
-
-def relative_distance(length: int, keys: int, device: torch.device) -> Tensor:
-    """(length, keys): i - j, positive where the key lies in the query's past."""
-    i = torch.arange(keys - length, keys, device=device)
-    return i[:, None] - torch.arange(keys, device=device)
-
-
-def _back(position: Tensor, keys: int) -> Tensor:
-    """(batch, 1, length, keys): the distance back to each key, negative where the key lies ahead."""
-    return (position[..., None] - torch.arange(keys, device=position.device))[:, None]
-
-
-class Positional(nn.Module):
-    """What the three have in common. ``position`` (batch, length): where each query stands; lanes may differ."""
-
-    def place(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries at those positions, and keys as a cache is to keep them."""
-        return q, k
-
-    def preferring(self, distance: int) -> tuple[Tensor, Tensor] | None:
-        """Two vectors (head_dim,): added to all queries and to all keys, before they are placed, they make each query
-        prefer the key that stands ``distance`` before it. None: these positions do not know how.
-        """
-        return None
-
-    def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        """Causal attention where key j stands at position j; what lies ahead of a query may be anything finite."""
-        raise NotImplementedError
+__all__ = ["BucketedBias", "RelativeEncoding", "Rotary"]
 
 
 class Rotary(Positional):
@@ -118,7 +69,7 @@ class Rotary(Positional):
         return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        return attend(q, k, v, _back(position, k.shape[-2]) >= 0)
+        return attend(q, k, v, distance_back(position, k.shape[-2]) >= 0)
 
 
 class BucketedBias(Positional):
@@ -158,7 +109,7 @@ class BucketedBias(Positional):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        distance = _back(position, k.shape[-2])
+        distance = distance_back(position, k.shape[-2])
         bias = self.bias(self.bucket(distance[:, 0])).permute(0, 3, 1, 2).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(distance < 0, float("-inf")))
 
@@ -190,7 +141,7 @@ class RelativeEncoding(Positional):
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         # Key and distance back are each the position less the other, so one gather turns either into the other.
-        distance = _back(position, k.shape[-2]).expand(-1, q.shape[1], -1, -1)
+        distance = distance_back(position, k.shape[-2]).expand(-1, q.shape[1], -1, -1)
         ahead, distance = distance < 0, distance.clamp(min=0)
         rows = self.table[self.max_len - 1 : self.max_len - 1 + k.shape[-2]]
         logits = (q @ k.transpose(-1, -2) + (q @ rows.T).gather(-1, distance)) / math.sqrt(q.shape[-1])

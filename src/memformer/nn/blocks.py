@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .attention import CrossAttention, KeysValues, SelfAttention
-from .positions import Positional
+from .attention import CrossAttention, KeysValues, Positional, SelfAttention
 
 __all__ = ["Block", "feed_forward"]
 

@@ -1,0 +1,291 @@
+"""The functions that run a cell over segments, and what stands between two rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .engine import Replay, Run
+from .gradients import watched
+from .inputs import (
+    Cell,
+    Leaves,
+    Params,
+    Readout,
+    Tree,
+    call_cell,
+    call_readout,
+    carries_grad,
+    chunks,
+    requires_grad,
+    segment_list,
+    sum_of_losses,
+    trained_tensors,
+    weight_list,
+)
+from .options import OptionKeywords, Options
+from .readout import ReadOut, ReadoutRun
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The outcome of a run over several segments.
+
+    Attributes:
+        loss: differentiable scalar, the sum of the segments' (or the readout's) losses.
+        memory: the memory after the last segment. It stays differentiable, so a loss on it is exact; :func:`detach` it
+            before it starts the next rollout (truncated back-propagation through time).
+    """
+
+    loss: Tensor
+    memory: Tree
+
+
+class Method(Protocol):
+    """What :func:`memory_replay`, :func:`full_bptt` and :func:`accumulate` have in common: one can replace another."""
+
+    def __call__(
+        self,
+        cell: Cell,
+        segments: Sequence[Tree],
+        memory: Tree,
+        readout: Readout | None = None,
+        *,
+        options: Options | None = None,
+    ) -> Rollout:
+        """Run a rollout."""
+        ...
+
+
+def full_bptt(
+    cell: Cell,
+    segments: Sequence[Tree],
+    memory: Tree,
+    readout: Readout | None = None,
+    *,
+    options: Options | None = None,
+    params: Params = (),
+    **keywords: Unpack[OptionKeywords],
+) -> Rollout:
+    """Back-propagation through time by plain autograd: the reference that :func:`memory_replay` equals.
+
+    Arguments, result and errors are those of :func:`memory_replay`. What a replay alone needs (``params``, the schedule
+    and ``check``) changes nothing here.
+    """
+    options = Options.of(options, keywords)
+    segments, watch = segment_list(segments), options.memory_gradients
+    weights = weight_list(options.segment_weights, len(segments))
+    if watch is not None:
+        watch.start(len(segments))
+    values = []
+    for t, segment in enumerate(segments):
+        memory = watched(watch, t, memory)
+        value, memory = call_cell(cell, segment, memory)
+        values.append(value)
+    memory = watched(watch, len(segments), memory)
+    if readout is None:
+        return Rollout(sum_of_losses(values, weights), memory)
+    losses = [
+        call_readout(readout, values[part], segments[part], weights and weights[part])
+        for part in chunks(len(segments), options.readout_segments or 1)
+    ]
+    return Rollout(sum_of_losses(losses), memory)
+
+
+def memory_replay(
+    cell: Cell,
+    segments: Sequence[Tree],
+    memory: Tree,
+    readout: Readout | None = None,
+    *,
+    options: Options | None = None,
+    params: Params = (),
+    **keywords: Unpack[OptionKeywords],
+) -> Rollout:
+    """Run ``cell`` over ``segments`` with the gradients of BPTT and few graphs alive (paper, Algorithm 1, MRBP).
+
+    Args:
+        cell: ``cell(segment, memory) -> (value, memory)``. Without ``readout``, ``value`` is the segment's scalar loss
+            or ``None``. An ``nn.Module``, a method bound to one, or a ``functools.partial`` of these; a plain function
+            must name what it trains in ``params``.
+        segments: one pytree per segment.
+        memory: the memory before the first segment, a pytree; may be ``None`` if the cell then makes its own.
+        readout: ``readout(values, segments) -> scalar loss or None`` over lists of equal length. What only the loss
+            needs (a decoder) belongs here: it is off the critical path, so it runs once, and never while memories are
+            recorded.
+        options: how the gradients travel, see :class:`Options`; its fields are keywords, too.
+        params: further tensors or modules that ``cell`` or ``readout`` use and that are to be trained.
+
+    Raises:
+        ValueError: no segments, no loss anywhere, a loss that is not a scalar, a tensor that needs a gradient and would
+            get none (its name is given), a memory changed in place, a cell wrapped in DistributedDataParallel or FSDP.
+        RuntimeError: in backward, if the rollout was already back-propagated, its tensors were changed since, gradients
+            of gradients are asked for, or ``check`` finds a segment whose replay differs.
+    """
+    options = Options.of(options, keywords)
+    segments = segment_list(segments)
+    weights = weight_list(options.segment_weights, len(segments))
+    values, memory = _replayed(cell, segments, memory, options, params)
+    if readout is None:
+        return Rollout(sum_of_losses(values, weights), memory)
+    run = ReadoutRun(
+        readout, values, segments, options.readout_segments or 1, weights, trained_tensors(readout, params)
+    )
+    return Rollout(ReadOut.apply(run, *run.inputs), memory)  # type: ignore[no-untyped-call]
+
+
+def scan(
+    cell: Cell,
+    segments: Sequence[Tree],
+    memory: Tree,
+    *,
+    options: Options | None = None,
+    params: Params = (),
+    **keywords: Unpack[OptionKeywords],
+) -> tuple[list[Tree], Tree]:
+    """Run ``cell`` over ``segments``; the outputs stay differentiable, by replay.
+
+    Returns ``(values, memory)``: one value per segment and the final memory. Any loss on any of them has the gradients
+    of plain autograd, and models may be put in series. The values are kept, their graphs are not.
+    Arguments and errors are those of :func:`memory_replay`; there is no readout here and no loss, so that options for
+    these are a ``ValueError``.
+    """
+    options = Options.of(options, keywords)
+    if options.segment_weights is not None or options.readout_segments is not None:
+        raise ValueError(
+            "scan: has no loss to weigh and no readout, so expected neither segment_weights nor readout_segments. "
+            "Weigh the losses that you make of its outputs, or use memory_replay"
+        )
+    return _replayed(cell, segment_list(segments), memory, options, params)
+
+
+def _replayed(
+    cell: Cell, segments: list[Tree], memory: Tree, options: Options, params: Params
+) -> tuple[list[Tree], Tree]:
+    run = Run(cell, segments, memory, options, trained_tensors(cell, params))
+    return run.outputs(Replay.apply(run, *run.inputs))  # type: ignore[no-untyped-call]
+
+
+def accumulate(
+    cell: Cell,
+    segments: Sequence[Tree],
+    memory: Tree,
+    readout: Readout | None = None,
+    *,
+    options: Options | None = None,
+    params: Params = (),
+    sync: Callable[[bool], None] = lambda last: None,
+    **keywords: Unpack[OptionKeywords],
+) -> Rollout:
+    """Memory replay with its backward at once, which adds to ``.grad`` segment by segment: for FSDP2 (``fully_shard``).
+
+    FSDP delivers gradients by hooks of its own when a graph is back-propagated, so they cannot leave through one
+    autograd function. Give its switch: ``accumulate(..., sync=model.set_requires_gradient_sync)``. Nothing needs to be
+    named in ``params``, which changes nothing here: whatever a graph reaches gets its gradient.
+
+    Args:
+        sync: called with False before a backward that others follow, with True before the last one of the readout and
+            the last one of the cell.
+        others: as for :func:`memory_replay`; memory and segments are inputs, and none of them may require a gradient.
+            The loss is back-propagated as it is: a gradient scaler's factor goes into ``segment_weights``.
+
+    Returns:
+        The loss and the final memory, both detached.
+
+    Raises:
+        ValueError: as :func:`memory_replay`; also if an input requires a gradient, if ranks have different numbers of
+            segments (each segment is a collective operation), or if the last call of the readout has no loss or no
+            gradient reaches the first segment, where the gradients would be synchronised.
+        RuntimeError: ``check`` finds a segment whose replay differs.
+    """
+    options = Options.of(options, keywords)
+    segments = segment_list(segments)
+    weights = weight_list(options.segment_weights, len(segments))
+    check_equal_across_ranks(len(segments), "the number of segments")
+    if any(requires_grad(leaf) for leaf in tree_leaves((segments, memory))):
+        raise ValueError("accumulate: memory and segments are inputs here and get no gradient: detach them")
+    rollout = Run(cell, segments, memory, options, None, sync)
+    values, memory = rollout.outputs(rollout.record())
+    cut = [Leaves(value).cut(carries_grad) for value in values]
+    losses: list[Tensor | None] = []
+    parts = list(chunks(len(segments), len(segments) if readout is None else options.readout_segments or 1))
+    for part in parts:
+        inputs = [value for value, _ in cut[part]]
+        if readout is None:
+            loss: Tensor | None = sum_of_losses(inputs, weights)
+        else:
+            loss = call_readout(readout, inputs, segments[part], weights and weights[part])
+            sync(part == parts[-1])
+        if loss is not None and loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        elif readout is not None and part == parts[-1] and rollout.environment.grad_enabled:
+            raise ValueError(
+                "accumulate: the last call of the readout gave no loss that requires a gradient, so the readout's "
+                "gradients were not synchronised. Leave segments without a loss to the beginning, or use a larger "
+                "readout_segments"
+            )
+        losses.append(None if loss is None else loss.detach())
+        del loss
+    grads = [
+        leaf.grad if (leaf := found.get(i)) is not None else None
+        for (value, found) in cut
+        for i in range(len(tree_leaves(value)))
+    ]
+    rollout.replay([*grads, *[None] * len(tree_leaves(memory))])
+    return Rollout(sum_of_losses(losses), memory)
+
+
+# --- Between rollouts
+
+
+def reset(memory: Tree, initial: Tree, lanes: Tensor) -> Tree:
+    """The memory, with ``initial`` (same shapes) in those lanes of the batch, dimension 0, where ``lanes`` is True.
+
+    Gradients go on to whichever of the two a lane takes: an initial memory that is learned is trained.
+    """
+
+    def choose(old: Any, new: Any) -> Any:
+        if not isinstance(old, Tensor):
+            return old
+        if old.shape[:1] != lanes.shape or lanes.dtype != torch.bool:
+            raise ValueError(
+                f"lanes: expected a boolean tensor of shape {tuple(old.shape[:1])}, one entry per lane of the memory, "
+                f"got {lanes.dtype} of shape {tuple(lanes.shape)}"
+            )
+        return torch.where(lanes.view(-1, *[1] * (old.dim() - 1)), new, old)
+
+    return tree_map(choose, memory, initial)
+
+
+def burn_in(cell: Cell, segments: Sequence[Tree], memory: Tree) -> Tree:
+    """The memory after ``segments``, without gradients or losses: overlap with the rollout before.
+
+    A carried memory was written by older parameters. To refresh it, keep the memory from some segments before the end
+    of a rollout, and run these again: ``memory = burn_in(cell, last_segments, older_memory)``.
+    """
+    with torch.no_grad():
+        for segment in segments:
+            _, memory = call_cell(cell, segment, memory)
+    return memory
+
+
+def check_equal_across_ranks(number: int, what: str) -> None:
+    """Raise ValueError on every rank unless all ranks of the default process group give the same number.
+
+    Ranks whose rollouts differ in length are right under DistributedDataParallel. Where a segment is itself a
+    collective operation (FSDP, synchronised normalisation) they would wait for each other for ever: check before.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    numbers: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(numbers, number)
+    if len(set(numbers)) > 1:
+        raise ValueError(f"{what} differs between ranks, which would wait for each other for ever: {numbers}")

@@ -1,0 +1,66 @@
+"""How gradients travel, as one value: what every function that runs a rollout is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TypedDict
+
+from .gradients import MemoryGradients
+from .inputs import Weights
+from .schedules import EveryMemory, Schedule, at_least
+
+__all__ = ["OptionKeywords", "Options"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Options:
+    """How the gradients of a rollout travel; each field is a keyword of the functions that run one, too.
+
+    Attributes:
+        schedule: which memories and graphs to keep; more of them is faster.
+            ``print(schedule.plan(len(segments)))`` says what one costs.
+        readout_segments: how many segments one call of the readout gets; the losses of the calls are added. More is
+            faster on short segments, and the readout's graph grows with it. None is one, unless who calls knows better.
+        segment_weights: one factor per segment for its loss. A readout over several segments then returns one loss
+            per segment, shape (segments of the call,).
+        memory_gradients: takes down the norm of the memory's gradient between segments, and clips it if asked.
+        check: compare what the cell returns in replay with its recording, which is kept for it: for debugging.
+
+    Raises:
+        ValueError: a field is not what it should be.
+    """
+
+    schedule: Schedule = dataclasses.field(default_factory=EveryMemory)
+    readout_segments: int | None = None
+    segment_weights: Weights | None = None
+    memory_gradients: MemoryGradients | None = None
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.schedule, type) or not hasattr(self.schedule, "plan"):
+            raise ValueError(f"schedule: expected a schedule, such as replay.Binomial(8), got {self.schedule!r}")
+        if self.readout_segments is not None:
+            at_least("readout_segments", self.readout_segments)
+        if not isinstance(self.memory_gradients, MemoryGradients | None):
+            raise ValueError(f"memory_gradients: expected a replay.MemoryGradients, got {self.memory_gradients!r}")
+
+    @classmethod
+    def of(cls, options: Options | None, keywords: OptionKeywords) -> Options:
+        """``options`` with what the keywords say otherwise. A keyword of None is the default."""
+        given = {name: value for name, value in keywords.items() if value is not None}
+        unknown = sorted(set(keywords) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            known = ", ".join(field.name for field in dataclasses.fields(cls))
+            raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}; the options are {known}")
+        return dataclasses.replace(options or cls(), **given)  # type: ignore[arg-type]
+
+
+class OptionKeywords(TypedDict, total=False):
+    """The fields of :class:`Options` as keywords, for type checkers; None stands for the default."""
+
+    schedule: Schedule | None
+    readout_segments: int | None
+    segment_weights: Weights | None
+    memory_gradients: MemoryGradients | None
+    check: bool | None
