@@ -14,7 +14,16 @@ import memformer
 PACKAGE = Path(memformer.__file__).parent
 
 LAYERS = [
-    {"replay.inputs", "replay.environment", "replay.schedules", "config", "nn.attention", "pictures"},
+    {
+        "replay.inputs",
+        "replay.environment",
+        "replay.schedules",
+        "config",
+        "nn.attention",
+        "pictures",
+        "files",
+        "learning_rate",
+    },
     {"replay.storage", "replay.gradients", "nn.positions", "nn.blocks", "tasks"},
     {"replay.options", "replay.readout", "nn.memory", "state"},
     {"replay.engine", "generation"},

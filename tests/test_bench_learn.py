@@ -226,12 +226,3 @@ def test_the_default_is_what_needs_no_folder():
     assert learn.LearningBenchmark().names == ("memformer", "memory off")
     given = dataclasses.replace(learn.LearningBenchmark(), earlier=Path("e"))
     assert given.names == ("memformer", "memory off", "earlier")
-
-
-def test_the_rate_rises_for_300_steps_and_falls_to_zero_as_a_cosine():
-    rates = [learn._rate(1000, step) for step in range(1001)]
-    assert rates[:300] == sorted(rates[:300])
-    assert rates[299:] == sorted(rates[299:], reverse=True)
-    assert rates[500] == pytest.approx(0.5)
-    assert rates[149] == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 0.149)))
-    assert rates[1000] == pytest.approx(0, abs=1e-12)

@@ -15,7 +15,6 @@ from memformer.bench.text import (
     _corpus,
     _documents,
     _gradient,
-    _learning_rate,
     held_out,
     windows,
 )
@@ -126,13 +125,6 @@ def test_the_horizon_cuts_the_gradient_and_nothing_else(contestant):
     outcome = contestant(type("E", (), {"tokens": tokens, "answers": answers})())
     nn.functional.cross_entropy(outcome.logits, tokens[answers]).backward()
     torch.testing.assert_close(contestant.network.decoder.to_logits.weight.grad, found[4][2])
-
-
-def test_the_learning_rate():
-    rates = [_learning_rate(1.0, step, 1000) for step in range(1000)]
-    assert rates[99] == max(rates) == 1
-    assert rates[0] == 0.01
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
 
 
 def small(monkeypatch, length=3000):

@@ -167,12 +167,11 @@ def test_metrics_are_replaced_whole_or_not_at_all(settings, tmp_path, monkeypatc
     trained(settings(steps=2))
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
 
-    def fail(path, text, **_):
-        path.touch()
+    def fail(handle):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.write_text", fail)
+        patch.setattr("os.fsync", fail)
         with pytest.raises(OSError, match="No space left"):
             Run(settings(resume=True))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before

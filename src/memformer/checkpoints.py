@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,7 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["find", "load_state", "lock", "newest", "newest_sound", "replace_text", "save", "set_aside_newer"]
+from .files import flush_to_disk
+
+__all__ = ["find", "load_state", "lock", "newest", "newest_sound", "save", "set_aside_newer"]
 
 _CHECKSUMS = "checksums.json"
 
@@ -56,10 +57,10 @@ def save(
         sums = {file.name: _checksum(file) for file in sorted(unfinished.iterdir())}
         (unfinished / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
         for file in [*unfinished.iterdir(), unfinished]:
-            _flush_to_disk(file)
+            flush_to_disk(file)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-        _flush_to_disk(out)
+        flush_to_disk(out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{folder}: cannot be written ({error}); the checkpoints before it are untouched") from error
@@ -148,13 +149,6 @@ def lock(out: Path) -> BinaryIO:
     return file
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    new = file.with_name(f".{file.name}-new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)
-
-
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``(numbers, tensors)`` as given to :func:`save`.
 
@@ -182,14 +176,6 @@ def _checksum(file: Path) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _link(link: Path, target: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import MemformerConfig
+from .files import replace_file
 
 __all__ = ["MemoryState", "fingerprint"]
 
@@ -151,16 +151,7 @@ class MemoryState:
             "config": json.dumps(model.config.to_dict()),
             "checksum": _sha256(tensors, str(self.start)),
         }
-        path = Path(path).resolve()
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-        try:
-            with unfinished.open("wb") as file:
-                file.write(save(tensors, header))
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        replace_file(path, save(tensors, header))
 
     @classmethod
     def load(cls, path: str | Path, model: _Model) -> MemoryState:

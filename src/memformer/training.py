@@ -35,7 +35,9 @@ from .data import (
 )
 from .data.segments import Segment
 from .evaluation import HeldOut, evaluate, limited, to_device
+from .files import replace_file
 from .inspection import memory_health
+from .learning_rate import warmup_cosine
 from .model import Memformer
 from .parallel import Ranks, full, like, shard
 from .rollouts import rollout
@@ -124,7 +126,7 @@ class Run:
         self._writer = self._tensorboard() if settings.output.tensorboard and not self.ranks.rank else None
         if not self.ranks.rank:
             settings.out.mkdir(parents=True, exist_ok=True)
-            checkpoints.replace_text(settings.out / "run.yaml", to_yaml(settings))
+            replace_file(settings.out / "run.yaml", to_yaml(settings))
             self._forget_metrics_after(self.step)
 
     def _checkpoint(self) -> tuple[Path | None, list[str]]:
@@ -189,12 +191,9 @@ class Run:
         return SummaryWriter(str(self.settings.out / "tensorboard"), purge_step=self.step + 1)
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to zero; ``step`` counts from 0."""
-        peak, steps = self.settings.optimizer.learning_rate, self.settings.steps
-        warmup = min(self.settings.optimizer.warmup, steps - 1)
-        if step < warmup:
-            return peak * (step + 1) / warmup
-        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+        """Of a step, counted from 0."""
+        settings = self.settings.optimizer
+        return settings.learning_rate * warmup_cosine(step, self.settings.steps, settings.warmup)
 
     def stop(self) -> None:
         """Let :meth:`train` save and end after the next step, in all processes; safe in a signal handler."""
@@ -459,7 +458,7 @@ class Run:
         if file.is_file():
             lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            checkpoints.replace_text(file, "".join(line + "\n" for line in kept))
+            replace_file(file, "".join(line + "\n" for line in kept))
 
 
 class _Rollout(nn.Module):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import pictures
+from ..learning_rate import warmup_cosine
 from ..tasks import TASKS, Episode, Pixels, Task, digits, mnist
 from .contestants import CONTESTANTS, INSTALL_EARLIER, INSTALL_RIVALS, Contestant, Sizes, build
 from .meters import flops, machine
@@ -171,7 +172,8 @@ def train(settings: LearningBenchmark, described: Result) -> Result:
     model = settings.build(described["contestant"], task)
     parameters = list(model.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=described["learning_rate"], betas=(0.9, 0.98), weight_decay=0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, functools.partial(_rate, settings.steps))
+    curve_of_rates = functools.partial(warmup_cosine, steps=settings.steps, warmup=WARM_UP)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, curve_of_rates)
     generator = torch.Generator().manual_seed(described["seed"])
     validation = _episodes(held_out, _VALIDATION, task.segments)
     costs = _flops_per_segments(model, task, settings.batch_size)
@@ -212,11 +214,6 @@ def train(settings: LearningBenchmark, described: Result) -> Result:
         "flops": spent,
         "flops_per_step": sum(costs.values()) / len(costs),
     }
-
-
-def _rate(steps: int, step: int) -> float:
-    """The share of the learning rate for a step, counted from 0."""
-    return min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _flops_per_segments(model: Contestant, task: Task, batch_size: int) -> dict[int, int]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..files import replace_file
 from .meters import machine
 
 __all__ = ["Record", "Tuned", "carry_out", "tune"]
@@ -70,10 +71,8 @@ class Record:
         }
         self.runs.append({"run": dict(run), "result": result, "made": about})
         if self.path is not None:
-            unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.unfinished")
             text = json.dumps({"settings": self._settings, "runs": self.runs}, indent=1)
-            unfinished.write_text(text + "\n", encoding="utf-8")
-            unfinished.replace(self.path)
+            replace_file(self.path, text + "\n")
 
 
 def carry_out(

@@ -39,6 +39,7 @@ from ..data import (
     xz_bits_per_byte,
 )
 from ..evaluation import limited
+from ..learning_rate import warmup_cosine
 from ..tasks import START, Episode
 from .contestants import Contestant, Sizes, build
 from .meters import flops, machine
@@ -338,14 +339,6 @@ def held_out(
     return Score(bits, round(count), tuple(depth for depth in by_depth if depth.bytes))
 
 
-def _learning_rate(peak: float, step: int, steps: int) -> float:
-    """Of a step, counted from 0."""
-    rise = min(WARM_UP, steps // 2)
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - rise) / (steps - rise)))
-
-
 def _contestant(settings: TextBenchmark, variant: Variant, vocabulary: int) -> Contestant:
     sizes = Sizes(
         vocabulary=vocabulary,
@@ -387,7 +380,7 @@ def _train(settings: TextBenchmark, run: Run) -> Result:
     for step, tokens in enumerate(itertools.islice(texts, steps)):
         began = time.perf_counter()
         for group in optimiser.param_groups:
-            group["lr"] = _learning_rate(run["learning_rate"], step, steps)
+            group["lr"] = run["learning_rate"] * warmup_cosine(step, steps, WARM_UP, least=0.1)
         state = _gradient(contestant, tokens, state, variant.horizon)
         torch.nn.utils.clip_grad_norm_(contestant.parameters(), 1.0)
         optimiser.step()
