@@ -11,9 +11,10 @@ import time
 import numpy as np
 import pytest
 
-from memformer import Memformer, checkpoints
+from memformer import Memformer, replay
 from memformer.cli import _parse, main
 from memformer.settings import RECIPES, TrainingConfig, read_yaml
+from memformer.training import checkpoints
 
 SMALL = [
     "--steps",
@@ -47,6 +48,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("To read a long text, remember it. " * 40)
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
     (tmp_path / "wrong.yaml").write_text("dimm: 3")
+    (tmp_path / "schedule.yaml").write_text("rollout: {schedule: sometimes}")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
@@ -95,6 +97,16 @@ def test_settings_from_a_file_and_flags_before_them(folder, capsys):
     assert main(["train", "--config=run/run.yaml", "--out", "again"]) == 0
     first, second = (Memformer.from_pretrained(f"{out}/step-000002") for out in ("run", "again"))
     assert all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_schedule_is_chosen_and_changed_on_resuming(folder, capsys):
+    how = ["--schedule", "binomial:1", "--offload", "stored", "--graphs", "2"]
+    assert main(["train", "--data", "text.txt", "--out", "run", *SMALL, "--horizon", "4", *how]) == 0
+    saved = read_yaml(folder / "run" / "run.yaml", TrainingConfig()).rollout
+    assert saved.replay_schedule() == replay.Offload(replay.Binomial(1, 2), "stored")
+    again = ["train", "--resume", "--out", "run", "--steps", "6", "--graphs", "1"]
+    assert main([*again, "--schedule", "budget:1GB"]) == 0
+    assert "from step 4" in capsys.readouterr().out
 
 
 def test_recipes_start_from_named_settings():
@@ -160,6 +172,8 @@ def test_files_that_are_left_out_are_mentioned(folder, capsys):
         (["train", "--device", "meta"], "device: 'meta' cannot be used here"),
         (["train", "--data", ""], "an argument is empty"),
         (["train", "--data", "text.txt", "text.txt"], "text.txt: given twice"),
+        (["train", "--config", "schedule.yaml"], "schedule.yaml: schedule: expected every, binomial:N"),
+        (["train", "--data", "text.txt", *SMALL, "--schedule", "budget:1KB"], "Budget: 1000 bytes hold less than one"),
         (["train", "--data", "text.txt", "--separator", "3"], "separator: 3 cuts .npy and .bin arrays"),
         (["train", "--data", "text.txt", "--tokenizer", "bpe", "--vocabulary", "10"], "vocabulary: "),
         (["train", "--data", "text.txt", "--dim", "400000000"], "memory"),
@@ -183,7 +197,9 @@ def test_a_mistake_is_one_line(folder, capsys, arguments, message):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", ["train --stepz 3", "train --steps 0", "train --steps x", ""])
+@pytest.mark.parametrize(
+    "arguments", ["train --stepz 3", "train --steps 0", "train --steps x", "train --schedule binomial:x", ""]
+)
 def test_flags_are_checked(folder, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments.split())

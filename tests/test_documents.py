@@ -21,6 +21,7 @@ from memformer.data import (
     read_documents,
     standard_library,
 )
+from memformer.data.corpora import limited
 
 
 def contents(documents):
@@ -349,3 +350,11 @@ def test_json_that_is_too_deep_is_refused_by_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not JSON"):
         read_documents([tmp_path / "a.jsonl"])
+
+
+def test_a_limit_cuts_the_last_document():
+    documents = [Document("a", b"12345"), Document("b", b"123456"), Document("c", b"123")]
+    assert [bytes(d) for d in limited(documents, 8)] == [b"12345", b"123"]
+    assert [bytes(d) for d in limited(documents, 5)] == [b"12345"]
+    assert limited(documents, 0) == documents
+    assert [bytes(d).decode() for d in limited([Document("é", "aé".encode())], 2)] == ["a"]

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from memformer import Memformer
 from memformer.data import ByteTokenizer, Document, TokenIds
-from memformer.evaluation import evaluate, limited
+from memformer.evaluation import evaluate
 
 WORDS = b"the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
 TOKENIZER = ByteTokenizer()
@@ -88,14 +88,6 @@ def test_mistakes(model):
         evaluate(model, [], TOKENIZER)
     with pytest.raises(ValueError, match="lanes: expected at least 1, got 0"):
         evaluate(model, [Document("a", b"a")], TOKENIZER, lanes=0)
-
-
-def test_a_limit_cuts_the_last_document():
-    documents = [Document("a", b"12345"), Document("b", b"123456"), Document("c", b"123")]
-    assert [bytes(d) for d in limited(documents, 8)] == [b"12345", b"123"]
-    assert [bytes(d) for d in limited(documents, 5)] == [b"12345"]
-    assert limited(documents, 0) == documents
-    assert [bytes(d).decode() for d in limited([Document("é", "aé".encode())], 2)] == ["a"]
 
 
 def test_a_segment_fits_encoder_and_decoder(model):

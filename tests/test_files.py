@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memformer.files import replace_file
+from memformer.files import flush_to_disk, replace_file
 from memformer.learning_rate import warmup_cosine
 
 
@@ -40,6 +40,23 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     replace_file(tmp_path / "link", "after")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text() == "after"
+
+
+def test_a_platform_that_opens_no_folder_flushes_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    flush_to_disk(tmp_path)
+    opened = os.open
+
+    def refuse(path: Path, flags: int) -> int:
+        if path.is_dir() or path.name == "b.txt":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
+    flush_to_disk(tmp_path)
+    flush_to_disk(tmp_path / "a.txt")
+    with pytest.raises(PermissionError):
+        flush_to_disk(tmp_path / "b.txt")
 
 
 def test_the_rate_rises_along_a_line_and_falls_along_a_cosine() -> None:

@@ -8,7 +8,8 @@ import time
 import pytest
 from torch.testing import assert_close
 
-from memformer import Memformer, checkpoints
+from memformer import Memformer
+from memformer.training import checkpoints
 
 SETTINGS = """
 steps: {steps}

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 from helpers import training_settings
-from memformer import Memformer, checkpoints
-from memformer.training import Run
+from memformer import Memformer
+from memformer.training import Run, checkpoints
 from processes import two_processes
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from memformer import replay
 from memformer.settings import (
     RECIPES,
     ComputeSettings,
@@ -87,6 +88,28 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
         (lambda: ObjectiveSettings(continuation=-1.0), "continuation: expected a number of at least 0"),
         (lambda: ObjectiveSettings(continuation=0), "expected one of the odds above 0"),
         (lambda: RolloutSettings(horizon=2, horizon_start=3), "horizon_start: expected at most the horizon 2, got 3"),
+        (lambda: RolloutSettings(graphs=-1), "graphs: expected a whole number of at least 0, got -1"),
+        *(
+            (
+                lambda wrong=wrong: RolloutSettings(schedule=wrong),
+                rf"schedule: expected every, binomial:N .* or budget:SIZE .* KB, .* GiB, .*, got '{wrong}'$",
+            )
+            for wrong in [
+                "",
+                "all",
+                "every:4",
+                "binomial",
+                "binomial:0",
+                "binomial:1.5",
+                "budget:",
+                "budget:2",
+                "budget:0GB",
+            ]
+        ),
+        (
+            lambda: RolloutSettings(schedule="budget:1GB", graphs=2),
+            "graphs: a budget chooses how many are kept; expected 1, which is the default, got 2",
+        ),
         (lambda: OptimizerSettings(warmup=-1), "warmup: expected a whole number of at least 0, got -1"),
         (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate: expected a number above 0"),
         (lambda: OptimizerSettings(clip=-1.0), "clip: expected a number of at least 0"),
@@ -112,6 +135,24 @@ def test_the_horizon_grows_along_a_line():
     shape = RolloutSettings(horizon=8, horizon_start=2, horizon_steps=6)
     assert [shape.horizon_at(step) for step in range(8)] == [2, 3, 4, 5, 6, 7, 8, 8]
     assert RolloutSettings(horizon=8).horizon_at(0) == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "schedule"),
+    [
+        (dict(), replay.EveryMemory()),
+        (dict(graphs=3), replay.EveryMemory(3)),
+        (dict(schedule="binomial:16"), replay.Binomial(16)),
+        (dict(schedule="binomial:16", graphs=0), replay.Binomial(16, 0)),
+        (dict(schedule="budget:2GB"), replay.Budget(2 * 10**9)),
+        (dict(schedule="budget:1.5 mib"), replay.Budget(3 * 2**19)),
+        (dict(schedule="budget:12B", offload="cpu"), replay.Offload(replay.Budget(12))),
+        (dict(offload="memories"), replay.Offload(replay.EveryMemory(), "memories")),
+    ],
+)
+def test_every_schedule_has_a_spelling(settings, schedule):
+    assert RolloutSettings(**settings).replay_schedule() == schedule
+    assert build(RolloutSettings, to_plain(RolloutSettings(**settings))) == RolloutSettings(**settings)
 
 
 def test_every_setting_of_the_model_reaches_it():

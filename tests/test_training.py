@@ -10,12 +10,12 @@ import torch
 from torch.testing import assert_close
 
 from helpers import training_settings
-from memformer import Memformer, checkpoints
+from memformer import Memformer, replay
 from memformer.data import ByteTokenizer, load_tokenizer
 from memformer.evaluation import HeldOut
 from memformer.inspection import memory_health
 from memformer.settings import read_yaml
-from memformer.training import Run, StepMetrics, saved_settings
+from memformer.training import Run, StepMetrics, assemble, checkpoints, saved_settings
 
 WORDS = "the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
 CLOCK = ("tokens_per_second", "seconds")
@@ -80,10 +80,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(settings, tmp_path, interr
     assert second.step == first.step
     list(second.train())
     assert_close(weights(second), weights(whole), rtol=0, atol=0)
-    assert_close(second.average, whole.average, rtol=0, atol=0)
-    assert_close(second.memory, whole.memory, rtol=0, atol=0)
+    assert_close(second.parts.average, whole.parts.average, rtol=0, atol=0)
+    assert_close(second.parts.progress.memory, whole.parts.progress.memory, rtol=0, atol=0)
     assert (second.best, second.stopped_early) == (whole.best, whole.stopped_early)
-    assert second.scaler.state_dict() == whole.scaler.state_dict()
+    assert second.parts.scaler.state_dict() == whole.parts.scaler.state_dict()
     kept = lines(tmp_path / "run")
     assert [line["step"] for line in kept if line["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert kept == lines(tmp_path / "whole")
@@ -113,23 +113,49 @@ def test_the_saved_settings_repeat_the_run(settings, tmp_path):
     assert_close(weights(second), weights(first), rtol=0, atol=0)
 
 
-def test_a_run_from_before_the_overlap_goes_on_without_one(settings, tmp_path, monkeypatch):
-    trained(settings(steps=2, dec_overlap=0))
+def test_a_setting_that_the_saved_run_did_not_know_has_its_default(settings, tmp_path, monkeypatch):
+    trained(settings(steps=2))
     load = checkpoints.load_state
 
     def from_before(folder):
         numbers, tensors = load(folder)
-        del numbers["settings"]["model"]["dec_overlap"]
+        del numbers["settings"]["rollout"]["schedule"], numbers["settings"]["model"]["write_temperature"]
         return numbers, tensors
 
     monkeypatch.setattr(checkpoints, "load_state", from_before)
-    assert saved_settings(tmp_path / "run") == settings(steps=2, dec_overlap=0)
-    assert Run(settings(steps=3, dec_overlap=0, resume=True)).step == 2
-    with pytest.raises(ValueError, match=r"model\.dec_overlap: the run in .* has 0, got 4; it cannot change"):
-        Run(settings(steps=3, resume=True))
+    assert saved_settings(tmp_path / "run") == settings(steps=2)
+    assert Run(settings(steps=3, resume=True)).step == 2
+    with pytest.raises(
+        ValueError, match=r"model\.write_temperature: the run in .* has 0\.25, got 1\.0; it cannot change"
+    ):
+        Run(settings(steps=3, write_temperature=1.0, resume=True))
     monkeypatch.setattr(checkpoints, "load_state", lambda folder: ({"settings": {"dim": 16}}, {}))
     with pytest.raises(ValueError, match="dim: unknown setting"):
         saved_settings(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [dict(graphs=0), dict(graphs=9), dict(schedule="binomial:2"), dict(schedule="budget:9MB"), dict(offload="disk")],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_a_schedule_changes_no_number_and_may_change_on_resuming(settings, tmp_path, monkeypatch, schedule):
+    monkeypatch.chdir(tmp_path)
+    usual, _ = trained(settings(steps=4, horizon=5, out=tmp_path / "usual"))
+    first = Run(settings(steps=4, horizon=5))
+    for metrics in first.train():
+        if metrics.step == 1:
+            first.stop()
+    run, _ = trained(settings(steps=4, horizon=5, resume=True, **schedule))
+    assert run.parts.rollouts.options.schedule == run.settings.rollout.replay_schedule() != replay.EveryMemory()
+    assert_close(weights(run), weights(usual), rtol=0, atol=0)
+
+
+def test_a_run_may_be_given_other_parts(settings, tmp_path):
+    parts = assemble(settings(steps=1))
+    run = Run(settings(steps=1), dataclasses.replace(parts, held_out=parts.training[:1]))
+    *_, result = run.train()
+    assert (run.held_out, result.documents) == (parts.training[:1], 1)
 
 
 def test_data_may_move_and_output_may_change(settings, tmp_path):
@@ -222,7 +248,9 @@ def test_a_failed_save_leaves_the_one_before(settings, tmp_path, monkeypatch, fa
     for _ in range(3):
         next(steps)
     with monkeypatch.context() as patch:
-        patch.setattr("memformer.checkpoints.save_file" if failing == "save_file" else "pathlib.Path.rename", fail)
+        patch.setattr(
+            "memformer.training.checkpoints.save_file" if failing == "save_file" else "pathlib.Path.rename", fail
+        )
         with pytest.raises(OSError, match=r"step-000004: cannot be written \(No space left.*are untouched"):
             list(steps)
     assert checkpoints.newest(tmp_path / "run").name == "step-000002"
@@ -252,7 +280,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(sett
         checkpoints.find(tmp_path / "run")
     resumed = Run(settings(resume=True, steps=4))
     assert resumed.step == 2
-    (reason,) = resumed.refused
+    (reason,) = resumed.parts.refused
     assert "step-000003: damaged" in reason
     list(resumed.train())
     again, _ = trained(settings(steps=4, out=tmp_path / "again"))
@@ -305,8 +333,8 @@ def test_the_loss_falls(settings):
 def test_metrics_show_the_memorys_health(settings):
     run = Run(settings(steps=4, horizon=4, log_every=2, dropout=0.0))
     seen, metrics = [], []
-    rollout = run.stream.rollout
-    run.stream.rollout = lambda horizon: seen.append((run.memory, rollout(horizon))) or seen[-1][1]
+    rollout = run.parts.stream.rollout
+    run.parts.stream.rollout = lambda horizon: seen.append((run.parts.progress.memory, rollout(horizon))) or seen[-1][1]
     for line in run.train():
         memory, segments = seen[-1]
         if isinstance(line, StepMetrics):
@@ -326,7 +354,7 @@ def test_accumulation_is_a_longer_rollout_truncated(settings, tmp_path):
     """Two rollouts of one step: the mean over the targets of both, the gradient of neither goes through the other."""
     run = Run(settings(steps=1, accumulate=2, dropout=0.0, clip=0.0, learning_rate=1e-3, warmup=0))
     start = weights(run)
-    model, stream = Memformer(**run.model.config.to_dict()), Run(settings(out=tmp_path / "other")).stream
+    model, stream = Memformer(**run.model.config.to_dict()), Run(settings(out=tmp_path / "other")).parts.stream
     model.load_state_dict(start)
     segments, memory, nats, counted = stream.rollout(6), None, 0.0, 0
     for i, s in enumerate(segments):
@@ -348,11 +376,13 @@ def test_the_horizon_grows(settings):
 
 def test_the_average_is_what_is_saved_and_evaluated(settings, tmp_path):
     run, _ = trained(settings(steps=4, ema=0.5, eval_every=4))
-    assert_close(dict(Memformer.from_pretrained(checkpoints.find(tmp_path / "run")).named_parameters()), run.average)
+    assert_close(
+        dict(Memformer.from_pretrained(checkpoints.find(tmp_path / "run")).named_parameters()), run.parts.average
+    )
     newest = {name: p.clone() for name, p in run.model.named_parameters()}
-    assert any(not p.equal(run.average[name]) for name, p in newest.items())
+    assert any(not p.equal(run.parts.average[name]) for name, p in newest.items())
     with run.averaged() as model:
-        assert_close(dict(model.named_parameters()), run.average, rtol=0, atol=0)
+        assert_close(dict(model.named_parameters()), run.parts.average, rtol=0, atol=0)
     assert_close(dict(run.model.named_parameters()), newest, rtol=0, atol=0)
 
 
@@ -367,7 +397,7 @@ def test_the_average_is_the_mean_of_the_steps_weights(settings):
             expected[name] = decay * expected[name] + (1 - decay) * p.detach()
         seen.append(decay)
     assert seen[0] < seen[-1] == 0.25
-    assert_close(run.average, expected)
+    assert_close(run.parts.average, expected)
 
 
 def test_the_learning_rate_rises_then_falls_to_zero(settings):
@@ -380,7 +410,7 @@ def test_the_learning_rate_rises_then_falls_to_zero(settings):
 
 
 def test_only_matrices_decay(settings):
-    decaying, plain = Run(settings()).optimizer.param_groups
+    decaying, plain = Run(settings()).parts.optimizer.param_groups
     assert decaying["weight_decay"] > 0
     assert plain["weight_decay"] == 0
     assert {p.dim() for p in plain["params"]} == {1}
@@ -423,6 +453,16 @@ def test_the_best_checkpoint_is_kept_and_a_run_stops_early(settings, tmp_path, m
     assert checkpoints.find(tmp_path / "run" / "best").name == "best"
     with pytest.raises(ValueError, match="stopped early, at step 10: raise --patience"):
         Run(settings(**options, resume=True))
+
+
+def test_the_best_checkpoint_is_found_where_no_link_can_be_made(settings, tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise OSError("a required privilege is not held by the client")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    run, _ = trained(settings(steps=2, eval_every=1, save_every=1, keep=1))
+    assert (tmp_path / "run" / "best").is_file()
+    assert checkpoints.find(tmp_path / "run" / "best").name == f"step-{run.best['step']:06d}"
 
 
 # --- Token arrays, and other mistakes

@@ -10,17 +10,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from .data import Document, Lanes, Tokenizer, encode_documents
 from .data.segments import Segment
 from .model import Memformer, token_losses
 from .parallel import Ranks
 
-__all__ = ["Depth", "HeldOut", "evaluate", "limited", "to_device"]
+__all__ = ["Depth", "HeldOut", "evaluate"]
 
 LOGITS_AT_ONCE = 2**22
-"""The decoder is called on so many segments at once as give this many logits, 16 MiB in float32."""
+"""The decoder gets as many segments at once as give this many logits, 16 MiB in float32."""
 
 
 class Depth(NamedTuple):
@@ -82,42 +81,11 @@ def evaluate(
                 f"model: expected {name} of {tokenizer.vocabulary}, that of the tokenizer, got "
                 f"{getattr(model.config, name)}"
             )
-    assert model.decoder is not None
     began, ranks = time.perf_counter(), Ranks()
-    device = device or next(model.parameters()).device
-    # The longest first, and no more lanes than are busy until it ends: a lane without a document still costs its share.
-    ordered = sorted(documents, key=lambda document: -len(document))
-    sequences = encode_documents(ordered, tokenizer)
-    busy = max(1, sum(map(len, sequences)) // max(map(len, sequences)))
-    lanes = math.ceil(min(lanes, busy) / ranks.size) * ranks.size
-    stream = Lanes(
-        sequences,
-        lanes=lanes,
-        length=model.config.segment_length,
-        start=tokenizer.start,
-        epochs=1,
-        rank=ranks.rank,
-        world_size=ranks.size,
-    )
-    at_once = max(1, LOGITS_AT_ONCE // (lanes // ranks.size * stream.length * tokenizer.vocabulary))
-    was_training, mems = model.training, None
-    depth = torch.zeros(lanes // ranks.size, dtype=torch.long)
-    sums = torch.zeros(2, 64, dtype=torch.float64, device=device)  # nats and tokens, by the depth's power of two
+    stream = _stream(documents, tokenizer, model.config.segment_length, lanes, ranks)
+    was_training = model.training
     model.eval()
-    while segments := [to_device(segment, device) for segment in stream.rollout(at_once)]:
-        outputs, depths = [], []
-        for segment in segments:
-            assert segment.reset is not None
-            depth = torch.where(segment.reset.cpu(), 1, depth + 1)
-            reset = segment.reset if memory else torch.ones_like(segment.reset)
-            encoded, mems = model.step(segment.src, mems, segment.src_mask, reset)
-            outputs.append(encoded)
-            depths.append(depth)
-        src, src_mask, tgt, tgt_mask = (_joined(segments, name) for name in ("src", "src_mask", "tgt", "tgt_mask"))
-        losses, counted = token_losses(model.decoder, tgt, torch.cat(outputs), src_mask, tgt_mask, src)
-        bucket = torch.cat(depths).double().log2().ceil().clamp(min=0).long().to(device)
-        sums[0].index_add_(0, bucket, losses.double().sum(1))
-        sums[1].index_add_(0, bucket, counted.double().sum(1))
+    sums = _read(model, stream, memory, device or next(model.parameters()).device)
     model.train(was_training)
     by_bucket = ranks.sum(sums).cpu()
     nats, tokens = by_bucket.sum(1).tolist()
@@ -141,20 +109,48 @@ def evaluate(
     )
 
 
+def _stream(documents: Sequence[Document], tokenizer: Tokenizer, length: int, lanes: int, ranks: Ranks) -> Lanes:
+    """The longest first, in no more lanes than are busy until it ends: one without a document still costs its share."""
+    ordered = sorted(documents, key=lambda document: -len(document))
+    sequences = encode_documents(ordered, tokenizer)
+    busy = max(1, sum(map(len, sequences)) // max(map(len, sequences)))
+    lanes = math.ceil(min(lanes, busy) / ranks.size) * ranks.size
+    return Lanes(
+        sequences,
+        lanes=lanes,
+        length=length,
+        start=tokenizer.start,
+        epochs=1,
+        rank=ranks.rank,
+        world_size=ranks.size,
+    )
+
+
+def _read(model: Memformer, stream: Lanes, memory: bool, device: torch.device) -> Tensor:
+    """Nats and tokens, (2, 64), by the power of two of the depth, for this process's lanes to their end."""
+    vocabulary = model.config.dec_num_tokens
+    assert model.decoder is not None
+    assert vocabulary is not None
+    at_once = max(1, LOGITS_AT_ONCE // (stream.rows * stream.length * vocabulary))
+    mems, depth = None, torch.zeros(stream.rows, dtype=torch.long)
+    sums = torch.zeros(2, 64, dtype=torch.float64, device=device)
+    while segments := [segment.to(device) for segment in stream.rollout(at_once)]:
+        outputs, depths = [], []
+        for segment in segments:
+            assert segment.reset is not None
+            depth = torch.where(segment.reset.cpu(), 1, depth + 1)
+            reset = segment.reset if memory else torch.ones_like(segment.reset)
+            encoded, mems = model.step(segment.src, mems, segment.src_mask, reset)
+            outputs.append(encoded)  # (rows, length, dim)
+            depths.append(depth)  # (rows,)
+        # The decoder reads all of them in one call: (segments * rows, ...).
+        src, src_mask, tgt, tgt_mask = (_joined(segments, name) for name in ("src", "src_mask", "tgt", "tgt_mask"))
+        losses, counted = token_losses(model.decoder, tgt, torch.cat(outputs), src_mask, tgt_mask, src)
+        bucket = torch.cat(depths).double().log2().ceil().clamp(min=0).long().to(device)
+        sums[0].index_add_(0, bucket, losses.double().sum(1))
+        sums[1].index_add_(0, bucket, counted.double().sum(1))
+    return sums
+
+
 def _joined(segments: Sequence[Segment], name: str) -> Tensor:
     return torch.cat([getattr(segment, name) for segment in segments])
-
-
-def to_device(segment: Segment, device: torch.device) -> Segment:
-    return tree_map(lambda part: part.to(device, non_blocking=True), segment)
-
-
-def limited(documents: Sequence[Document], limit: int) -> list[Document]:
-    """As many documents, in order, as hold ``limit`` bytes (or ids) together, the last one cut; all if it is 0."""
-    kept, left = [], limit
-    for document in documents:
-        if limit and left <= 0:
-            break
-        kept.append(document.beginning(left) if limit and len(document) > left else document)
-        left -= len(document)
-    return kept

@@ -27,8 +27,14 @@ def replace_file(file: str | Path, content: bytes | str) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """What was written to a file, or the names in a folder, survives the machine's end."""
-    handle = os.open(path, os.O_RDONLY)
+    """Make what was written to a file, or the names in a folder, survive a crash of the machine."""
+    folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:  # Windows opens none
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

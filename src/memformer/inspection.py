@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from . import replay
 from .data import Lanes, Tokens
 from .data.segments import Segment
-from .evaluation import to_device
 from .model import Memformer
 from .pictures import new_figure
 from .rollouts import rollout
@@ -130,7 +129,7 @@ def inspect(model: Memformer, documents: Sequence[Tokens], *, start: int, segmen
     tokens = [np.asarray(document[: count * length]) for document in documents]
     device = next(model.parameters()).device
     stream = Lanes(tokens, lanes=len(tokens), length=length, start=start, epochs=1).rollout(count)
-    read = [to_device(segment, device) for segment in stream]
+    read = [segment.to(device) for segment in stream]
     for segment in read:
         model.check_source(segment.src, None, segment.src_mask, segment.reset)
         assert segment.tgt is not None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .model import Memformer
 
-__all__ = ["Ranks", "full", "joined", "like", "shard"]
+__all__ = ["Ranks", "full", "gradient_sync", "joined", "like", "shard"]
 
 
 class Ranks:
@@ -78,6 +79,21 @@ def shard(model: Memformer) -> None:
     for part in [*stacks, *roots]:
         fully_shard(part, reshard_after_forward=True)  # a root would keep what it gathered, and use it when it is stale
     register_fsdp_forward_method(model.writer, "initial")
+
+
+def gradient_sync(model: Memformer) -> Callable[[bool], None] | None:
+    """What switches the exchange of gradients between processes, where :func:`shard` divided the model; else None."""
+    if not hasattr(model.encoder, "set_requires_gradient_sync"):
+        return None
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [cast(FSDPModule, part) for part in (model.encoder, model.writer, model.decoder) if part is not None]
+
+    def switch(exchange: bool) -> None:
+        for part in parts:
+            part.set_requires_gradient_sync(exchange)
+
+    return switch
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Settings of a training run: one frozen tree that checks itself, read from YAML or flags; recipes by name.
 
-Imports nothing of the project but the model's configuration. The text under a field is its help on the command line.
+Knows the model's configuration and the schedules of replay, for it makes both. The text under a field is its help on
+the command line.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from . import replay
 from .config import MemformerConfig, Positions, Writer, check_count
 
 __all__ = [
@@ -44,15 +47,15 @@ class DocumentSettings:
     tokenizer: str = "bytes"
     """bytes; bpe, trained on the training documents; ids, for .npy and .bin arrays; or the path of a tokenizer.json."""
     vocabulary: int = 2048
-    """Tokens of a bpe that is trained here, or how many ids there are in arrays."""
+    """The most tokens of a bpe that is trained here; with ids, how many ids there are."""
     text_field: str = "text"
     """The field of a .jsonl file's lines that holds the text."""
     separator: int | None = None
     """The id that ends a document inside a .npy or .bin array; without it an array is one document."""
     bin_dtype: str = "uint16"
-    """What a .bin file is made of; a .npy file says it itself."""
+    """The integer type of a .bin file's tokens; a .npy file says it itself."""
     held_out: int = 48
-    """One document in so many is held out, or that share of the only document's end."""
+    """Hold out one document in this many; of a single document, hold out that fraction of its end."""
 
     def __post_init__(self) -> None:
         check_count("vocabulary", self.vocabulary)
@@ -75,19 +78,19 @@ class ModelSettings:
     dec_depth: int = 2
     """Decoder layers."""
     dec_overlap: int = 4
-    """So many of the last segment's tokens are read by the decoder too, before those it predicts."""
+    """How many tokens of the previous segment the decoder also sees."""
     heads: int = 4
-    """Attention heads, in reading, writing and both stacks."""
+    """Attention heads of the encoder, the decoder, and the reading and writing of the memory."""
     mem_updates: int = 1
     """How often the memory is written per segment."""
     memory_writer: Writer = "normalised"
-    """How the memory is written."""
+    """How a slot combines what it holds with what it reads: normalised is paper v2's, gated paper v1's."""
     write_temperature: float = 0.25
-    """Of the writing attention; below 1 sharpens it."""
+    """Temperature of the writing attention; below 1 makes it sharper."""
     positions: Positions = "rotary"
-    """How attention knows positions."""
+    """How attention knows where a token stands."""
     dropout: float = 0.0
-    """Probability, on every sublayer's output."""
+    """Probability of dropping a number of a sublayer's output."""
     tie_embeddings: bool = True
     """One matrix for both embeddings and the output projection."""
 
@@ -98,25 +101,19 @@ class ModelSettings:
 
     def config(self, vocabulary: int, segment_length: int) -> MemformerConfig:
         """The model's configuration. Raises ValueError where settings do not fit together."""
+        same = dataclasses.asdict(self)
+        slots, heads, updates = (same.pop(name) for name in ("slots", "heads", "mem_updates"))
         return MemformerConfig(
-            dim=self.dim,
-            num_memory_slots=self.slots,
+            **same,
+            num_memory_slots=slots,
+            num_mem_updates=updates,
             enc_num_tokens=vocabulary,
             enc_max_seq_len=segment_length,
-            enc_depth=self.enc_depth,
-            enc_heads=self.heads,
+            enc_heads=heads,
             dec_num_tokens=vocabulary,
             dec_max_seq_len=segment_length + 1,
-            dec_depth=self.dec_depth,
-            dec_heads=self.heads,
-            dec_overlap=self.dec_overlap,
-            num_mem_updates=self.mem_updates,
-            mem_update_attn_heads=self.heads,
-            memory_writer=self.memory_writer,
-            write_temperature=self.write_temperature,
-            positions=self.positions,
-            dropout=self.dropout,
-            tie_embeddings=self.tie_embeddings,
+            dec_heads=heads,
+            mem_update_attn_heads=heads,
         )
 
 
@@ -149,17 +146,25 @@ class RolloutSettings:
     horizon: int = 6
     """Segments per rollout: how far gradients go back."""
     horizon_start: int | None = None
-    """The horizon of the first step, if it is to grow; it reaches --horizon after --horizon-steps."""
+    """The first step's horizon, to let it grow: it reaches --horizon after --horizon-steps."""
     horizon_steps: int = 1000
     """Steps over which the horizon grows."""
     accumulate: int = 1
     """Rollouts per step, one after the other in the same documents."""
+    schedule: str = "every"
+    """Which memories of a rollout are stored for its replay: every; binomial:16 stores at most 16 and runs more
+    segments again; budget:2GB chooses what is fastest within this many bytes of memories and graphs."""
     graphs: int = 1
-    """Keep the graphs of so many last segments of a rollout: faster, where there is memory for them."""
+    """Keep the graphs of this many last segments of a rollout, so that they are not run twice: faster, where there is
+    memory for them. A budget chooses this itself."""
+    offload: str | None = None
+    """Where stored memories wait for the replay: cpu, or a folder on a disk; by default they stay on the device."""
 
     def __post_init__(self) -> None:
-        for name in ("lanes", "segment_length", "horizon", "horizon_steps", "accumulate", "graphs"):
+        for name in ("lanes", "segment_length", "horizon", "horizon_steps", "accumulate"):
             check_count(name, getattr(self, name))
+        check_count("graphs", self.graphs, least=0)
+        self.replay_schedule()
         if self.horizon_start is not None:
             check_count("horizon_start", self.horizon_start)
             if self.horizon_start > self.horizon:
@@ -174,21 +179,46 @@ class RolloutSettings:
         grown = (self.horizon - self.horizon_start) * min(step / self.horizon_steps, 1.0)
         return self.horizon_start + int(grown)
 
+    def replay_schedule(self) -> replay.Schedule:
+        """What ``schedule``, ``graphs`` and ``offload`` say, as the engine takes it.
+
+        Raises:
+            ValueError: ``schedule`` is none of those that there are, or leaves ``graphs`` no meaning.
+        """
+        kind, _, size = self.schedule.partition(":")
+        schedule: replay.Schedule
+        if self.schedule == "every":
+            schedule = replay.EveryMemory(self.graphs)
+        elif kind == "binomial" and re.fullmatch(r"[1-9]\d*", size):
+            schedule = replay.Binomial(int(size), self.graphs)
+        elif kind == "budget" and (most := _bytes(size)):
+            if self.graphs != 1:
+                raise ValueError(
+                    f"graphs: a budget chooses how many are kept; expected 1, which is the default, got {self.graphs}"
+                )
+            schedule = replay.Budget(most)
+        else:
+            raise ValueError(
+                "schedule: expected every, binomial:N (such as binomial:16) or budget:SIZE (such as budget:2GB; units "
+                f"are {', '.join(_UNITS)}), got {self.schedule!r}"
+            )
+        return schedule if self.offload is None else replay.Offload(schedule, self.offload)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
     """AdamW; the learning rate rises along a line, then falls to zero along a cosine."""
 
     learning_rate: float = 3e-3
-    """At the end of the warm-up."""
+    """The highest, at the end of the warm-up."""
     warmup: int = 50
     """Steps over which the learning rate rises."""
     weight_decay: float = 0.1
     """On matrices only."""
     clip: float = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Clip the gradient to this norm; 0: do not clip."""
     ema: float = 0.0
-    """Decay of a moving average of the weights, which is then evaluated and saved as the model; 0 for none."""
+    """Decay of a moving average of the weights, which is then evaluated and saved as the model; 0: none."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
@@ -202,12 +232,12 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeSettings:
-    """How it is computed. Under torchrun the lanes are divided among the processes."""
+    """Precision and processes. Under torchrun the lanes are divided among the processes."""
 
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
-    """Autocast; auto is bf16 on an accelerator that is good at it, else float32."""
+    """Type for autocast; auto is bf16 on an accelerator that computes it natively, else float32."""
     compile: bool = False
-    """torch.compile: slow to start, then faster."""
+    """Compile encoder and decoder with torch.compile: a slow start, then faster steps."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a copy of the model in each process, or its parameters divided among them."""
 
@@ -217,11 +247,11 @@ class EvaluationSettings:
     """Evaluation on held-out documents, read whole with the memory carried on; the best checkpoint is kept."""
 
     eval_every: int = 0
-    """Steps between evaluations; 0: at the end alone."""
+    """Steps between evaluations; 0: only at the end."""
     patience: int = 0
-    """Stop after so many evaluations without a better one; 0 never does."""
+    """Stop after this many evaluations without a better one; 0: never."""
     eval_limit: int = 2_000_000
-    """At most so many held-out bytes (or ids) are read; 0 for all."""
+    """Read at most this many held-out bytes (or ids); 0: all."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "patience", "eval_limit"):
@@ -239,11 +269,11 @@ class OutputSettings:
     save_every: int = 400
     """Steps between checkpoints."""
     keep: int = 2
-    """How many of the newest checkpoints are kept."""
+    """How many of the newest checkpoints to keep."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, in OUT/tensorboard."""
     sample_tokens: int = 300
-    """Length of the sample at the end; 0 for none."""
+    """Tokens of the sample that is shown at the end; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
@@ -261,9 +291,9 @@ class TrainingConfig:
     out: Path = Path("runs/default")
     """Folder for checkpoints and metrics.jsonl."""
     steps: int = 1200
-    """Optimiser steps."""
+    """Optimizer steps."""
     seed: int = 0
-    """Of initialisation, dropout, objectives and the order of documents."""
+    """Decides the initial weights, dropout, objectives and the order of documents."""
     resume: bool = False
     """Go on from the newest sound checkpoint in --out, with the settings saved there; --steps may be raised."""
     device: str = "auto"
@@ -295,6 +325,20 @@ class TrainingConfig:
 def _check_not_negative(name: str, value: Any, whole: bool = True) -> None:
     if not isinstance(value, (int, float)) or not value >= 0 or (whole and value != int(value)):
         raise ValueError(f"{name}: expected a {'whole ' if whole else ''}number of at least 0, got {value!r}")
+
+
+_UNITS = {
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
+
+
+def _bytes(size: str) -> int | None:
+    """2GB, 1.5 GiB, ... as a number of bytes; None if it is none of at least one byte."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", size)
+    factor = found and {unit.lower(): value for unit, value in _UNITS.items()}.get(found[2].lower())
+    return int(float(found[1]) * factor) if found and factor else None
 
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from ..data import (
     standard_library,
     xz_bits_per_byte,
 )
-from ..evaluation import limited
+from ..data.corpora import limited
 from ..learning_rate import warmup_cosine
 from ..tasks import START, Episode
 from .contestants import Contestant, Sizes, build

@@ -8,12 +8,13 @@ from typing import Literal
 from ..data import xz_bits_per_byte
 from ..evaluation import HeldOut, evaluate
 from . import models
+from .documents import DocumentOptions
 
 __all__ = ["EvaluateCommand", "describe", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(models.DocumentOptions):
+class EvaluateCommand(DocumentOptions):
     """Bits per byte of a trained model on documents read whole, also by depth in the document: does memory help?"""
 
     memory: Literal["on", "off", "both"] = "both"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import checkpoints
 from ..data import load_tokenizer
 from ..data.tokenizers import SPECIAL
 from ..export import Format, export
 from ..model import Memformer
+from ..training import checkpoints
 
 __all__ = ["ExportCommand", "run"]
 

@@ -10,6 +10,7 @@ from .. import pictures
 from ..data import encode_documents
 from ..inspection import KINDS, Inspection, inspect, kinds, plot
 from . import models
+from .documents import DocumentOptions
 
 __all__ = ["InspectCommand", "run"]
 
@@ -17,7 +18,7 @@ _SLOTS_PER_LINE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectCommand(models.DocumentOptions):
+class InspectCommand(DocumentOptions):
     """What a trained model's memory does: how its slots are written, how they differ, how far gradients reach."""
 
     segments: int = 32

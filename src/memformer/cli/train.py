@@ -14,12 +14,12 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import checkpoints
 from ..data import Document, order2_bits_per_byte, xz_bits_per_byte
-from ..evaluation import HeldOut, limited
+from ..data.corpora import limited
+from ..evaluation import HeldOut
 from ..parallel import joined
 from ..settings import RECIPES, TrainingConfig, read_yaml
-from ..training import Run, StepMetrics, saved_settings
+from ..training import Run, StepMetrics, checkpoints, saved_settings
 from . import models
 from .evaluate import describe
 from .generate import GenerateCommand, write
@@ -74,7 +74,7 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
 def run(command: TrainCommand) -> int:
     with joined():
         training_run = Run(command.settings())
-        return _lead(training_run) if not training_run.ranks.rank else _follow(training_run)
+        return _lead(training_run) if not training_run.parts.ranks.rank else _follow(training_run)
 
 
 def _follow(training_run: Run) -> int:
@@ -87,14 +87,16 @@ def _follow(training_run: Run) -> int:
 
 def _lead(training_run: Run) -> int:
     settings = training_run.settings
-    for reason in training_run.refused:
+    for reason in training_run.parts.refused:
         print(f"refused     {reason}; going on from the one before it")
     source = "the Python standard library" if not settings.data else ", ".join(map(str, settings.data))
     training, held_out = (f"{len(d):,} documents ({_size(d)})" for d in (training_run.training, training_run.held_out))
     print(f"data        {source}: {training} to train on, {held_out} held out")
     parameters = sum(p.numel() for p in training_run.model.parameters())
-    ranks = training_run.ranks
-    where = f"{training_run.device}" + (f", {ranks.size} processes ({settings.compute.parallel})" * (ranks.size > 1))
+    ranks = training_run.parts.ranks
+    where = f"{training_run.parts.device}" + (
+        f", {ranks.size} processes ({settings.compute.parallel})" * (ranks.size > 1)
+    )
     slots = f"{settings.model.slots} memory slots of {settings.model.dim}"
     print(f"model       {parameters:,} parameters, {training_run.tokenizer.vocabulary:,} tokens, {slots}, on {where}")
     shape = settings.rollout
@@ -145,7 +147,7 @@ def _report(training_run: Run, result: HeldOut) -> None:
         sample = GenerateCommand(checkpoint=settings.out, prompt=prompt, max_new_tokens=length, device=settings.device)
         print("\nsample")
         # As it was saved: under FSDP the model at hand is in parts, and the other processes have left.
-        write(*models.load(settings.out, str(training_run.device)), sample)
+        write(*models.load(settings.out, str(training_run.parts.device)), sample)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ __all__ = [
     "encode_documents",
     "fingerprint",
     "held_out_split",
+    "limited",
     "read_documents",
     "standard_library",
 ]
@@ -440,6 +441,17 @@ def held_out_split(documents: Sequence[Document], share: int = HELD_OUT_SHARE) -
         held_out = [min(documents, key=lambda d: ranks[d.name])]
     chosen = {id(d) for d in held_out}
     return [d for d in documents if id(d) not in chosen], held_out
+
+
+def limited(documents: Sequence[Document], limit: int) -> list[Document]:
+    """The first documents that hold ``limit`` bytes (or ids) together, the last one cut to fit; all if it is 0."""
+    kept, left = [], limit
+    for document in documents:
+        if limit and left <= 0:
+            break
+        kept.append(document.beginning(left) if limit and len(document) > left else document)
+        left -= len(document)
+    return kept
 
 
 def fingerprint(documents: Sequence[Document]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -19,7 +19,26 @@ from .corpora import Document, Tokens
 from .objectives import Mixture, Objective
 from .segments import Segment
 
-__all__ = ["Lanes"]
+__all__ = ["Lanes", "LanesState"]
+
+
+class LanePlace(TypedDict):
+    """Where a lane stands: its document, -1 for none, and how many of the document's tokens were targets."""
+
+    document: int
+    position: int
+
+
+class LanesState(TypedDict):
+    """Where a stream stands, as numbers alone; the same on every rank."""
+
+    step: int
+    epoch: int
+    drawn: int
+    """Documents of this epoch that were begun."""
+    seed: int | None
+    length: int
+    lanes: list[LanePlace]
 
 
 @dataclass
@@ -205,9 +224,14 @@ class Lanes:
             f"documents: expected non-empty one-dimensional integer arrays, got {got} at index {index}{hint}"
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    @property
+    def rows(self) -> int:
+        """How many of the lanes are this rank's: the batch size of its segments."""
+        return len(self._own)
+
+    def state_dict(self) -> LanesState:
         """Where the stream stands, as numbers alone; the same on every rank."""
-        lanes = [{"document": lane.document, "position": lane.position} for lane in self._lanes]
+        lanes: list[LanePlace] = [{"document": lane.document, "position": lane.position} for lane in self._lanes]
         return {
             "step": self._step,
             "epoch": self._epoch,
@@ -217,7 +241,7 @@ class Lanes:
             "lanes": lanes,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LanesState) -> None:
         """Go on from where :meth:`state_dict` was taken, over the same documents; the number of ranks may differ.
 
         Raises:
@@ -226,9 +250,9 @@ class Lanes:
         """
         if len(state["lanes"]) != len(self._lanes):
             raise ValueError(f"lanes: expected the {len(state['lanes'])} of the saved stream, got {len(self._lanes)}")
-        for name, now in (("seed", self.seed), ("length", self.length)):
-            if state[name] != now:
-                raise ValueError(f"{name}: expected {state[name]}, that of the saved stream, got {now}")
+        for name, before, now in (("seed", state["seed"], self.seed), ("length", state["length"], self.length)):
+            if before != now:
+                raise ValueError(f"{name}: expected {before}, that of the saved stream, got {now}")
         self._step, self._epoch, self._drawn = state["step"], state["epoch"], state["drawn"]
         found = self._find({lane["document"] for lane in state["lanes"]} - {-1})
         for i, lane in enumerate(state["lanes"]):

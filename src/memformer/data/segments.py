@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["Segment", "cut"]
@@ -27,6 +28,11 @@ class Segment(NamedTuple):
     reset: Tensor | None = None
     tgt: Tensor | None = None
     tgt_mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> Segment:
+        """The segment on a device; from pinned memory the copy runs beside what follows."""
+        others = (None if part is None else part.to(device, non_blocking=True) for part in self[1:])
+        return Segment(self.src.to(device, non_blocking=True), *others)
 
 
 def cut(

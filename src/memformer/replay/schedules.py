@@ -92,8 +92,10 @@ class Plan:
 class Schedule(Protocol):
     """What ``schedule=`` expects."""
 
-    needs_sizes: bool
-    """Whether the plan depends on the sizes; the engine then measures them on the first segment."""
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether the plan depends on the sizes; the engine then measures them on the first segment."""
+        ...
 
     def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
         """The actions for a rollout of ``num_segments``; sizes are those of one memory and of one segment's graph."""

@@ -2,7 +2,8 @@
 
 ``OUT/step-000200/`` holds what ``Memformer.from_pretrained`` and ``load_tokenizer`` read, ``training.json`` and
 ``training.safetensors`` with everything else that the run needs to go on, and ``checksums.json`` over all of them.
-``OUT/best`` is a link to the one with the lowest held-out loss, where the run evaluates.
+Where the run evaluates, ``OUT/best`` leads to the one with the lowest held-out loss: a link, or a file with its name on
+systems that have no links for everybody.
 """
 
 from __future__ import annotations
@@ -11,26 +12,29 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import flush_to_disk
+from ..files import flush_to_disk, replace_file
 
 __all__ = ["find", "load_state", "lock", "newest", "newest_sound", "save", "set_aside_newer"]
 
 _CHECKSUMS = "checksums.json"
+_BEST = "best"
 
 
 def save(
     out: Path,
     step: int,
     write_model: Callable[[Path], None],
-    numbers: dict[str, Any],
+    numbers: Mapping[str, object],
     tensors: dict[str, Tensor],
     *,
     keep: int = 2,
@@ -41,7 +45,7 @@ def save(
     Args:
         write_model: writes the model's own files into the folder that it is given.
         numbers: whatever JSON can hold.
-        best: the step of the best checkpoint, to be linked and kept.
+        best: the step of the best checkpoint, which OUT/best then leads to, and which is kept.
 
     Raises:
         OSError: the disk is full, the folder cannot be written, ...; the checkpoints before are untouched.
@@ -65,7 +69,7 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{folder}: cannot be written ({error}); the checkpoints before it are untouched") from error
     if best is not None:
-        _link(out / "best", f"step-{best:06d}")
+        _lead(out / _BEST, f"step-{best:06d}")
     for old in _checkpoints(out)[:-keep]:
         if _step(old) != best:
             shutil.rmtree(old)
@@ -122,6 +126,8 @@ def find(path: Path) -> Path:
         FileNotFoundError: there is none.
         ValueError: it is damaged; the message names a sound one, if there is one.
     """
+    if path.name == _BEST and path.is_file():  # where there are no links
+        path = path.with_name(path.read_text(encoding="utf-8"))
     folder = path if (path / "config.json").is_file() else newest(path)
     if folder is None:
         raise FileNotFoundError(f"{path}: no checkpoint there; expected config.json, or folders named step-000200")
@@ -132,21 +138,22 @@ def find(path: Path) -> Path:
     return folder
 
 
-def lock(out: Path) -> BinaryIO:
-    """Hold a run's folder for this process, until the file that is returned is closed.
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Hold a run's folder for this process.
 
     Raises:
         BlockingIOError: another process holds it.
     """
-    import fcntl  # not everywhere
-
-    file = (out / ".lock").open("wb")
+    held = FileLock(out / ".lock", timeout=0, thread_local=False)  # a generator may end in another thread
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
+        held.acquire()
+    except Timeout as error:
         raise BlockingIOError(f"{out}: another process trains there at this moment; choose another --out") from error
-    return file
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -178,9 +185,13 @@ def _checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _link(link: Path, target: str) -> None:
-    """Point a symbolic link elsewhere in one step."""
+def _lead(link: Path, target: str) -> None:
+    """Let a path lead to its neighbour, in one step: as a symbolic link if this system makes one, else as a file."""
     new = link.with_name(f".{link.name}-new")
     new.unlink(missing_ok=True)
-    new.symlink_to(target)
-    new.replace(link)
+    try:
+        new.symlink_to(target)
+    except (OSError, NotImplementedError):  # Windows asks for a privilege
+        replace_file(link, target)
+    else:
+        new.replace(link)
