@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -239,8 +238,8 @@ def _watched_step(model: Memformer, segment: Segment, memory: Tensor | None) -> 
     shares: list[Tensor] = []
     # Inside the hook, for only there are the parameters of a writer that FSDP divides together.
 
-    def watch(writer: Any, inputs: Any) -> None:
-        shares.append(writer.attention_on_itself(*inputs))
+    def watch(writer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        shares.append(model.writer.attention_on_itself(*inputs))
 
     hook = model.writer.register_forward_pre_hook(watch)
     try:

@@ -13,7 +13,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -37,6 +37,9 @@ __all__ = [
     "to_yaml",
 ]
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
 
 
@@ -51,9 +54,9 @@ class DocumentSettings:
     text_field: str = "text"
     """The field of a .jsonl file's lines that holds the text."""
     separator: int | None = None
-    """The id that ends a document inside a .npy or .bin array; without it an array is one document."""
+    """The id that ends a document inside a .npy or .bin array; without it, each array is one document."""
     bin_dtype: str = "uint16"
-    """The integer type of a .bin file's tokens; a .npy file says it itself."""
+    """The integer type of a .bin file's tokens."""
     held_out: int = 48
     """Hold out one document in this many; of a single document, hold out that fraction of its end."""
 
@@ -67,7 +70,7 @@ class DocumentSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The model; its vocabulary comes from the tokenizer."""
+    """Sizes of the model. Its vocabulary comes from the tokenizer."""
 
     dim: int = 64
     """Width of the model."""
@@ -84,13 +87,13 @@ class ModelSettings:
     mem_updates: int = 1
     """How often the memory is written per segment."""
     memory_writer: Writer = "normalised"
-    """How a slot combines what it holds with what it reads: normalised is paper v2's, gated paper v1's."""
+    """How the memory is written: normalised (paper v2) or gated (paper v1)."""
     write_temperature: float = 0.25
     """Temperature of the writing attention; below 1 makes it sharper."""
     positions: Positions = "rotary"
     """How attention knows where a token stands."""
     dropout: float = 0.0
-    """Probability of dropping a number of a sublayer's output."""
+    """Dropout probability, on the output of every sublayer."""
     tie_embeddings: bool = True
     """One matrix for both embeddings and the output projection."""
 
@@ -124,7 +127,7 @@ class ObjectiveSettings:
     continuation: float = 1.0
     """Read a segment, write the next one."""
     infilling: float = 0.0
-    """Read a segment with spans masked, write it whole."""
+    """Read a segment with spans masked, write the whole segment."""
     recall: float = 0.0
     """Read a segment, write the one before it, which only the memory knows."""
 
@@ -137,7 +140,7 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """How much of how many documents a step reads, and how far its gradients go back."""
+    """What a step reads, how far its gradients go back, and how they travel."""
 
     lanes: int = 12
     """Documents read side by side, over all processes: the batch size."""
@@ -146,19 +149,17 @@ class RolloutSettings:
     horizon: int = 6
     """Segments per rollout: how far gradients go back."""
     horizon_start: int | None = None
-    """The first step's horizon, to let it grow: it reaches --horizon after --horizon-steps."""
+    """Horizon of the first step; it then grows to --horizon in --horizon-steps."""
     horizon_steps: int = 1000
     """Steps over which the horizon grows."""
     accumulate: int = 1
     """Rollouts per step, one after the other in the same documents."""
     schedule: str = "every"
-    """Which memories of a rollout are stored for its replay: every; binomial:16 stores at most 16 and runs more
-    segments again; budget:2GB chooses what is fastest within this many bytes of memories and graphs."""
+    """Memories that are stored for the replay: every; binomial:N, at most N; budget:SIZE, what is fastest within it."""
     graphs: int = 1
-    """Keep the graphs of this many last segments of a rollout, so that they are not run twice: faster, where there is
-    memory for them. A budget chooses this itself."""
+    """Keep the graphs of this many last segments, which then do not run twice. A budget chooses this itself."""
     offload: str | None = None
-    """Where stored memories wait for the replay: cpu, or a folder on a disk; by default they stay on the device."""
+    """Where stored memories are kept: cpu, or a folder on a disk; by default on the device."""
 
     def __post_init__(self) -> None:
         for name in ("lanes", "segment_length", "horizon", "horizon_steps", "accumulate"):
@@ -210,11 +211,11 @@ class OptimizerSettings:
     """AdamW; the learning rate rises along a line, then falls to zero along a cosine."""
 
     learning_rate: float = 3e-3
-    """The highest, at the end of the warm-up."""
+    """The highest learning rate, at the end of the warm-up."""
     warmup: int = 50
     """Steps over which the learning rate rises."""
     weight_decay: float = 0.1
-    """On matrices only."""
+    """Weight decay, of matrices only."""
     clip: float = 1.0
     """Clip the gradient to this norm; 0: do not clip."""
     ema: float = 0.0
@@ -262,7 +263,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """What is written, and when."""
+    """What is written and shown, and when."""
 
     log_every: int = 50
     """Steps between lines of metrics."""
@@ -271,7 +272,7 @@ class OutputSettings:
     keep: int = 2
     """How many of the newest checkpoints to keep."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard too, in OUT/tensorboard."""
+    """Also write the metrics for TensorBoard, in OUT/tensorboard."""
     sample_tokens: int = 300
     """Tokens of the sample that is shown at the end; 0: none."""
 
@@ -283,11 +284,10 @@ class OutputSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """A training run: memory replay over long documents, with the memory carried from rollout to rollout."""
+    """The settings of a training run: memory replay over long documents, its memory carried from rollout to rollout."""
 
     data: tuple[Path, ...] = ()
-    """Files and folders of UTF-8 text (each file a document), .jsonl (each line one), or .npy and .bin token arrays; by
-    default the Python standard library's sources."""
+    """Files, folders: text, .jsonl, .npy or .bin arrays of ids; by default the Python standard library's sources."""
     out: Path = Path("runs/default")
     """Folder for checkpoints and metrics.jsonl."""
     steps: int = 1200
@@ -295,7 +295,7 @@ class TrainingConfig:
     seed: int = 0
     """Decides the initial weights, dropout, objectives and the order of documents."""
     resume: bool = False
-    """Go on from the newest sound checkpoint in --out, with the settings saved there; --steps may be raised."""
+    """Go on from the newest undamaged checkpoint in --out, with the settings saved there; --steps may be raised."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 
@@ -322,7 +322,7 @@ class TrainingConfig:
             raise ValueError("precision: fp16 scales the loss, which FSDP's accumulation does not; use bf16")
 
 
-def _check_not_negative(name: str, value: Any, whole: bool = True) -> None:
+def _check_not_negative(name: str, value: object, whole: bool = True) -> None:
     if not isinstance(value, (int, float)) or not value >= 0 or (whole and value != int(value)):
         raise ValueError(f"{name}: expected a {'whole ' if whole else ''}number of at least 0, got {value!r}")
 
@@ -397,12 +397,12 @@ def to_yaml(settings: TrainingConfig) -> str:
     return yaml.safe_dump(to_plain(settings), sort_keys=False)
 
 
-def to_plain(settings: Any) -> dict[str, Any]:
+def to_plain(settings: DataclassInstance) -> dict[str, Any]:
     """Settings as nested dicts of numbers, strings and lists."""
     plain = {}
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = to_plain(value)
         elif isinstance(value, Path):
             value = str(value)
@@ -412,7 +412,7 @@ def to_plain(settings: Any) -> dict[str, Any]:
     return plain
 
 
-def build(cls: type[T], values: Any, *, base: T | None = None, where: str = "") -> T:
+def build(cls: type[T], values: object, *, base: T | None = None, where: str = "") -> T:
     """Settings from nested dicts; what they leave out comes from ``base``, or is the default.
 
     Raises:
@@ -441,16 +441,16 @@ def _suggestion(name: str) -> str:
     return f". Perhaps you meant {known[close[0]]}" if close else f"; there are {', '.join(sorted(known))}"
 
 
-def _paths(cls: Any, where: str) -> list[tuple[str, str]]:
+def _paths(cls: type[DataclassInstance], where: str) -> list[tuple[str, str]]:
     found = []
     for name, hint in get_type_hints(cls).items():
         found.append((name, where + name))
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found += _paths(hint, f"{name}.")
     return found
 
 
-def _convert(name: str, kind: Any, value: Any) -> Any:
+def _convert(name: str, kind: Any, value: object) -> object:
     """A value of YAML or JSON as the type of its field."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
@@ -468,8 +468,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         if isinstance(value, kind):
             return value
         try:
-            number = float(value)  # YAML takes 3e-4 for a string
-        except (TypeError, ValueError):
+            number = float(str(value))  # YAML takes 3e-4 for a string
+        except ValueError:
             number = float("nan")
         if kind is float and number == number:
             return number

@@ -15,12 +15,12 @@ __all__ = ["EvaluateCommand", "describe", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand(DocumentOptions):
-    """Bits per byte of a trained model on documents read whole, also by depth in the document: does memory help?"""
+    """Bits per byte of a trained model on whole documents, with and without memory, and by depth in the document."""
 
     memory: Literal["on", "off", "both"] = "both"
-    """Carry the memory from segment to segment, begin each with the initial one, or compare the two."""
+    """on carries the memory from segment to segment; off begins each segment with the initial one; both compares."""
     lanes: int = 16
-    """At most so many documents are read side by side."""
+    """Read at most this many documents side by side."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 

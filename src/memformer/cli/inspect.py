@@ -19,14 +19,14 @@ _SLOTS_PER_LINE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class InspectCommand(DocumentOptions):
-    """What a trained model's memory does: how its slots are written, how they differ, how far gradients reach."""
+    """Show what a trained model's memory does: how slots are written, how they differ, how far gradients reach."""
 
     segments: int = 32
-    """How many to read of each document, from its start."""
+    """How many segments of each document to read, from its start."""
     lanes: int = 4
-    """At most so many are read, side by side: the longest."""
+    """Read this many documents side by side: the longest."""
     plot: Path | None = None
-    """Also draw it into this PNG file."""
+    """Also draw the result into this PNG file."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 

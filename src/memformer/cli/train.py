@@ -9,7 +9,8 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,20 +28,20 @@ from .generate import GenerateCommand, write
 __all__ = ["TrainCommand", "defaults", "run"]
 
 ORDER2_BYTES = 50_000_000
-"""Of so much training text the order-2 model is made."""
+"""The order-2 model counts over at most this much training text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand(TrainingConfig):
     """Train on long documents by memory replay, with the memory carried from rollout to rollout.
 
-    Flags go before --config, that goes before --recipe. Under torchrun the same command uses all its processes.
+    Flags override --config, which overrides --recipe. Under torchrun the same command uses all processes.
     """
 
     recipe: Literal["tiny", "paper-v1", "paper-v2"] = "tiny"
-    """Named settings to start from."""
+    """Settings to start from, by name."""
     config: Path | None = None
-    """A YAML file of settings, such as the run.yaml that every run leaves in --out."""
+    """A YAML file of settings, such as the run.yaml that every run leaves in its --out."""
 
     def settings(self) -> TrainingConfig:
         """The settings alone, without where they came from."""
@@ -48,7 +49,7 @@ class TrainCommand(TrainingConfig):
 
 
 def defaults(arguments: Sequence[str]) -> TrainCommand:
-    """What the flags are to start from: the settings of the resumed run, the YAML file, or the recipe."""
+    """What the flags change: the settings of the resumed run, of the YAML file, or of the recipe."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--config", type=Path)
@@ -88,7 +89,7 @@ def _follow(training_run: Run) -> int:
 def _lead(training_run: Run) -> int:
     settings = training_run.settings
     for reason in training_run.parts.refused:
-        print(f"refused     {reason}; going on from the one before it")
+        print(f"refused     {reason}; going on from the one before")
     source = "the Python standard library" if not settings.data else ", ".join(map(str, settings.data))
     training, held_out = (f"{len(d):,} documents ({_size(d)})" for d in (training_run.training, training_run.held_out))
     print(f"data        {source}: {training} to train on, {held_out} held out")
@@ -152,9 +153,9 @@ def _report(training_run: Run, result: HeldOut) -> None:
 
 @contextlib.contextmanager
 def _stopping(training_run: Run) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) lets the step under way end and be saved; a second one interrupts at once."""
+    """The first Ctrl-C (or SIGTERM) finishes and saves the step under way; a second one interrupts at once."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         training_run.stop()
         signal.signal(number, signal.default_int_handler)
 

@@ -11,17 +11,17 @@ from .corpora import (
 )
 from .lanes import Lanes
 from .objectives import Mixture, Objective
-from .tokenizers import BPETokenizer, ByteTokenizer, Decoder, TokenIds, Tokenizer, load_tokenizer
+from .tokenizers import BPETokenizer, ByteTokenizer, TextDecoder, TokenIds, Tokenizer, load_tokenizer
 from .yardsticks import order2_bits_per_byte, xz_bits_per_byte
 
 __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
-    "Decoder",
     "Document",
     "Lanes",
     "Mixture",
     "Objective",
+    "TextDecoder",
     "TokenIds",
     "Tokenizer",
     "Tokens",

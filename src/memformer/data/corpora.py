@@ -14,9 +14,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Protocol, overload
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .tokenizers import ByteTokenizer, Tokenizer
 
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 HELD_OUT_SHARE = 48
-"""One document in so many is held out, or the same share of the only document's end."""
+"""One document in this many is held out; of a single document, that fraction of its end."""
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _BLOCK = 1 << 20
@@ -68,7 +69,7 @@ class _Lazy:
         start, stop, step = place.indices(len(self))
         return self._read(self._start + start, max(stop - start, 0))[::step]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def _read(self, start: int, count: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Lanes:
 
     def __init__(
         self,
-        documents: Sequence[Any] | Iterable[Any],
+        documents: Iterable[Any],
         *,
         lanes: int,
         length: int,
@@ -92,7 +92,7 @@ class Lanes:
         rank: int = 0,
         world_size: int = 1,
         objectives: Mixture | None = None,
-        encode: Callable[[Any], Any] | None = None,
+        encode: Callable[[Any], object] | None = None,
     ):
         if lanes < 1 or length < 1:
             raise ValueError(f"lanes and length: expected at least 1, got {lanes} and {length}")
@@ -123,7 +123,7 @@ class Lanes:
         self._own = range(rank * rows, (rank + 1) * rows)
         self._lanes = [_Lane() for _ in range(lanes)]
         self._step = self._epoch = self._drawn = 0
-        self._pass: Iterator[tuple[int, Any]] | None = None
+        self._pass: Iterator[tuple[int, object]] | None = None
 
     def __iter__(self) -> Iterator[Segment]:
         return self
@@ -193,7 +193,7 @@ class Lanes:
             self._pass, self._epoch, self._drawn = None, self._epoch + 1, 0
         return None
 
-    def _begin(self) -> Iterator[tuple[int, Any]]:
+    def _begin(self) -> Iterator[tuple[int, object]]:
         """The rest of the epoch's documents, with their indices."""
         if not self._indexed:
             return enumerate(self.documents)
@@ -203,7 +203,7 @@ class Lanes:
             order = np.random.default_rng([self.seed, self._epoch]).permutation(count)
         return ((int(i), self.documents[int(i)]) for i in order[self._drawn :])  # type: ignore[index]
 
-    def _tokens(self, index: int, item: Any) -> Tokens:
+    def _tokens(self, index: int, item: object) -> Tokens:
         """An item as tokens that can be sliced."""
         if self._encode is not None:
             item = self._encode(item)
@@ -212,9 +212,13 @@ class Lanes:
         elif isinstance(item, torch.Tensor):
             item = item.numpy(force=True)
         dtype, dimensions = getattr(item, "dtype", None), getattr(item, "ndim", 1)
-        if dtype is not None and np.issubdtype(dtype, np.integer) and dimensions == 1 and len(item):
-            return item
-        got = type(item).__name__ if dtype is None else f"{dtype} of shape {getattr(item, 'shape', (len(item),))}"
+        if dtype is not None and np.issubdtype(dtype, np.integer) and dimensions == 1 and len(cast(Tokens, item)):
+            return cast(Tokens, item)
+        got = (
+            type(item).__name__
+            if dtype is None
+            else f"{dtype} of shape {getattr(item, 'shape', (len(cast(Tokens, item)),))}"
+        )
         hint = ""
         if isinstance(item, Document):
             hint = "; encode_documents(documents, tokenizer) makes arrays of them"

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
-__all__ = ["BPETokenizer", "ByteTokenizer", "Decoder", "TokenIds", "Tokenizer", "load_tokenizer"]
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["BPETokenizer", "ByteTokenizer", "TextDecoder", "TokenIds", "Tokenizer", "load_tokenizer"]
 
 CONFIG = "tokenizer_config.json"
 """The file that names a saved tokenizer's kind."""
@@ -27,7 +31,7 @@ _UNKNOWN_CHARACTER = "\ufffd"
 _BLOCK = 1 << 20
 
 
-class Decoder(Protocol):
+class TextDecoder(Protocol):
     """Text as its tokens come: each character is returned once it is whole."""
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -68,7 +72,7 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of the ids; special tokens disappear."""
 
-    def decoder(self) -> Decoder:
+    def decoder(self) -> TextDecoder:
         """For text that is shown while it is generated."""
 
     def save(self, folder: Path) -> None:
@@ -118,7 +122,7 @@ class ByteTokenizer(_SpecialTokens):
         """The text; a byte that is not UTF-8 becomes U+FFFD."""
         return bytes(self._ordinary(tokens)).decode("utf-8", errors="replace")
 
-    def decoder(self) -> Decoder:
+    def decoder(self) -> TextDecoder:
         return _ByteDecoder(self)
 
 
@@ -143,7 +147,7 @@ class BPETokenizer(_SpecialTokens):
 
     kind = "bpe"
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
         """``tokenizer``: a ``tokenizers.Tokenizer``. Its own special tokens are ordinary ones here, never added."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -227,7 +231,7 @@ class BPETokenizer(_SpecialTokens):
     def decode(self, tokens: Iterable[int]) -> str:
         return self._tokenizer.decode(self._ordinary(tokens), skip_special_tokens=False)
 
-    def decoder(self) -> Decoder:
+    def decoder(self) -> TextDecoder:
         return _PieceDecoder(self)
 
     @property
@@ -291,7 +295,7 @@ class TokenIds(_SpecialTokens):
         """The ordinary ids, separated by spaces."""
         return " ".join(map(str, self._ordinary(tokens)))
 
-    def decoder(self) -> Decoder:
+    def decoder(self) -> TextDecoder:
         return _IdDecoder(self)
 
 
@@ -343,7 +347,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import tokenizers
         import tokenizers.decoders
@@ -371,8 +375,7 @@ def _blocks(text: str) -> Iterator[str]:
     yield text[first:]
 
 
-def _unknown_id(model: dict[str, Any], vocabulary: dict[str, int]) -> int | None:
+def _unknown_id(model: Mapping[str, object], vocabulary: Mapping[str, int]) -> int | None:
     """The id that stands for whatever has no token, if there is one."""
-    if model.get("unk_id") is not None:  # unigram
-        return int(model["unk_id"])
-    return vocabulary.get(model.get("unk_token") or "")
+    unknown = model.get("unk_id")  # of a unigram model; others name the token
+    return unknown if isinstance(unknown, int) else vocabulary.get(str(model.get("unk_token") or ""))

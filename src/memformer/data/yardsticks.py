@@ -10,7 +10,7 @@ import numpy as np
 __all__ = ["order2_bits_per_byte", "xz_bits_per_byte"]
 
 _PART = 1 << 20
-"""So many bytes are counted at once."""
+"""How many bytes are counted at once."""
 
 
 def order2_bits_per_byte(training: Iterable[bytes], held_out: Sequence[bytes]) -> float:
