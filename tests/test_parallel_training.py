@@ -72,13 +72,13 @@ def assert_same(a, b, tolerance):
     assert numbers_a["best"]["loss_nats"] == pytest.approx(numbers_b["best"]["loss_nats"], rel=1e-5)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_equal_one(settings, tmp_path, parallel):
-    """From a horizon of one on, where nothing reaches the writer."""
+@pytest.mark.parametrize(("parallel", "schedule"), [("ddp", "budget:9MB"), ("fsdp", "binomial:1")])
+def test_two_processes_equal_one(settings, tmp_path, parallel, schedule):
+    """From a horizon of one on, where nothing reaches the writer; whichever memories and graphs are kept."""
     options = dict(horizon_start=1, horizon_steps=2, tie_embeddings=parallel == "ddp")
     alone = Run(settings(out=tmp_path / "alone", **options))
     expected = [dataclasses.asdict(m) for m in alone.train()]
-    first, second = two_processes(work, tmp_path, settings(parallel=parallel, **options))
+    first, second = two_processes(work, tmp_path, settings(parallel=parallel, schedule=schedule, **options))
     assert_same(tmp_path / "run", tmp_path / "alone", 1e-9)
     for metrics in (first, second):
         for line, other in zip(metrics, expected, strict=True):

@@ -124,6 +124,12 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
             lambda: TrainingConfig(model=UNTIED, compute=ComputeSettings(precision="fp16", parallel="fsdp")),
             "precision: fp16",
         ),
+        (
+            lambda: TrainingConfig(
+                model=UNTIED, compute=ComputeSettings(parallel="fsdp"), rollout=RolloutSettings(schedule="budget:2GB")
+            ),
+            "schedule: a budget measures .* use every or binomial:N",
+        ),
     ],
 )
 def test_settings_check_themselves(make, message):

@@ -110,7 +110,7 @@ def evaluate(
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer, length: int, lanes: int, ranks: Ranks) -> Lanes:
-    """The longest first, in no more lanes than are busy until it ends: one without a document still costs its share."""
+    """The longest document first, in no more lanes than stay busy until it ends: an idle lane costs as much."""
     ordered = sorted(documents, key=lambda document: -len(document))
     sequences = encode_documents(ordered, tokenizer)
     busy = max(1, sum(map(len, sequences)) // max(map(len, sequences)))

@@ -77,9 +77,9 @@ class Inspection:
         slot_parameter: what each slot has of its own: "bias vector", which says how fast it forgets (normalised
             writer), or "initial content" (gated writer).
         slot_norms: (slots,), the norm of that.
-        gradient_reach: (segments,), how far the last segment's loss reaches back: entry n is the norm of its gradient
-            (of the mean loss in nats per token) by the memory n segments before the one that the last segment reads,
-            the root of the mean square over lanes. The last entry is the initial memory's.
+        gradient_reach: (segments,), how far the gradient of the last segment's loss (mean nats per token) reaches back.
+            Entry n is its norm at the memory n segments before the one that the last segment reads: the root of the
+            mean square over lanes. The last entry is the initial memory's.
     """
 
     self_attention: Tensor

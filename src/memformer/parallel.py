@@ -18,7 +18,7 @@ __all__ = ["Ranks", "full", "gradient_sync", "joined", "like", "shard"]
 
 
 class Ranks:
-    """This process among those of the run; a run of one process has no need of torch.distributed."""
+    """This process among those of the run. A run of one process does not need torch.distributed."""
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()
@@ -32,7 +32,7 @@ class Ranks:
         return tensor
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Each process's rows, one after the other, in every process."""
+        """(rows, ...) of each process -> (rows of all processes, ...), in the order of ranks, in every process."""
         if self.size == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.size)]
@@ -97,12 +97,12 @@ def gradient_sync(model: Memformer) -> Callable[[bool], None] | None:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor whole, in every process."""
+    """The whole tensor, in every process."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def like(whole: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor on the device of another, and divided as that one is."""
+    """A whole tensor moved to the device of another, and divided among the processes as that one is."""
     whole = whole.to(other.device)
     if not hasattr(other, "full_tensor"):
         return whole

@@ -320,6 +320,11 @@ class TrainingConfig:
             )
         if self.compute.precision == "fp16" and self.compute.parallel == "fsdp":
             raise ValueError("precision: fp16 scales the loss, which FSDP's accumulation does not; use bf16")
+        if self.rollout.replay_schedule().needs_sizes and self.compute.parallel == "fsdp":
+            raise ValueError(
+                "schedule: a budget measures a segment's graph, which FSDP fills with gathered weights; "
+                "use every or binomial:N"
+            )
 
 
 def _check_not_negative(name: str, value: object, whole: bool = True) -> None:

@@ -145,7 +145,7 @@ class Lanes:
         return list(itertools.islice(self, horizon))
 
     def _segment(self) -> Segment:
-        """The lanes' places as arrays."""
+        """The lanes' places as arrays: src and src_mask (rows, length), tgt and tgt_mask (rows, length + 1)."""
         count, length, mixture = len(self._own), self.length, self.objectives
         src, src_mask = np.zeros((count, length), np.int64), np.zeros((count, length), np.bool_)
         tgt, tgt_mask = np.zeros((count, length + 1), np.int64), np.zeros((count, length + 1), np.bool_)
