@@ -2,6 +2,7 @@
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -146,3 +147,25 @@ def test_backward_frees_the_recorded_memories():
     assert sum(x is not None for x in held) <= 1, "a memory outlived its backward"
     assert final.shape == (2, 8)
     assert loss.dim() == 0
+
+
+def test_the_values_are_freed_once_the_readout_has_run():
+    cell, seen = Counted(), []
+
+    def encode(segment, memory):
+        _, memory = cell(segment, memory)
+        if torch.is_grad_enabled():
+            return 2 * memory, memory
+        array = np.empty((2, 8), np.float32)  # lives as long as the tensor's storage
+        seen.append(weakref.ref(array))
+        return torch.from_numpy(array).copy_(2 * memory), memory
+
+    def read_out(values, parts):
+        return sum(value.square().sum() for value in values)
+
+    schedule = replay.EveryMemory(graphs=0)
+    rollout = replay.memory_replay(
+        encode, segments(4), torch.zeros(2, 8), read_out, params=cell, schedule=schedule, readout_segments=2
+    )
+    assert [ref() for ref in seen] == [None] * 4
+    rollout.loss.backward()

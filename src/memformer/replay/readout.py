@@ -50,6 +50,7 @@ class ReadoutRun:
         loss = self.run(None)
         if not self.half:
             self.values = self.segments = []
+        self.inputs = []
         return loss
 
     def run(self, scale: Tensor | None) -> Tensor:
