@@ -402,9 +402,9 @@ def to_yaml(settings: TrainingConfig) -> str:
     return yaml.safe_dump(to_plain(settings), sort_keys=False)
 
 
-def to_plain(settings: DataclassInstance) -> dict[str, Any]:
+def to_plain(settings: DataclassInstance) -> dict[str, object]:
     """Settings as nested dicts of numbers, strings and lists."""
-    plain = {}
+    plain: dict[str, object] = {}
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -61,9 +61,10 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[export.ExportCommand, tyro.conf.subcommand("export")]
         | Annotated[bench.BenchCommand, tyro.conf.subcommand("bench")]
     )
-    options: dict[str, Any] = {
-        "prog": "memformer",
-        "description": "Train and use models that read sequences of any length with a memory of fixed size.",
-        "config": (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    }
-    return tyro.cli(commands, args=arguments, **options)
+    return tyro.cli(
+        commands,
+        prog="memformer",
+        description="Train and use models that read sequences of any length with a memory of fixed size.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )

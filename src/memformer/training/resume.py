@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def _check_settings(before: TrainingConfig, now: TrainingConfig) -> None:
             raise ValueError(f"{name}: the run in {now.out} has {saved[name]}, got {given[name]}; it cannot change")
 
 
-def _flat(plain: dict[str, Any], where: str = "") -> dict[str, object]:
+def _flat(plain: Mapping[str, object], where: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, value in plain.items():
         flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
