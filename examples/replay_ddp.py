@@ -57,4 +57,4 @@ def train(rank: int, meet: str) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train, args=(f"{folder}/meet",), nprocs=2)
+        mp.spawn(train, args=(f"{folder}/meet",), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]

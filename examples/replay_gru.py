@@ -4,7 +4,7 @@ Run: python examples/replay_gru.py
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memformer import replay
 
@@ -17,7 +17,7 @@ class Forecaster(nn.Module):
         self.rnn = nn.GRU(1, width, batch_first=True)
         self.head = nn.Linear(width, 1)
 
-    def forward(self, segment, state):
+    def forward(self, segment: tuple[Tensor, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
         now, following = segment
         hidden, state = self.rnn(now, state)
         return (self.head(hidden) - following).square().mean(), state

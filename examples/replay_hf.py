@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memformer import replay
 
 try:
-    from transformers import GPT2Config, GPT2Model
+    from transformers import GPT2Config, GPT2Model  # type: ignore[import-not-found]
 except ImportError:
     raise SystemExit("this example needs transformers: pip install transformers") from None
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from memformer import replay
 
 try:
-    from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
+    from recurrent_memory_transformer_pytorch import (  # type: ignore[import-not-found]
+        RecurrentMemoryTransformer,
+        RecurrentMemoryTransformerWrapper,
+    )
 except ImportError:
     raise SystemExit("this example needs: pip install recurrent-memory-transformer-pytorch") from None
 
@@ -34,7 +37,9 @@ def main() -> None:
         text = torch.randint(0, 64, (2, 8 * 16 + 1))
         segments = list(zip(text[:, :-1].split(16, 1), text[:, 1:].split(16, 1), strict=True))
 
-        def cell(segment: tuple[Tensor, Tensor], memory: tuple, model: RecurrentMemoryTransformer = model):
+        def cell(
+            segment: tuple[Tensor, Tensor], memory: tuple, model: RecurrentMemoryTransformer = model
+        ) -> tuple[Tensor, tuple]:
             (tokens, labels), (slots, xl_memories) = segment, memory
             loss, slots, xl_memories = model(tokens, slots, labels=labels, xl_memories=xl_memories)
             return loss / 8, (slots, xl_memories)

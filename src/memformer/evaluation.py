@@ -16,7 +16,7 @@ from .data.segments import Segment
 from .model import Memformer, token_losses
 from .parallel import Ranks
 
-__all__ = ["Depth", "HeldOut", "evaluate"]
+__all__ = ["ByDepth", "Depth", "DepthSum", "HeldOut", "evaluate"]
 
 LOGITS_AT_ONCE = 2**22
 """The decoder gets as many segments at once as give this many logits, 16 MiB in float32."""
@@ -29,6 +29,40 @@ class Depth(NamedTuple):
     last: int
     tokens: int
     bits_per_token: float
+
+
+class DepthSum(NamedTuple):
+    """What was added up on the segments ``first`` to ``last`` (1 is a document's first) of all documents."""
+
+    first: int
+    last: int
+    counted: float
+    loss: float
+
+
+class ByDepth:
+    """Sums by depth in the document: segment 1, 2, 3-4, 5-8, ...: does memory help?
+
+    Attributes:
+        sums: (2, 64), the losses and what they are counted per (tokens or bytes), by the depth's power of two.
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        self.sums = torch.zeros(2, 64, dtype=torch.float64, device=device)
+
+    def add(self, depth: Tensor, losses: Tensor, counted: Tensor) -> None:
+        """Three tensors (n,), the sums in float64; a document's first segment has the depth 1."""
+        bucket = depth.double().log2().ceil().long().to(self.sums.device)
+        self.sums[0].index_add_(0, bucket, losses)
+        self.sums[1].index_add_(0, bucket, counted)
+
+    def rows(self) -> list[DepthSum]:
+        """Those depths at which anything was counted."""
+        return [
+            DepthSum(1 if i == 0 else 2 ** (i - 1) + 1, 2**i, counted, loss)
+            for i, (loss, counted) in enumerate(self.sums.T.tolist())
+            if counted
+        ]
 
 
 @dataclass(frozen=True)
@@ -85,10 +119,10 @@ def evaluate(
     stream = _stream(documents, tokenizer, model.config.segment_length, lanes, ranks)
     was_training = model.training
     model.eval()
-    sums = _read(model, stream, memory, device or next(model.parameters()).device)
+    by_depth = _read(model, stream, memory, device or next(model.parameters()).device)
     model.train(was_training)
-    by_bucket = ranks.sum(sums).cpu()
-    nats, tokens = by_bucket.sum(1).tolist()
+    by_depth.sums = ranks.sum(by_depth.sums).cpu()
+    nats, tokens = by_depth.sums.sum(1).tolist()
     sizes = [document.num_bytes for document in documents]
     num_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
     bits = nats / math.log(2)
@@ -102,9 +136,7 @@ def evaluate(
         documents=len(documents),
         seconds=time.perf_counter() - began,
         by_depth=tuple(
-            Depth(1 if i == 0 else 2 ** (i - 1) + 1, 2**i, int(count), total / count / math.log(2))
-            for i, (total, count) in enumerate(by_bucket.T.tolist())
-            if count
+            Depth(first, last, int(count), nats / count / math.log(2)) for first, last, count, nats in by_depth.rows()
         ),
     )
 
@@ -126,14 +158,14 @@ def _stream(documents: Sequence[Document], tokenizer: Tokenizer, length: int, la
     )
 
 
-def _read(model: Memformer, stream: Lanes, memory: bool, device: torch.device) -> Tensor:
-    """Nats and tokens, (2, 64), by the power of two of the depth, for this process's lanes to their end."""
+def _read(model: Memformer, stream: Lanes, memory: bool, device: torch.device) -> ByDepth:
+    """Nats and tokens by depth, for this process's lanes to their end."""
     vocabulary = model.config.dec_num_tokens
     assert model.decoder is not None
     assert vocabulary is not None
     at_once = max(1, LOGITS_AT_ONCE // (stream.rows * stream.length * vocabulary))
     mems, depth = None, torch.zeros(stream.rows, dtype=torch.long)
-    sums = torch.zeros(2, 64, dtype=torch.float64, device=device)
+    by_depth = ByDepth(device)
     while segments := [segment.to(device) for segment in stream.rollout(at_once)]:
         outputs, depths = [], []
         for segment in segments:
@@ -146,10 +178,8 @@ def _read(model: Memformer, stream: Lanes, memory: bool, device: torch.device) -
         # The decoder reads all of them in one call: (segments * rows, ...).
         src, src_mask, tgt, tgt_mask = (_joined(segments, name) for name in ("src", "src_mask", "tgt", "tgt_mask"))
         losses, counted = token_losses(model.decoder, tgt, torch.cat(outputs), src_mask, tgt_mask, src)
-        bucket = torch.cat(depths).double().log2().ceil().clamp(min=0).long().to(device)
-        sums[0].index_add_(0, bucket, losses.double().sum(1))
-        sums[1].index_add_(0, bucket, counted.double().sum(1))
-    return sums
+        by_depth.add(torch.cat(depths).clamp(min=1), losses.double().sum(1), counted.double().sum(1))
+    return by_depth
 
 
 def _joined(segments: Sequence[Segment], name: str) -> Tensor:

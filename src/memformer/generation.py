@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .config import MemformerConfig, check_count, is_count
 from .nn.attention import KeysValues
@@ -310,6 +310,14 @@ class Stream(Iterator[Tensor]):
         parts = MemoryState.cat([self._writing.state, *self._ended.values()])
         lanes = [*self._lanes, *self._ended]
         return parts.select(sorted(range(len(lanes)), key=lanes.__getitem__))
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept from token to token: the state, the decoder's cache, and what is computed once per segment.
+
+        Lanes that have ended count their state alone.
+        """
+        return self.state.nbytes + sum(x.nbytes for x in tree_leaves(self._writing.computed))
 
     @torch.no_grad()
     def __next__(self) -> Tensor:

