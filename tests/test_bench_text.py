@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memformer.bench.contestants import Outcome, Sizes, build
+from memformer.bench.contestants import OWN, Outcome, build
 from memformer.bench.text import (
     TextBenchmark,
     _corpus,
@@ -19,6 +19,7 @@ from memformer.bench.text import (
     windows,
 )
 from memformer.cli import main
+from memformer.settings import ModelSettings
 
 VOCABULARY, LENGTH = 11, 4
 
@@ -53,9 +54,9 @@ def test_held_out_counts_each_byte_once(memory, lanes):
     assert score.bytes == int(sizes[expected.long()].sum())
     assert score.bits == pytest.approx(len(expected) * math.log2(VOCABULARY))
     for first, last, count, _ in score.by_depth:
-        inside = [int(sizes[text[first * LENGTH : (last + 1) * LENGTH].long()].sum()) for text in texts]
+        inside = [int(sizes[text[(first - 1) * LENGTH : last * LENGTH].long()].sum()) for text in texts]
         assert count == sum(inside)
-    assert sum(depth.bytes for depth in score.by_depth) == score.bytes
+    assert sum(depth.counted for depth in score.by_depth) == score.bytes
 
 
 def test_held_out_refuses_what_has_nothing_to_predict():
@@ -66,7 +67,8 @@ def test_held_out_refuses_what_has_nothing_to_predict():
 @pytest.fixture
 def contestant():
     torch.manual_seed(0)
-    return build("memformer", Sizes(vocabulary=VOCABULARY, length=LENGTH, dim=8, heads=2, slots=2, overlap=2))
+    model = ModelSettings(dim=8, heads=2, slots=2, enc_depth=1, dec_depth=1, dec_overlap=2, tie_embeddings=False)
+    return build("memformer", OWN, model.config(VOCABULARY, LENGTH))
 
 
 def naive_bits(contestant, text: Tensor, memory: bool) -> float:
@@ -127,13 +129,15 @@ def test_the_horizon_cuts_the_gradient_and_nothing_else(contestant):
     torch.testing.assert_close(contestant.network.decoder.to_logits.weight.grad, found[4][2])
 
 
-def small(monkeypatch, length=3000):
+def small(monkeypatch, length=500):
     """Sixteen short documents in place of the standard library."""
     from memformer.bench import text
     from memformer.data import Document
 
     found = [Document(str(i), (f"{i} häuser, " * length)[:length].encode()) for i in range(16)]
     monkeypatch.setattr(text, "standard_library", lambda: found)
+    for name in ("order2_bits_per_byte", "xz_bits_per_byte"):  # they count slowly, and have tests of their own
+        monkeypatch.setattr(text, name, lambda *_: 1.0)
 
 
 def test_a_bpe_has_bytes(monkeypatch):
@@ -150,7 +154,7 @@ def test_a_bpe_has_bytes(monkeypatch):
 
 SMALL = [
     *("--steps", "4", "--dim", "8", "--heads", "2", "--dec-depth", "1", "--lanes", "2", "--window", "4"),
-    *("--horizon", "2", "--segment-tokens", "16", "--memory-slots", "2", "--seeds", "0", "1"),
+    *("--horizon", "2", "--segment-tokens", "16", "--slots", "2", "--seeds", "0", "1"),
     *("--learning-rates", "1e-3", "1e-2", "--jobs", "1"),
 ]
 
@@ -185,13 +189,13 @@ def test_the_report_and_what_is_taken_up_again(monkeypatch, capsys, tmp_path):
     assert [row[1] for row in rows[:2]] == ["0", "3"]
     assert rows[0][5] != rows[1][5], "it makes a difference"
     assert main([*command, "--dim", "16"]) != 0
-    assert "holds runs with dim of 8, not 16" in capsys.readouterr().err
+    assert "holds runs with model of" in capsys.readouterr().err
 
 
 def test_peers_spend_the_same(monkeypatch, tmp_path):
     small(monkeypatch)
 
-    def costs(settings, variant, vocabulary):
+    def costs(settings, entrants, variant, vocabulary):
         return {
             "parameters": 1,
             "numbers_carried": 1,
@@ -208,15 +212,22 @@ def test_peers_spend_the_same(monkeypatch, tmp_path):
     assert {(run["variant"][0], run["steps"]) for run in runs} == {("memformer", 4), ("memory off", 10)}
 
 
+def test_peers_are_in_the_repository(capsys):
+    assert main(["bench", "text", "--study", "peers", *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert "in the repository: python -m benchmarks text --study peers --rivals FOLDER" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"horizons": (3,)}, "expected a divisor of window, 16, got 3"),
         ({"seeds": ()}, "seeds: expected some"),
         ({"steps": 0}, "steps: expected above 0, got 0"),
-        ({"slots": (1, 1)}, "slots: expected each once"),
+        ({"slot_counts": (1, 1)}, "slot_counts: expected each once"),
         ({"overlaps": (-1,)}, "overlaps: expected at least 0, got"),
-        ({"dec_overlap": 17}, "overlap: expected at most a segment's 16 tokens, got 17"),
+        ({"model": ModelSettings(dec_overlap=17)}, "overlap: expected at most a segment's 16 tokens, got 17"),
         ({"study": "overlap", "segment_tokens": 8}, "overlap: expected at most a segment's 8 tokens, got 16"),
     ],
 )

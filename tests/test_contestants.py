@@ -4,31 +4,41 @@ Those from other packages are tested where the environment says in which folders
 MEMFORMER_EARLIER.
 """
 
+import dataclasses
 import os
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.rivals import Folders
 
 import memformer
-from memformer.bench.contestants import CONTESTANTS, Sizes, build
+from memformer.bench.contestants import OWN, build
+from memformer.settings import ModelSettings
 from memformer.tasks import Episode
 
-OWN = ("memformer", "memory off")
-SIZES = Sizes(vocabulary=11, length=4, dim=16, heads=2, slots=4, overlap=4)
+RIVALS = ("earlier", "RMT", "Transformer-XL", "Compressive")
+CONTESTANTS = (*OWN, *RIVALS)
+VOCABULARY, LENGTH = 11, 4
+MODEL = ModelSettings(
+    dim=16, heads=2, slots=4, enc_depth=1, dec_depth=1, dec_overlap=4, positions="rotary", tie_embeddings=False
+)
+CONFIG = MODEL.config(VOCABULARY, LENGTH)
+LARGER = dataclasses.replace(MODEL, dim=64, heads=4, slots=16, dec_overlap=0).config(51, 4)
 
 
-def contestant(name, sizes=SIZES):
+def contestant(name, config=CONFIG, states=()):
     variable = None if name in OWN else "MEMFORMER_EARLIER" if name == "earlier" else "MEMFORMER_RIVALS"
-    folder = Path(os.environ.get(variable, "")) if variable else None
     if variable and variable not in os.environ:
         pytest.skip(f"{variable} is not set")
-    return build(name, sizes, rivals=folder, earlier=folder)
+    folder = Path(os.environ[variable]) if variable else None
+    return build(name, Folders(rivals=folder, earlier=folder).entrants(states=states), config)
 
 
 def episode(segments=5, answers=None, batch=3):
-    tokens = torch.randint(1, SIZES.vocabulary, (batch, segments, SIZES.length))
+    tokens = torch.randint(1, VOCABULARY, (batch, segments, LENGTH))
     marked = torch.zeros_like(tokens, dtype=torch.bool)
     marked[:, 1:] = True
     if answers is not None:
@@ -39,7 +49,7 @@ def episode(segments=5, answers=None, batch=3):
 def grid(model, given, state=None):
     """The logits at their answers' places; zero elsewhere."""
     logits = model(given, state).logits
-    return torch.zeros(*given.tokens.shape, SIZES.vocabulary).masked_scatter(given.answers[..., None], logits)
+    return torch.zeros(*given.tokens.shape, VOCABULARY).masked_scatter(given.answers[..., None], logits)
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
@@ -47,13 +57,13 @@ def test_a_prediction_sees_what_stands_before_it_and_nothing_else(name):
     model = contestant(name).eval()
     given = episode()
     changed = given.tokens.clone()
-    changed[:, 2, 1] = (changed[:, 2, 1] + 1) % SIZES.vocabulary
+    changed[:, 2, 1] = (changed[:, 2, 1] + 1) % VOCABULARY
     before, after = (grid(model, given._replace(tokens=tokens)).flatten(1, 2) for tokens in (given.tokens, changed))
-    place = 2 * SIZES.length + 1
+    place = 2 * LENGTH + 1
     torch.testing.assert_close(before[:, : place + 1], after[:, : place + 1])
     assert (before - after)[:, place + 1].abs().max() > 1e-5, "the next token's prediction sees it"
-    assert (before - after)[:, 3 * SIZES.length].abs().max() > 1e-6, "and so does the next segment's"
-    later = (before - after)[:, 4 * SIZES.length :].abs().max().item()
+    assert (before - after)[:, 3 * LENGTH].abs().max() > 1e-6, "and so does the next segment's"
+    later = (before - after)[:, 4 * LENGTH :].abs().max().item()
     assert later == 0 if name == "memory off" else later > 1e-7
 
 
@@ -64,7 +74,7 @@ def test_only_segments_with_answers_count_and_in_their_order(name):
     few = torch.zeros_like(given.answers)
     few[0, 2, 1:3] = few[1, 4, 0] = few[2, 2, 3] = True
     expected = grid(model, given)[few]
-    assert expected.shape == (4, SIZES.vocabulary)
+    assert expected.shape == (4, VOCABULARY)
     torch.testing.assert_close(model(given._replace(answers=few)).logits, expected)
 
 
@@ -81,8 +91,7 @@ def test_an_episode_in_two_parts_is_the_episode(name):
 
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_sizes_are_about_the_same_and_every_parameter_is_trained(name):
-    sizes = Sizes(vocabulary=51, length=4)
-    own, model = contestant("memformer", sizes), contestant(name, sizes)
+    own, model = contestant("memformer", LARGER), contestant(name, LARGER)
     counts = [sum(p.numel() for p in x.parameters()) for x in (own, model)]
     assert counts[1] == pytest.approx(counts[0], rel=0.07)
     numbers = model.numbers_carried(4)
@@ -98,8 +107,7 @@ def test_sizes_are_about_the_same_and_every_parameter_is_trained(name):
 
 
 def test_transformer_xl_gets_the_state_that_is_asked_for():
-    sizes = Sizes(vocabulary=11, length=4, dim=16, heads=2, slots=4, carried=8 * 4 * 16)
-    assert contestant("Transformer-XL", sizes).numbers_carried(4) == 8 * 4 * 16
+    assert contestant("Transformer-XL x 8", states=(8,)).numbers_carried(4) == 8 * 4 * 16
 
 
 def test_compressive_trains_its_keys_and_values_to_the_end():
@@ -123,16 +131,29 @@ def test_the_earlier_library_leaves_this_one_in_its_place():
     assert "memformer.mrbp" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["earlier", "RMT", "Transformer-XL", "Compressive"])
+def test_those_take_part_whose_folder_is_given_or_who_are_named(tmp_path):
+    assert list(Folders().entrants()) == list(OWN)
+    assert list(Folders(earlier=tmp_path).entrants()) == [*OWN, "earlier"]
+    assert list(Folders().entrants(["RMT"])) == [*OWN, "RMT"]
+    states = ["Transformer-XL x 1", "Transformer-XL x 0.5"]
+    assert list(Folders(rivals=tmp_path).entrants(states=(1, 0.5))) == [*OWN, "RMT", *states, "Compressive"]
+    assert [line.split(":")[0] for line in Folders(rivals=tmp_path).missing] == ["the earlier library"]
+    entrants = Folders(rivals=tmp_path, earlier=tmp_path).entrants()
+    assert list(pickle.loads(pickle.dumps(entrants))) == list(entrants), "other processes build them too"
+
+
+@pytest.mark.parametrize("name", RIVALS)
 def test_a_missing_package_is_refused_with_the_command_that_gets_it(name, tmp_path):
     option = "earlier" if name == "earlier" else "rivals"
     for folder in (None, tmp_path):
         with pytest.raises(ValueError, match=rf"{option}: expected a folder made by `pip install --no-deps --target"):
-            build(name, SIZES, rivals=folder, earlier=folder)
+            build(name, Folders(rivals=folder, earlier=folder).entrants([name]), CONFIG)
 
 
 def test_mistakes_are_refused():
-    with pytest.raises(ValueError, match=r"contestants: expected some of memformer, memory off, .* got 'GPT'"):
-        build("GPT", SIZES)
+    with pytest.raises(
+        ValueError, match=r"contestants: expected some of memformer, memory off, got 'GPT'\. .* python -m bench"
+    ):
+        build("GPT", OWN, CONFIG)
     with pytest.raises(ValueError, match="answers: expected none in the first segment"):
         contestant("memformer")(episode(answers=True))

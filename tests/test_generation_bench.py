@@ -8,7 +8,7 @@ from memformer.nn.positions import Rotary
 
 
 def test_the_report(capsys):
-    command = "bench generate --tokens 1100 --segment-tokens 4 --dim 8 --depth 1 --memory-slots 2"
+    command = "bench generate --tokens 1100 --segment-tokens 4 --dim 8 --heads 1 --enc-depth 1 --dec-depth 1 --slots 2"
     assert main(command.split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "logits equal those without a cache to" in lines[2]
@@ -19,9 +19,9 @@ def test_the_report(capsys):
 def test_a_wrong_cache_is_refused(monkeypatch):
     monkeypatch.setattr(Rotary, "place", lambda self, q, k, position: (q, k))
     with pytest.raises(RuntimeError, match="logits differ from those without a cache by"):
-        list(generation.run(generation.GenerationBenchmark(tokens=10, segment_tokens=8, dim=32)))
+        list(generation.run(generation.GenerationBenchmark(tokens=10, segment_tokens=8)))
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="expected tokens, segment_tokens"):
+    with pytest.raises(ValueError, match="tokens: expected a whole number of at least 1, got 0"):
         generation.GenerationBenchmark(tokens=0)
