@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from memformer import Memformer
-from memformer.bench.meters import machine, spread, taking_turns
+from memformer.bench.meters import check_no_dropout, machine, spread, taking_turns
 from memformer.config import check_count
 from memformer.export import DecodeStep, EncodeStep, export
 from memformer.settings import ModelSettings
@@ -45,6 +45,7 @@ class Export:
     def __post_init__(self) -> None:
         for name in ("segment_tokens", "runs"):
             check_count(name, getattr(self, name))
+        check_no_dropout(self.model)
 
 
 def run(settings: Export) -> Iterator[str]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from memformer import Memformer
-from memformer.bench.meters import machine, spread
+from memformer.bench.meters import check_no_dropout, machine, spread
 from memformer.config import check_count
 from memformer.nn.attention import merge_heads, split_heads
 from memformer.nn.positions import Rotary
@@ -67,6 +67,7 @@ class Generate:
     def __post_init__(self) -> None:
         for name in ("read", "segment_tokens", "windows", "rival_depth"):
             check_count(name, getattr(self, name))
+        check_no_dropout(self.model)
         if not self.contexts or any(length < 1 or length % self.read for length in self.contexts):
             raise ValueError(f"contexts: expected multiples of read, {self.read}, got {self.contexts}")
 

@@ -23,8 +23,7 @@ class Text:
 
     folders: Folders = field(default_factory=Folders)
     transformer_xl: tuple[float, ...] = (1, 2, 4, 8)
-    """How much Transformer-XL carries from segment to segment, in multiples of what this model does; it takes part once
-    with each."""
+    """Transformer-XL takes part once with each of these sizes of state, in multiples of this model's."""
     settings: text.TextBenchmark = field(default_factory=functools.partial(text.TextBenchmark, study="peers"))
 
 

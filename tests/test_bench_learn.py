@@ -10,6 +10,7 @@ import torch
 
 from memformer.bench import learn
 from memformer.bench.contestants import OWN, Contestant
+from memformer.bench.trials import Record
 from memformer.cli import main
 from memformer.tasks import TASKS, AssociativeRetrieval, Copy, Pixels
 
@@ -220,3 +221,18 @@ def test_whoever_is_handed_in_takes_part():
     start = next(i for i, line in enumerate(printed) if line.startswith("contestant"))
     assert [line.split()[0] for line in printed[start + 1 :]] == ["other", "memformer"]
     assert " 0 " in printed[start + 1], "it carries nothing"
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("/somewhere/bin/memformer", "memformer bench learn --contestants 'memory off'"),
+        ("/somewhere/memformer/__main__.py", "python -m memformer bench learn --contestants 'memory off'"),
+    ],
+)
+def test_a_record_says_which_command_made_it(program, command, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", [program, "bench", "learn", "--contestants", "memory off"])
+    record = Record(tmp_path / "runs.json", {})
+    record.add({"seed": 0}, {"bits": 1})
+    assert json.loads((tmp_path / "runs.json").read_text())["runs"][0]["made"]["command"] == command
+    assert Record(tmp_path / "runs.json", {}).find({"seed": 0}) == {"bits": 1}

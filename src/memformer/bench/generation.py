@@ -16,7 +16,7 @@ from ..config import check_count
 from ..generation import Stream
 from ..model import Memformer
 from ..settings import ModelSettings
-from .meters import ProcessMeter, machine
+from .meters import ProcessMeter, check_no_dropout, machine
 
 __all__ = ["GenerationBenchmark", "run"]
 
@@ -42,6 +42,7 @@ class GenerationBenchmark:
     def __post_init__(self) -> None:
         for name in ("tokens", "segment_tokens"):
             check_count(name, getattr(self, name))
+        check_no_dropout(self.model)
 
 
 def run(settings: GenerationBenchmark) -> Iterator[str]:

@@ -18,9 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..settings import ModelSettings
+
 __all__ = [
     "ProcessMeter",
     "Spread",
+    "check_no_dropout",
     "flops",
     "gradient_difference",
     "live_bytes",
@@ -31,6 +34,12 @@ __all__ = [
     "take_gradients",
     "taking_turns",
 ]
+
+
+def check_no_dropout(model: ModelSettings) -> None:
+    """For benchmarks of speed, which compare what must be equal. Raises ValueError."""
+    if model.dropout:
+        raise ValueError(f"dropout: expected 0, for methods are compared that must give the same, got {model.dropout}")
 
 
 def machine(device: torch.device) -> str:

@@ -19,7 +19,16 @@ from ..model import Memformer
 from ..replay.inputs import Cell, Readout
 from ..rollouts import rollout
 from ..settings import ModelSettings
-from .meters import gradient_difference, live_bytes, machine, peak_bytes, spread, take_gradients, taking_turns
+from .meters import (
+    check_no_dropout,
+    gradient_difference,
+    live_bytes,
+    machine,
+    peak_bytes,
+    spread,
+    take_gradients,
+    taking_turns,
+)
 
 __all__ = ["ReplayBenchmark", "run"]
 
@@ -53,8 +62,7 @@ class ReplayBenchmark:
             check_count(name, getattr(self, name))
         if self.segment_tokens < 2 or not self.horizons or min(self.horizons) < 1:
             raise ValueError("expected segments of at least 2 tokens, and horizons of at least 1 segment")
-        if self.model.dropout:
-            raise ValueError(f"dropout: expected 0, for the methods' gradients are compared, got {self.model.dropout}")
+        check_no_dropout(self.model)
 
 
 Step = Callable[[], Tensor]

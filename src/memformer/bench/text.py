@@ -70,8 +70,7 @@ class TextBenchmark:
     """
 
     study: Literal["horizon", "slots", "overlap", "peers"] = "horizon"
-    """What varies: the horizon of gradients (paper, Figure 3b), the slots (Figure 3c), the overlap, or who takes part,
-    at equal training FLOPs (peers)."""
+    """What varies: horizon (paper, Figure 3b), slots (Figure 3c), overlap, or (peers: at equal FLOPs) the model."""
     corpus: Literal["standard-library", "shakespeare"] = "standard-library"
     """The running Python's sources, or Shakespeare's works."""
     shakespeare: Path | None = None
@@ -85,13 +84,13 @@ class TextBenchmark:
     horizons: tuple[int, ...] = (1, 2, 4, 8, 16)
     """In the study of horizons: how many segments a gradient reaches back."""
     slot_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """In the study of slots."""
+    """In the study of slots: how many the memory has."""
     overlaps: tuple[int, ...] = (0, 1, 4, 16)
     """In the study of overlaps: how many tokens of the previous segment the decoder also sees."""
     contestants: tuple[str, ...] = ()
     """In the study of peers: who takes part, by name, such as memformer "memory off"; by default all there are."""
     horizon: int = 16
-    """In the other studies."""
+    """In the other studies: how many segments a gradient reaches back."""
     model: ModelSettings = MODEL
     lanes: int = 8
     """Stretches of text side by side in a training step."""
