@@ -19,20 +19,22 @@ LAYERS = [
         "replay.environment",
         "replay.schedules",
         "config",
+        "checks",
         "nn.attention",
         "pictures",
         "files",
         "learning_rate",
         "device",
     },
-    {"replay.storage", "replay.gradients", "nn.positions", "nn.blocks", "tasks"},
+    {"replay.storage", "replay.gradients", "nn.positions", "nn.blocks", "tasks", "pretrained"},
     {"replay.options", "replay.readout", "nn.memory", "state"},
-    {"replay.engine", "generation"},
-    {"replay.functions", "model"},
+    {"replay.engine", "network"},
+    {"replay.functions", "generation", "export"},
+    {"model"},
     {"replay", "nn", "data.tokenizers", "data.segments", "data.yardsticks", "parallel", "training.checkpoints"},
     {"data.corpora", "data.objectives", "settings"},
     {"data.lanes"},
-    {"data", "rollouts", "export"},
+    {"data", "rollouts"},
     {"evaluation"},
     {"inspection"},
     {"training.parts", "training.metrics"},
@@ -104,8 +106,10 @@ def test_the_chain_of_the_model() -> None:
     assert own_imports("nn.attention") == set()
     assert own_imports("nn.positions") == own_imports("nn.blocks") == {"nn.attention"}
     assert own_imports("nn.memory") == {"nn.attention", "nn.blocks"}
-    assert own_imports("model") >= {"nn.attention", "nn.blocks", "config", "nn.memory", "nn.positions"}
-    assert not any(room.startswith("replay") for room in own_imports("model")), "the model does not know the engine"
+    assert own_imports("network") >= {"nn.attention", "nn.blocks", "config", "nn.memory", "nn.positions"}
+    assert own_imports("model") >= {"network", "generation"}
+    for room in ("network", "generation", "model"):
+        assert not any(known.startswith("replay") for known in own_imports(room)), "the model does not know the engine"
     assert own_imports("rollouts") >= {"model", "replay"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -22,7 +23,15 @@ import naive
 from helpers import POSITIONS, VOCABULARY, lively
 from memformer import Memformer
 from memformer.data import Lanes
-from memformer.generation import keep_allowed, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from memformer.generation import (
+    Sampling,
+    SamplingKeywords,
+    keep_allowed,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise_repetition,
+)
 from memformer.state import MemoryState
 
 START = VOCABULARY - 1
@@ -185,6 +194,7 @@ def test_a_mask_says_which_tokens_of_a_prompt_exist() -> None:
     masked = model.generate(padded, 9, start=START, prompt_mask=kept, temperature=0)
     listed = model.generate([padded[0], padded[1, :2], padded[2, [3, 4, 6]]], 9, start=START, temperature=0)
     assert all(map(torch.equal, masked.tokens, listed.tokens))
+    assert_same_state(model.read(padded, start=START, mask=kept.long()), model.read(padded, start=START, mask=kept), 0)
 
 
 def test_a_lane_ends_with_a_stop_token_and_costs_nothing_from_then_on() -> None:
@@ -280,7 +290,8 @@ def test_the_state_is_of_one_size_whatever_was_read() -> None:
 def test_nothing_has_a_graph() -> None:
     model, state = lively(), lively().read(prompts(12), start=START)
     tokens, after = model.generate(prompts(6), 6, state=state)
-    assert not any(x.requires_grad for x in (state.memory, after.memory, *tokens))
+    streamed = model.stream(prompts(6), 6, start=START).state
+    assert not any(x.requires_grad for x in (state.memory, after.memory, streamed.memory, *tokens))
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
@@ -294,6 +305,47 @@ def test_sampling_follows_its_generator() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_a_sampling_is_its_keywords() -> None:
+    model, begun = lively(), prompts(3, 8)
+    how = dict(temperature=1.4, top_k=8, top_p=0.9, min_p=0.01, repetition_penalty=1.2, stop=[0], never=[3])
+    assert set(how) == {field.name for field in dataclasses.fields(Sampling)} == set(SamplingKeywords.__annotations__)
+
+    def written(call: Callable[..., Any], **keywords: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.stack(list(call(begun, 12, start=START, generator=generator, **keywords)), 1)
+
+    def whole(*arguments: Any, **keywords: Any) -> list[Tensor]:
+        rows = torch.nn.utils.rnn.pad_sequence(model.generate(*arguments, **keywords).tokens, True, -1)
+        return list(rows.unbind(1))
+
+    expected = written(model.stream, **how)
+    for call in (model.stream, whole):
+        for keywords in (
+            how,
+            dict(sampling=Sampling(**how)),
+            dict(sampling=Sampling(**how | dict(top_k=2, stop=())), top_k=8, stop=[0]),
+        ):
+            assert torch.equal(written(call, **keywords), expected)
+    plain = written(model.stream)
+    assert not torch.equal(plain, expected)
+    assert torch.equal(written(model.stream, sampling=Sampling(top_k=1), top_k=None), plain), "None is no filter"
+
+
+def test_a_keyword_that_there_is_not_is_named() -> None:
+    for call in (lively().generate, lively().stream):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+            call(prompts(1), 3, start=START, temprature=0.9)
+
+
+def test_a_sampling_is_frozen_and_checks_itself() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Sampling().temperature = 0.5  # type: ignore[misc]
+    with pytest.raises(ValueError, match=r"top_p: expected a share in \(0, 1\], got 1.5"):
+        Sampling(top_p=1.5)
+    with pytest.raises(TypeError, match="positional"):
+        Sampling(0.5)  # type: ignore[misc]
 
 
 def test_sampling_has_the_probabilities_of_the_filtered_logits() -> None:
@@ -443,7 +495,7 @@ def test_one_compilation_serves_a_whole_stream() -> None:
     """From a document's first token on, across segments."""
     model, counter = lively(), CompileCounter()
     expected = model.generate(prompts(0, 0), 17, start=START, temperature=0).tokens
-    model.decoder.step = torch.compile(model.decoder.step, backend=counter, fullgraph=True)
+    model.decoder.compile_step(backend=counter, fullgraph=True)
     compiled = model.generate(prompts(0, 0), 17, start=START, temperature=0).tokens
     assert all(map(torch.equal, compiled, expected))
     assert counter.frame_count == 1
@@ -455,13 +507,13 @@ def test_one_compilation_serves_a_whole_stream() -> None:
 def test_the_page_on_generation_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parent.parent / "docs" / "generation.md").read_text(encoding="utf-8")
     *blocks, compiled = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)
     assert names["both"].position.tolist() == [names["state"].position.item() + 10, 9, 13]
-    assert "torch.compile(model.decoder.step" in compiled, "tested above"
+    assert "model.decoder.compile_step(fullgraph=True)" in compiled, "tested above"
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
@@ -507,6 +559,12 @@ ONE = torch.zeros(1, 2, dtype=torch.int64)
         (dict(beams=0), "beams: expected a whole number of at least 1, got 0"),
         (dict(beams=2, top_k=3), "beams: a search does not sample"),
         (dict(beams=2, callback=print), "beams: a search does not sample"),
+        (dict(beams=2, sampling=Sampling(temperature=0.5)), "beams: a search does not sample"),
+        (dict(temperature=None), "temperature: expected a finite number of at least 0 .*, got None"),
+        (
+            dict(prompt_mask=torch.full((1, 2), 3)),
+            "mask: expected 1 for tokens that exist and 0 for others, got .* 3 to 3",
+        ),
         (dict(beams=2, length_penalty=math.nan), "length_penalty: expected a finite number, got nan"),
         (dict(beams=2, max_new_tokens=-3), "max_new_tokens: expected a whole number of at least 0, got -3"),
     ],

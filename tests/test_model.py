@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_model
 from torch import Tensor
 
 import naive
@@ -172,6 +176,41 @@ def test_masked_targets_do_not_count() -> None:
     # A token that nothing kept stands before is not predicted: it starts the decoder.
     torch.testing.assert_close(model(src, tgt, tgt_mask=mask("00111")).dec_out, model(src, tgt[:, 2:]).dec_out)
     assert model(src, tgt, tgt_mask=mask("00001")).dec_out == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_masks_of_one_and_zero(dtype: torch.dtype, overlap: int) -> None:
+    """As tokenizers give them."""
+    model, src, tgt, mems = tiny(dec_overlap=overlap), tokens(2, 6), tokens(2, 5), memory(tiny(), 2)
+    expected = model(src, tgt, mems, SRC_MASK, STARTED)
+    for actual, wanted in zip(model(src, tgt, mems, SRC_MASK.to(dtype), STARTED.to(dtype)), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    assert torch.equal(model.encode(src, mems, SRC_MASK.to(dtype)).mem, expected.mem)
+    decoded = model.decode(tgt, expected.enc_out, SRC_MASK.to(dtype), STARTED.to(dtype), src)
+    assert torch.equal(decoded, model.decode(tgt, expected.enc_out, SRC_MASK, STARTED, src))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_targets_of_minus_100_are_masked(dtype: torch.dtype, overlap: int) -> None:
+    """With a mask beside them or without; what they hide is not known, so nothing sees it."""
+    model, src, tgt = tiny(dec_overlap=overlap), tokens(2, 6), tokens(2, 5).to(dtype)
+    expected = model(src, tgt, tgt_mask=STARTED).dec_out
+    expected.backward()
+    grads, ignored = take_grads(model), tgt.masked_fill(~STARTED, -100)
+    for tgt_mask in (None, STARTED, torch.ones_like(STARTED), torch.ones_like(tgt)):
+        loss = model(src, ignored, tgt_mask=tgt_mask).dec_out
+        loss.backward()
+        assert torch.equal(loss, expected)
+        assert_same_grads(take_grads(model), grads, rtol=0)
+    enc_out = model.encode(src).enc_out
+    decoded = model.decode(ignored, enc_out, src=src)
+    assert torch.equal(decoded, model.decode(tgt, enc_out, tgt_mask=STARTED, src=src))
+    assert (ignored == -100).any(), "the caller's targets stay as they are"
+    hidden = torch.tensor([[1, 0, 1, 1, 1]] * 2)
+    both = model(src, ignored, tgt_mask=hidden).dec_out
+    assert torch.equal(both, model(src, tgt, tgt_mask=STARTED & hidden.bool()).dec_out)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -395,6 +434,37 @@ def test_a_saved_model_comes_back_bit_by_bit(settings: dict[str, Any], dtype: to
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("settings", [{}, {"tie_embeddings": True}, {"encoder_only": True}])
+def test_equal_weights_give_equal_files(settings: dict[str, Any], tmp_path: Path) -> None:
+    """In another process too: strings have another hash there."""
+    model = tiny(**settings)
+    model.save_pretrained(tmp_path / "a")
+    code = f"from memformer import Memformer; Memformer.from_pretrained({str(tmp_path / 'a')!r})"
+    for seed in "12":
+        folder = tmp_path / seed
+        command = [sys.executable, "-c", f"{code}.save_pretrained({str(folder)!r})"]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        for name in ("config.json", "model.safetensors"):
+            assert (folder / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    names = set(load_file(tmp_path / "a" / "model.safetensors"))
+    tied = {"decoder.embedding.weight", "encoder.embedding.weight", "decoder.to_logits.weight"}
+    assert names >= model.state_dict().keys() - tied
+    if "tie_embeddings" in settings:
+        assert names & tied == {"decoder.embedding.weight"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie_embeddings": True}, {"encoder_only": True}])
+def test_files_that_name_tied_tensors_otherwise_load(settings: dict[str, Any], tmp_path: Path) -> None:
+    """safetensors' own ``save_model`` wrote them once."""
+    model = tiny(**settings)
+    model.save_pretrained(tmp_path)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    loaded = Memformer.from_pretrained(tmp_path)
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in loaded.state_dict().items())
+    if "tie_embeddings" in settings:
+        assert loaded.decoder.to_logits.weight is loaded.encoder.embedding.weight
+
+
 def _drop(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -463,7 +533,7 @@ def ids(*shape: int, **last: int) -> Tensor:
         ({"src": torch.ones(2, 6, dtype=torch.bool)}, r"src: expected token ids, .* got torch\.bool"),
         (
             {"src": ids(2, 6)[0]},
-            r"src: expected token ids, .* of shape \(batch, length\), got torch\.int64 of shape \(6,\)",
+            r"src: expected token ids, .* of shape \(batch, tokens\), got torch\.int64 of shape \(6,\)",
         ),
         ({"src": [[1, 2]]}, r"src: expected token ids, .* got list"),
         ({"src": ids(2, 6)[:, :0]}, r"src: expected at least one lane and one token, got shape \(2, 0\)"),
@@ -473,7 +543,8 @@ def ids(*shape: int, **last: int) -> Tensor:
         ({"src": ids(2, 6, last=11)}, r"src: token id 11 is outside the table of enc_num_tokens = 11 \(ids 0 to 10\)"),
         ({"src": ids(2, 6, last=-1)}, r"src: token id -1 is outside the table of enc_num_tokens = 11"),
         ({"tgt": ids(2, 5, last=12)}, r"tgt: token id 12 is outside the table of dec_num_tokens = 11"),
-        ({"tgt": ids(2, 5, last=-100)}, r"tgt: token id -100 is outside the table of dec_num_tokens = 11"),
+        ({"tgt": ids(2, 5, last=-101)}, r"tgt: token id -101 is outside the table of dec_num_tokens = 11"),
+        ({"src": ids(2, 6, last=-100)}, r"src: token id -100 is outside the table of enc_num_tokens = 11"),
         ({"tgt": ids(3, 5)}, r"tgt: expected the batch size of src, 2, got 3"),
         ({"tgt": ids(2, 1)}, r"tgt: expected at least 2 tokens, .* got 1"),
         ({"mems": torch.zeros(3, 3, 8)}, r"mems: expected .* \(2, 3, 8\) \(batch of src, .* got .* \(3, 3, 8\)"),
@@ -483,7 +554,16 @@ def ids(*shape: int, **last: int) -> Tensor:
         ({"src_mask": torch.ones(2, 6)}, r"src_mask: expected torch\.bool of its tokens' shape .* got torch\.float32"),
         ({"src_mask": mask("11", "11")}, r"src_mask: expected .* shape \(2, 6\), True for .* got .* shape \(2, 2\)"),
         ({"src_mask": [True]}, r"src_mask: expected .* got list"),
-        ({"tgt_mask": torch.ones(2, 5).long()}, r"tgt_mask: expected torch\.bool .* got torch\.int64"),
+        (
+            {"src_mask": torch.ones(2, 6)},
+            r"Pass mask\.bool\(\) if it is 1 for tokens that exist, or mask == 0 if it is",
+        ),
+        ({"tgt_mask": torch.full((2, 5), 2)}, r"tgt_mask: expected 1 for tokens that exist .* values from 2 to 2"),
+        ({"src_mask": torch.ones(2, 5).long()}, r"src_mask: expected torch\.bool .* got torch\.bool of shape \(2, 5\)"),
+        (
+            {"tgt_mask": torch.ones(2, 4), "tgt": ids(2, 5, last=-100)},
+            r"tgt_mask: expected torch\.bool .* got .*float32",
+        ),
         ({"tgt_mask": mask("1111", "1111")}, r"tgt_mask: expected .* shape \(2, 5\), .* got .* shape \(2, 4\)"),
         ({"tgt": None, "tgt_mask": mask("11", "11")}, r"tgt_mask: given without tgt"),
         ({"reset": torch.tensor([1, 0])}, r"reset: expected torch\.bool of shape \(2,\), .* got torch\.int64"),
@@ -506,8 +586,8 @@ def test_a_target_for_an_encoder_only_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"enc_out": torch.zeros(3, 6, 8)}, r"enc_out: expected shape \(2, length, 8\), got .* \(3, 6, 8\)"),
-        ({"enc_out": torch.zeros(2, 6, 7)}, r"enc_out: expected shape \(2, length, 8\), got .* \(2, 6, 7\)"),
+        ({"enc_out": torch.zeros(3, 6, 8)}, r"enc_out: expected shape \(2, tokens, 8\), got .* \(3, 6, 8\)"),
+        ({"enc_out": torch.zeros(2, 6, 7)}, r"enc_out: expected shape \(2, tokens, 8\), got .* \(2, 6, 7\)"),
         ({"tgt": ids(2, 7)}, r"tgt: expected at most dec_max_seq_len = 6 tokens, got 7"),
         ({"src_mask": mask("11", "11")}, r"src_mask: expected .* shape \(2, 6\)"),
         ({"tgt_mask": mask("11", "11")}, r"tgt_mask: expected .* shape \(2, 5\)"),

@@ -95,17 +95,23 @@ class MemformerConfig:
 
     @property
     def segment_length(self) -> int:
-        """Tokens per segment: what the encoder can read and a decoder, after its start token, can write."""
+        """Tokens per segment: what the encoder can read, and what a decoder can write after its start token."""
         if self.dec_max_seq_len is None:
             return self.enc_max_seq_len
         return min(self.enc_max_seq_len, self.dec_max_seq_len - 1)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens can be both read and written: ids from 0."""
+        return min(self.enc_num_tokens, self.dec_num_tokens or self.enc_num_tokens)
+
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name: plain numbers and words, which JSON can hold."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MemformerConfig:
-        """Raises ValueError for unknown and for missing names."""
+        """The configuration that :meth:`to_dict` gave. Raises ValueError for unknown and for missing names."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
@@ -115,6 +121,7 @@ class MemformerConfig:
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError, which names the setting, unless it is a whole number of at least ``least``."""
     if not is_count(value, least):
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 

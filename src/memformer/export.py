@@ -1,10 +1,10 @@
 """One step of the encoder and one of the decoder as files that run without this package: ``torch.export`` and ONNX.
 
-Shapes: tokens (batch, length), memory (batch, slots, dim). Batch and length are free, up to the model's segment. What
-the decoder looks at is computed once per segment, and travels as two tensors: ``context``, the keys and values of the
-encoder's output, (layers, 2, batch, heads, length, head_dim), and ``cache``, those of the targets so far, (layers, 2,
-batch, heads, dec_max_seq_len + dec_overlap, head_dim). Not known here: how to sample, when a segment is full, and which
-tokens of the last one overlap; see ``examples/onnx_generate.py``.
+Shapes: tokens (batch, length), memory (batch, slots, dim); the batch is free, and the length up to the model's segment.
+What the decoder looks at is computed once per segment, and travels as two tensors: ``context``, the keys and values of
+the encoder's output, (layers, 2, batch, heads, length, head_dim), and ``cache``, those of the targets so far, (layers,
+2, batch, heads, dec_max_seq_len + dec_overlap, head_dim). Not known here: how to sample, when a segment is full, and
+which tokens of the last one overlap; see ``examples/onnx_generate.py``.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .model import Decoder, Memformer
+from .network import Decoder, Network
 
-__all__ = ["DecodeStep", "EncodeStep", "Format", "export"]
+__all__ = ["DecodeStep", "DescribedStep", "DescribedTensor", "EncodeStep", "Exported", "Format", "export"]
 
 Format = Literal["onnx", "torch"]
 
@@ -48,9 +48,9 @@ _AXES: dict[str, dict[int, str]] = {
 
 
 class EncodeStep(nn.Module):
-    """Read one segment and write the memory: :meth:`Memformer.step`, and what the decoder will look at."""
+    """Read one segment and write the memory: :meth:`Network.step`, and what the decoder will look at."""
 
-    def __init__(self, model: Memformer):
+    def __init__(self, model: Network):
         super().__init__()
         self.model = model
 
@@ -81,6 +81,31 @@ class DecodeStep(nn.Module):
         return logits, torch.stack([torch.stack(pair) for pair in kept])
 
 
+class DescribedTensor(TypedDict):
+    """The dtype by torch's name, and the shape; a free axis has its name in place of a size."""
+
+    dtype: str
+    shape: list[str | int]
+
+
+class DescribedStep(TypedDict):
+    """The file of a step, and all that goes in and comes out by name, in order."""
+
+    file: str
+    inputs: dict[str, DescribedTensor]
+    outputs: dict[str, DescribedTensor]
+
+
+class Exported(TypedDict):
+    """What ``export.json`` holds: ids of special tokens by name, the steps by name, the model's settings."""
+
+    format: Format
+    segment_length: int
+    special_tokens: dict[str, int]
+    steps: dict[str, DescribedStep]
+    model: dict[str, object]
+
+
 @dataclass(frozen=True)
 class _Step:
     """A module to export, an example of its inputs, in order, and of its outputs, by the names in ``_AXES``."""
@@ -91,8 +116,8 @@ class _Step:
 
 
 def export(
-    model: Memformer, folder: str | Path, *, format: Format = "onnx", special_tokens: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+    model: Network, folder: str | Path, *, format: Format = "onnx", special_tokens: Mapping[str, int] | None = None
+) -> Exported:
     """Write ``encode`` and, if the model has a decoder, ``decode``, as ``.onnx`` or ``.pt2``, and ``export.json``.
 
     ``export.json`` names all inputs, in their order, and outputs, with shapes and dtypes, and holds the model's
@@ -126,7 +151,8 @@ def export(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "export.json").unlink(missing_ok=True)
-    config, described = model.config, {}
+    config = model.config
+    described: dict[str, DescribedStep] = {}
     for name, step in _steps(model).items():
         file = folder / (name + {"onnx": ".onnx", "torch": ".pt2"}[format])
         if format == "torch":
@@ -135,9 +161,12 @@ def export(
             # ONNX takes attention apart, and the fused kernels lay their result out in a way that its parts do not.
             with sdpa_kernel(SDPBackend.MATH):
                 _write_onnx(_trace(step, config.enc_max_seq_len), step, file)
-        tensors = {"inputs": step.inputs, "outputs": step.outputs}
-        described[name] = {"file": file.name, **{kind: _described(group) for kind, group in tensors.items()}}
-    contents = {
+        described[name] = {
+            "file": file.name,
+            "inputs": _described(step.inputs),
+            "outputs": _described(step.outputs),
+        }
+    contents: Exported = {
         "format": format,
         "segment_length": config.segment_length,
         "special_tokens": dict(special_tokens or {}),
@@ -149,7 +178,7 @@ def export(
 
 
 @torch.no_grad()
-def _steps(model: Memformer) -> dict[str, _Step]:
+def _steps(model: Network) -> dict[str, _Step]:
     # Two lanes and two tokens: the tracer takes a size of one for a constant.
     config, batch = model.config, 2
     like = torch.zeros(batch, min(2, config.enc_max_seq_len), dtype=torch.int64, device=next(model.parameters()).device)
@@ -200,7 +229,7 @@ def _write_onnx(program: ExportedProgram, step: _Step, file: Path) -> None:
     written.save(file)
 
 
-def _described(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _described(tensors: dict[str, Tensor]) -> dict[str, DescribedTensor]:
     def shape(name: str, tensor: Tensor) -> list[str | int]:
         return [_AXES[name].get(axis, size) for axis, size in enumerate(tensor.shape)]
 
@@ -212,8 +241,8 @@ def _described(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what is nobody's business here: the exporter's warnings about its own use of pytrees, about axes that
-    share a name, as they are meant to, and about torchvision, which is not installed."""
+    """Silences known, harmless warnings of the exporter: about its own use of pytrees, about axes that share a name on
+    purpose, and about torchvision, which is not installed."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)

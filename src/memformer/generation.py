@@ -1,44 +1,55 @@
 """Reading and writing streams of any length: constant memory, and constant time per token.
 
-:class:`Generation` is what a model inherits. A segment is decoded token by token with a cache of its own; when it is
-full it is encoded, the memory advances, and the next one begins. Filters are pure functions of logits (..., tokens),
-named by what they keep; the rest becomes minus infinity.
+A segment is decoded token by token with a cache of its own; when it is full it is encoded, the memory advances, and the
+next one begins. :func:`read`, :func:`stream` and :func:`generate` are methods of the models, too. Filters are pure
+functions of logits (..., vocabulary), named by what they keep; the rest becomes minus infinity. What is *not* known
+here: how a network computes. It is asked for :meth:`~memformer.network.Network.memory_after`, ``open`` and
+``next_logits`` alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .checks import as_mask, describe, is_tensor
 from .config import MemformerConfig, check_count, is_count
-from .nn.attention import KeysValues
+from .network import Network
 from .state import MemoryState
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = [
+    "Filters",
     "Generated",
-    "Generation",
+    "Sampling",
+    "SamplingKeywords",
     "Stream",
+    "generate",
     "keep_allowed",
     "keep_min_p",
     "keep_top_k",
     "keep_top_p",
     "penalise_repetition",
+    "read",
+    "stream",
 ]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Tokens = Tensor | Sequence[Tensor]
-"""(batch, length) token ids, or one (length,) per lane."""
+"""(batch, tokens) token ids, or one (tokens,) per lane."""
 
 
 class Generated(NamedTuple):
-    """What :meth:`Generation.generate` returns.
+    """What :func:`generate` returns.
 
     Attributes:
         tokens: for each lane its new tokens (count,), with the stop token if it ended with one.
@@ -49,11 +60,11 @@ class Generated(NamedTuple):
     state: MemoryState
 
 
-# --- Filters ----------------------------------------------------------------------------------------------------------
+# --- How a token is chosen --------------------------------------------------------------------------------------------
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The ``k`` most likely tokens."""
+    """The ``k`` most likely tokens; more where several are as likely as the last of them."""
     check_count("top_k", k, 1)
     least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < least, float("-inf"))
@@ -90,44 +101,27 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sampling:
-    """How a token is chosen from its logits. Checks itself, by choosing once."""
+class Filters:
+    """How likely each token is to be chosen, given the model's logits."""
 
-    config: MemformerConfig
-    start: int
-    never: Sequence[int]
-    stop: Sequence[int]
-    repetition_penalty: float
-    temperature: float = 0.0
+    # The numbers of a Sampling, which checks them; the command line has them without its token ids.
+    temperature: float = 1.0
+    """0 always takes the most likely token; higher is wilder."""
     top_k: int | None = None
+    """Choose among this many most likely tokens."""
     top_p: float | None = None
+    """Choose among the most likely tokens that together have this probability."""
     min_p: float | None = None
+    """Choose among tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes the tokens of this segment and the last less likely."""
 
-    def __post_init__(self) -> None:
-        _check_ids("never", self.never, self.config)
-        _check_ids("stop", self.stop, self.config)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature: expected a finite number of at least 0 (0 takes the likeliest), got {self.temperature}"
-            )
-        logits = torch.zeros(1, self.config.dec_num_tokens or 0)
-        seen = torch.zeros(1, 1, dtype=torch.int64)
-        if self.scores(logits, seen).isneginf().all():
-            raise ValueError("never: no token is left that may be generated")
-        self.filtered(logits, seen)
+    def penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Logits (batch, vocabulary) after the repetition penalty; ``seen`` (batch, any number): the tokens before."""
+        return logits if self.repetition_penalty == 1 else penalise_repetition(logits, seen, self.repetition_penalty)
 
-    def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Logits of what may be generated at all: tokens that the encoder can read, but for ``start`` and ``never``."""
-        if logits.isnan().any():
-            raise ValueError("the model's logits are not numbers (nan): its weights have diverged")
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        if self.repetition_penalty != 1:
-            logits = penalise_repetition(logits, seen, self.repetition_penalty)
-        unreadable = range(_vocabulary(self.config), logits.shape[-1])
-        return keep_allowed(logits, [self.start, *self.never, *unreadable])
-
-    def filtered(self, logits: Tensor, seen: Tensor) -> Tensor:
-        logits = self.scores(logits, seen)
+    def kept(self, logits: Tensor) -> Tensor:
+        """Logits (batch, vocabulary) after temperature, top-k, top-p and min-p, in this order."""
         if self.temperature > 0:
             # The greatest is moved to 0 first: no temperature is then too low for the numbers' range.
             logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)
@@ -139,10 +133,84 @@ class _Sampling:
             logits = keep_min_p(logits, self.min_p)
         return logits
 
-    def choose(self, logits: Tensor, seen: Tensor, generator: Generators) -> Tensor:
-        """(batch, tokens) -> (batch,). One generator draws for all lanes, or each lane has its own."""
-        logits = self.filtered(logits, seen)
-        if self.temperature == 0:
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Filters):
+    """How tokens are chosen, and which ones end a text. Each field is a keyword of :func:`generate`, too.
+
+    >>> Sampling(temperature=0.8, top_p=0.95, stop=[10])
+    Sampling(temperature=0.8, top_k=None, top_p=0.95, min_p=None, repetition_penalty=1.0, stop=[10], never=())
+
+    Attributes:
+        temperature: 0 takes the likeliest token; higher is wilder.
+        top_k, top_p, min_p: :func:`keep_top_k`, :func:`keep_top_p`, :func:`keep_min_p`; None keeps all. Applied in this
+            order, after the temperature.
+        repetition_penalty: above 1 makes the tokens of the last whole and of the pending segment less likely: what the
+            state holds.
+        stop: a lane ends with any of these token ids, which is its last.
+        never: token ids that are not generated. The start token is always among them, and so is what the encoder could
+            not read.
+
+    Raises:
+        ValueError: a number is out of range; the message names it.
+    """
+
+    stop: Sequence[int] = ()
+    """Token ids that end a text."""
+    never: Sequence[int] = ()
+    """Token ids that must not be written."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature: expected a finite number of at least 0 (0 takes the likeliest), got {self.temperature}"
+            )
+        # Each filter checks its own number.
+        logits, seen = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+        self.penalised(logits, seen)
+        self.kept(logits)
+
+    @classmethod
+    def of(cls, sampling: Sampling | None, keywords: SamplingKeywords) -> Sampling:
+        """``sampling`` with what the keywords say otherwise. Raises TypeError, which names it, for an unknown one."""
+        return dataclasses.replace(sampling or cls(), **keywords)
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of :class:`Sampling` as keywords, for type checkers."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    stop: Sequence[int]
+    never: Sequence[int]
+
+
+class _Choice:
+    """A :class:`Sampling` for one model and one start token; checks that they fit."""
+
+    def __init__(self, sampling: Sampling, config: MemformerConfig, start: int):
+        _check_ids("never", sampling.never, config)
+        _check_ids("stop", sampling.stop, config)
+        self.sampling, self.readable = sampling, config.vocabulary
+        self.never = [start, *sampling.never]
+        if len(set(self.never)) == self.readable:
+            raise ValueError("never: no token is left that may be generated")
+
+    def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Logits of what may be generated at all: tokens that the encoder can read, without start and ``never``."""
+        if logits.isnan().any():
+            raise ValueError("the model's logits are not numbers (nan): its weights have diverged")
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        logits = self.sampling.penalised(logits, seen)
+        return keep_allowed(logits, [*self.never, *range(self.readable, logits.shape[-1])])
+
+    def __call__(self, logits: Tensor, seen: Tensor, generator: Generators) -> Tensor:
+        """(batch, vocabulary) -> (batch,). One generator draws for all lanes, or each lane has its own."""
+        logits = self.sampling.kept(self.scores(logits, seen))
+        if self.sampling.temperature == 0:
             return logits.argmax(-1)
         probability = logits.softmax(-1)
         if generator is None or isinstance(generator, torch.Generator):
@@ -153,51 +221,18 @@ class _Sampling:
 # --- Lanes ------------------------------------------------------------------------------------------------------------
 
 
-class _Model(Protocol):
-    """What is asked of a Memformer here."""
-
-    config: MemformerConfig
-
-    @property
-    def decoder(self) -> Any: ...
-
-    def get_initial_mem(self, batch_size: int) -> Tensor: ...
-
-    def step(
-        self, src: Tensor, mems: Tensor | None = None, src_mask: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-def _vocabulary(config: MemformerConfig) -> int:
-    """Tokens that can be both written and read: 0 to this number."""
-    return min(config.enc_num_tokens, config.dec_num_tokens or config.enc_num_tokens)
-
-
-def _encode(model: _Model, state: MemoryState) -> tuple[Tensor, Tensor]:
-    """Each lane's last whole segment: its encoding (batch, length or 1, dim), and the memory after it."""
-    fresh = state.fresh
-    if fresh.all():
-        return model.step(state.segment[:, :1])
-    return model.step(state.segment, state.memory, _source_mask(state) if fresh.any() else None, fresh)
-
-
-def _source_mask(state: MemoryState) -> Tensor:
-    """(batch, length): the source of a lane that has not read a whole segment is the start token alone."""
-    return ~state.fresh[:, None] | (torch.arange(state.length, device=state.position.device) == 0)
-
-
 def _advance(state: MemoryState, lanes: Tensor, memory: Tensor) -> None:
     """The pending segments of those lanes are full; ``memory`` is theirs after the segment before. In place."""
     state.memory[lanes], state.segment[lanes], state.pending[lanes] = memory, state.pending[lanes], state.start
 
 
-def _read(model: _Model, lanes: Sequence[Tensor], state: MemoryState) -> MemoryState:
+def _read(model: Network, lanes: Sequence[Tensor], state: MemoryState) -> MemoryState:
     """Segment by segment; lanes whose segments become full in the same round are encoded together."""
     state, rest, filled = state.clone(), list(lanes), state.filled.tolist()
     while any(len(tokens) for tokens in rest):
         full = [i for i, tokens in enumerate(rest) if filled[i] + len(tokens) >= state.length]
         index = torch.tensor(full, dtype=torch.int64, device=state.position.device)
-        memory = _encode(model, state.select(index))[1] if full else state.memory[:0]
+        memory = model.memory_after(state.select(index)) if full else state.memory[:0]
         for i, tokens in enumerate(rest):
             piece, rest[i] = tokens.tensor_split([state.length - filled[i]])
             state.pending[i, filled[i] : filled[i] + len(piece)] = piece
@@ -207,54 +242,20 @@ def _read(model: _Model, lanes: Sequence[Tensor], state: MemoryState) -> MemoryS
     return state
 
 
-class _Computed(NamedTuple):
-    """What is computed from the last whole segment of each lane, once, and the cache; first dimension: batch."""
-
-    contexts: list[KeysValues]
-    context_mask: Tensor
-    memory: Tensor
-    """After that segment."""
-    cache: list[KeysValues]
-    """The decoder's, of all that it read since but for each lane's last token, which the next step brings."""
-
-
 class _Writing:
-    """Lanes that are being written: their state, and what is computed once per segment with the decoder's cache.
+    """Lanes that are being written: their state, and what the network opens once per segment.
 
     The given state is written in place.
     """
 
-    def __init__(self, model: _Model, state: MemoryState):
+    def __init__(self, model: Network, state: MemoryState):
         self.model, self.state = model, state
         self.filled: list[int] = state.filled.tolist()
-        self.computed = self._compute(state)
-
-    def _compute(self, state: MemoryState) -> _Computed:
-        decoder = self.model.decoder
-        enc_out, memory = _encode(self.model, state)
-        # Shapes are those of a whole segment also at the start of a document, so that compiled code serves both.
-        enc_out = F.pad(enc_out, (0, 0, 0, state.length - enc_out.shape[1]))
-        contexts = [(k.contiguous(), v.contiguous()) for k, v in decoder.context_projection(enc_out)]
-        context_mask, cache = _source_mask(state), decoder.new_cache(state.batch_size, state.length)
-        begun = decoder.overlap + int(state.filled.max())
-        if begun:
-            # What shorter lanes put into the cache beyond their end is written over before it is looked at.
-            tokens = self._written(state)[:, :begun]
-            position = torch.arange(begun, device=tokens.device).expand_as(tokens)
-            decoder.extend(tokens, position, cache, contexts, context_mask)
-        return _Computed(contexts, context_mask, memory, cache)
-
-    def _written(self, state: MemoryState) -> Tensor:
-        """What the decoder reads: the start token, the overlap with the last whole segment, what is pending."""
-        overlap = state.segment[:, state.length - self.model.decoder.overlap :]
-        return torch.cat([F.pad(overlap, (1, 0), value=state.start), state.pending], 1)
+        self.opened = model.open(state)
 
     def logits(self) -> Tensor:
-        """Of the next token of each lane, (batch, tokens)."""
-        contexts, context_mask, _, cache = self.computed
-        position = self.state.filled + self.model.decoder.overlap
-        token = self._written(self.state).gather(1, position[:, None])[:, 0]
-        return self.model.decoder.step(token, position, cache, contexts, context_mask)
+        """Of the next token of each lane, (batch, vocabulary)."""
+        return self.model.next_logits(self.state, self.opened)
 
     def seen(self) -> Tensor:
         """All tokens that the state holds (batch, 2 length)."""
@@ -270,22 +271,22 @@ class _Writing:
         full = [i for i in lanes if not self.filled[i]]
         if full:
             index = torch.tensor(full, device=tokens.device)
-            _advance(self.state, index, self.computed.memory[index])
-            new = self._compute(self.state.select(index))
-            tree_map(lambda old, x: old.index_copy_(0, index, x), self.computed, new)
+            _advance(self.state, index, self.opened.memory[index])
+            new = self.model.open(self.state.select(index))
+            tree_map(lambda old, x: old.index_copy_(0, index, x), self.opened, new)
 
     def select(self, lanes: Tensor) -> None:
         """Go on with those lanes alone, in that order; a lane may come more than once."""
         self.state = self.state.select(lanes)
         self.filled = [self.filled[i] for i in lanes.tolist()]
-        self.computed = tree_map(lambda x: x[lanes], self.computed)
+        self.opened = tree_map(lambda x: x[lanes], self.opened)
 
 
 # --- Streams and beams ------------------------------------------------------------------------------------------------
 
 
 class Stream(Iterator[Tensor]):
-    """The tokens of :meth:`Generation.stream`, one (batch,) tensor at a time, with -1 in lanes that have ended.
+    """The tokens of :func:`stream`, one (batch,) tensor at a time, with -1 in lanes that have ended.
 
     Lanes that have ended are dropped from the batch, so they cost nothing.
     """
@@ -293,14 +294,14 @@ class Stream(Iterator[Tensor]):
     @torch.no_grad()
     def __init__(
         self,
-        model: _Model,
+        model: Network,
         state: MemoryState,
         max_new_tokens: int,
-        sampling: _Sampling,
+        choice: _Choice,
         generator: Generators,
     ):
         self._writing = _Writing(model, state)
-        self._left, self._sampling, self._generator = max_new_tokens, sampling, generator
+        self._left, self._choice, self._generator = max_new_tokens, choice, generator
         self._lanes = list(range(state.batch_size))
         self._ended: dict[int, MemoryState] = {}
 
@@ -327,17 +328,17 @@ class Stream(Iterator[Tensor]):
         writing, generator = self._writing, self._generator
         if isinstance(generator, Sequence):
             generator = [generator[lane] for lane in self._lanes]
-        tokens = self._sampling.choose(writing.logits(), writing.seen(), generator)
+        tokens = self._choice(writing.logits(), writing.seen(), generator)
         writing.append(range(len(self._lanes)), tokens)
         result = tokens.new_full((len(self._lanes) + len(self._ended),), -1)
         result[self._lanes] = tokens
-        if self._sampling.stop:
+        if self._choice.sampling.stop:
             self._drop(tokens)
         return result
 
     def _drop(self, tokens: Tensor) -> None:
         """Lanes that end with these tokens leave the batch."""
-        ends = torch.isin(tokens, torch.tensor(self._sampling.stop, device=tokens.device))
+        ends = torch.isin(tokens, torch.tensor(self._choice.sampling.stop, device=tokens.device))
         if ends.any():
             for i in ends.nonzero()[:, 0].tolist():
                 self._ended[self._lanes[i]] = self._writing.state.select([i])
@@ -351,10 +352,10 @@ _History = tuple[int, "_History"] | None
 
 
 def _beam_search(
-    model: _Model,
+    model: Network,
     state: MemoryState,
     max_new_tokens: int,
-    sampling: _Sampling,
+    choice: _Choice,
     beams: int,
     length_penalty: float,
 ) -> Generated:
@@ -366,7 +367,7 @@ def _beam_search(
     scores = torch.zeros(state.batch_size, 1, dtype=torch.float64, device=device)
     ended, count = torch.zeros_like(scores, dtype=torch.bool), torch.zeros_like(scores)
     histories: list[_History] = [None] * state.batch_size
-    stops = torch.tensor(sampling.stop, dtype=torch.int64, device=device)
+    stops = torch.tensor(choice.sampling.stop, dtype=torch.int64, device=device)
 
     for step in range(max_new_tokens + 1):
         rows = torch.arange(scores.numel(), device=device).view_as(scores)
@@ -382,7 +383,7 @@ def _beam_search(
             rows = torch.arange(scores.numel(), device=device).view_as(scores)
         if not len(lanes):
             break
-        gains = sampling.scores(writing.logits(), writing.seen()).double().log_softmax(-1)
+        gains = choice.scores(writing.logits(), writing.seen()).double().log_softmax(-1)
         vocabulary = gains.shape[-1]
         # A hypothesis that has ended has one continuation, itself: the first column, for nothing.
         stays = torch.where(torch.arange(vocabulary, device=device) == 0, 0.0, -math.inf).double()
@@ -413,182 +414,174 @@ def _tokens(history: _History) -> list[int]:
     return tokens[::-1]
 
 
-# --- What a model inherits --------------------------------------------------------------------------------------------
+# --- What a model can be asked for ------------------------------------------------------------------------------------
 
 
-class Generation:
-    """Reading and writing of streams, for a model that was trained on text continuation.
+@torch.no_grad()
+def read(
+    model: Network,
+    tokens: Tokens,
+    state: MemoryState | None = None,
+    *,
+    start: int | None = None,
+    mask: Tensor | None = None,
+) -> MemoryState:
+    """Read tokens of any length and in pieces of any size: pieces leave the state that the whole would.
 
-    Everything runs without gradients and with the model as it is: call ``eval()`` first.
+    Without gradients, and with the model as it is: call ``eval()`` first.
+
+    >>> state = model.read(torch.tensor([[72, 101, 108, 108, 111]]), start=256)
+    >>> state = model.read(torch.tensor([[33]]), state)
+    >>> state.position
+    tensor([6])
+
+    Args:
+        model: one that was trained to continue text.
+        tokens: (batch, tokens) token ids, none at all included, or a list with one (tokens,) per lane.
+        state: from earlier tokens; it stays as it is. None begins a document in every lane.
+        start: the token that started documents and decoder in training; a given state knows it.
+        mask: like ``tokens``, boolean or integer, True or 1 for tokens that exist, wherever they stand.
+
+    Raises:
+        ValueError: an argument does not fit the model or the others; the message says what was expected.
     """
+    lanes, state = _begin(model, tokens, state, start, mask)
+    return _read(model, lanes, state)
 
-    @torch.no_grad()
-    def read(
-        self: _Model,
-        tokens: Tokens,
-        state: MemoryState | None = None,
-        *,
-        start: int | None = None,
-        mask: Tensor | None = None,
-    ) -> MemoryState:
-        """Read tokens of any length and in pieces of any size: pieces leave the state that the whole would.
 
-        Args:
-            tokens: (batch, length) token ids, length 0 included, or a list with one (length,) per lane.
-            state: from earlier tokens; it stays as it is. None begins a document in every lane.
-            start: the token that started documents and decoder in training; a given state knows it.
-            mask: boolean like ``tokens``, True for tokens that exist, wherever they stand.
+def stream(
+    model: Network,
+    prompt: Tokens | None,
+    max_new_tokens: int,
+    *,
+    start: int | None = None,
+    prompt_mask: Tensor | None = None,
+    state: MemoryState | None = None,
+    sampling: Sampling | None = None,
+    generator: Generators = None,
+    **keywords: Unpack[SamplingKeywords],
+) -> Stream:
+    """The tokens after a prompt as they come: an iterator of (batch,), with -1 in lanes that have ended.
 
-        Raises:
-            ValueError: an argument does not fit the model or the others; the message says what was expected.
-        """
-        lanes, state = _begin(self, tokens, state, start, mask)
-        return _read(self, lanes, state)
+    The prompt is read before this returns. At any time its ``state`` is the one after the tokens that came so far.
 
-    def stream(
-        self: _Model,
-        prompt: Tokens | None,
-        max_new_tokens: int,
-        *,
-        start: int | None = None,
-        prompt_mask: Tensor | None = None,
-        state: MemoryState | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        stop: Sequence[int] = (),
-        never: Sequence[int] = (),
-        generator: Generators = None,
-    ) -> Stream:
-        """The tokens after a prompt as they come: an iterator of (batch,), with -1 in lanes that have ended.
+    >>> stream = model.stream(torch.tensor([[72, 105]]), 5, start=256, top_k=40)
+    >>> [token.shape for token in stream]
+    [torch.Size([1]), torch.Size([1]), torch.Size([1]), torch.Size([1]), torch.Size([1])]
+    >>> stream.state.position
+    tensor([7])
 
-        The prompt is read before this returns. Its ``state`` is at any time that after the tokens that came.
+    Args:
+        model: with a decoder, in ``eval()`` mode.
+        prompt, prompt_mask, state, start: the tokens, mask, state and start of :func:`read`; None as a prompt goes on
+            from the state alone.
+        max_new_tokens: per lane. However many, the state stays of one size.
+        sampling: how tokens are chosen; its fields are keywords, too: ``temperature``, ``top_k``, ``top_p``, ``min_p``,
+            ``repetition_penalty``, ``stop``, ``never``. See :class:`Sampling`.
+        generator: draws for all lanes that have not ended, in turn; or a list with one per lane, whose tokens then do
+            not depend on the other lanes. On the model's device.
 
-        Args:
-            prompt, prompt_mask, state, start: as in :meth:`read`; None as a prompt goes on from the state alone.
-            max_new_tokens: per lane. However many, the state stays of one size.
-            temperature: 0 takes the likeliest token; higher is wilder.
-            top_k, top_p, min_p: :func:`keep_top_k`, :func:`keep_top_p`, :func:`keep_min_p`; None keeps all. Applied in
-                this order, after the temperature.
-            repetition_penalty: above 1 makes the tokens of the last whole and of the pending segment less likely: what
-                the state holds.
-            stop: a lane ends with any of these tokens, which is its last.
-            never: tokens that are not generated. ``start`` is always among them, and so is what the encoder could not
-                read.
-            generator: draws for all lanes that have not ended, in turn; or a list with one per lane, whose tokens then
-                do not depend on the other lanes. On the model's device.
-
-        Raises:
-            ValueError: as :meth:`read`, and where the model has no decoder.
-        """
-        lanes, state = _begin(self, prompt, state, start, prompt_mask)
-        _check_writing(self, max_new_tokens)
-        each = generator if isinstance(generator, Sequence) else [generator] * len(lanes)
-        if len(each) != len(lanes) or not all(isinstance(g, torch.Generator | None) for g in each):
-            raise ValueError(
-                f"generator: expected a torch.Generator, or a list with one for each of {len(lanes)} lanes, "
-                f"got {generator!r}"
-            )
-        sampling = _Sampling(
-            config=self.config,
-            start=state.start,
-            never=never,
-            stop=stop,
-            repetition_penalty=repetition_penalty,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
+    Raises:
+        ValueError: as :func:`read`, and where the model has no decoder.
+        TypeError: a keyword is unknown.
+    """
+    choice = Sampling.of(sampling, keywords)
+    lanes, state = _begin(model, prompt, state, start, prompt_mask)
+    _check_writing(model, max_new_tokens)
+    each = generator if isinstance(generator, Sequence) else [generator] * len(lanes)
+    if len(each) != len(lanes) or not all(isinstance(g, torch.Generator | None) for g in each):
+        raise ValueError(
+            f"generator: expected a torch.Generator, or a list with one for each of {len(lanes)} lanes, "
+            f"got {generator!r}"
         )
-        return Stream(self, _read(self, lanes, state), max_new_tokens, sampling, generator)
+    chosen = _Choice(choice, model.config, state.start)
+    with torch.no_grad():
+        return Stream(model, _read(model, lanes, state), max_new_tokens, chosen, generator)
 
-    @torch.no_grad()
-    def generate(
-        self: _Model,
-        prompt: Tokens | None,
-        max_new_tokens: int,
-        *,
-        start: int | None = None,
-        prompt_mask: Tensor | None = None,
-        state: MemoryState | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        stop: Sequence[int] = (),
-        never: Sequence[int] = (),
-        generator: Generators = None,
-        callback: Callable[[Tensor], object] | None = None,
-        beams: int | None = None,
-        length_penalty: float = 1.0,
-    ) -> Generated:
-        """The tokens after a prompt, and the state after them: all of a :meth:`stream`, or the best of a beam search.
 
-        Args:
-            callback: called with each (batch,) tensor of the stream as it comes.
-            beams: search for the likeliest continuation with so many hypotheses per lane; one is greedy. Nothing is
-                sampled then: of the settings only ``repetition_penalty``, ``stop`` and ``never`` have a place.
-            length_penalty: the search ends with the hypothesis of the greatest log-probability / length ** this;
-                above 0 favours longer ones.
+@torch.no_grad()
+def generate(
+    model: Network,
+    prompt: Tokens | None,
+    max_new_tokens: int,
+    *,
+    start: int | None = None,
+    prompt_mask: Tensor | None = None,
+    state: MemoryState | None = None,
+    sampling: Sampling | None = None,
+    generator: Generators = None,
+    callback: Callable[[Tensor], object] | None = None,
+    beams: int | None = None,
+    length_penalty: float = 1.0,
+    **keywords: Unpack[SamplingKeywords],
+) -> Generated:
+    """The tokens after a prompt, and the state after them: all of a :func:`stream`, or the best of a beam search.
 
-        The others are those of :meth:`stream`, and so are the errors.
-        """
-        if beams is None:
-            stream = Generation.stream(
-                self,
-                prompt,
-                max_new_tokens,
-                start=start,
-                prompt_mask=prompt_mask,
-                state=state,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                stop=stop,
-                never=never,
-                generator=generator,
-            )
-            steps = []
-            for tokens in stream:
-                steps.append(tokens)
-                if callback is not None:
-                    callback(tokens)
-            after = stream.state
-            table = torch.stack(steps, 1) if steps else after.pending[:, :0]
-            return Generated([row[row >= 0] for row in table], after)
-        if temperature != 1 or any(x is not None for x in (top_k, top_p, min_p, generator, callback)):
-            raise ValueError(
-                "beams: a search does not sample; expected no temperature, top_k, top_p, min_p, generator or callback "
-                "beside it"
-            )
-        check_count("beams", beams, 1)
-        if not math.isfinite(length_penalty):
-            raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
-        lanes, state = _begin(self, prompt, state, start, prompt_mask)
-        _check_writing(self, max_new_tokens)
-        sampling = _Sampling(
-            config=self.config, start=state.start, never=never, stop=stop, repetition_penalty=repetition_penalty
+    >>> prompts = [torch.tensor([72, 105]), torch.tensor([79])]
+    >>> tokens, state = model.generate(prompts, 5, start=256, top_p=0.9)
+    >>> [len(lane) for lane in tokens], state.position
+    ([5, 5], tensor([7, 6]))
+    >>> tokens, state = model.generate(None, 5, state=state, sampling=Sampling(temperature=0))
+
+    Args:
+        model, prompt, max_new_tokens, start, prompt_mask, state, sampling, generator: as in :func:`stream`.
+        callback: called with each (batch,) tensor of the stream as it comes.
+        beams: search for the likeliest continuation with this many hypotheses per lane; one is greedy. Nothing is
+            sampled then: of the sampling only ``repetition_penalty``, ``stop`` and ``never`` have a place.
+        length_penalty: the search ends with the hypothesis of the greatest log-probability / length ** this; above 0
+            favours longer ones.
+
+    Raises:
+        ValueError: as :func:`stream`, and for anything that samples beside ``beams``.
+        TypeError: a keyword is unknown.
+    """
+    sampling = Sampling.of(sampling, keywords)
+    if beams is None:
+        steps = []
+        tokens = stream(
+            model,
+            prompt,
+            max_new_tokens,
+            start=start,
+            prompt_mask=prompt_mask,
+            state=state,
+            sampling=sampling,
+            generator=generator,
         )
-        return _beam_search(self, _read(self, lanes, state), max_new_tokens, sampling, beams, length_penalty)
+        for token in tokens:
+            steps.append(token)
+            if callback is not None:
+                callback(token)
+        after = tokens.state
+        table = torch.stack(steps, 1) if steps else after.pending[:, :0]  # (batch, count)
+        return Generated([row[row >= 0] for row in table], after)
+    kept = {name: getattr(sampling, name) for name in ("repetition_penalty", "stop", "never")}
+    if sampling != Sampling(**kept) or generator is not None or callback is not None:
+        raise ValueError(
+            "beams: a search does not sample; expected no temperature, top_k, top_p, min_p, generator or callback "
+            "beside it"
+        )
+    check_count("beams", beams, 1)
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
+    lanes, state = _begin(model, prompt, state, start, prompt_mask)
+    _check_writing(model, max_new_tokens)
+    choice = _Choice(sampling, model.config, state.start)
+    return _beam_search(model, _read(model, lanes, state), max_new_tokens, choice, beams, length_penalty)
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
 def _begin(
-    model: _Model, tokens: Tokens | None, state: MemoryState | None, start: int | None, mask: Tensor | None
+    model: Network, tokens: Tokens | None, state: MemoryState | None, start: int | None, mask: Tensor | None
 ) -> tuple[list[Tensor], MemoryState]:
     """Each lane's tokens, and the state before them."""
     if tokens is None and state is not None:
         tokens = state.pending.new_empty(state.batch_size, 0)
     if not isinstance(tokens, Tensor | Sequence) or (isinstance(tokens, Tensor) and tokens.dim() == 0):
         raise ValueError(
-            "tokens: expected token ids (batch, length), a list with one (length,) per lane, or None to go on from a "
+            "tokens: expected token ids (batch, tokens), a list with one (tokens,) per lane, or None to go on from a "
             f"state, got {type(tokens).__name__}"
         )
     like, length, batch = model.get_initial_mem(1)[0], model.config.segment_length, len(tokens)
@@ -608,17 +601,18 @@ def _begin(
         raise ValueError(
             f"state: expected {names} {_words(sizes)} for this model and these tokens, got {_words(given)}"
         )
-    if mask is not None and not (
-        isinstance(tokens, Tensor) and mask.dtype == torch.bool and mask.shape == tokens.shape
-    ):
-        raise ValueError("mask: expected torch.bool of the tokens' shape (batch, length), True for tokens that exist")
+    mask = as_mask("mask", mask)
+    if mask is not None and not (isinstance(tokens, Tensor) and is_tensor(mask, tuple(tokens.shape), torch.bool)):
+        raise ValueError(
+            "mask: expected torch.bool of the tokens' shape (batch, tokens), True for tokens that exist, or integers 1 "
+            f"and 0, got {describe(mask)}"
+        )
     lanes = []
     for i, lane in enumerate(tokens):
         if not isinstance(lane, Tensor) or lane.dim() != 1 or lane.dtype not in (torch.int64, torch.int32):
-            got = f"{lane.dtype} of shape {tuple(lane.shape)}" if isinstance(lane, Tensor) else type(lane).__name__
             raise ValueError(
-                "tokens: expected token ids, torch.int64 or int32 of shape (batch, length), or a list with one "
-                f"(length,) per lane, got {got} in lane {i}"
+                "tokens: expected token ids, torch.int64 or int32 of shape (batch, tokens), or a list with one "
+                f"(tokens,) per lane, got {describe(lane)} in lane {i}"
             )
         kept = lane if mask is None else lane[mask[i]]
         if len(kept):
@@ -631,9 +625,8 @@ def _words(x: object) -> str:
     return ", ".join(map(str, x)) if isinstance(x, tuple) else str(x)
 
 
-def _check_writing(model: _Model, max_new_tokens: int) -> None:
-    if model.decoder is None:
-        raise ValueError("generate: this model is encoder_only and has no decoder")
+def _check_writing(model: Network, max_new_tokens: int) -> None:
+    model.need_decoder("generate")
     check_count("max_new_tokens", max_new_tokens, 0)
 
 
@@ -641,5 +634,5 @@ def _check_ids(name: str, ids: Sequence[int], config: MemformerConfig) -> None:
     if not isinstance(ids, Sequence):
         raise ValueError(f"{name}: expected a list of token ids, got {ids!r}")
     for x in ids:
-        if not is_count(x, 0) or x >= _vocabulary(config):
-            raise ValueError(f"{name}: expected token ids from 0 to {_vocabulary(config) - 1}, got {x!r}")
+        if not is_count(x, 0) or x >= config.vocabulary:
+            raise ValueError(f"{name}: expected token ids from 0 to {config.vocabulary - 1}, got {x!r}")

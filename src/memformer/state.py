@@ -2,7 +2,7 @@
 
 A stream of tokens is cut into segments. The decoder writes the pending one while it looks at the encoding of the last
 whole one, which reads the memory of all before. When the pending segment is full it becomes the last whole one, and
-the memory is written. So a lane's state is, however much was read, slots x dim numbers and two segments of tokens.
+the memory is written. However much was read, a lane's state is slots x dim numbers and two segments of tokens.
 """
 
 from __future__ import annotations
@@ -10,28 +10,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .config import MemformerConfig
 from .files import replace_file
+from .pretrained import Pretrained
 
 __all__ = ["MemoryState", "fingerprint"]
 
 _FORMAT = "1"
-
-
-class _Model(Protocol):
-    config: MemformerConfig
-
-    def state_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +48,14 @@ class MemoryState:
 
     @classmethod
     def new(cls, batch_size: int, length: int, start: int, like: Tensor) -> MemoryState:
-        """Lanes that have read nothing. ``like``: (slots, dim), whose size, dtype and device the memory is to have."""
+        """Lanes that have read nothing. The memory takes the size, dtype and device of ``like``, (slots, dim)."""
         tokens = torch.full((batch_size, length), start, device=like.device)
         memory = like.new_zeros(batch_size, *like.shape)
         return cls(memory, tokens, tokens.clone(), tokens.new_zeros(batch_size), start)
 
     @property
     def batch_size(self) -> int:
+        """How many lanes there are."""
         return self.position.shape[0]
 
     @property
@@ -76,18 +70,20 @@ class MemoryState:
 
     @property
     def filled(self) -> Tensor:
-        """(batch,), how many tokens are pending; at most length - 1, for a full segment is pending no more."""
+        """(batch,), how many tokens are pending; at most length - 1, because a full segment is pending no more."""
         return self.position % self.length
 
     @property
     def nbytes(self) -> int:
-        """Of all lanes; constant, whatever was read."""
+        """Bytes of all lanes; constant, whatever was read."""
         return sum(x.nbytes for x in self._tensors().values())
 
     def detach(self) -> MemoryState:
+        """Without the graph of the memory."""
         return dataclasses.replace(self, memory=self.memory.detach())
 
     def clone(self) -> MemoryState:
+        """With tensors of its own."""
         return self._map(torch.clone)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
@@ -108,14 +104,22 @@ class MemoryState:
         return self._map(lambda x: x[lanes])
 
     def reorder(self, parents: Tensor | Sequence[int]) -> MemoryState:
-        """Beams that live on: lane i continues lane ``parents[i]``; as many as there are."""
+        """Beams that live on: lane i continues lane ``parents[i]``.
+
+        Raises:
+            ValueError: not one parent for each lane.
+        """
         if len(parents) != self.batch_size:
             raise ValueError(f"reorder: expected {self.batch_size} lanes, as many as there are, got {len(parents)}")
         return self.select(torch.as_tensor(parents, dtype=torch.int64))
 
     @staticmethod
     def cat(states: Sequence[MemoryState]) -> MemoryState:
-        """All lanes of several states of one model, in order."""
+        """All lanes of several states of one model, in order.
+
+        Raises:
+            ValueError: there is no state, or they are of different models.
+        """
         if not states:
             raise ValueError("cat: expected at least one state")
         kinds = {(s.start, s.length, s.memory.shape[1:], s.memory.dtype, s.memory.device) for s in states}
@@ -133,7 +137,11 @@ class MemoryState:
         return [self.select(group) for group in lanes.split(sizes if isinstance(sizes, int) else list(sizes))]
 
     def pad_to(self, batch_size: int) -> MemoryState:
-        """With lanes that have read nothing added behind."""
+        """With lanes that have read nothing added behind, ``batch_size`` in all.
+
+        Raises:
+            ValueError: there are more already.
+        """
         if batch_size < self.batch_size:
             raise ValueError(f"pad_to: expected at least the {self.batch_size} lanes there are, got {batch_size}")
         added = MemoryState.new(
@@ -141,8 +149,15 @@ class MemoryState:
         )
         return MemoryState.cat([self, added])
 
-    def save(self, path: str | Path, model: _Model) -> None:
-        """Write a safetensors file that only ``model`` can go on from. The file is replaced whole or not at all."""
+    def save(self, path: str | Path, model: Pretrained) -> None:
+        """Write a safetensors file that only ``model`` can go on from. The file is replaced whole or not at all.
+
+        >>> state = model.read(torch.tensor([[72, 105]]), start=256)
+        >>> state.save(folder / "talk.state", model)
+
+        Raises:
+            OSError: it cannot be written; what was there before is untouched.
+        """
         tensors = {name: x.contiguous().cpu() for name, x in self._tensors().items()}
         header = {
             "memformer_state": _FORMAT,
@@ -154,8 +169,12 @@ class MemoryState:
         replace_file(path, save(tensors, header))
 
     @classmethod
-    def load(cls, path: str | Path, model: _Model) -> MemoryState:
+    def load(cls, path: str | Path, model: Pretrained) -> MemoryState:
         """What :meth:`save` wrote, bit by bit, on the model's device.
+
+        >>> model.read(torch.tensor([[33]]), start=256).save(folder / "talk.state", model)
+        >>> MemoryState.load(folder / "talk.state", model).position
+        tensor([1])
 
         Raises:
             OSError: there is no such file, or it cannot be read.
@@ -176,12 +195,12 @@ class MemoryState:
             raise ValueError(f"{path}: damaged: its contents are not those that were written")
         if header.get("fingerprint") != fingerprint(model):
             raise ValueError(f"{path}: written with another model: {_difference(header, model)}")
-        return cls(**tensors, start=int(header["start"])).to(next(iter(model.state_dict().values())).device)
+        return cls(**tensors, start=int(header["start"])).to(next(model.parameters()).device)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"memory": self.memory, "segment": self.segment, "pending": self.pending, "position": self.position}
 
-    def _map(self, function: Any) -> MemoryState:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
         return MemoryState(**{name: function(x) for name, x in self._tensors().items()}, start=self.start)
 
     def _indices(self, lanes: Tensor | Sequence[int]) -> Tensor:
@@ -198,7 +217,7 @@ class MemoryState:
         return lanes
 
 
-def fingerprint(model: _Model) -> str:
+def fingerprint(model: Pretrained) -> str:
     """A model's settings and weights, to the bit, as 64 hexadecimal digits."""
     return _sha256(model.state_dict(), json.dumps(model.config.to_dict(), sort_keys=True))
 
@@ -211,7 +230,7 @@ def _sha256(tensors: dict[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def _difference(header: dict[str, str], model: _Model) -> str:
+def _difference(header: dict[str, str], model: Pretrained) -> str:
     theirs, ours = json.loads(header["config"]), model.config.to_dict()
     settings = [f"{k} {theirs.get(k)!r} there, {ours[k]!r} here" for k in ours if theirs.get(k) != ours[k]]
     prints = f"fingerprint {header['fingerprint'][:12]} there, {fingerprint(model)[:12]} here"

@@ -7,12 +7,13 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..data import Tokenizer
+from ..generation import Filters, Sampling
 from ..model import Memformer
 from ..state import MemoryState
 from . import models
@@ -38,20 +39,11 @@ class GenerateCommand:
     """How many tokens to write, after each line if interactive."""
     stop: str | None = None
     """End as soon as this text was written."""
-    temperature: float = 0.9
-    """0 always takes the most likely token; higher is wilder."""
-    top_k: int | None = None
-    """Choose among so many most likely tokens."""
-    top_p: float | None = 0.95
-    """Choose among the most likely tokens that together have this probability."""
-    min_p: float | None = None
-    """Choose among tokens at least this share as likely as the likeliest."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes the tokens of this segment and the last less likely."""
     seed: int = 0
-    """Of the choices, together with how much was read before."""
+    """Decides the choices, together with how much was read before."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
+    sampling: Filters = field(default_factory=lambda: Filters(temperature=0.9, top_p=0.95))
 
 
 def run(command: GenerateCommand) -> int:
@@ -134,12 +126,7 @@ def _continue(
         command.max_new_tokens,
         start=tokenizer.start,
         state=state,
-        temperature=command.temperature,
-        top_k=command.top_k,
-        top_p=command.top_p,
-        min_p=command.min_p,
-        repetition_penalty=command.repetition_penalty,
-        never=tokenizer.special,
+        sampling=Sampling(never=tokenizer.special, **asdict(command.sampling)),
         # A stream that goes on must not draw the same numbers again.
         generator=torch.Generator(device).manual_seed((command.seed + 1_000_003 * before) % 2**63),
     )

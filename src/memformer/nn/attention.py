@@ -1,6 +1,6 @@
 """Multi-head attention, of a sequence over itself and over a context whose keys and values are given.
 
-Shapes: x (batch, length, dim); heads split dim. The context's keys and values come from outside because one product
+Shapes: x (batch, tokens, dim); heads split dim. The context's keys and values come from outside because one product
 serves all layers of a stack (:class:`ContextProjection`), and because they need to be computed once per segment only.
 """
 
@@ -26,52 +26,56 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(batch, length, dim) -> (batch, heads, length, dim / heads)."""
+    """(batch, tokens, dim) -> (batch, heads, tokens, dim / heads)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(batch, heads, length, head_dim) -> (batch, length, heads * head_dim)."""
+    """(batch, heads, tokens, head_dim) -> (batch, tokens, heads * head_dim)."""
     return x.transpose(1, 2).flatten(-2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention without positions. The mask-free and boolean-mask cases stay on torch's fast path."""
+    """Attention without positions; shapes as in :class:`Positional`. All its cases stay on torch's fast path."""
     if causal and (mask is not None or q.shape[-2] != k.shape[-2]):
         mask, causal = with_causal(mask, q, k), False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
-def causal_mask(length: int, keys: int, device: torch.device) -> Tensor:
-    """(length, keys), True where query ``i``, at position ``keys - length + i``, may see key ``j``."""
-    return relative_distance(length, keys, device) >= 0
+def causal_mask(tokens: int, keys: int, device: torch.device) -> Tensor:
+    """(tokens, keys), True where query ``i``, at position ``keys - tokens + i``, may see key ``j``."""
+    return relative_distance(tokens, keys, device) >= 0
 
 
 def with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """``mask``, and no query sees a key that lies ahead of it."""
     allowed = causal_mask(q.shape[-2], k.shape[-2], q.device)
     return allowed if mask is None else mask & allowed
 
 
-def relative_distance(length: int, keys: int, device: torch.device) -> Tensor:
-    """(length, keys): i - j, positive where the key lies in the query's past."""
-    i = torch.arange(keys - length, keys, device=device)
+def relative_distance(tokens: int, keys: int, device: torch.device) -> Tensor:
+    """(tokens, keys): i - j, positive where the key lies in the query's past."""
+    i = torch.arange(keys - tokens, keys, device=device)
     return i[:, None] - torch.arange(keys, device=device)
 
 
 def distance_back(position: Tensor, keys: int) -> Tensor:
-    """(batch, 1, length, keys): the distance back to each key, negative where the key lies ahead."""
+    """(batch, 1, tokens, keys): the distance back to each key, negative where the key lies ahead."""
     return (position[..., None] - torch.arange(keys, device=position.device))[:, None]
 
 
 class Positional(nn.Module):
     """How positions enter attention: a part that is called as ``(q, k, v, mask, causal)`` and does the attending.
 
-    Shapes: q (batch, heads, length, head_dim), k and v (batch, heads, keys, head_dim); the result has q's shape. The
-    queries are the last ``length`` of the ``keys`` positions, so a cached prefix needs no offset. ``mask`` is boolean,
-    True where a query may look, and broadcasts to (batch, heads, length, keys). A cache of fixed size needs
-    :meth:`place` and :meth:`look_back`; ``position`` (batch, length) says where each query stands; lanes may differ.
+    Shapes: q (batch, heads, tokens, head_dim), k and v (batch, heads, keys, head_dim); the result has q's shape. The
+    queries are the last ``tokens`` of the ``keys`` positions, so a cached prefix needs no offset. ``mask`` is boolean,
+    True where a query may look, and broadcasts to (batch, heads, tokens, keys). A cache of fixed size needs
+    :meth:`place` and :meth:`look_back`; ``position`` (batch, tokens) says where each query stands; lanes may differ.
     The three kinds are in ``positions.py``.
     """
+
+    def follow(self, weight: Tensor) -> None:
+        """Bring what is neither a parameter nor in a state dict to the device and dtype of the weights beside it."""
 
     def place(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Queries at those positions, and keys as a cache is to keep them."""
@@ -97,12 +101,13 @@ class SelfAttention(nn.Module):
         self.positions = positions
         self.to_qkv = nn.Linear(dim, 3 * dim)
         self.to_out = nn.Linear(dim, dim)
+        self.register_load_state_dict_post_hook(_positions_follow)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def begin_with_copies(self) -> None:
-        """New weights with which a token takes from another that one's own vector.
+        """Initialise so that attending to a token copies its vector.
 
-        So tokens that stand together in a segment look alike, and one of them finds what was stored with the other.
+        Tokens that stand together in a segment then look alike, and one of them finds what was stored with the other.
         """
         out = self.to_out.weight
         # Drawn in single precision at least: the decomposition behind it knows no half precision.
@@ -111,9 +116,9 @@ class SelfAttention(nn.Module):
 
     @torch.no_grad()
     def begin_with_neighbours(self) -> None:
-        """New biases with which head h first looks at the token h + 1 before its own, if the positions know how.
+        """Initialise so that head h looks at the token h + 1 before its own, if the positions know how.
 
-        What comes next depends on the last few tokens more than on all else, and so it need not be found out.
+        What comes next depends on the last few tokens more than on all else, so the model need not learn it.
         """
         q, k, _ = self.to_qkv.bias.view(3, self.heads, -1)
         for head in range(self.heads):
@@ -122,7 +127,8 @@ class SelfAttention(nn.Module):
                 q[head], k[head] = preferred
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
+        """(batch, tokens, dim), of the same shape as ``x``; ``mask`` as in :class:`Positional`."""
+        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))  # (batch, heads, tokens, ...)
         return self.to_out(merge_heads(self.positions(q, k, v, mask, causal)))
 
     def extend(self, x: Tensor, cache: KeysValues, position: Tensor) -> Tensor:
@@ -133,15 +139,23 @@ class SelfAttention(nn.Module):
             cache: of fixed size; the new keys and values are written into it. Beyond the last position it may hold
                 anything.
             position: (batch, new), where each new token stands, and so its place in the cache.
+
+        Returns:
+            (batch, new, dim).
         """
-        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
-        keys, values = cache
+        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))  # (batch, heads, new, ...)
+        keys, values = cache  # (batch, heads, keys, head_dim)
         lane = torch.arange(x.shape[0], device=x.device)[:, None]
         q, k = self.positions.place(q, k, position)
         # Autocast may make them of another dtype than the cache.
-        keys[lane, :, position] = k.transpose(1, 2).to(keys.dtype)
+        keys[lane, :, position] = k.transpose(1, 2).to(keys.dtype)  # (batch, new, heads, head_dim)
         values[lane, :, position] = v.transpose(1, 2).to(values.dtype)
         return self.to_out(merge_heads(self.positions.look_back(q, keys, values, position)))
+
+
+def _positions_follow(attention: SelfAttention, _: object) -> None:
+    """After ``load_state_dict(assign=True)`` weights may be of another device or dtype than before."""
+    attention.positions.follow(attention.to_qkv.weight)
 
 
 class CrossAttention(nn.Module):
@@ -154,6 +168,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: KeysValues, mask: Tensor | None = None) -> Tensor:
+        """(batch, tokens, dim), of the same shape as ``x``; ``mask`` broadcasts to (batch, heads, tokens, keys)."""
         return self.to_out(merge_heads(attend(split_heads(self.to_q(x), self.heads), *context, mask)))
 
 
@@ -167,6 +182,6 @@ class ContextProjection(nn.Module):
 
     def forward(self, context: Tensor) -> list[KeysValues]:
         """(batch, keys, dim) -> one pair per layer."""
-        parts = self.to_kv(context).chunk(2 * self.layers, -1)
+        parts = self.to_kv(context).chunk(2 * self.layers, -1)  # each (batch, keys, dim)
         heads = [split_heads(part, self.heads) for part in parts]
         return list(zip(heads[::2], heads[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""The layers of encoder and decoder: pre-norm residual blocks (paper, section 3.2). Shapes: x (batch, length, dim)."""
+"""The layers of encoder and decoder: pre-norm residual blocks (paper, section 3.2). Shapes: x (batch, tokens, dim)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, context: KeysValues, mask: Tensor | None = None, context_mask: Tensor | None = None
     ) -> Tensor:
-        """``mask`` is for self-attention, ``context_mask`` for the context; both boolean, True where one may look."""
+        """(batch, tokens, dim), of the same shape as ``x``.
+
+        ``mask`` is for self-attention, ``context_mask`` for the context; both boolean, True where one may look.
+        """
         x = self._add(x, self.self_norm, lambda y: self.self_attention(y, mask, self.causal))
         return self._after_self_attention(x, context, context_mask)
 

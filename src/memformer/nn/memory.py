@@ -1,6 +1,6 @@
 """The memory's writers: how M_{t-1} and a segment's encoding become M_t (paper v2, section 3.3).
 
-Shapes: memory (batch, slots, dim), x (batch, length, dim), mask (batch, length), True where x is kept.
+Shapes: memory (batch, slots, dim), x (batch, tokens, dim), mask (batch, tokens), True where x is kept.
 A writer is a module with ``initial(batch_size)`` and ``forward(memory, x, mask)``, which writes once. One of its
 parameters has a row per slot; all others are shared, so the number of slots may change (:meth:`SlotWriter.resize`).
 """
@@ -36,22 +36,25 @@ def slot_attention(
 
     Args:
         q, own_k, own_v: (batch, heads, slots, head_dim), each slot's query, key and value.
-        k, v: (batch, heads, length, head_dim), the segment's.
-        mask: (batch, length), True where the segment is kept; None keeps all.
+        k, v: (batch, heads, tokens, head_dim), the segment's.
+        mask: (batch, tokens), True where the segment is kept; None keeps all.
         temperature: below 1 sharpens the attention.
+
+    Returns:
+        (batch, heads, slots, head_dim).
     """
     on_itself, on_segment = slot_attention_weights(q, own_k, k, mask=mask, temperature=temperature)
-    return on_itself * own_v + on_segment @ v
+    return on_itself * own_v + on_segment @ v  # (batch, heads, slots, head_dim)
 
 
 def slot_attention_weights(
     q: Tensor, own_k: Tensor, k: Tensor, *, mask: Tensor | None = None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The weights a_i of :func:`slot_attention`: on the slot itself, (batch, heads, slots, 1), and on the segment,
-    (batch, heads, slots, length). Together they are 1."""
+    (batch, heads, slots, tokens). Together they are 1."""
     q = q / (math.sqrt(q.shape[-1]) * temperature)
-    to_itself = (q * own_k).sum(-1, keepdim=True)
-    to_segment = q @ k.transpose(-1, -2)
+    to_itself = (q * own_k).sum(-1, keepdim=True)  # (batch, heads, slots, 1)
+    to_segment = q @ k.transpose(-1, -2)  # (batch, heads, slots, tokens)
     if mask is not None:
         to_segment = to_segment.masked_fill(~mask[:, None, None, :], float("-inf"))
     on_itself, on_segment = torch.cat([to_itself, to_segment], -1).softmax(-1).split([1, k.shape[-2]], -1)
@@ -59,7 +62,10 @@ def slot_attention_weights(
 
 
 def normalise(memory: Tensor, bias: Tensor) -> Tensor:
-    """Biased memory normalisation, the forgetting mechanism: (m + b) / |m + b|. ``bias``: (slots, dim)."""
+    """Biased memory normalisation, the forgetting mechanism: (m + b) / |m + b|.
+
+    ``memory``, and the result: (batch, slots, dim); ``bias``: (slots, dim).
+    """
     return F.normalize(memory + bias, dim=-1)
 
 
@@ -86,7 +92,8 @@ class SlotWriter(nn.Module):
         raise NotImplementedError
 
     def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
-        """q, own_k, own_v, k, v of :func:`slot_attention`."""
+        """q, own_k, own_v, (batch, heads, slots, head_dim), and k, v, (batch, heads, tokens, head_dim), of
+        :func:`slot_attention`."""
         raise NotImplementedError
 
     def attend(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -165,8 +172,9 @@ class NormalisedWriter(SlotWriter):
         return F.normalize(self.bias, dim=-1).expand(batch_size, -1, -1)
 
     def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
-        name = math.sqrt(memory.shape[-1]) * F.normalize(self.bias, dim=-1)  # as long as a normalised slot
-        q, own_k = self.slots_to_qk((self.norm(memory) + name) / math.sqrt(2)).chunk(2, -1)
+        # (slots, dim), each as long as a normalised slot.
+        name = math.sqrt(memory.shape[-1]) * F.normalize(self.bias, dim=-1)
+        q, own_k = self.slots_to_qk((self.norm(memory) + name) / math.sqrt(2)).chunk(2, -1)  # (batch, slots, dim)
         return [split_heads(part, self.heads) for part in (q, own_k, memory, *self.segment_to_kv(x).chunk(2, -1))]
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -199,13 +207,14 @@ class GatedWriter(SlotWriter):
         return self.slots.expand(batch_size, -1, -1)
 
     def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
-        slots, segment = self.slot_qkv(self.norm(memory)).chunk(3, -1), self.segment_kv(x).chunk(2, -1)
+        slots = self.slot_qkv(self.norm(memory)).chunk(3, -1)  # each (batch, slots, dim)
+        segment = self.segment_kv(x).chunk(2, -1)  # each (batch, tokens, dim)
         return [split_heads(part, self.heads) for part in (*slots, *segment)]
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        found = self.to_out(self.attend(memory, x, mask))
+        found = self.to_out(self.attend(memory, x, mask))  # (batch, slots, dim)
         found = found + self.feed_forward(self.feed_norm(found))
-        return self.gru(found.flatten(0, 1), memory.flatten(0, 1)).view_as(memory)
+        return self.gru(found.flatten(0, 1), memory.flatten(0, 1)).view_as(memory)  # in between (batch * slots, dim)
 
 
 def _randn(slots: int, dim: int, generator: torch.Generator | None) -> Tensor:

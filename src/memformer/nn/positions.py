@@ -28,14 +28,19 @@ class Rotary(Positional):
         super().__init__()
         self.head_dim, self.max_len, self.base = head_dim, max_len, base
         for name, table in zip(("cos", "sin"), self._tables(), strict=True):
-            self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
+            table = table.to(torch.get_default_device(), torch.get_default_dtype())
+            self.register_buffer(name, table, persistent=False)
 
     def _frequencies(self) -> Tensor:
-        """In radians per token, (head_dim / 2,), falling from 1."""
-        return self.base ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
+        """(head_dim / 2,), in radians per token, falling from 1."""
+        # On the CPU whatever the default device is: not all others know double precision.
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
+        return self.base ** (-pairs / self.head_dim)
 
     def _tables(self) -> tuple[Tensor, Tensor]:
-        angles = torch.arange(self.max_len, dtype=torch.float64)[:, None] * self._frequencies()
+        """Cosines and signed sines of all positions' angles, both (max_len, head_dim), in double precision."""
+        position = torch.arange(self.max_len, dtype=torch.float64, device="cpu")
+        angles = position[:, None] * self._frequencies()  # (max_len, head_dim / 2)
         return torch.cat([angles.cos(), angles.cos()], -1), torch.cat([-angles.sin(), angles.sin()], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
@@ -44,7 +49,12 @@ class Rotary(Positional):
         self.cos, self.sin = (table.to(self.cos) for table in self._tables())
         return self
 
+    def follow(self, weight: Tensor) -> None:
+        if (self.cos.device, self.cos.dtype) != (weight.device, weight.dtype):
+            self.cos, self.sin = (table.to(weight.device, weight.dtype) for table in self._tables())
+
     def rotate(self, x: Tensor, start: int = 0) -> Tensor:
+        """(batch, heads, tokens, head_dim), the first of them at position ``start``."""
         stop = start + x.shape[-2]
         swapped = x.roll(x.shape[-1] // 2, -1)
         return x * self.cos[start:stop].to(x.dtype) + swapped * self.sin[start:stop].to(x.dtype)
@@ -53,8 +63,8 @@ class Rotary(Positional):
         return attend(self.rotate(q, k.shape[-2] - q.shape[-2]), self.rotate(k), v, mask, causal)
 
     def preferring(self, distance: int) -> tuple[Tensor, Tensor]:
-        """By up to 8 in the logits. Only rotations that come round within 70 tokens have a part in it: slower ones tell
-        no neighbours apart.
+        """By up to 8 in the logits. Only rotations that come round within 70 tokens take part: slower ones do not tell
+        neighbours apart.
         """
         frequencies = self._frequencies()
         fast = frequencies > 2 * math.pi / 70
@@ -64,7 +74,8 @@ class Rotary(Positional):
         return query, torch.cat([size, torch.zeros_like(size)])
 
     def place(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = (table[position][:, None].to(q.dtype) for table in (self.cos, self.sin))
+        tables = (self.cos, self.sin)
+        cos, sin = (table[position][:, None].to(q.dtype) for table in tables)  # (batch, 1, tokens, head_dim)
         half = q.shape[-1] // 2
         return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
 
@@ -100,8 +111,8 @@ class BucketedBias(Positional):
         return offset + torch.where(distance < exact, distance, far)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        distance = relative_distance(q.shape[-2], k.shape[-2], q.device)
-        bias = self.bias(self.bucket(distance)).permute(2, 0, 1).to(q.dtype)[None]
+        distance = relative_distance(q.shape[-2], k.shape[-2], q.device)  # (tokens, keys)
+        bias = self.bias(self.bucket(distance)).permute(2, 0, 1).to(q.dtype)[None]  # (1, heads, tokens, keys)
         if causal:
             mask = with_causal(mask, q, k)
         if mask is not None:
@@ -109,8 +120,8 @@ class BucketedBias(Positional):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        distance = distance_back(position, k.shape[-2])
-        bias = self.bias(self.bucket(distance[:, 0])).permute(0, 3, 1, 2).to(q.dtype)
+        distance = distance_back(position, k.shape[-2])  # (batch, 1, tokens, keys)
+        bias = self.bias(self.bucket(distance[:, 0])).permute(0, 3, 1, 2).to(q.dtype)  # (batch, heads, tokens, keys)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(distance < 0, float("-inf")))
 
 
@@ -126,39 +137,42 @@ class RelativeEncoding(Positional):
         self.table = nn.Parameter(torch.randn(2 * max_len - 1, head_dim) * 0.02)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        length, keys = q.shape[-2], k.shape[-2]
-        # The table's rows for the distances keys - 1 down to 1 - length: key j of query i is then at column
-        # length - 1 - i + j, so that one shift per row turns distances into keys.
-        rows = self.table[self.max_len - length : self.max_len + keys - 1].flip(0)
-        by_distance = q @ rows.T
+        tokens, keys = q.shape[-2], k.shape[-2]
+        # The table's rows for the distances keys - 1 down to 1 - tokens: key j of query i is then at column
+        # tokens - 1 - i + j, so that one shift per row turns distances into keys.
+        rows = self.table[self.max_len - tokens : self.max_len + keys - 1].flip(0)  # (distances, head_dim)
+        by_distance = q @ rows.T  # (batch, heads, tokens, distances)
         logits = (q @ k.transpose(-1, -2) + _distance_to_key(by_distance, keys)) / math.sqrt(q.shape[-1])
         if causal:
             mask = with_causal(mask, q, k)
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))
-        weights = logits.softmax(-1)
+        weights = logits.softmax(-1)  # (batch, heads, tokens, keys)
         return weights @ v + _key_to_distance(weights) @ rows
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         # Key and distance back are each the position less the other, so one gather turns either into the other.
-        distance = distance_back(position, k.shape[-2]).expand(-1, q.shape[1], -1, -1)
+        distance = distance_back(position, k.shape[-2]).expand(-1, q.shape[1], -1, -1)  # (batch, heads, tokens, keys)
         ahead, distance = distance < 0, distance.clamp(min=0)
-        rows = self.table[self.max_len - 1 : self.max_len - 1 + k.shape[-2]]
+        rows = self.table[self.max_len - 1 : self.max_len - 1 + k.shape[-2]]  # (keys, head_dim), by distance back
         logits = (q @ k.transpose(-1, -2) + (q @ rows.T).gather(-1, distance)) / math.sqrt(q.shape[-1])
         weights = logits.masked_fill(ahead, float("-inf")).softmax(-1)
         return weights @ v + weights.gather(-1, distance).masked_fill(ahead, 0) @ rows
 
 
 def _distance_to_key(x: Tensor, keys: int) -> Tensor:
-    """(..., length, width) -> (..., length, keys), width = length + keys - 1: row i is read from length - 1 - i on."""
-    length, width = x.shape[-2:]
-    flat = F.pad(x, (0, 1)).flatten(-2)[..., length - 1 : length - 1 + length * width]
-    return flat.unflatten(-1, (length, width))[..., :keys]
+    """(..., tokens, distances) -> (..., tokens, keys): row i is read from tokens - 1 - i on.
+
+    There are tokens + keys - 1 distances.
+    """
+    tokens, distances = x.shape[-2:]
+    flat = F.pad(x, (0, 1)).flatten(-2)[..., tokens - 1 : tokens - 1 + tokens * distances]
+    return flat.unflatten(-1, (tokens, distances))[..., :keys]
 
 
 def _key_to_distance(x: Tensor) -> Tensor:
-    """The transpose of :func:`_distance_to_key`: row i is written from length - 1 - i on, the rest is zero."""
-    length, keys = x.shape[-2:]
-    width = length + keys - 1
-    flat = F.pad(F.pad(x, (0, width - keys)).flatten(-2), (length - 1, 1))
-    return flat.unflatten(-1, (length, width + 1))[..., :width]
+    """The transpose of :func:`_distance_to_key`: row i is written from tokens - 1 - i on, the rest is zero."""
+    tokens, keys = x.shape[-2:]
+    distances = tokens + keys - 1
+    flat = F.pad(F.pad(x, (0, distances - keys)).flatten(-2), (tokens - 1, 1))
+    return flat.unflatten(-1, (tokens, distances + 1))[..., :distances]

@@ -1,0 +1,95 @@
+"""What callers hand in: described, checked, and turned into the one form that the rest of the package knows.
+
+Imports torch alone. Values are read only where there are any: not in code that is traced, nor of meta and fake tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["IGNORED", "as_mask", "as_targets", "check_mask", "check_tokens", "describe", "has_values", "is_tensor"]
+
+IGNORED = -100
+"""The target that torch's and Hugging Face's losses ignore."""
+
+
+def describe(x: object) -> str:
+    """The dtype and shape of a tensor, or the type of anything else, for a message."""
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def is_tensor(x: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return isinstance(x, Tensor) and tuple(x.shape) == shape and x.dtype == dtype
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether Python may look at the values: a tensor that is traced, on the meta device or fake has none to show."""
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+
+
+def as_mask(name: str, mask: Tensor | None) -> Tensor | None:
+    """A mask of integers 0 and 1, as tokenizers give it, as boolean; anything else comes back for a check to refuse.
+
+    Raises:
+        ValueError: integers other than 0 and 1.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype == torch.bool or mask.is_floating_point() or mask.is_complex():
+        return mask
+    if has_values(mask) and ((mask != 0) & (mask != 1)).any():
+        low, high = (int(x) for x in mask.aminmax())
+        raise ValueError(f"{name}: expected 1 for tokens that exist and 0 for others, got values from {low} to {high}")
+    return mask.bool()
+
+
+def as_targets(tgt: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Targets and their mask (:func:`as_mask`), with those of -100 masked: they do not count, and nothing sees them.
+
+    Both (batch, tokens). Traced, meta and fake targets have no values to look for, and come back as they are.
+    """
+    mask = as_mask("tgt_mask", mask)
+    if not isinstance(tgt, Tensor) or not has_values(tgt):
+        return tgt, mask
+    kept = tgt != IGNORED
+    if kept.all():
+        return tgt, mask
+    check_mask("tgt_mask", mask, tgt)
+    return tgt.where(kept, 0), kept if mask is None else mask & kept
+
+
+def check_tokens(name: str, tokens: Tensor, vocabulary: int, max_len: int, prefix: str) -> None:
+    """Raise ValueError unless these are (batch, tokens) ids of a stack whose settings begin with ``prefix``."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name}: expected token ids, torch.int64 or int32 of shape (batch, tokens), got {describe(tokens)}"
+        )
+    batch, length = tokens.shape
+    if not batch or not length:
+        raise ValueError(f"{name}: expected at least one lane and one token, got shape {tuple(tokens.shape)}")
+    if length > max_len:
+        raise ValueError(
+            f"{name}: expected at most {prefix}_max_seq_len = {max_len} tokens, got {length}. Cut it into segments and "
+            "carry the memory (memory_replay_backprop does), or build the model with a longer one"
+        )
+    if not has_values(tokens):
+        return
+    low, high = (int(x) for x in tokens.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"{name}: token id {low if low < 0 else high} is outside the table of {prefix}_num_tokens = {vocabulary} "
+            f"(ids 0 to {vocabulary - 1})"
+        )
+
+
+def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
+    """Raise ValueError unless ``mask`` is None or boolean of the shape of ``like``, (batch, tokens)."""
+    if mask is None or is_tensor(mask, tuple(like.shape), torch.bool):
+        return
+    remedy = ""
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        remedy = ". Pass mask.bool() if it is 1 for tokens that exist, or mask == 0 if it is added to the logits"
+    raise ValueError(
+        f"{name}: expected torch.bool of its tokens' shape {tuple(like.shape)}, True for tokens that exist, or "
+        f"integers 1 and 0, got {describe(mask)}{remedy}"
+    )

@@ -1,0 +1,393 @@
+"""The network of a Memformer: an encoder that reads a memory of fixed size, its writer, and a decoder.
+
+The one place that turns a configuration into modules, and all that a step is, of a segment or of one token; nothing
+here checks what it is given. Shapes: tokens (batch, tokens), memory (batch, slots, dim). The network does not know the
+replay engine; ``rollouts.py`` joins them. What generation asks of a network is :meth:`Network.memory_after`,
+:meth:`Network.open`, and :meth:`Network.next_logits`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import MemformerConfig
+from .nn.attention import ContextProjection, KeysValues, Positional, causal_mask
+from .nn.blocks import Block
+from .nn.memory import GatedWriter, NormalisedWriter
+from .nn.positions import BucketedBias, RelativeEncoding, Rotary
+from .pretrained import Pretrained
+from .state import MemoryState
+
+__all__ = ["Decoder", "EncOnlyResults", "Encoder", "Network", "Opened", "token_losses"]
+
+
+class EncOnlyResults(NamedTuple):
+    """What reading a segment gives, and all that an encoder-only model returns.
+
+    Attributes:
+        enc_out: (batch, tokens, dim), zero where the source is masked.
+        mem: (batch, slots, dim), the memory after the segment.
+    """
+
+    enc_out: Tensor
+    mem: Tensor
+
+
+class Opened(NamedTuple):
+    """What is computed once of each lane's last whole segment, for the tokens after it. First dimension: batch.
+
+    Attributes:
+        contexts: the encoding's keys and values for each layer of the decoder.
+        context_mask: (batch, tokens), True where the encoding exists.
+        memory: (batch, slots, dim), after that segment.
+        cache: the decoder's, of all that it read since, but for each lane's last token, which the next step brings.
+    """
+
+    contexts: list[KeysValues]
+    context_mask: Tensor
+    memory: Tensor
+    cache: list[KeysValues]
+
+
+class Encoder(nn.Module):
+    """Reads a segment and the memory in every layer (paper, section 3.2)."""
+
+    def __init__(self, embedding: nn.Embedding, layers: list[Block], heads: int, dropout: float):
+        super().__init__()
+        dim = embedding.embedding_dim
+        self.embedding = embedding
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(layers)
+        for layer in layers:
+            layer.self_attention.begin_with_copies()
+        self.memory_norm = nn.LayerNorm(dim)
+        self.memory_projection = ContextProjection(dim, heads, len(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, src: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(batch, tokens) and (batch, slots, dim) -> (batch, tokens, dim), zero where ``mask`` is False."""
+        x = self.dropout(self.embedding(src))  # (batch, tokens, dim)
+        contexts = self.memory_projection(self.memory_norm(memory))  # per layer two of (batch, heads, slots, head_dim)
+        visible = None if mask is None else _visible(mask)[:, None, None, :]  # (batch, 1, 1, tokens)
+        for layer, context in zip(self.layers, contexts, strict=True):
+            x = layer(x, context, visible)
+        x = self.norm(x)
+        return x if mask is None else x * mask[..., None]
+
+
+class Decoder(nn.Module):
+    """Predicts each token of a target from those before it and from the encoder's output.
+
+    After the target's first token, which starts it, it reads the last ``overlap`` tokens of the source: a target that
+    continues the source is then predicted at the border of two segments as inside one.
+    """
+
+    def __init__(
+        self, embedding: nn.Embedding, layers: list[Block], heads: int, dropout: float, tied: bool, overlap: int
+    ):
+        super().__init__()
+        dim, vocabulary = embedding.embedding_dim, embedding.num_embeddings
+        self.overlap, self.tied = overlap, tied
+        self.embedding = embedding
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(layers)
+        for layer in layers:
+            layer.self_attention.begin_with_neighbours()
+        self.context_projection = ContextProjection(dim, heads, len(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.to_logits = nn.Linear(dim, vocabulary)
+        self._tie()
+        self.register_load_state_dict_post_hook(Decoder._tie)  # type: ignore[no-untyped-call]
+
+    def _tie(self, _: object = None) -> None:
+        """One matrix for embedding and logits, also after ``load_state_dict(assign=True)``, which makes two of it."""
+        if self.tied:
+            self.to_logits.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tgt: Tensor,
+        enc_out: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        src: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, tokens) and (batch, source, dim) -> logits (batch, tokens, vocabulary), of what follows each token.
+
+        A masked target is seen by no other position, and its own position does not know which token it was. ``src``
+        (batch, source) is needed where there is an overlap.
+        """
+        if self.overlap:
+            assert src is not None, "an overlap needs the source"
+            tgt, tgt_mask = self._with_overlap(tgt, tgt_mask, src, src_mask)  # (batch, tokens + overlap)
+        x = self.dropout(self.embedding(tgt))  # (batch, tokens + overlap, dim)
+        mask = None
+        if tgt_mask is not None:
+            x = x * tgt_mask[..., None]
+            tokens = tgt.shape[1]
+            itself = torch.eye(tokens, dtype=torch.bool, device=tgt.device)
+            mask = (tgt_mask[:, None, None, :] & causal_mask(tokens, tokens, tgt.device)) | itself  # (batch, 1, q, k)
+        context_mask = None if src_mask is None else _visible(src_mask)[:, None, None, :]  # (batch, 1, 1, source)
+        for layer, context in zip(self.layers, self.context_projection(enc_out), strict=True):
+            x = layer(x, context, mask, context_mask)
+        return self.to_logits(self.norm(x[:, self.overlap :]))  # (batch, tokens, vocabulary)
+
+    def _with_overlap(
+        self, tgt: Tensor, tgt_mask: Tensor | None, src: Tensor, src_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A target whose first token is followed by the source's last ones, and its mask.
+
+        Where the source has fewer, the first token is repeated, so that places in the target do not depend on it.
+        """
+        start, rest = tgt.tensor_split([1], 1)
+        last = torch.cat([start.expand(-1, self.overlap), src], 1)  # (batch, overlap + source)
+        if src_mask is None:
+            last = last[:, -self.overlap :]  # (batch, overlap)
+        else:
+            # Sorted by whether they exist, those that do stand behind, in their order; the repeated ones always do.
+            order = F.pad(src_mask, (self.overlap, 0), value=True).byte().argsort(dim=1, stable=True)
+            last = last.gather(1, order[:, -self.overlap :])
+        if tgt_mask is not None:
+            tgt_mask = torch.cat([tgt_mask[:, :1].expand(-1, 1 + self.overlap), tgt_mask[:, 1:]], 1)
+        return torch.cat([start, last, rest], 1), tgt_mask
+
+    def new_cache(self, batch_size: int, tokens: int) -> list[KeysValues]:
+        """Room for the keys and values of ``tokens`` targets (the start token counted), for :meth:`extend`.
+
+        Per layer two of (batch, heads, tokens + overlap, head_dim): the overlap stands between the first target and the
+        second.
+        """
+        like = self.to_logits.weight
+        heads = self.context_projection.heads
+        shape = (batch_size, heads, tokens + self.overlap, self.embedding.embedding_dim // heads)
+        return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers]
+
+    def extend(
+        self,
+        tgt: Tensor,
+        position: Tensor,
+        cache: Sequence[KeysValues],
+        contexts: Sequence[KeysValues],
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`forward` for some targets of a segment, with what was computed for those before them.
+
+        Args:
+            tgt: (batch, new) token ids; the overlap's are among them, at the positions after the first.
+            position: (batch, new), where each stands in its segment; lanes may stand at different places.
+            cache: from :meth:`new_cache`; written in place, at ``position``. Its shapes are fixed, so compiled code
+                serves every position; what lies ahead of a position is not looked at.
+            contexts: ``context_projection(enc_out)``, once per segment.
+            context_mask: (batch, source), True where ``enc_out`` exists; at least once in each lane.
+
+        Returns:
+            The last layer's output (batch, new, dim).
+        """
+        x = self.dropout(self.embedding(tgt))  # (batch, new, dim)
+        visible = None if context_mask is None else context_mask[:, None, None, :]
+        for layer, kept, context in zip(cast("list[Block]", self.layers), cache, contexts, strict=True):
+            x = layer.extend(x, kept, position, context, visible)
+        return x
+
+    def step(
+        self,
+        token: Tensor,
+        position: Tensor,
+        cache: Sequence[KeysValues],
+        contexts: Sequence[KeysValues],
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """One target per lane, token and position (batch,) -> logits (batch, vocabulary) of the next.
+
+        The other arguments are those of :meth:`extend`.
+        """
+        x = self.extend(token[:, None], position[:, None], cache, contexts, context_mask)  # (batch, 1, dim)
+        return self.to_logits(self.norm(x[:, 0]))
+
+    def compile_step(self, **options: Any) -> None:
+        """Compile :meth:`step`, which generation calls for each token, by ``torch.compile(..., **options)``.
+
+        Copies of the model (``copy.deepcopy``) are then compiled too, each with its own weights.
+        """
+        # As a method and not as a function of this decoder alone: deepcopy binds a method to the copy.
+        self.step = MethodType(torch.compile(type(self).step, **options), self)  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A plain function in place of ``step``, such as torch.compile(decoder.step), has this decoder's weights: a copy
+        # has to have its own.
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if not isinstance(state.get("step"), MethodType):
+            state.pop("step", None)
+        return state
+
+
+class Network(Pretrained):
+    """Encoder, writer and decoder (None in an encoder-only model), as a configuration says.
+
+    Attributes:
+        encoder: reads a segment and the memory.
+        writer: writes the memory; holds the initial one.
+        decoder: predicts a target.
+    """
+
+    def __init__(self, config: MemformerConfig):
+        super().__init__()
+        self.config = config
+        embedding = _embedding(config.enc_num_tokens, config.dim)
+        layers = _layers(config, config.enc_depth, config.enc_heads, config.enc_max_seq_len, causal=False)
+        self.encoder = Encoder(embedding, layers, config.enc_heads, config.dropout)
+        writers: dict[str, type[NormalisedWriter] | type[GatedWriter]]
+        writers = {"normalised": NormalisedWriter, "gated": GatedWriter}
+        self.writer = writers[config.memory_writer](
+            config.dim, config.num_memory_slots, config.mem_update_attn_heads, config.write_temperature
+        )
+        self.decoder: Decoder | None = None
+        if config.encoder_only:
+            if config.dec_num_tokens is not None or config.dec_max_seq_len is not None or config.dec_overlap:
+                warnings.warn("encoder_only=True: the decoder's settings (dec_...) have no effect", stacklevel=3)
+            return
+        assert config.dec_num_tokens is not None, "the configuration checks it"
+        assert config.dec_max_seq_len is not None, "the configuration checks it"
+        if not config.tie_embeddings:
+            embedding = _embedding(config.dec_num_tokens, config.dim)
+        length = config.dec_max_seq_len + config.dec_overlap
+        layers = _layers(config, config.dec_depth, config.dec_heads, length, causal=True)
+        self.decoder = Decoder(
+            embedding, layers, config.dec_heads, config.dropout, config.tie_embeddings, config.dec_overlap
+        )
+
+    def get_initial_mem(self, batch_size: int) -> Tensor:
+        """The learned memory before the first segment, (batch, slots, dim)."""
+        return self.writer.initial(batch_size)
+
+    def need_decoder(self, purpose: str) -> Decoder:
+        """The decoder. Raises ValueError, which names the purpose, where there is none."""
+        if self.decoder is None:
+            raise ValueError(f"{purpose}: this model is encoder_only and has no decoder")
+        return self.decoder
+
+    def step(
+        self, src: Tensor, mems: Tensor | None = None, src_mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> EncOnlyResults:
+        """Read one segment and write the memory: the critical path of a rollout.
+
+        Args:
+            src: (batch, tokens) token ids.
+            mems: (batch, slots, dim), the memory before the segment; None for the learned initial memory.
+            src_mask: (batch, tokens) boolean, True for tokens that exist.
+            reset: (batch,) boolean: lanes that start again from the learned initial memory.
+        """
+        initial = self.get_initial_mem(src.shape[0])  # (batch, slots, dim)
+        mem = initial if mems is None else mems
+        if reset is not None:
+            mem = torch.where(reset[:, None, None], initial, mem)
+        enc_out = self.encoder(src, mem, src_mask)  # (batch, tokens, dim)
+        written = mem
+        for _ in range(self.config.num_mem_updates):
+            written = self.writer(written, enc_out, src_mask)
+        written = written.to(mem.dtype)
+        if src_mask is not None:
+            written = torch.where(src_mask.any(1)[:, None, None], written, mem)
+        return EncOnlyResults(enc_out, written)
+
+    # --- What generation asks for ---------------------------------------------------------------------------------
+
+    def memory_after(self, state: MemoryState) -> Tensor:
+        """The memory after each lane's last whole segment, (batch, slots, dim)."""
+        return self._read(state).mem
+
+    def open(self, state: MemoryState) -> Opened:
+        """All that the decoder needs to go on from a state, computed once for the rest of the pending segments.
+
+        Its shapes are those of a whole segment also at the start of a document, so that compiled code serves both.
+        """
+        decoder = self.need_decoder("open")
+        enc_out, memory = self._read(state)
+        enc_out = F.pad(enc_out, (0, 0, 0, state.length - enc_out.shape[1]))  # (batch, length, dim)
+        contexts = [(k.contiguous(), v.contiguous()) for k, v in decoder.context_projection(enc_out)]
+        context_mask, cache = _source_mask(state), decoder.new_cache(state.batch_size, state.length)
+        begun = decoder.overlap + int(state.filled.max())
+        if begun:
+            # What shorter lanes put into the cache beyond their end is written over before it is looked at.
+            tokens = _targets(state, decoder.overlap)[:, :begun]
+            position = torch.arange(begun, device=tokens.device).expand_as(tokens)
+            decoder.extend(tokens, position, cache, contexts, context_mask)
+        return Opened(contexts, context_mask, memory, cache)
+
+    def next_logits(self, state: MemoryState, opened: Opened) -> Tensor:
+        """Logits of each lane's next token, (batch, vocabulary). The cache takes in each lane's last token."""
+        decoder = self.need_decoder("next_logits")
+        position = state.filled + decoder.overlap
+        token = _targets(state, decoder.overlap).gather(1, position[:, None])[:, 0]
+        return decoder.step(token, position, opened.cache, opened.contexts, opened.context_mask)
+
+    def _read(self, state: MemoryState) -> EncOnlyResults:
+        """Each lane's last whole segment, or the start token where there is none yet."""
+        fresh = state.fresh
+        if fresh.all():
+            return self.step(state.segment[:, :1])
+        return self.step(state.segment, state.memory, _source_mask(state) if fresh.any() else None, fresh)
+
+
+def _source_mask(state: MemoryState) -> Tensor:
+    """(batch, length): the source of a lane that has not read a whole segment is the start token alone."""
+    return ~state.fresh[:, None] | (torch.arange(state.length, device=state.position.device) == 0)
+
+
+def _targets(state: MemoryState, overlap: int) -> Tensor:
+    """What the decoder reads, (batch, 1 + overlap + length): the start token, the overlap, what is pending."""
+    last = state.segment[:, state.length - overlap :]
+    return torch.cat([F.pad(last, (1, 0), value=state.start), state.pending], 1)
+
+
+def token_losses(
+    decoder: Decoder,
+    tgt: Tensor,
+    enc_out: Tensor,
+    src_mask: Tensor | None = None,
+    tgt_mask: Tensor | None = None,
+    src: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each predicted token in nats, zero where it does not count, and whether it counts.
+
+    Both (batch, tokens - 1) for ``tgt`` (batch, tokens); the other arguments are those of :meth:`Decoder.forward`. A
+    kept token counts if another kept one stands before it; the first one starts the decoder.
+    """
+    kept = None if tgt_mask is None else tgt_mask[:, :-1]
+    logits = decoder(tgt[:, :-1], enc_out, src_mask, kept, src)  # (batch, tokens - 1, vocabulary)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    losses = F.cross_entropy(logits.transpose(1, 2), tgt[:, 1:].long(), reduction="none")
+    if tgt_mask is None:
+        return losses, torch.ones_like(tgt[:, 1:], dtype=torch.bool)
+    counted = tgt_mask[:, 1:] & (tgt_mask.cumsum(1)[:, :-1] > 0)
+    return losses * counted, counted
+
+
+def _embedding(tokens: int, dim: int) -> nn.Embedding:
+    embedding = nn.Embedding(tokens, dim)
+    nn.init.normal_(embedding.weight, std=dim**-0.5)
+    return embedding
+
+
+def _layers(config: MemformerConfig, depth: int, heads: int, max_len: int, causal: bool) -> list[Block]:
+    def positions() -> Positional:
+        head_dim = config.dim // heads
+        if config.positions == "bucketed":
+            return BucketedBias(heads, causal)
+        return {"rotary": Rotary, "relative": RelativeEncoding}[config.positions](head_dim, max_len)
+
+    return [Block(config.dim, heads, positions(), causal, config.dropout) for _ in range(depth)]
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """The mask, but all True in lanes where it is all False: attention over nothing has no value, and these lanes'
+    outputs are zeroed anyway."""
+    return mask | ~mask.any(1, keepdim=True)
