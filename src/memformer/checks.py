@@ -21,6 +21,7 @@ def describe(x: object) -> str:
 
 
 def is_tensor(x: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether it is a tensor of just that shape and dtype."""
     return isinstance(x, Tensor) and tuple(x.shape) == shape and x.dtype == dtype
 
 
@@ -46,13 +47,14 @@ def as_mask(name: str, mask: Tensor | None) -> Tensor | None:
 def as_targets(tgt: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Targets and their mask (:func:`as_mask`), with those of -100 masked: they do not count, and nothing sees them.
 
-    Both (batch, tokens). Traced, meta and fake targets have no values to look for, and come back as they are.
+    Both (batch, tokens). Where there are no values to read, -100 is looked for only beside a mask: to make one for any
+    targets would take the decoder off its fast path.
     """
     mask = as_mask("tgt_mask", mask)
-    if not isinstance(tgt, Tensor) or not has_values(tgt):
+    if not isinstance(tgt, Tensor) or (mask is None and not has_values(tgt)):
         return tgt, mask
     kept = tgt != IGNORED
-    if kept.all():
+    if has_values(tgt) and kept.all():
         return tgt, mask
     check_mask("tgt_mask", mask, tgt)
     return tgt.where(kept, 0), kept if mask is None else mask & kept

@@ -127,4 +127,5 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 
 def is_count(value: object, least: int) -> bool:
+    """Whether it is a whole number of at least ``least``; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

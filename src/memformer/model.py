@@ -158,9 +158,8 @@ class Memformer(Network):
             ``(enc_out, mem, loss)`` as :class:`Results`, or ``(enc_out, mem)`` from an encoder-only model.
 
         Raises:
-            ValueError: a shape, dtype, length or token id does not fit; the message says what was expected. Values are
-                not looked at in compiled code, and on meta and fake tensors: there every id has to be one of the
-                vocabulary.
+            ValueError: a shape, dtype, length or token id does not fit; the message says what was expected. In compiled
+                code token ids are not checked, and -100 needs a ``tgt_mask`` beside it.
         """
         src_mask = as_mask("src_mask", src_mask)
         self.check_source(src, mems, src_mask, reset)

@@ -69,7 +69,9 @@ def _run(command: GenerateCommand) -> None:
     if command.state is not None and command.state.exists():
         state = MemoryState.load(command.state, model)
         if state.batch_size != 1:
-            raise ValueError(f"state: expected one lane in {command.state}, got {state.batch_size}; split() parts them")
+            raise ValueError(
+                f"state: expected one lane in {command.state}, got {state.batch_size}; MemoryState.split separates them"
+            )
     for text in _texts(command):
         state = _continue(model, tokenizer, command, text, state)
         if command.state is not None:
