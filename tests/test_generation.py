@@ -548,7 +548,7 @@ ONE = torch.zeros(1, 2, dtype=torch.int64)
         (dict(prompt=torch.full((1, 2), 11)), "tokens: expected token ids from 0 to 10, got 11"),
         (dict(prompt=torch.full((1, 70), -1)), "tokens: expected token ids from 0 to 10, got -1"),
         (dict(prompt_mask=torch.ones(1, 3, dtype=torch.bool)), "mask: expected torch.bool of the tokens' shape"),
-        (dict(prompt_mask=torch.ones(1, 2)), "mask: expected torch.bool of the tokens' shape"),
+        (dict(prompt_mask=torch.ones(1, 2)), "mask: expected torch.bool, or integers of 0 and 1, .* torch.float32"),
         (dict(prompt=[ONE[0]], prompt_mask=torch.ones(1, 2, dtype=torch.bool)), "mask: expected torch.bool"),
         (
             dict(generator=[torch.Generator()] * 2),
@@ -563,7 +563,7 @@ ONE = torch.zeros(1, 2, dtype=torch.int64)
         (dict(temperature=None), "temperature: expected a finite number of at least 0 .*, got None"),
         (
             dict(prompt_mask=torch.full((1, 2), 3)),
-            "mask: expected 1 for tokens that exist and 0 for others, got .* 3 to 3",
+            "mask: expected torch.bool, .* got other integers, from 3 to 3",
         ),
         (dict(beams=2, length_penalty=math.nan), "length_penalty: expected a finite number, got nan"),
         (dict(beams=2, max_new_tokens=-3), "max_new_tokens: expected a whole number of at least 0, got -3"),

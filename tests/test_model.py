@@ -184,6 +184,9 @@ def test_masks_of_one_and_zero(dtype: torch.dtype, overlap: int) -> None:
     for actual, wanted in zip(model(src, tgt, mems, SRC_MASK.to(dtype), STARTED.to(dtype)), expected, strict=True):
         assert torch.equal(actual, wanted)
     assert torch.equal(model.encode(src, mems, SRC_MASK.to(dtype)).mem, expected.mem)
+    reset = torch.tensor([True, False])
+    assert torch.equal(model.encode(src, mems, reset=reset.to(dtype)).mem, model.encode(src, mems, reset=reset).mem)
+    assert torch.equal(model(src, mems=mems, reset=reset.to(dtype)).mem, model(src, mems=mems, reset=reset).mem)
     decoded = model.decode(tgt, expected.enc_out, SRC_MASK.to(dtype), STARTED.to(dtype), src)
     assert torch.equal(decoded, model.decode(tgt, expected.enc_out, SRC_MASK, STARTED, src))
 
@@ -553,22 +556,23 @@ def ids(*shape: int, **last: int) -> Tensor:
         ({"mems": torch.zeros(2, 4, 8)}, r"mems: expected .* \(2, 3, 8\) .* got torch\.float32 of shape \(2, 4, 8\)"),
         ({"mems": torch.zeros(2, 3, 8)}, r"mems: expected torch\.float64, that of the model, .* got torch\.float32"),
         ({"mems": "none"}, r"mems: expected .* got str"),
-        ({"src_mask": torch.ones(2, 6)}, r"src_mask: expected torch\.bool of its tokens' shape .* got torch\.float32"),
+        ({"src_mask": torch.ones(2, 6)}, r"src_mask: expected torch\.bool, or integers of 0 and 1, .* torch\.float32"),
         ({"src_mask": mask("11", "11")}, r"src_mask: expected .* shape \(2, 6\), True for .* got .* shape \(2, 2\)"),
         ({"src_mask": [True]}, r"src_mask: expected .* got list"),
         (
             {"src_mask": torch.ones(2, 6)},
-            r"Pass mask\.bool\(\) if it is 1 for tokens that exist, or mask == 0 if it is",
+            r"If it is 1 for .* pass mask\.bool\(\); if .* added to scores, pass mask == 0",
         ),
-        ({"tgt_mask": torch.full((2, 5), 2)}, r"tgt_mask: expected 1 for tokens that exist .* values from 2 to 2"),
+        ({"tgt_mask": torch.full((2, 5), 2)}, r"tgt_mask: expected .* 0 and 1, .* got other integers, from 2 to 2"),
         ({"src_mask": torch.ones(2, 5).long()}, r"src_mask: expected torch\.bool .* got torch\.bool of shape \(2, 5\)"),
         (
-            {"tgt_mask": torch.ones(2, 4), "tgt": ids(2, 5, last=-100)},
-            r"tgt_mask: expected torch\.bool .* got .*float32",
+            {"tgt_mask": mask("1111", "1111"), "tgt": ids(2, 5, last=-100)},
+            r"tgt_mask: expected .* got .* shape \(2, 4\)",
         ),
         ({"tgt_mask": mask("1111", "1111")}, r"tgt_mask: expected .* shape \(2, 5\), .* got .* shape \(2, 4\)"),
         ({"tgt": None, "tgt_mask": mask("11", "11")}, r"tgt_mask: given without tgt"),
-        ({"reset": torch.tensor([1, 0])}, r"reset: expected torch\.bool of shape \(2,\), .* got torch\.int64"),
+        ({"reset": torch.tensor([1, 2])}, r"reset: expected torch\.bool, .* got other integers, from 1 to 2"),
+        ({"reset": torch.ones(2)}, r"reset: expected torch\.bool, .* got torch\.float32 of shape \(2,\)"),
         ({"reset": torch.tensor([True])}, r"reset: expected torch\.bool of shape \(2,\), .* got .* shape \(1,\)"),
         ({"reset": True}, r"reset: expected .* got bool"),
     ],

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["IGNORED", "as_mask", "as_targets", "check_mask", "check_tokens", "describe", "has_values", "is_tensor"]
+__all__ = [
+    "IGNORED",
+    "as_mask",
+    "check_mask",
+    "check_tokens",
+    "describe",
+    "has_values",
+    "ignored_as_masked",
+    "is_tensor",
+]
 
 IGNORED = -100
-"""The target that torch's and Hugging Face's losses ignore."""
+"""The target id that ``torch.nn.functional.cross_entropy`` and Hugging Face's collators give to what does not count."""
 
 
 def describe(x: object) -> str:
@@ -31,33 +40,40 @@ def has_values(x: Tensor) -> bool:
 
 
 def as_mask(name: str, mask: Tensor | None) -> Tensor | None:
-    """A mask of integers 0 and 1, as tokenizers give it, as boolean; anything else comes back for a check to refuse.
+    """A mask of integers 0 and 1, as tokenizers give it, as booleans; booleans, and what is no tensor, as they are.
 
     Raises:
-        ValueError: integers other than 0 and 1.
+        ValueError: integers besides 0 and 1, or floating-point numbers; ``name`` is what the message calls the mask.
     """
-    if not isinstance(mask, Tensor) or mask.dtype == torch.bool or mask.is_floating_point() or mask.is_complex():
+    if not isinstance(mask, Tensor) or mask.dtype == torch.bool:
         return mask
+    expected = f"{name}: expected torch.bool, or integers of 0 and 1, True or 1 for what exists"
+    if mask.is_floating_point() or mask.is_complex():
+        remedy = "If it is 1 for what exists, pass mask.bool(); if it is added to scores, pass mask == 0"
+        raise ValueError(f"{expected}, got {describe(mask)}. {remedy}")
     if has_values(mask) and ((mask != 0) & (mask != 1)).any():
         low, high = (int(x) for x in mask.aminmax())
-        raise ValueError(f"{name}: expected 1 for tokens that exist and 0 for others, got values from {low} to {high}")
+        raise ValueError(f"{expected}, got other integers, from {low} to {high}")
     return mask.bool()
 
 
-def as_targets(tgt: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Targets and their mask (:func:`as_mask`), with those of -100 masked: they do not count, and nothing sees them.
+def ignored_as_masked(tgt: Tensor, tgt_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Targets of :data:`IGNORED` as masked ones: they start nothing, are not seen, and are not predicted.
 
-    Both (batch, tokens). Where there are no values to read, -100 is looked for only beside a mask: to make one for any
-    targets would take the decoder off its fast path.
+    ``tgt`` and ``tgt_mask`` (batch, tokens), the mask boolean; both come back as they are where nothing is ignored.
+    Where there are no values to read, ignored targets are looked for only beside a mask: to make one for any targets
+    would take the decoder off its fast path.
+
+    Raises:
+        ValueError: the mask is not boolean or not of the targets' shape.
     """
-    mask = as_mask("tgt_mask", mask)
-    if not isinstance(tgt, Tensor) or (mask is None and not has_values(tgt)):
-        return tgt, mask
+    if not isinstance(tgt, Tensor) or (tgt_mask is None and not has_values(tgt)):
+        return tgt, tgt_mask
     kept = tgt != IGNORED
     if has_values(tgt) and kept.all():
-        return tgt, mask
-    check_mask("tgt_mask", mask, tgt)
-    return tgt.where(kept, 0), kept if mask is None else mask & kept
+        return tgt, tgt_mask
+    check_mask("tgt_mask", tgt_mask, tgt)
+    return tgt.where(kept, 0), kept if tgt_mask is None else tgt_mask & kept
 
 
 def check_tokens(name: str, tokens: Tensor, vocabulary: int, max_len: int, prefix: str) -> None:
@@ -86,12 +102,8 @@ def check_tokens(name: str, tokens: Tensor, vocabulary: int, max_len: int, prefi
 
 def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
     """Raise ValueError unless ``mask`` is None or boolean of the shape of ``like``, (batch, tokens)."""
-    if mask is None or is_tensor(mask, tuple(like.shape), torch.bool):
-        return
-    remedy = ""
-    if isinstance(mask, Tensor) and mask.is_floating_point():
-        remedy = ". Pass mask.bool() if it is 1 for tokens that exist, or mask == 0 if it is added to the logits"
-    raise ValueError(
-        f"{name}: expected torch.bool of its tokens' shape {tuple(like.shape)}, True for tokens that exist, or "
-        f"integers 1 and 0, got {describe(mask)}{remedy}"
-    )
+    if mask is not None and not is_tensor(mask, tuple(like.shape), torch.bool):
+        raise ValueError(
+            f"{name}: expected torch.bool of its tokens' shape {tuple(like.shape)}, True for tokens that exist, "
+            f"got {describe(mask)}"
+        )

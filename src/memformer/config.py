@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 __all__ = ["MemformerConfig", "Positions", "Writer", "check_count", "is_count"]
 
 Positions = Literal["rotary", "relative", "bucketed"]
+"""How attention knows positions: rotated queries and keys, learned encodings of distances, or learned biases."""
 Writer = Literal["normalised", "gated"]
+"""How slots are written: added and normalised (paper v2), or through a gate (paper v1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +123,11 @@ class MemformerConfig:
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise ValueError, which names the setting, unless it is a whole number of at least ``least``."""
+    """Raise ValueError unless ``value`` is a whole number of at least ``least``; the message begins with ``name``."""
     if not is_count(value, least):
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
 def is_count(value: object, least: int) -> bool:
-    """Whether it is a whole number of at least ``least``; True and False are none."""
+    """Whether a value is a whole number (True and False are not) of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -29,6 +29,7 @@ from .network import Decoder, Network
 __all__ = ["DecodeStep", "DescribedStep", "DescribedTensor", "EncodeStep", "Exported", "Format", "export"]
 
 Format = Literal["onnx", "torch"]
+"""ONNX files, or torch's own ``.pt2``."""
 
 _AXES: dict[str, dict[int, str]] = {
     "tokens": {0: "batch", 1: "length"},

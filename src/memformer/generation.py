@@ -604,8 +604,8 @@ def _begin(
     mask = as_mask("mask", mask)
     if mask is not None and not (isinstance(tokens, Tensor) and is_tensor(mask, tuple(tokens.shape), torch.bool)):
         raise ValueError(
-            "mask: expected torch.bool of the tokens' shape (batch, tokens), True for tokens that exist, or integers 1 "
-            f"and 0, got {describe(mask)}"
+            "mask: expected torch.bool of the tokens' shape (batch, tokens), True for tokens that exist, "
+            f"got {describe(mask)}"
         )
     lanes = []
     for i, lane in enumerate(tokens):

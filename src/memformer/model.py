@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import generation
-from .checks import as_mask, as_targets, check_mask, check_tokens, describe, has_values, is_tensor
+from .checks import as_mask, check_mask, check_tokens, describe, has_values, ignored_as_masked, is_tensor
 from .config import MemformerConfig, Positions, Writer
 from .network import Decoder, Encoder, EncOnlyResults, Network, token_losses
 
@@ -152,7 +152,7 @@ class Memformer(Network):
             mems: (batch, slots, dim), the memory before the segment; None for the learned initial memory.
             src_mask, tgt_mask: like ``src`` and ``tgt``, boolean or integer, True or 1 for tokens that exist. Masked
                 ones change nothing anywhere; a lane whose whole segment is masked keeps its memory.
-            reset: (batch,) boolean: lanes that start again from the learned initial memory (a new document).
+            reset: (batch,) boolean or integer: lanes that start again from the learned initial memory (a new document).
 
         Returns:
             ``(enc_out, mem, loss)`` as :class:`Results`, or ``(enc_out, mem)`` from an encoder-only model.
@@ -161,10 +161,11 @@ class Memformer(Network):
             ValueError: a shape, dtype, length or token id does not fit; the message says what was expected. In compiled
                 code token ids are not checked, and -100 needs a ``tgt_mask`` beside it.
         """
-        src_mask = as_mask("src_mask", src_mask)
+        src_mask, tgt_mask = as_mask("src_mask", src_mask), as_mask("tgt_mask", tgt_mask)
+        reset = as_mask("reset", reset)
         self.check_source(src, mems, src_mask, reset)
         if tgt is not None:
-            tgt, tgt_mask = as_targets(tgt, tgt_mask)
+            tgt, tgt_mask = ignored_as_masked(tgt, tgt_mask)
             self.check_target(tgt, tgt_mask, src.shape[0])
         elif tgt_mask is not None:
             raise ValueError("tgt_mask: given without tgt")
@@ -180,7 +181,7 @@ class Memformer(Network):
         self, src: Tensor, mems: Tensor | None = None, src_mask: Tensor | None = None, reset: Tensor | None = None
     ) -> EncOnlyResults:
         """Read one segment and write the memory: what :meth:`forward` does before the decoder, with its errors."""
-        src_mask = as_mask("src_mask", src_mask)
+        src_mask, reset = as_mask("src_mask", src_mask), as_mask("reset", reset)
         self.check_source(src, mems, src_mask, reset)
         return self.step(src, mems, src_mask, reset)
 
@@ -201,7 +202,8 @@ class Memformer(Network):
             ValueError: as :meth:`forward`, for an encoder-only model, and for a source that is missing.
         """
         decoder = self.need_decoder("decode")
-        src_mask, (tgt, tgt_mask) = as_mask("src_mask", src_mask), as_targets(tgt, tgt_mask)
+        src_mask, tgt_mask = as_mask("src_mask", src_mask), as_mask("tgt_mask", tgt_mask)
+        tgt, tgt_mask = ignored_as_masked(tgt, tgt_mask)
         self._check_target_tokens(decoder, tgt, tgt_mask)
         if enc_out.dim() != 3 or enc_out.shape[0] != tgt.shape[0] or enc_out.shape[2] != self.config.dim:
             expected = f"({tgt.shape[0]}, tokens, {self.config.dim})"

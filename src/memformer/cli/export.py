@@ -27,6 +27,7 @@ class ExportCommand:
 
 
 def run(command: ExportCommand) -> int:
+    """Write a model for other runtimes; returns the exit status."""
     folder = checkpoints.find(command.checkpoint)
     model = Memformer.from_pretrained(folder).eval()
     try:

@@ -47,6 +47,7 @@ class GenerateCommand:
 
 
 def run(command: GenerateCommand) -> int:
+    """Print what a model writes; returns the exit status."""
     try:
         _run(command)
     except KeyboardInterrupt:
