@@ -318,7 +318,7 @@ class Stream(Iterator[Tensor]):
 
         Lanes that have ended count their state alone.
         """
-        return self.state.nbytes + sum(x.nbytes for x in tree_leaves(self._writing.computed))
+        return self.state.nbytes + sum(x.nbytes for x in tree_leaves(self._writing.opened))
 
     @torch.no_grad()
     def __next__(self) -> Tensor:
