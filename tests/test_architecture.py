@@ -26,7 +26,7 @@ LAYERS = [
         "learning_rate",
         "device",
     },
-    {"replay.storage", "replay.gradients", "nn.positions", "nn.blocks", "tasks", "pretrained"},
+    {"replay.storage", "replay.gradients", "replay.sizes", "replay.boundary", "nn.positions", "nn.blocks", "tasks"},
     {"replay.options", "replay.readout", "nn.memory", "state"},
     {"replay.engine", "network"},
     {"replay.functions", "generation", "export"},

@@ -22,22 +22,19 @@ generators and autocast are put back; a cell that keeps other state of its own (
 statistics, a private ``torch.Generator``) is outside what can be replayed. ``check=True`` finds it.
 """
 
-from .engine import Sizes, measure
+from .boundary import burn_in, check_equal_across_ranks, detach, reset
 from .functions import (
     Method,
     Rollout,
     accumulate,
-    burn_in,
-    check_equal_across_ranks,
     full_bptt,
     memory_replay,
-    reset,
     scan,
 )
 from .gradients import MemoryGradients
-from .inputs import detach
 from .options import Options
 from .schedules import Action, Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule
+from .sizes import Sizes, measure
 
 __all__ = [
     "Action",

@@ -1,15 +1,15 @@
-"""The functions that run a cell over segments, and what stands between two rollouts."""
+"""The functions that run a cell over segments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from .boundary import check_equal_across_ranks
 from .engine import Replay, Run
 from .gradients import watched
 from .inputs import (
@@ -241,51 +241,3 @@ def accumulate(
     ]
     rollout.replay([*grads, *[None] * len(tree_leaves(memory))])
     return Rollout(sum_of_losses(losses), memory)
-
-
-# --- Between rollouts
-
-
-def reset(memory: Tree, initial: Tree, lanes: Tensor) -> Tree:
-    """The memory, with ``initial`` (same shapes) in those lanes of the batch, dimension 0, where ``lanes`` is True.
-
-    Gradients go on to whichever of the two a lane takes: an initial memory that is learned is trained.
-    """
-
-    def choose(old: Any, new: Any) -> Any:
-        if not isinstance(old, Tensor):
-            return old
-        if old.shape[:1] != lanes.shape or lanes.dtype != torch.bool:
-            raise ValueError(
-                f"lanes: expected a boolean tensor of shape {tuple(old.shape[:1])}, one entry per lane of the memory, "
-                f"got {lanes.dtype} of shape {tuple(lanes.shape)}"
-            )
-        return torch.where(lanes.view(-1, *[1] * (old.dim() - 1)), new, old)
-
-    return tree_map(choose, memory, initial)
-
-
-def burn_in(cell: Cell, segments: Sequence[Tree], memory: Tree) -> Tree:
-    """The memory after ``segments``, without gradients or losses: overlap with the rollout before.
-
-    A carried memory was written by older parameters. To refresh it, keep the memory from some segments before the end
-    of a rollout, and run these again: ``memory = burn_in(cell, last_segments, older_memory)``.
-    """
-    with torch.no_grad():
-        for segment in segments:
-            _, memory = call_cell(cell, segment, memory)
-    return memory
-
-
-def check_equal_across_ranks(number: int, what: str) -> None:
-    """Raise ValueError on every rank unless all ranks of the default process group give the same number.
-
-    Ranks whose rollouts differ in length are right under DistributedDataParallel. Where a segment is itself a
-    collective operation (FSDP, synchronised normalisation) they would wait for each other for ever: check before.
-    """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    numbers: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(numbers, number)
-    if len(set(numbers)) > 1:
-        raise ValueError(f"{what} differs between ranks, which would wait for each other for ever: {numbers}")

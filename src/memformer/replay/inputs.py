@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Tree = Any
 """A pytree: a tensor, or tuples, lists and dicts of them; ``None`` and plain numbers are allowed as leaves."""
@@ -240,8 +240,3 @@ def _describe(function: Any, leaf: Tensor, graph: Container[Any]) -> str:
 def name_of(function: Any) -> str:
     """What to call a callable in an error message."""
     return getattr(function, "__qualname__", None) or type(function).__name__
-
-
-def detach(memory: Tree) -> Tree:
-    """The same memory, cut from the graph: the boundary between two rollouts in truncated BPTT."""
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, memory)
