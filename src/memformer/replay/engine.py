@@ -9,34 +9,28 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from .boundary import detach
 from .environment import Environment
-from .gradients import GradientSums, refuse_double_backward
-from .inputs import (
-    Cell,
-    Grads,
-    Leaves,
-    Tree,
-    call_cell,
-    carries_grad,
-    check_reach,
-    memory_leaves,
-    requires_grad,
-    version,
-)
+from .gradients import GradientSums, explain, refuse_double_backward
+from .inputs import Cell, Grads, Leaves, Tree, call_cell, carries_grad, check_leaves, requires_grad
 from .options import Options
+from .reach import Reach, check_hooks
 from .schedules import Action, Plan, Schedule
 from .sizes import measure
 from .storage import Shelf
+from .world import BufferState, World
 
 
 @dataclass
 class Graph:
-    """One segment's graph: the leaves of its value and memory, and those it starts from besides the parameters."""
+    """One segment's graph: the leaves of its value and memory, and what it starts from.
+
+    ``parameters`` are those that it reaches, by position; ``sources`` the leaves of memory and segment, by position.
+    """
 
     outputs: list[Any]
+    parameters: list[int]
     memory_sources: dict[int, Tensor]
     segment_sources: dict[int, Tensor]
 
@@ -49,7 +43,7 @@ class Run:
 
     It stands before some segment, with ``memory`` as it is there, and in backward with ``carry``, the loss's gradient
     by each leaf of the memory after the segment that is next. ``parameters`` are None where gradients are added to
-    ``.grad`` on the spot (:func:`accumulate`).
+    ``.grad`` on the spot (:func:`accumulate`); ``owned`` holds the modules whose modes and buffers the cell sees.
     """
 
     def __init__(
@@ -59,21 +53,30 @@ class Run:
         memory: Tree,
         options: Options,
         parameters: list[Tensor] | None,
+        owned: Sequence[Any],
         sync: Callable[[bool], None] = lambda last: None,
     ):
         self.cell = cell
         self.segments = [Leaves(segment) for segment in segments]
-        self.initial = self.memory = memory_leaves(memory, "the initial memory")
+        self.initial = self.memory = Leaves(memory)
+        check_leaves(self.initial, "the initial memory")
         self.in_place = parameters is None
         self.parameters = parameters or []
-        self.parameter_versions = [version(p) for p in self.parameters]
+        self.reach = Reach(cell, self.parameters)
         given = [x for part in (self.initial, *self.segments) for x in part.tensors()]
         self.inputs = self.parameters + [x for x in given if x.requires_grad]
         self.environment = Environment([*self.parameters, *given])
+        self.differentiable = self.environment.grad_enabled and bool(self.in_place or self.inputs)
+        self.world = World(owned, self.parameters, watch_parameters=not self.in_place)
         self.plan = self._plan(options.schedule)
+        if any(action.kind in ("advance", "graph") for action in self.plan.replay):
+            self.world.watch_buffers()
         self.shelf = Shelf(self.plan)
+        self.buffers: dict[int, BufferState] = {}
         self.graphs: dict[int, Graph] = {}
         self.recording = True
+        self.records_with_graph = self.environment.grad_enabled and not self.differentiable
+        self.carrying: list[list[bool]] | None = None
         self.spent = False
         self.recorded: list[_Recorded] = []
         self.kept: list[list[Any]] | None = [] if options.check else None
@@ -84,20 +87,22 @@ class Run:
 
     def _plan(self, schedule: Schedule) -> Plan:
         count = len(self.segments)
-        if not self.environment.grad_enabled:
+        if not self.differentiable:
             forward = tuple(Action("advance", t) for t in range(count))
             return Plan(num_segments=count, recording=forward, replay=())
         if not schedule.needs_sizes:
             return schedule.plan(count)
-        return schedule.plan(
-            count, *measure(self.cell, self.segments[0].tree(), self.initial.tree(), params=self.parameters)
-        )
+        self.world.watch_buffers()
+        with self.world.restored():
+            sizes = measure(self.cell, self.segments[0].tree(), self.initial.tree(), params=self.parameters)
+        return schedule.plan(count, *sizes)
 
     # Forward
 
     def record(self) -> list[Any]:
         """The forward pass. Returns the leaves of all values and of the final memory."""
         values: list[Any] = []
+        self.start = self.environment.random_state(), self.world.buffer_state()
         for action in self.plan.recording:
             values += self._do(action)
         # A weight that autocast converted here must not serve others: it may lack a graph, or keep ours alive.
@@ -120,23 +125,6 @@ class Run:
 
     def replay(self, output_grads: Sequence[Tensor | None]) -> Grads:
         """The backward pass; returns the gradient of each of ``self.inputs``."""
-        self._check_unspent()
-        ends = list(itertools.accumulate(recorded.value.num_leaves for recorded in self.recorded))
-        self.value_grads = [list(output_grads[a:b]) for a, b in itertools.pairwise([0, *ends])]
-        self.parameter_grads = GradientSums(self.parameters)
-        self.segment_grads: list[Tensor | None] = []
-        self._carry_to(len(self.segments), list(output_grads[ends[-1] :]))
-        with self.environment.random_numbers_kept():
-            for action in self.plan.replay:
-                self._do(action)
-        self.memory = self.initial
-        of_memory = [g for g, leaf in zip(self.carry, self.initial.leaves, strict=True) if requires_grad(leaf)]
-        grads = [*self.parameter_grads.totals, *of_memory, *self.segment_grads]
-        # Held by nobody else, a gradient becomes the parameter's .grad without a copy.
-        del self.parameter_grads, self.carry, self.segment_grads, self.value_grads
-        return grads
-
-    def _check_unspent(self) -> None:
         if self.spent:
             raise RuntimeError(
                 "this rollout was already back-propagated and its memories are freed. If a later rollout started from "
@@ -144,11 +132,21 @@ class Run:
                 "sum of the losses."
             )
         self.spent = True
-        if self.parameter_versions != [version(p) for p in self.parameters]:
-            raise RuntimeError(
-                "a parameter was changed in place between the rollout and its backward (an optimiser step?). "
-                "Replay runs the cell again and needs the same parameters: call backward first."
-            )
+        ends = list(itertools.accumulate(recorded.value.num_leaves for recorded in self.recorded))
+        self.value_grads = [list(output_grads[a:b]) for a, b in itertools.pairwise([0, *ends])]
+        self.segment_grads: list[Grads] = []
+        self._carry_to(len(self.segments), list(output_grads[ends[-1] :]))
+        self.parameter_grads = GradientSums(self.parameters)
+        with self.world.restored(), self.environment.random_numbers_kept(), self.parameter_grads:
+            for action in self.plan.replay:
+                self._do(action)
+        self.memory = self.initial
+        of_memory = [g for g, leaf in zip(self.carry, self.initial.leaves, strict=True) if requires_grad(leaf)]
+        of_segments = [grad for grads in reversed(self.segment_grads) for grad in grads]
+        grads = [*self.parameter_grads.totals(), *of_memory, *of_segments]
+        # Held by nobody else, a gradient becomes the parameter's .grad without a copy.
+        del self.parameter_grads, self.carry, self.segment_grads, self.value_grads
+        return grads
 
     # The actions
 
@@ -157,43 +155,127 @@ class Run:
         kind, t = action
         if kind == "store":
             self.shelf.put(t, self.memory, self.environment.random_state())
+            self.buffers[t] = self.world.buffer_state()
         elif kind == "load":
             self.memory = self.shelf.get(t)
             self.environment.set_random_state(self.shelf.random_states[t])
+            self.world.put_buffers(self.buffers[t])
         elif kind == "drop":
             self.shelf.drop(t)
+            del self.buffers[t]
         elif kind == "advance":
-            with torch.no_grad():
-                return self._step(t, *self._call_cell(t, self.segments[t].tree(), self.memory.tree()))
+            return self._advance(t)
         elif kind == "graph" and (self.recording or self._upstream(t)):
             return self._build_graph(t)
         elif kind == "backward":
             self._back_propagate(t)
         return []
 
-    def _call_cell(self, t: int, segment: Tree, memory: Tree) -> tuple[Tree, Tree]:
-        if self.recording:
-            return call_cell(self.cell, segment, memory)
-        if self.memory.changed() or self.segments[t].changed():
+    def _advance(self, t: int) -> list[Any]:
+        """Run segment ``t`` without a graph."""
+        if self.records_with_graph:
+            return self._advance_in_grad_mode(t)
+        try:
+            with torch.no_grad():
+                value, after = self._call_cell(t, self.segments[t].tree(), self.memory.tree())
+        except RuntimeError as error:
+            if "does not require grad" not in str(error) or not self.recording:
+                raise
+            if t:
+                raise RuntimeError(
+                    f"{error}\nSegments are recorded without a graph: wrap what differentiates inside the cell in "
+                    "torch.enable_grad()."
+                ) from error
+            self.environment.set_random_state(self.start[0])
+            self.world.put_buffers(self.start[1])
+            self.records_with_graph = True  # a cell that differentiates something itself
+            return self._advance_in_grad_mode(t)
+        return self._step(t, value, after)
+
+    def _advance_in_grad_mode(self, t: int) -> list[Any]:
+        """The same for a cell that needs grad mode, and where nothing is known that could need a gradient."""
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            value, after, sources, _ = self._call_cut(t)
+        if not self.differentiable:  # a tensor that the cell captured may need one nevertheless
+            self.reach([*value.leaves, *after.leaves], list(sources.values()))
+        torch.clear_autocast_cache()
+        return self._step(t, value, after)
+
+    def _build_graph(self, t: int) -> list[Any]:
+        """Run segment ``t`` with a graph that starts at the memory before it."""
+        torch.clear_autocast_cache()  # of weights that were converted without a graph
+        with torch.enable_grad():
+            try:
+                value, after, memory_sources, segment_sources = self._call_cut(t)
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError) or not self._learn_what_carries(t):
+                    raise
+                value, after, memory_sources, segment_sources = self._call_cut(t)
+        graph = Graph(value.leaves + after.leaves, [], memory_sources, segment_sources)
+        if self.in_place:
+            check_hooks(graph.outputs)
+        else:
+            graph.parameters = self.reach(graph.outputs, graph.sources())
+        self.graphs[t] = graph
+        if self.carrying is not None and len(self.carrying) == t + 1:
+            self.carrying.append([requires_grad(leaf) for leaf in after.leaves])
+        return self._step(t, value, after)
+
+    def _call_cut(self, t: int) -> tuple[Leaves, Leaves, dict[int, Tensor], dict[int, Tensor]]:
+        """Call the cell on copies cut from their graphs. Also returns the leaves of memory and segment where it starts."""
+        segment, segment_sources = self.segments[t].cut(requires_grad)
+        if self.carrying is not None and t < len(self.carrying):
+            memory, memory_sources = self.memory.cut(self.carrying[t])
+        else:
+            memory, memory_sources = self.memory.cut(carries_grad if t else requires_grad)
+        return *self._call_cell(t, segment, memory), memory_sources, segment_sources
+
+    def _call_cell(self, t: int, segment: Tree, memory: Tree) -> tuple[Leaves, Leaves]:
+        """The leaves of value and memory, taken apart in the grad mode of the call."""
+        if not self.recording and (self.memory.changed() or self.segments[t].changed()):
             raise RuntimeError(
                 f"segment {t} or the memory before it was changed in place after it was recorded, so it cannot be "
                 "replayed. Call backward first, or change a clone."
             )
-        with self.environment.autocast_restored():
-            return call_cell(self.cell, segment, memory)
+        with self.environment.restored():
+            value, after = call_cell(self.cell, segment, memory)
+            return Leaves(value), Leaves(after)
 
-    def _step(self, t: int, value: Tree, memory: Tree) -> list[Any]:
+    def _learn_what_carries(self, t: int) -> bool:
+        """Which leaves of the memories up to ``t`` need a gradient, asked if the cell cannot have one for some of them.
+
+        It runs the segments before ``t`` again, each with a graph, and leaves everything as it is before ``t``. False
+        if there is nothing to learn: so far every leaf of a floating point type was made to require a gradient.
+        """
+        known, floats = self.carrying is not None, self.memory.tensors()
+        if known or t == 0 or all(map(requires_grad, self.initial.tensors())) or not any(map(carries_grad, floats)):
+            return False
+        here, self.memory = self.memory, self.initial
+        random, buffers = self.start
+        self.environment.set_random_state(random)
+        self.world.put_buffers(buffers)
+        self.carrying = [[requires_grad(leaf) for leaf in self.initial.leaves]]
+        for s in range(t):
+            _, after, *_ = self._call_cut(s)
+            self.carrying.append([requires_grad(leaf) for leaf in after.leaves])
+            self.memory = after.detached()
+        self.memory = here
+        return True
+
+    def _step(self, t: int, value: Leaves, after: Leaves) -> list[Any]:
         """Stand before segment ``t + 1``. Returns the leaves of the value of ``t``."""
         if self.memory.changed():
             raise ValueError(
                 f"the cell changed its memory in place in segment {t}, and replay needs that memory again. "
                 "Return a new tensor: use out-of-place operations, or work on a clone."
             )
-        of_value = Leaves(detach(value))
-        self.memory = memory_leaves(detach(memory), f"the memory after segment {t}")
-        recorded = _Recorded(of_value.spec, self.memory.spec)
-        leaves = of_value.leaves + self.memory.leaves
+        recorded = _Recorded(value.spec, after.spec)
+        value, self.memory = value.detached(), after.detached()
+        leaves = value.leaves + self.memory.leaves
         if self.recording:
+            check_leaves(value, f"the value of segment {t}", is_value=True)
+            check_leaves(self.memory, f"the memory after segment {t}")
             self.recorded.append(recorded)
             if self.kept is not None:
                 self.kept.append(leaves)
@@ -204,20 +286,7 @@ class Run:
             )
         elif self.kept is not None:
             _check_same(t, leaves, self.kept[t])
-        return of_value.leaves
-
-    def _build_graph(self, t: int) -> list[Any]:
-        """Run segment ``t`` with a graph that starts at the memory before it."""
-        torch.clear_autocast_cache()  # of weights that were converted without a graph
-        segment, segment_sources = self.segments[t].cut(requires_grad)
-        memory, memory_sources = self.memory.cut(carries_grad if t else requires_grad)
-        with torch.enable_grad():
-            value, after = self._call_cell(t, segment, memory)
-        graph = self.graphs[t] = Graph(tree_leaves((value, after)), memory_sources, segment_sources)
-        if not self.in_place:
-            outputs = [x for x in graph.outputs if isinstance(x, Tensor)]
-            check_reach(self.cell, outputs, [*self.parameters, *graph.sources()])
-        return self._step(t, value, after)
+        return value.leaves
 
     def _upstream(self, t: int) -> bool:
         return any(grad is not None for grad in (*self.value_grads[t], *self.carry))
@@ -227,12 +296,11 @@ class Run:
         graph = self.graphs.pop(t, None)
         before = self.recorded[t - 1].memory if t else self.initial.spec
         of_memory: Grads = [None] * before.num_leaves
-        of_segment: Grads = [None] * sum(x.requires_grad for x in self.segments[t].tensors())
+        of_segment: Grads = [None] * sum(map(requires_grad, self.segments[t].leaves))
         outputs = [] if graph is None else zip(graph.outputs, [*self.value_grads[t], *self.carry], strict=True)
         pairs = [(x, g) for x, g in outputs if g is not None and requires_grad(x)]
         if graph is not None and pairs:
-            sources = graph.sources()
-            grads = self._gradients([x for x, _ in pairs], [g for _, g in pairs], sources, last=t == 0)
+            grads = self._gradients(graph, [x for x, _ in pairs], [g for _, g in pairs], last=t == 0)
             for i, grad in zip(graph.memory_sources, grads, strict=False):
                 of_memory[i] = grad
             of_segment = grads[len(graph.memory_sources) :]
@@ -240,16 +308,21 @@ class Run:
             raise ValueError(
                 "accumulate: no gradient reaches the first segment, so the gradients were not synchronised"
             )
-        self.segment_grads = of_segment + self.segment_grads
+        self.segment_grads.append(of_segment)
         self._carry_to(t, of_memory)
 
-    def _gradients(self, outputs: list[Tensor], upstream: list[Tensor], sources: list[Tensor], last: bool) -> Grads:
-        """The gradients by ``sources``; those of the parameters are added up."""
-        if self.in_place:
-            self.sync(last)
+    def _gradients(self, graph: Graph, outputs: list[Tensor], upstream: list[Tensor], last: bool) -> Grads:
+        """The gradients by the graph's sources; those of the parameters are added up."""
+        sources = graph.sources()
+        if not self.in_place:
+            return self.parameter_grads.differentiate(outputs, upstream, graph.parameters, sources)
+        self.sync(last)
+        try:
             torch.autograd.backward(outputs, upstream)
-            return [source.grad for source in sources]
-        return self.parameter_grads.differentiate(outputs, upstream, sources)
+        except RuntimeError as error:
+            explain(error)
+            raise
+        return [source.grad for source in sources]
 
     def _carry_to(self, boundary: int, grads: Grads) -> None:
         self.carry = grads if self.watch is None else self.watch.passing(boundary, grads)

@@ -1,12 +1,15 @@
-"""What a cell sees besides its arguments: random numbers, autocast, grad mode."""
+"""What a cell sees besides its arguments and its modules: random numbers, autocast, grad mode, cached weights."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
 
 class Environment:
@@ -16,12 +19,12 @@ class Environment:
         self.grad_enabled = torch.is_grad_enabled()
         self.devices = sorted({x.device for x in tensors if x.device.type not in ("cpu", "meta")}, key=str)
         types = {"cpu", *(device.type for device in self.devices)}
-        self.autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in sorted(types)
-            if torch.amp.is_autocast_available(kind)
-        ]
+        self.kinds = [kind for kind in sorted(types) if torch.amp.is_autocast_available(kind)]
+        self.autocast = self._autocast_now()
         self.uses_float16 = any(enabled and dtype == torch.float16 for _, dtype, enabled in self.autocast)
+        self.caches_weights = _weights_are_cached()
+        self.weights: dict[Any, Tensor] = {}
+        _refuse_tangents(tensors)
 
     def random_state(self) -> list[Tensor]:
         """The generators' states now."""
@@ -41,9 +44,50 @@ class Environment:
         finally:
             self.set_random_state(states)
 
+    def _autocast_now(self) -> list[tuple[str, torch.dtype, bool]]:
+        return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in self.kinds]
+
     @contextlib.contextmanager
-    def autocast_restored(self) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
+        """Autocast and the caching of parametrised weights as they were when the rollout started."""
         with contextlib.ExitStack() as stack:
-            for kind, dtype, enabled in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype, enabled))
+            if self.autocast != self._autocast_now():
+                for kind, dtype, enabled in self.autocast:
+                    stack.enter_context(torch.autocast(kind, dtype, enabled))
+            if self.caches_weights or _weights_are_cached():
+                stack.enter_context(self._own_weights())
             yield
+
+    @contextlib.contextmanager
+    def _own_weights(self) -> Iterator[None]:
+        """A cache of parametrised weights that serves one run of the cell.
+
+        Inside ``parametrize.cached()`` a weight that was computed while recording has no graph, and one with a graph
+        would be back-propagated through more than once. So each run computes its own, which must be the same again.
+        """
+        before = parametrize._cache_enabled, parametrize._cache
+        own: dict[Any, Tensor] = {}
+        parametrize._cache_enabled, parametrize._cache = int(self.caches_weights), own  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            parametrize._cache_enabled, parametrize._cache = before
+        for key, weight in own.items():
+            if not torch.equal(self.weights.setdefault(key, weight.detach()), weight):
+                raise RuntimeError(
+                    f"inside parametrize.cached() the parametrised weight '{key[1]}' is random or changes by itself: "
+                    "replay computes it once per run of the cell and got another one. Use cached() inside the cell."
+                )
+
+
+def _weights_are_cached() -> bool:
+    return bool(parametrize._cache_enabled)
+
+
+def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise ValueError(
+            "a tensor of the rollout carries a forward-mode tangent, which replay would drop. Use replay.full_bptt."
+        )

@@ -22,6 +22,8 @@ from .inputs import (
     call_readout,
     carries_grad,
     chunks,
+    owners,
+    param_list,
     requires_grad,
     segment_list,
     sum_of_losses,
@@ -29,6 +31,7 @@ from .inputs import (
     weight_list,
 )
 from .options import OptionKeywords, Options
+from .reach import refuse_hooks_of
 from .readout import ReadOut, ReadoutRun
 
 if TYPE_CHECKING:
@@ -133,12 +136,12 @@ def memory_replay(
     options = Options.of(options, keywords)
     segments = segment_list(segments)
     weights = weight_list(options.segment_weights, len(segments))
+    params = param_list(params)
     values, memory = _replayed(cell, segments, memory, options, params)
     if readout is None:
         return Rollout(sum_of_losses(values, weights), memory)
-    run = ReadoutRun(
-        readout, values, segments, options.readout_segments or 1, weights, trained_tensors(readout, params)
-    )
+    trained, owned = trained_tensors(readout, params), owners(readout, params)
+    run = ReadoutRun(readout, values, segments, options.readout_segments or 1, weights, trained, owned)
     return Rollout(ReadOut.apply(run, *run.inputs), memory)  # type: ignore[no-untyped-call]
 
 
@@ -170,7 +173,8 @@ def scan(
 def _replayed(
     cell: Cell, segments: list[Tree], memory: Tree, options: Options, params: Params
 ) -> tuple[list[Tree], Tree]:
-    run = Run(cell, segments, memory, options, trained_tensors(cell, params))
+    params = param_list(params)
+    run = Run(cell, segments, memory, options, trained_tensors(cell, params), owners(cell, params))
     return run.outputs(Replay.apply(run, *run.inputs))  # type: ignore[no-untyped-call]
 
 
@@ -212,7 +216,9 @@ def accumulate(
     check_equal_across_ranks(len(segments), "the number of segments")
     if any(requires_grad(leaf) for leaf in tree_leaves((segments, memory))):
         raise ValueError("accumulate: memory and segments are inputs here and get no gradient: detach them")
-    rollout = Run(cell, segments, memory, options, None, sync)
+    owned = owners(cell, params)
+    refuse_hooks_of([*owned, *owners(readout, ())])
+    rollout = Run(cell, segments, memory, options, None, owned, sync)
     values, memory = rollout.outputs(rollout.record())
     cut = [Leaves(value).cut(carries_grad) for value in values]
     losses: list[Tensor | None] = []

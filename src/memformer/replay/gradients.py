@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from .inputs import Grads, Tree, carries_grad
 
@@ -78,40 +78,145 @@ def watched(watch: MemoryGradients | None, boundary: int, memory: Tree) -> Tree:
     return tree_unflatten(leaves, spec)
 
 
-class GradientSums:
-    """Sums of the gradients by some parameters over several graphs.
+_current_task: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
 
-    Each gradient is added as soon as autograd has it: beside the sums there is one gradient, not a second set.
+ADDED_AFTERWARDS = 32 * 1024
+"""Bytes of gradients, of small parameters, that a graph may hand over all at once."""
+
+
+class GradientSums:
+    """Sums of the gradients by some parameters over several graphs. Use it as a context: it leaves no hook behind.
+
+    A large gradient is added as soon as autograd has it: beside the sums there is one gradient, not a second set. Sums
+    of half precision are kept in float32 and rounded once.
     """
 
-    def __init__(self, parameters: list[Tensor]):
+    def __init__(self, parameters: Sequence[Tensor]):
         self.parameters = parameters
-        self.totals: list[Tensor | None] = [None] * len(parameters)
+        self._sums: list[Tensor | None] = [None] * len(parameters)
         self._own = [False] * len(parameters)
+        self._hooks: dict[int, _AddAtOnce] = {}
+        self._small: dict[int, bool] = {}
+        self._room = ADDED_AFTERWARDS
+        self.task: int | None = None
+
+    def __enter__(self) -> GradientSums:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks.values():
+            hook.handle.remove()
+        self._hooks = {}
+
+    def totals(self) -> Grads:
+        """The sums, in the parameters' types. They are handed over: nobody else holds them afterwards."""
+        sums, self._sums = self._sums, []
+        for i, total in enumerate(sums):
+            if total is not None and total.dtype != self.parameters[i].dtype:
+                sums[i] = total.to(self.parameters[i].dtype)
+        return sums
 
     def differentiate(
-        self, outputs: Sequence[Tensor], upstream: Sequence[Tensor | None], sources: list[Tensor]
+        self,
+        outputs: Sequence[Tensor],
+        upstream: Sequence[Tensor | None],
+        used: Sequence[int],
+        sources: Sequence[Tensor],
     ) -> Grads:
-        """Back-propagate through one graph; returns the gradients by ``sources``."""
-        hooks = [x.register_hook(functools.partial(self._add, i)) for i, x in enumerate(self.parameters)]
-        try:
-            grads = torch.autograd.grad(outputs, [*self.parameters, *sources], upstream, allow_unused=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return list(grads[len(self.parameters) :])
+        """Back-propagate through one graph, which ends in the parameters ``used`` and in ``sources``.
 
-    def _add(self, i: int, grad: Tensor) -> Tensor:
-        total = self.totals[i]
-        if total is None:
-            self.totals[i] = grad
+        Returns the gradients by ``sources``; those of the parameters are added up.
+        """
+        inputs = [*(self.parameters[i] for i in used), *sources]
+        if not inputs:
+            return []
+        hooks = [self._hooks[i] for i in used if not self._is_small(i)]
+        noting = self._note_the_task(outputs) if hooks else []
+        try:
+            grads: Grads = list(torch.autograd.grad(outputs, inputs, upstream, allow_unused=True))
+        except RuntimeError as error:
+            explain(error)
+            raise
+        finally:
+            self.task = None
+            for handle in noting:
+                handle.remove()
+        for i, grad in zip(used, grads, strict=False):
+            hook = self._hooks.get(i)
+            if hook is not None and hook.acted:
+                hook.acted = False
+            elif grad is not None:
+                self.add(i, grad)
+        return grads[len(used) :]
+
+    def _is_small(self, i: int) -> bool:
+        """Whether a parameter's gradient is added after the graph is done; a hook is put on the others."""
+        if i not in self._small:
+            p = self.parameters[i]
+            size = p.numel() * p.element_size()
+            self._small[i] = size <= self._room or _current_task is None
+            if self._small[i]:
+                self._room -= size
+            else:
+                self._hooks[i] = _AddAtOnce(self, i)
+        return self._small[i]
+
+    def _note_the_task(self, outputs: Sequence[Tensor]) -> list[RemovableHandle]:
+        """The backward that comes next begins at one of these nodes, and there it tells its number."""
+
+        def note(_: Any) -> None:
+            if self.task is None and _current_task is not None:
+                self.task = _current_task()
+
+        return [node.register_prehook(note) for node in {x.grad_fn for x in outputs} if node is not None]
+
+    def add(self, i: int, grad: Tensor) -> None:
+        total = self._sums[i]
+        if total is None and grad.layout == torch.strided and grad.dtype in (torch.bfloat16, torch.float16):
+            self._sums[i], self._own[i] = grad.float(), True
+        elif total is None:
+            self._sums[i] = grad
         elif self._own[i]:
             total.add_(grad)
         else:  # autograd may hand out tensors that share their storage: the first summand is not ours to change
-            self.totals[i] = total + grad
+            self._sums[i] = total + grad
             self._own[i] = True
+
+
+class _AddAtOnce:
+    """A hook that takes a parameter's gradient in the backward of its own graph, and in no other.
+
+    A backward inside of that one (an adjoint solver, another replay) and a user's own are other tasks of autograd.
+    """
+
+    of_replay = True
+
+    def __init__(self, sums: GradientSums, i: int):
+        self.sums, self.i = sums, i
+        self.acted = False
+        self.handle = sums.parameters[i].register_hook(self)
+
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        if grad is None or _current_task is None or _current_task() != self.sums.task:
+            return None
+        self.acted = True
+        self.sums.add(self.i, grad)
         # Autograd keeps what is returned until its end: something of that shape and almost no bytes.
         return grad.new_zeros(()).expand_as(grad) if grad.layout == torch.strided else grad
+
+
+def explain(error: RuntimeError) -> None:
+    """Raise the error again with what it means in a replay, if that is known."""
+    text = str(error)
+    if "backward through the graph a second time" in text:
+        raise RuntimeError(
+            f"{text}\nIn a replay: the cell uses a tensor that was computed once, outside of it (a weight derived from "
+            "a parameter?), in more than one segment. Compute it inside the cell, or name it in params=[...]."
+        ) from error
+    if "use_reentrant" in text:
+        raise RuntimeError(
+            f"{text}\nIn a replay: use checkpoint(..., use_reentrant=False) in the cell, or replay.accumulate."
+        ) from error
 
 
 def refuse_double_backward() -> None:

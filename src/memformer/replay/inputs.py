@@ -5,15 +5,18 @@ Not known here: schedules, and how anything is replayed.
 
 from __future__ import annotations
 
+import collections
+import enum
 import functools
-import inspect
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Tree = Any
 """A pytree: a tensor, or tuples, lists and dicts of them; ``None`` and plain numbers are allowed as leaves."""
@@ -28,14 +31,28 @@ Weights = Sequence[float] | Tensor
 
 
 class Leaves:
-    """A flattened pytree, and the versions of its tensors when it was made."""
+    """A flattened pytree, and the versions of its tensors when it was made.
+
+    A node of the tree may compute when it is taken apart or put together (a cache that stacks its layers): where the
+    result is to have a graph, that happens in grad mode.
+    """
 
     def __init__(self, tree: Tree):
-        self.leaves, self.spec = tree_flatten(tree)
-        self.versions = [version(leaf) for leaf in self.leaves]
+        leaves, spec = tree_flatten(tree)
+        self._take(leaves, spec)
+
+    def _take(self, leaves: list[Any], spec: TreeSpec) -> None:
+        self.leaves, self.spec = leaves, spec
+        self.versions = [version(leaf) for leaf in leaves]
 
     def tree(self) -> Tree:
         return tree_unflatten(self.leaves, self.spec)
+
+    def detached(self) -> Leaves:
+        """The same, cut from its graph."""
+        result = Leaves.__new__(Leaves)
+        result._take([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves], self.spec)
+        return result
 
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
@@ -43,26 +60,50 @@ class Leaves:
     def changed(self) -> bool:
         return self.versions != [version(leaf) for leaf in self.leaves]
 
-    def cut(self, wants_grad: Callable[[Tensor], bool]) -> tuple[Tree, dict[int, Tensor]]:
+    def cut(self, wants_grad: Callable[[Tensor], bool] | Sequence[bool]) -> tuple[Tree, dict[int, Tensor]]:
         """The tree with its tensors cut from their graph; by position, those of them that now collect a gradient."""
         leaves, sources = list(self.leaves), {}
         for i, leaf in enumerate(self.leaves):
             if isinstance(leaf, Tensor):
                 leaves[i] = leaf.detach()
-                if wants_grad(leaf):
+                if wants_grad(leaf) if callable(wants_grad) else wants_grad[i]:
                     sources[i] = leaves[i].requires_grad_()
         return tree_unflatten(leaves, self.spec), sources
 
 
-def memory_leaves(memory: Tree, what: str) -> Leaves:
-    leaves = Leaves(memory)
+PLAIN = (
+    Tensor,
+    type(None), bool, int, float, complex, str, bytes, enum.Enum,
+    torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
+)  # fmt: skip
+"""What a leaf may be."""
+
+
+def check_leaves(leaves: Leaves, what: str, *, is_value: bool = False) -> None:
+    """ValueError if a leaf is an object through which no gradient could flow; one without tensors may be in a value."""
     for leaf in leaves.leaves:
-        if leaf is not None and not isinstance(leaf, (Tensor, bool, int, float, str)):
-            raise ValueError(
-                f"{what} holds a {type(leaf).__name__}, through which no gradient could flow: expected a pytree of "
-                "tensors (tuples, lists, dicts, None). Register it with torch.utils._pytree, or return its fields."
-            )
-    return leaves
+        if isinstance(leaf, PLAIN) or (is_value and not _holds_a_tensor(leaf)):
+            continue
+        raise ValueError(
+            f"{what} holds a {type(leaf).__name__}, through which no gradient could flow: expected a pytree of "
+            "tensors (tuples, lists, dicts, None). Register it with torch.utils._pytree, or return its fields."
+        )
+
+
+def _holds_a_tensor(thing: Any, depth: int = 6) -> bool:
+    """Whether an object, what it contains, its attributes or the variables that a function closes over are tensors."""
+    if isinstance(thing, Tensor) or depth == 0:
+        return True
+    if isinstance(thing, (type, *PLAIN)):
+        return False
+    parts: list[Any] = list(getattr(thing, "__dict__", {}).values())
+    parts += [getattr(thing, name, None) for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+    if isinstance(thing, Mapping):
+        parts += thing.values()
+    elif isinstance(thing, list | tuple | set | frozenset | collections.deque):
+        parts += thing
+    parts += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    return any(_holds_a_tensor(part, depth - 1) for part in parts)
 
 
 def requires_grad(leaf: Any) -> bool:
@@ -93,6 +134,11 @@ def weight_list(weights: Weights | None, count: int) -> list[float] | None:
     """The weights as numbers; ValueError unless there is one for each of ``count`` segments."""
     if weights is None:
         return None
+    if any(requires_grad(weight) for weight in (weights if isinstance(weights, Sequence) else [weights])):
+        raise ValueError(
+            "segment_weights: are numbers here, so a tensor that requires a gradient would get none. Detach it, or "
+            "weigh the losses that you make of replay.scan's values"
+        )
     result = [float(w) for w in weights]
     if len(result) != count:
         raise ValueError(f"segment_weights: expected one for each of the {count} segments, got {len(result)}")
@@ -145,12 +191,26 @@ def chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-# --- What a callable trains, and whether a gradient would be lost on the way ------------------------------------------
+# --- What a callable trains
 
 
-def _owners(function: Any) -> list[Any]:
-    """The modules and tensors that a callable is, is bound to, or carries as arguments of a ``functools.partial``."""
-    if isinstance(function, (nn.Module, Tensor)):
+def param_list(params: Params) -> list[Tensor | nn.Module]:
+    """What is named in ``params``."""
+    result: list[Tensor | nn.Module] = [params] if isinstance(params, nn.Module | Tensor) else list(params)
+    for owner in result:
+        if not isinstance(owner, nn.Module | Tensor):
+            raise ValueError(f"params: expected tensors or modules, got {type(owner).__name__}")
+    return result
+
+
+def owners(function: Any, params: Params) -> list[Tensor | nn.Module]:
+    """The modules and tensors that a callable is, is bound to, or carries as arguments of a ``functools.partial``; and
+    those that are named in ``params``."""
+    return [*_owners(function), *param_list(params)]
+
+
+def _owners(function: Any) -> list[Tensor | nn.Module]:
+    if isinstance(function, nn.Module | Tensor):
         return [function]
     if isinstance(function, functools.partial):
         parts = [function.func, *function.args, *function.keywords.values()]
@@ -162,9 +222,8 @@ def _owners(function: Any) -> list[Any]:
 
 def trained_tensors(function: Any, params: Params) -> list[Tensor]:
     """The tensors that require a gradient, each once, of a callable's owners and of ``params``."""
-    extra = [params] if isinstance(params, (nn.Module, Tensor)) else list(params)
     found: dict[int, Tensor] = {}
-    for owner in [*_owners(function), *extra]:
+    for owner in owners(function, params):
         if isinstance(owner, DistributedDataParallel):
             raise ValueError(
                 "the cell is wrapped in DistributedDataParallel, which would synchronise once per segment. Wrap "
@@ -175,13 +234,16 @@ def trained_tensors(function: Any, params: Params) -> list[Tensor]:
                 "the cell or readout is sharded by FSDP, which delivers gradients by hooks of its own: use "
                 "replay.accumulate(..., sync=model.set_requires_gradient_sync)."
             )
-        if not isinstance(owner, (nn.Module, Tensor)):
-            raise ValueError(f"params: expected tensors or modules, got {type(owner).__name__}")
         named = owner.named_parameters() if isinstance(owner, nn.Module) else [("tensor", owner)]
         for name, tensor in named:
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"parameter '{name}' is lazy: its shape is known after the first call. Call the cell once on a "
+                    "segment before its first rollout."
+                )
             if tensor.requires_grad:
                 found[id(tensor)] = tensor
-                if tensor.is_leaf and tensor._backward_hooks:
+                if tensor.is_leaf and has_hook(tensor):
                     raise ValueError(
                         f"parameter '{name}' has a tensor hook, which replay would run once per segment and once more. "
                         "Use register_post_accumulate_grad_hook, which runs once."
@@ -189,52 +251,14 @@ def trained_tensors(function: Any, params: Params) -> list[Tensor]:
     return list(found.values())
 
 
+def has_hook(tensor: Tensor) -> bool:
+    """Whether a user's hook is on a tensor. Those of a replay in progress act in its own graphs alone."""
+    return any(not getattr(hook, "of_replay", False) for hook in (tensor._backward_hooks or {}).values())
+
+
 def _is_sharded(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # if nobody imported it, nothing is sharded by it
     return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
-
-
-def check_reach(function: Any, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
-    """Raise if the outputs' graph ends in a leaf that is not among ``known``: its gradient would be lost."""
-    leaves = {id(x) for x in known}
-    seen = {x.grad_fn for x in known if x.grad_fn is not None}
-    stack = [x.grad_fn for x in outputs if x.grad_fn is not None]
-    stray = [x for x in outputs if x.is_leaf and x.requires_grad and id(x) not in leaves]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in leaves:
-            stray.append(variable)
-        stack.extend(following for following, _ in node.next_functions if following is not None)
-    if stray:
-        names = ", ".join(_describe(function, x, seen) for x in stray)
-        raise ValueError(
-            f"{name_of(function)} uses {names}, which requires a gradient and would get none. "
-            "Name it in params=[...], or pass an nn.Module (or a method bound to one) that owns it."
-        )
-
-
-def _describe(function: Any, leaf: Tensor, graph: Container[Any]) -> str:
-    """The name under which a callable sees a leaf, or a tensor derived from it, for error messages."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = getattr(function, "__func__", function)
-    if not inspect.isfunction(function):
-        function = getattr(type(function), "forward", None) or type(function).__call__
-    scope: dict[str, Any] = {}
-    if inspect.isfunction(function):
-        seen = inspect.getclosurevars(function)
-        defaults = {k: v.default for k, v in inspect.signature(function).parameters.items()}
-        scope = {**seen.globals, **seen.nonlocals, **defaults}
-    for name, value in scope.items():
-        inner = value.named_parameters() if isinstance(value, nn.Module) else ()
-        for full_name, x in [(name, value), *((f"{name}.{part}", x) for part, x in inner)]:
-            if x is leaf or (isinstance(x, Tensor) and x.grad_fn in graph):
-                return f"'{full_name}' of shape {tuple(x.shape)}"
-    return f"a tensor of shape {tuple(leaf.shape)}"
 
 
 def name_of(function: Any) -> str:

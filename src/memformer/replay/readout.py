@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .environment import Environment
 from .gradients import GradientSums, refuse_double_backward
-from .inputs import Grads, Leaves, Readout, Tree, call_readout, check_reach, chunks, requires_grad, sum_of_losses
+from .inputs import Grads, Leaves, Readout, Tree, call_readout, chunks, requires_grad, sum_of_losses
+from .reach import Reach
+from .world import World
 
 
 class ReadoutRun:
@@ -28,9 +30,11 @@ class ReadoutRun:
         size: int,
         weights: list[float] | None,
         parameters: list[Tensor],
+        owned: Sequence[Any],
     ):
         self.readout = readout
         self.parameters = parameters
+        self.reach = Reach(readout, parameters)
         self.values = [Leaves(value) for value in values]
         self.segments = [Leaves(segment) for segment in segments]
         self.parts = list(chunks(len(segments), size))
@@ -41,14 +45,19 @@ class ReadoutRun:
         self.inputs = parameters + [x for x in given if x.requires_grad]
         self.environment = Environment([*parameters, *given])
         self.random_state = self.environment.random_state()
-        self.half = self.environment.uses_float16 or any(x.dtype == torch.float16 for x in self.inputs)
+        half = self.environment.uses_float16 or any(x.dtype == torch.float16 for x in self.inputs)
+        self.runs_again = half and self.environment.grad_enabled
+        self.world = World(owned, parameters)
+        if self.runs_again:
+            self.world.watch_buffers()
+        self.buffers = self.world.buffer_state()
         self.grads: Grads | None = None
 
     def forward(self) -> Tensor:
         if not self.environment.grad_enabled:
             return sum_of_losses([self._call(part, Leaves.tree) for part in self.parts])
         loss = self.run(None)
-        if not self.half:
+        if not self.runs_again:
             self.values = self.segments = []
         self.inputs = []
         return loss
@@ -56,36 +65,38 @@ class ReadoutRun:
     def run(self, scale: Tensor | None) -> Tensor:
         """The loss; leaves the gradients, times ``scale``, in ``self.grads``."""
         losses: list[Tensor | None] = []
-        parameter_grads = GradientSums(self.parameters)
         others: Grads = []
-        for part in self.parts:
-            sources: list[Tensor] = []
+        with GradientSums(self.parameters) as sums:
+            for part in self.parts:
+                sources: list[Tensor] = []
 
-            def cut(leaves: Leaves, sources: list[Tensor] = sources) -> Tree:
-                tree, found = leaves.cut(requires_grad)
-                sources += found.values()
-                return tree
+                def cut(leaves: Leaves, sources: list[Tensor] = sources) -> Tree:
+                    tree, found = leaves.cut(requires_grad)
+                    sources += found.values()
+                    return tree
 
-            with torch.enable_grad():
-                loss = self._call(part, cut)
-            losses.append(None if loss is None else loss.detach())
-            if loss is not None and loss.requires_grad:
-                check_reach(self.readout, [loss], [*self.parameters, *sources])
-                others += parameter_grads.differentiate([loss], [scale], sources)
-            else:
-                others += [None] * len(sources)
-            del loss  # and with it the graph, before the next one
-        self.grads = parameter_grads.totals + others
+                with torch.enable_grad():
+                    loss = self._call(part, cut)
+                losses.append(None if loss is None else loss.detach())
+                if loss is not None and loss.requires_grad:
+                    used = self.reach([loss], sources)
+                    others += sums.differentiate([loss], [scale], used, sources)
+                else:
+                    others += [None] * len(sources)
+                del loss  # and with it the graph, before the next one
+            self.grads = sums.totals() + others
         return sum_of_losses(losses)
 
     def _call(self, part: slice, tree: Callable[[Leaves], Tree]) -> Tensor | None:
-        values, segments = ([tree(leaves) for leaves in of[part]] for of in (self.values, self.segments))
-        return call_readout(self.readout, values, segments, self.weights and self.weights[part])
+        with self.environment.restored():
+            values, segments = ([tree(leaves) for leaves in of[part]] for of in (self.values, self.segments))
+            return call_readout(self.readout, values, segments, self.weights and self.weights[part])
 
     def backward(self, scale: Tensor) -> Grads:
-        if self.half:
-            with self.environment.random_numbers_kept(), self.environment.autocast_restored():
+        if self.runs_again:
+            with self.world.restored(), self.environment.random_numbers_kept():
                 self.environment.set_random_state(self.random_state)
+                self.world.put_buffers(self.buffers)
                 self.run(scale)
             self.values = self.segments = []
         grads, self.grads = self.grads, None
@@ -93,7 +104,7 @@ class ReadoutRun:
             raise RuntimeError(
                 "this rollout was already back-propagated: call backward once, on the sum of the losses."
             )
-        if not self.half:
+        if not self.runs_again:
             for i, grad in enumerate(grads):  # one by one, so that no second set of gradients exists
                 grads[i] = None if grad is None else grad * scale
         return grads

@@ -1,0 +1,150 @@
+"""Where a graph ends: the tensors that get a gradient from it, and those that would lose theirs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Container, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .inputs import has_hook, name_of
+
+
+class Reach:
+    """The tensors that a callable trains, and which of them a graph reaches.
+
+    The gradients of these alone are asked for. A graph that ends in anything else is refused: a gradient would be lost.
+    Each graph is walked, for a cell may use other parameters in another segment.
+    """
+
+    def __init__(self, function: Any, parameters: Sequence[Tensor]):
+        self.function = function
+        self.leaves = {id(p): i for i, p in enumerate(parameters) if p.grad_fn is None}
+        # A tensor that was derived from others, and is named in ``params``: a graph counts as ending there.
+        self.derived = {(p.grad_fn, p.output_nr): i for i, p in enumerate(parameters) if p.grad_fn is not None}
+        self.derived_nodes = {node for node, _ in self.derived}
+        self.behind: set[Any] = set()
+        if self.derived:
+            starts = [following for node in self.derived_nodes for following, _ in node.next_functions]
+            self.behind, _ = _walk([x for x in starts if x is not None])
+
+    def __call__(self, outputs: Sequence[Any], sources: Sequence[Tensor]) -> list[int]:
+        """Which of the parameters, by position, the outputs' graph ends in.
+
+        Raises:
+            ValueError: it ends in a leaf that is neither among them nor among ``sources``, or in a derived tensor and
+                behind it.
+        """
+        found: dict[int, None] = {}
+        wanted = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+        if not self.derived:
+            seen, ends = _walk([x.grad_fn for x in wanted if x.grad_fn is not None])
+        else:
+            seen, ends = self._walk_to_derived(wanted, found)
+        own = {id(x) for x in sources}
+        stray = []
+        for leaf in [x for x in wanted if x.grad_fn is None] + [node.variable for node in ends]:
+            i = self.leaves.get(id(leaf))
+            if i is not None:
+                found[i] = None
+            elif id(leaf) not in own:
+                stray.append(leaf)
+        if stray:
+            names = ", ".join(_describe(self.function, x, seen) for x in stray)
+            raise ValueError(
+                f"{name_of(self.function)} uses {names}, which requires a gradient and would get none. "
+                "Name it in params=[...], or pass an nn.Module (or a method bound to one) that owns it."
+            )
+        return list(found)
+
+    def _walk_to_derived(self, outputs: Sequence[Tensor], found: dict[int, None]) -> tuple[set[Any], list[Any]]:
+        """The walk that stops at the derived tensors, which it notes in ``found``."""
+        starts = []
+        for x in outputs:
+            if (edge := (x.grad_fn, x.output_nr)) in self.derived:
+                found[self.derived[edge]] = None
+            elif x.grad_fn is not None:
+                starts.append(x.grad_fn)
+        seen, todo, ends = set(starts), list(dict.fromkeys(starts)), []
+        for node in todo:
+            if not node.next_functions and hasattr(node, "variable"):
+                ends.append(node)
+            for edge in node.next_functions:
+                if edge in self.derived:
+                    found[self.derived[edge]] = None
+                elif edge[0] is not None and edge[0] not in seen:
+                    seen.add(edge[0])
+                    todo.append(edge[0])
+        reached = seen | {edge[0] for edge, i in self.derived.items() if i in found}
+        if both := reached & self.behind:
+            leaves = [node.variable for node in both if hasattr(node, "variable")]
+            names = ", ".join(_describe(self.function, leaf, seen) for leaf in leaves)
+            raise ValueError(
+                f"{name_of(self.function)} uses a tensor of params= that was computed from {names or 'another of them'}"
+                ", and that one, too. Compute it in the cell instead, and name what it is computed from."
+            )
+        return seen, ends
+
+
+def check_hooks(outputs: Sequence[Any]) -> None:
+    """ValueError if a backward from the outputs would run hooks of a user: they expect the whole gradient, once."""
+    wanted = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+    _, ends = _walk([x.grad_fn for x in wanted if x.grad_fn is not None])
+    for leaf in [x for x in wanted if x.grad_fn is None] + [node.variable for node in ends]:
+        _refuse_hooks(f"a tensor of shape {tuple(leaf.shape)}", leaf)
+
+
+def refuse_hooks_of(owners: Sequence[Any]) -> None:
+    """The same for the parameters of modules. Those that FSDP shards have their hooks run by FSDP, once."""
+    for owner in owners:
+        for name, p in owner.named_parameters() if isinstance(owner, nn.Module) else ():
+            if not hasattr(p, "placements"):
+                _refuse_hooks(f"parameter '{name}'", p)
+
+
+def _refuse_hooks(name: str, tensor: Tensor) -> None:
+    if has_hook(tensor) or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"accumulate: {name} has a hook on its gradient (an optimiser in the backward?), which would run once per "
+            "segment, with a part of the gradient. Do its work after accumulate, or use replay.memory_replay with "
+            "register_post_accumulate_grad_hook, which runs once there."
+        )
+
+
+def _walk(starts: Sequence[Any]) -> tuple[set[Any], list[Any]]:
+    """All nodes of the graph behind ``starts``, and those that end in a leaf. It runs per segment, so it is plain."""
+    todo = list(dict.fromkeys(starts))
+    seen: set[Any] = {None, *todo}
+    ends = []
+    for node in todo:
+        edges = node.next_functions
+        if not edges and hasattr(node, "variable"):
+            ends.append(node)
+        for edge in edges:
+            following = edge[0]
+            if following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return seen, ends
+
+
+def _describe(function: Any, leaf: Tensor, graph: Container[Any]) -> str:
+    """The name under which a callable sees a leaf, or a tensor derived from it, for error messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    if not inspect.isfunction(function):
+        function = getattr(type(function), "forward", None) or type(function).__call__
+    scope: dict[str, Any] = {}
+    if inspect.isfunction(function):
+        seen = inspect.getclosurevars(function)
+        defaults = {k: v.default for k, v in inspect.signature(function).parameters.items()}
+        scope = {**seen.globals, **seen.nonlocals, **defaults}
+    for name, value in scope.items():
+        inner = value.named_parameters() if isinstance(value, nn.Module) else ()
+        for full_name, x in [(name, value), *((f"{name}.{part}", x) for part, x in inner)]:
+            if x is leaf or (isinstance(x, Tensor) and x.grad_fn is not None and x.grad_fn in graph):
+                return f"'{full_name}' of shape {tuple(x.shape)}"
+    return f"a tensor of shape {tuple(leaf.shape)}"
