@@ -223,7 +223,7 @@ class Run:
         return self._step(t, value, after)
 
     def _call_cut(self, t: int) -> tuple[Leaves, Leaves, dict[int, Tensor], dict[int, Tensor]]:
-        """Call the cell on copies cut from their graphs. Also returns the leaves of memory and segment where it starts."""
+        """Call the cell on copies cut from their graphs. Also returns the leaves of both where its graph starts."""
         segment, segment_sources = self.segments[t].cut(requires_grad)
         if self.carrying is not None and t < len(self.carrying):
             memory, memory_sources = self.memory.cut(self.carrying[t])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -169,6 +170,21 @@ class GradientSums:
                 self.task = _current_task()
 
         return [node.register_prehook(note) for node in {x.grad_fn for x in outputs} if node is not None]
+
+    @contextlib.contextmanager
+    def with_those_of_a_backward_inside(self) -> Iterator[None]:
+        """A ``.backward()`` inside a graph (a reversible layer) adds to ``.grad``: here it adds to the sums instead."""
+        before = [p.grad if p.is_leaf else None for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        try:
+            yield
+            for i, p in enumerate(self.parameters):
+                if p.is_leaf and p.grad is not None:
+                    self.add(i, p.grad)
+        finally:
+            for p, grad in zip(self.parameters, before, strict=True):
+                p.grad = grad
 
     def add(self, i: int, grad: Tensor) -> None:
         total = self._sums[i]

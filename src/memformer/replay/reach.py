@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Container, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .inputs import has_hook, name_of
@@ -39,10 +41,10 @@ class Reach:
         """
         found: dict[int, None] = {}
         wanted = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
-        if not self.derived:
-            seen, ends = _walk([x.grad_fn for x in wanted if x.grad_fn is not None])
-        else:
+        if self.derived:
             seen, ends = self._walk_to_derived(wanted, found)
+        else:
+            seen, ends = _walk([x.grad_fn for x in wanted if x.grad_fn is not None])
         own = {id(x) for x in sources}
         stray = []
         for leaf in [x for x in wanted if x.grad_fn is None] + [node.variable for node in ends]:
@@ -51,41 +53,63 @@ class Reach:
                 found[i] = None
             elif id(leaf) not in own:
                 stray.append(leaf)
-        if stray:
+        if stray and (stray := _held_by_somebody(stray)):
             names = ", ".join(_describe(self.function, x, seen) for x in stray)
             raise ValueError(
                 f"{name_of(self.function)} uses {names}, which requires a gradient and would get none. "
                 "Name it in params=[...], or pass an nn.Module (or a method bound to one) that owns it."
             )
+        if self.derived:
+            self._refuse_counting_twice(seen, found)
         return list(found)
 
     def _walk_to_derived(self, outputs: Sequence[Tensor], found: dict[int, None]) -> tuple[set[Any], list[Any]]:
         """The walk that stops at the derived tensors, which it notes in ``found``."""
-        starts = []
-        for x in outputs:
-            if (edge := (x.grad_fn, x.output_nr)) in self.derived:
+        seen, todo, ends = set(), [], []
+
+        def visit(edge: Any) -> None:
+            if edge in self.derived:
                 found[self.derived[edge]] = None
-            elif x.grad_fn is not None:
-                starts.append(x.grad_fn)
-        seen, todo, ends = set(starts), list(dict.fromkeys(starts)), []
+            elif edge[0] is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                todo.append(edge[0])
+
+        for x in outputs:
+            visit((x.grad_fn, x.output_nr))
         for node in todo:
             if not node.next_functions and hasattr(node, "variable"):
                 ends.append(node)
             for edge in node.next_functions:
-                if edge in self.derived:
-                    found[self.derived[edge]] = None
-                elif edge[0] is not None and edge[0] not in seen:
-                    seen.add(edge[0])
-                    todo.append(edge[0])
-        reached = seen | {edge[0] for edge, i in self.derived.items() if i in found}
+                visit(edge)
+        return seen, ends
+
+    def _refuse_counting_twice(self, seen: set[Any], found: dict[int, None]) -> None:
+        reached = seen | {node for (node, _), i in self.derived.items() if i in found}
         if both := reached & self.behind:
             leaves = [node.variable for node in both if hasattr(node, "variable")]
-            names = ", ".join(_describe(self.function, leaf, seen) for leaf in leaves)
+            names = ", ".join(_describe(self.function, leaf, ()) for leaf in leaves)
             raise ValueError(
                 f"{name_of(self.function)} uses a tensor of params= that was computed from {names or 'another of them'}"
                 ", and that one, too. Compute it in the cell instead, and name what it is computed from."
             )
-        return seen, ends
+
+
+def _held_by_somebody(leaves: list[Tensor]) -> list[Tensor]:
+    """Those that are alive besides for the graph: a leaf that a cell makes for itself loses no gradient.
+
+    Their references are counted, beside those of a leaf that only a graph holds.
+    """
+
+    def made_and_forgotten() -> Any:
+        with torch.enable_grad():
+            leaf = torch.empty(0, requires_grad=True)
+            return leaf.view_as(leaf)
+
+    graph = made_and_forgotten()
+    counted = [*leaves, graph.grad_fn.next_functions[0][0].variable]
+    del leaves[:]
+    references = [sys.getrefcount(x) for x in counted]
+    return [x for x, count in zip(counted, references, strict=True) if count > references[-1]]
 
 
 def check_hooks(outputs: Sequence[Any]) -> None:

@@ -66,7 +66,7 @@ class ReadoutRun:
         """The loss; leaves the gradients, times ``scale``, in ``self.grads``."""
         losses: list[Tensor | None] = []
         others: Grads = []
-        with GradientSums(self.parameters) as sums:
+        with GradientSums(self.parameters) as sums, sums.with_those_of_a_backward_inside():
             for part in self.parts:
                 sources: list[Tensor] = []
 
@@ -84,7 +84,7 @@ class ReadoutRun:
                 else:
                     others += [None] * len(sources)
                 del loss  # and with it the graph, before the next one
-            self.grads = sums.totals() + others
+        self.grads = sums.totals() + others
         return sum_of_losses(losses)
 
     def _call(self, part: slice, tree: Callable[[Leaves], Tree]) -> Tensor | None:
