@@ -1,0 +1,244 @@
+"""What a cell sees besides its arguments may change by its own hand, or between forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from engine_cases import SCHEDULES, Case, hold_against_a_loop
+from memformer import replay
+
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+
+
+def xs(*shape, count=5):
+    return [torch.randn(*shape, dtype=torch.float64) for _ in range(count)]
+
+
+class Normalised(nn.Module):
+    """A cell with a layer between; the layer may keep statistics."""
+
+    def __init__(self, layer, dropout=0.0):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.layer = layer
+        self.dropout = nn.Dropout(dropout)
+        self.double()
+
+    def forward(self, x, memory):
+        memory = torch.tanh(self.layer(self.linear(memory) + self.dropout(x)))
+        return memory.square().mean(), memory
+
+
+class Counter(nn.Module):
+    """A buffer that is replaced in each call, and one that is changed in place: both change what the layer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x * (1 + 0.1 * self.calls) - self.mean
+
+
+class Instance(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+
+    def forward(self, x):
+        return self.norm(x[None])[0]
+
+
+LAYERS = {
+    "batch norm": lambda: nn.BatchNorm1d(3),
+    "batch norm, cumulative": lambda: nn.BatchNorm1d(3, momentum=None),
+    "batch norm in eval": lambda: nn.BatchNorm1d(3).eval(),
+    "instance norm": Instance,
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(3, 3)),
+    "counter": Counter,
+}
+
+
+@every_schedule
+@pytest.mark.parametrize("layer", LAYERS)
+def test_buffers_that_the_cell_changes(layer, schedule):
+    """They are carried along: each segment sees those of its recording, and they advance once."""
+
+    def make():
+        cell = Normalised(LAYERS[layer](), dropout=0.3)
+        return Case(cell, xs(4, 3), torch.randn(4, 3).double(), modules=[cell])
+
+    hold_against_a_loop(make, schedule)
+
+
+def test_buffers_are_as_they_were_found_after_a_backward():
+    cell = Normalised(nn.BatchNorm1d(3))
+    loss = replay.memory_replay(cell, xs(4, 3), torch.randn(4, 3).double()).loss
+    cell(*xs(4, 3, count=2))  # a step in between
+    before = [b.clone() for b in cell.buffers()]
+    loss.backward()
+    torch.testing.assert_close(list(cell.buffers()), before, rtol=0, atol=0)
+    assert cell.layer.num_batches_tracked == 6
+
+
+def test_measuring_for_a_budget_leaves_the_statistics_alone():
+    cell = Normalised(nn.BatchNorm1d(3))
+    replay.memory_replay(cell, xs(4, 3), torch.randn(4, 3).double(), schedule=replay.Budget(10**6))
+    assert cell.layer.num_batches_tracked == 5
+
+
+# --- Between forward and backward
+
+
+def evaluate(cell):
+    cell.eval()
+
+
+def freeze(cell):
+    cell.linear.weight.requires_grad_(False)
+
+
+def unfreeze(cell):
+    cell.layer.weight.requires_grad_(True)
+
+
+@every_schedule
+@pytest.mark.parametrize("between", [evaluate, freeze, unfreeze])
+def test_modes_and_frozen_parameters_change_between_forward_and_backward(between, schedule):
+    def make():
+        cell = Normalised(nn.BatchNorm1d(3), dropout=0.3)
+        if between is unfreeze:
+            cell.layer.weight.requires_grad_(False)
+        segments, memory = xs(4, 3), torch.randn(4, 3).double()
+        return Case(cell, segments, memory, modules=[cell], between=lambda: between(cell))
+
+    hold_against_a_loop(make, schedule, accumulate=False)
+
+
+def test_modes_are_as_they_were_found_after_a_backward():
+    cell = Normalised(nn.BatchNorm1d(3), dropout=0.3)
+    loss = replay.memory_replay(cell, xs(4, 3), torch.randn(4, 3).double()).loss
+    cell.eval()
+    freeze(cell)
+    loss.backward()
+    assert not any(module.training for module in cell.modules())
+    assert not cell.linear.weight.requires_grad
+
+
+class Teacher(nn.Module):
+    """The target comes from a frozen copy and a buffer, which somebody updates after each rollout."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.teacher = nn.Linear(3, 3).requires_grad_(False)
+        self.register_buffer("centre", torch.zeros(3))
+        self.double()
+
+    def forward(self, x, memory):
+        memory = torch.tanh(self.linear(memory) + x)
+        return F.mse_loss(memory, self.teacher(x) - self.centre.clone()), memory
+
+
+@every_schedule
+def test_a_buffer_changes_between_forward_and_backward(schedule):
+    def make():
+        cell = Teacher()
+        return Case(cell, xs(4, 3), torch.randn(4, 3).double(), modules=[cell], between=lambda: cell.centre.add_(2.0))
+
+    hold_against_a_loop(make, schedule, accumulate=False)
+
+
+def test_a_frozen_parameter_that_is_changed_is_named():
+    cell = Teacher()
+    loss = replay.memory_replay(cell, xs(4, 3), torch.randn(4, 3).double()).loss
+    cell.teacher.weight.lerp_(cell.linear.weight.detach(), 0.1)
+    with pytest.raises(RuntimeError, match=r"'teacher\.weight'.* was changed in place between the rollout and its"):
+        loss.backward()
+
+
+# --- Weights that are cached
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight):
+        return weight + weight.mT
+
+
+class Orthogonal(nn.Module):
+    def __init__(self, parametrization):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        parametrize.register_parametrization(self.linear, "weight", parametrization)
+        self.double()
+
+    def forward(self, x, memory):
+        memory = torch.tanh(self.linear(memory) + self.linear(x))
+        return memory.square().mean(), memory
+
+
+@every_schedule
+@pytest.mark.parametrize("backward_inside", [True, False])
+@pytest.mark.parametrize("with_readout", [True, False])
+def test_cached_weights(schedule, backward_inside, with_readout):
+    """``parametrize.cached()`` around a rollout is PyTorch's own idiom for recurrent cells."""
+
+    def run(method):
+        torch.manual_seed(0)
+        cell = Orthogonal(Symmetric())
+        segments, memory = xs(2, 3), torch.randn(2, 3).double()
+        with parametrize.cached():
+            rollout = method(cell, segments, memory)
+            if backward_inside:
+                rollout.loss.backward()
+        if not backward_inside:
+            rollout.loss.backward()
+        assert not parametrize._cache
+        return [rollout.loss, rollout.memory, *(p.grad for p in cell.parameters())]
+
+    def read_out(cell):
+        return lambda values, segments: cell.linear(torch.cat(values)).square().mean()
+
+    def loop(cell, segments, memory):
+        losses = []
+        for x in segments:
+            loss, memory = cell(x, memory)
+            losses.append(read_out(cell)([memory], [x]) if with_readout else loss)
+        return replay.Rollout(sum(losses), memory)
+
+    def replayed(cell, segments, memory):
+        if not with_readout:
+            return replay.memory_replay(cell, segments, memory, schedule=SCHEDULES[schedule])
+        encode = lambda x, m: (lambda r: (r[1], r[1]))(cell(x, m))  # noqa: E731
+        return replay.memory_replay(encode, segments, memory, read_out(cell), params=cell, schedule=SCHEDULES[schedule])
+
+    torch.testing.assert_close(run(replayed), run(loop), rtol=1e-12, atol=1e-13)
+
+
+def test_cached_weights_that_are_random_are_refused():
+    class Dropped(nn.Module):
+        def forward(self, weight):
+            return F.dropout(weight, 0.5)
+
+    cell = Orthogonal(Dropped())
+    with parametrize.cached(), pytest.raises(RuntimeError, match=r"parametrised weight 'weight' is random.*inside the"):
+        replay.memory_replay(cell, xs(2, 3), torch.randn(2, 3).double()).loss.backward()
+
+
+@every_schedule
+def test_weights_that_are_cached_inside_of_the_cell(schedule):
+    def make():
+        inner = Orthogonal(Symmetric())
+
+        def cell(x, memory):
+            with parametrize.cached():
+                return inner(x, memory)
+
+        return Case(cell, xs(2, 3), torch.randn(2, 3).double(), params=inner, modules=[inner])
+
+    hold_against_a_loop(make, schedule)
