@@ -43,8 +43,8 @@ class Adjoint(torch.autograd.Function):
         (h,) = ctx.saved_tensors
         with torch.enable_grad():
             h = h.detach().requires_grad_()
-            grads = torch.autograd.grad(h + 0.1 * ctx.net(h), [h, *ctx.parameters], grad, allow_unused=True)
-        return None, *grads
+            by_h, *others = torch.autograd.grad(ctx.net(h), [h, *ctx.parameters], grad)
+        return None, grad + 0.1 * by_h, *(0.1 * g for g in others)
 
 
 class Reversible(torch.autograd.Function):
