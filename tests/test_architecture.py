@@ -33,6 +33,7 @@ LAYERS = [
         "replay.boundary",
         "replay.reach",
         "replay.world",
+        "replay.fingerprint",
         "nn.positions",
         "nn.blocks",
         "tasks",

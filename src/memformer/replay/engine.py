@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .environment import Environment
+from .fingerprint import Fingerprint, check_same
 from .gradients import GradientSums, explain, refuse_double_backward
 from .inputs import Cell, Grads, Leaves, Tree, call_cell, carries_grad, check_leaves, requires_grad
 from .options import Options
@@ -71,6 +72,7 @@ class Run:
         self.plan = self._plan(options.schedule)
         if any(action.kind in ("advance", "graph") for action in self.plan.replay):
             self.world.watch_buffers()
+        self.glance_at = next((action.segment for action in self.plan.replay if action.kind == "graph"), None)
         self.shelf = Shelf(self.plan)
         self.buffers: dict[int, BufferState] = {}
         self.graphs: dict[int, Graph] = {}
@@ -212,6 +214,7 @@ class Run:
                 if isinstance(error, torch.OutOfMemoryError) or not self._learn_what_carries(t):
                     raise
                 value, after, memory_sources, segment_sources = self._call_cut(t)
+        self.world.refuse_graphs_in_buffers()
         graph = Graph(value.leaves + after.leaves, [], memory_sources, segment_sources)
         if self.in_place:
             check_hooks(graph.outputs)
@@ -279,13 +282,17 @@ class Run:
             self.recorded.append(recorded)
             if self.kept is not None:
                 self.kept.append(leaves)
+            elif t == self.glance_at:
+                self.glance = Fingerprint(leaves, self.environment.precision)
         elif recorded != self.recorded[t]:
             raise RuntimeError(
                 f"segment {t} returned other leaves in replay than when it was recorded: {recorded}, was "
                 f"{self.recorded[t]}. The cell is not a function of segment and memory alone."
             )
         elif self.kept is not None:
-            _check_same(t, leaves, self.kept[t])
+            check_same(t, leaves, self.kept[t])
+        elif t == self.glance_at:
+            self.glance.check(t, leaves)
         return value.leaves
 
     def _upstream(self, t: int) -> bool:
@@ -348,15 +355,3 @@ class Replay(torch.autograd.Function):
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward()
         return (None, *ctx.rollout.replay(output_grads))
-
-
-def _check_same(t: int, replayed: list[Any], recorded: list[Any]) -> None:
-    for new, old in zip(replayed, recorded, strict=True):
-        try:
-            torch.testing.assert_close(new, old, equal_nan=True)
-        except AssertionError as error:  # noqa: PERF203
-            raise RuntimeError(
-                f"segment {t} differs in replay from its recording, so its gradient would be wrong: {error}\nThe cell "
-                "uses something besides segment, memory, parameters and torch's own generators (a counter, running "
-                "statistics, a private generator, numpy's or Python's random numbers)."
-            ) from error

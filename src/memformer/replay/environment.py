@@ -22,6 +22,7 @@ class Environment:
         self.kinds = [kind for kind in sorted(types) if torch.amp.is_autocast_available(kind)]
         self.autocast = self._autocast_now()
         self.uses_float16 = any(enabled and dtype == torch.float16 for _, dtype, enabled in self.autocast)
+        self.precision = max((torch.finfo(dtype).eps for _, dtype, enabled in self.autocast if enabled), default=0.0)
         self.caches_weights = _weights_are_cached()
         self.weights: dict[Any, Tensor] = {}
         _refuse_tangents(tensors)
@@ -47,16 +48,19 @@ class Environment:
     def _autocast_now(self) -> list[tuple[str, torch.dtype, bool]]:
         return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in self.kinds]
 
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> contextlib.AbstractContextManager[object]:
         """Autocast and the caching of parametrised weights as they were when the rollout started."""
-        with contextlib.ExitStack() as stack:
-            if self.autocast != self._autocast_now():
-                for kind, dtype, enabled in self.autocast:
-                    stack.enter_context(torch.autocast(kind, dtype, enabled))
-            if self.caches_weights or _weights_are_cached():
-                stack.enter_context(self._own_weights())
-            yield
+        same_autocast = self.autocast == self._autocast_now()
+        caches_weights = self.caches_weights or _weights_are_cached()
+        if same_autocast and not caches_weights:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        if not same_autocast:
+            for kind, dtype, enabled in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype, enabled))
+        if caches_weights:
+            stack.enter_context(self._own_weights())
+        return stack
 
     @contextlib.contextmanager
     def _own_weights(self) -> Iterator[None]:

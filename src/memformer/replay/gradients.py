@@ -81,7 +81,7 @@ def watched(watch: MemoryGradients | None, boundary: int, memory: Tree) -> Tree:
 
 _current_task: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
 
-ADDED_AFTERWARDS = 32 * 1024
+ADDED_AFTERWARDS = 16 * 1024
 """Bytes of gradients, of small parameters, that a graph may hand over all at once."""
 
 

@@ -30,6 +30,10 @@ Grads = list["Tensor | None"]
 Weights = Sequence[float] | Tensor
 
 
+ONE_LEAF: TreeSpec = tree_flatten(None)[1]
+"""A tree that is a leaf: most memories are one tensor, and taking them apart takes time in each segment."""
+
+
 class Leaves:
     """A flattened pytree, and the versions of its tensors when it was made.
 
@@ -38,15 +42,17 @@ class Leaves:
     """
 
     def __init__(self, tree: Tree):
-        leaves, spec = tree_flatten(tree)
-        self._take(leaves, spec)
+        if type(tree) is Tensor:
+            self._take([tree], ONE_LEAF)
+        else:
+            self._take(*tree_flatten(tree))
 
     def _take(self, leaves: list[Any], spec: TreeSpec) -> None:
         self.leaves, self.spec = leaves, spec
         self.versions = [version(leaf) for leaf in leaves]
 
     def tree(self) -> Tree:
-        return tree_unflatten(self.leaves, self.spec)
+        return _tree(self.leaves, self.spec)
 
     def detached(self) -> Leaves:
         """The same, cut from its graph."""
@@ -68,7 +74,11 @@ class Leaves:
                 leaves[i] = leaf.detach()
                 if wants_grad(leaf) if callable(wants_grad) else wants_grad[i]:
                     sources[i] = leaves[i].requires_grad_()
-        return tree_unflatten(leaves, self.spec), sources
+        return _tree(leaves, self.spec), sources
+
+
+def _tree(leaves: list[Any], spec: TreeSpec) -> Tree:
+    return leaves[0] if spec is ONE_LEAF else tree_unflatten(leaves, spec)
 
 
 PLAIN = (
@@ -82,7 +92,7 @@ PLAIN = (
 def check_leaves(leaves: Leaves, what: str, *, is_value: bool = False) -> None:
     """ValueError if a leaf is an object through which no gradient could flow; one without tensors may be in a value."""
     for leaf in leaves.leaves:
-        if isinstance(leaf, PLAIN) or (is_value and not _holds_a_tensor(leaf)):
+        if type(leaf) is Tensor or isinstance(leaf, PLAIN) or (is_value and not _holds_a_tensor(leaf)):
             continue
         raise ValueError(
             f"{what} holds a {type(leaf).__name__}, through which no gradient could flow: expected a pytree of "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from .inputs import has_hook, name_of
 
@@ -110,6 +111,12 @@ def _held_by_somebody(leaves: list[Tensor]) -> list[Tensor]:
     del leaves[:]
     references = [sys.getrefcount(x) for x in counted]
     return [x for x, count in zip(counted, references, strict=True) if count > references[-1]]
+
+
+def runs_functions(outputs: Sequence[Tensor]) -> bool:
+    """Whether a backward from the outputs runs a user's autograd function, which may do anything."""
+    seen, _ = _walk([x.grad_fn for x in outputs if x.grad_fn is not None])
+    return any(isinstance(node, BackwardCFunction) for node in seen)
 
 
 def check_hooks(outputs: Sequence[Any]) -> None:

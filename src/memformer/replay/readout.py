@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .environment import Environment
 from .gradients import GradientSums, refuse_double_backward
 from .inputs import Grads, Leaves, Readout, Tree, call_readout, chunks, requires_grad, sum_of_losses
-from .reach import Reach
+from .reach import Reach, runs_functions
 from .world import World
 
 
@@ -66,7 +67,7 @@ class ReadoutRun:
         """The loss; leaves the gradients, times ``scale``, in ``self.grads``."""
         losses: list[Tensor | None] = []
         others: Grads = []
-        with GradientSums(self.parameters) as sums, sums.with_those_of_a_backward_inside():
+        with GradientSums(self.parameters) as sums:
             for part in self.parts:
                 sources: list[Tensor] = []
 
@@ -80,7 +81,9 @@ class ReadoutRun:
                 losses.append(None if loss is None else loss.detach())
                 if loss is not None and loss.requires_grad:
                     used = self.reach([loss], sources)
-                    others += sums.differentiate([loss], [scale], used, sources)
+                    kept = sums.with_those_of_a_backward_inside() if runs_functions([loss]) else nullcontext()
+                    with kept:
+                        others += sums.differentiate([loss], [scale], used, sources)
                 else:
                     others += [None] * len(sources)
                 del loss  # and with it the graph, before the next one

@@ -25,57 +25,68 @@ class World:
     """
 
     def __init__(self, owners: Sequence[Any], parameters: Sequence[Tensor], *, watch_parameters: bool = True):
-        modules = list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
-        self.modes = [(module, module.training) for owner in modules for module in owner.modules()]
-        named = {id(p): ("a tensor of params=", p) for p in parameters}
+        self.owners = [owner for owner in owners if isinstance(owner, nn.Module)]
+        self.modules = list(dict.fromkeys(module for owner in self.owners for module in owner.modules()))
+        self.modes = [module.training for module in self.modules]
+        found = {id(p): p for p in parameters}
         if watch_parameters:
-            named |= {id(p): (f"parameter '{name}'", p) for owner in modules for name, p in owner.named_parameters()}
-        self.parameters = [(name, p, version(p), p.requires_grad) for name, p in named.values()]
-        self.modules = modules
+            found |= {id(p): p for module in self.modules for p in module._parameters.values() if p is not None}
+        self.parameters = list(found.values())
+        self.versions = [version(p) for p in self.parameters]
+        self.requires_grad = [p.requires_grad for p in self.parameters]
+        self.places = [(module, name) for module in self.modules for name in module._buffers]
         self.buffers: list[_Buffer] = []
 
     # Before and during the recording
 
     def watch_buffers(self) -> None:
         """From here on :meth:`buffer_state` tells what stands in the buffers."""
-        found = {}
-        for module in (part for owner in self.modules for part in owner.modules()):
-            # Their running statistics change without a new version.
-            unnoticed = isinstance(module, _NormBase) and module.track_running_stats and module.training
-            for name, x in module._buffers.items():
-                if x is not None:
-                    found[id(module), name] = _Buffer(module, name, unnoticed)
-        self.buffers = list(found.values())
+        if not self.buffers:
+            self.buffers = [_Buffer(*place) for place in self.places]
 
     def buffer_state(self) -> BufferState:
         return [buffer.state() for buffer in self.buffers]
 
+    def refuse_graphs_in_buffers(self) -> None:
+        """ValueError if the cell left a tensor with a graph in a buffer: the gradient through it would be lost."""
+        for module, name in self.places:
+            x = module._buffers[name]
+            if x is not None and x.grad_fn is not None:
+                raise ValueError(
+                    f"the cell keeps a tensor with a graph in the buffer '{name}' of a {type(module).__name__}, and no "
+                    "gradient could flow through it to the segment before. Return it as part of the memory, or detach "
+                    "it."
+                )
+
     # Before and during the replay
 
     def check_unchanged(self) -> None:
-        for name, p, before, _ in self.parameters:
+        for p, before in zip(self.parameters, self.versions, strict=True):
             if version(p) != before:
+                names = (f"'{name}'" for owner in self.owners for name, x in owner.named_parameters() if x is p)
                 raise RuntimeError(
-                    f"{name}, a parameter, was changed in place between the rollout and its backward (an optimiser "
-                    "step?). Replay runs the cell again and needs the same parameters: call backward first."
+                    "a parameter was changed in place between the rollout and its backward (an optimiser step?): "
+                    f"{next(names, 'one of params=')}. Replay runs the cell again and needs the same parameters: call "
+                    "backward first."
                 )
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Modes and ``requires_grad`` as they were; whatever happens to the buffers inside is undone."""
         self.check_unchanged()
-        modes = [(module, module.training) for module, before in self.modes if module.training != before]
-        frozen = [p for _, p, _, before in self.parameters if p.is_leaf and p.requires_grad != before]
+        modes = [module for module, before in zip(self.modules, self.modes, strict=True) if module.training != before]
+        flags = zip(self.parameters, self.requires_grad, strict=True)
+        frozen = [p for p, before in flags if p.requires_grad != before and p.is_leaf]
         found = self.buffer_state()
         try:
-            for module, now in modes:
-                module.training = not now
+            for module in modes:
+                module.training = not module.training
             for p in frozen:
                 p.requires_grad_(not p.requires_grad)
             yield
         finally:
-            for module, now in modes:
-                module.training = now
+            for module in modes:
+                module.training = not module.training
             for p in frozen:
                 p.requires_grad_(not p.requires_grad)
             self.put_buffers(found)
@@ -88,8 +99,10 @@ class World:
 class _Buffer:
     """A buffer of a module, and a copy of what stood in it when it was last looked at."""
 
-    def __init__(self, module: nn.Module, name: str, unnoticed: bool):
-        self.module, self.name, self.unnoticed = module, name, unnoticed
+    def __init__(self, module: nn.Module, name: str):
+        self.module, self.name = module, name
+        # Running statistics change without a new version.
+        self.unnoticed = isinstance(module, _NormBase) and module.track_running_stats and module.training
         self.changes = False
         self._look()
 

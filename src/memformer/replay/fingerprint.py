@@ -1,0 +1,62 @@
+"""Whether a replay meets what was recorded: each segment where that is asked, and a glance at one always."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CAUSE = (
+    "The cell uses something besides segment, memory, parameters, buffers and torch's own generators (a counter, a "
+    "tensor that it keeps, a private generator, numpy's or Python's random numbers), or that was changed in between."
+)
+
+SAMPLE = 64
+"""About this many numbers of a leaf are looked at."""
+
+
+def check_same(t: int, replayed: list[Any], recorded: list[Any]) -> None:
+    """RuntimeError unless all leaves are close."""
+    for new, old in zip(replayed, recorded, strict=True):
+        try:
+            torch.testing.assert_close(new, old, equal_nan=True)
+        except AssertionError as error:  # noqa: PERF203
+            raise RuntimeError(
+                f"segment {t} differs in replay from its recording, so its gradient would be wrong: {error}\n{CAUSE}"
+            ) from error
+
+
+class Fingerprint:
+    """A few numbers of what a segment returned.
+
+    A replay in another world (a step of a fused optimiser in between, a state that the cell keeps for itself) differs
+    in its first segment already. It is compared generously, for kernels may differ with the mode: by the square root
+    of the precision, as a share of the norm.
+    """
+
+    def __init__(self, leaves: list[Any], precision: float):
+        self.precision = precision
+        self.samples = [_sample(x) for x in leaves]
+
+    def check(self, t: int, leaves: list[Any]) -> None:
+        for old, new in zip(self.samples, map(_sample, leaves), strict=True):
+            if old is None or new is None or old.shape != new.shape:
+                continue
+            allowed = max(self.precision, torch.finfo(old.dtype).eps) ** 0.5
+            difference, norm = (torch.linalg.vector_norm(x.double()).item() for x in (new - old, old))
+            if difference > allowed * norm:
+                raise RuntimeError(
+                    f"segment {t} differs in replay from its recording by {difference / max(norm, 1e-300):.1%} of its "
+                    f"norm, so its gradient would be wrong. {CAUSE} check=True looks at each segment."
+                )
+
+
+def _sample(x: Any) -> Tensor | None:
+    """Numbers from all over a tensor, moved to the CPU; None where there is nothing to compare."""
+    if type(x) is not Tensor or x.layout != torch.strided or x.is_meta or not x.is_floating_point() or not x.numel():
+        return None
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    with torch.no_grad():
+        return x.detach().flatten()[:: max(1, x.numel() // SAMPLE)].to("cpu", copy=True)
