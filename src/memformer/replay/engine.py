@@ -19,7 +19,7 @@ from .options import Options
 from .reach import Reach, check_hooks
 from .schedules import Action, Plan, Schedule
 from .sizes import measure
-from .storage import Shelf
+from .storage import Compact, Shelf
 from .world import BufferState, World
 
 
@@ -74,6 +74,8 @@ class Run:
             self.world.watch_buffers()
         self.glance_at = next((action.segment for action in self.plan.replay if action.kind == "graph"), None)
         self.shelf = Shelf(self.plan)
+        self.compact = Compact([*self.parameters, *given])
+        self.returned = self.memory  # the same before it was made compact
         self.buffers: dict[int, BufferState] = {}
         self.graphs: dict[int, Graph] = {}
         self.recording = True
@@ -111,7 +113,7 @@ class Run:
         torch.clear_autocast_cache()
         self.recording = False
         leaves = values + self.memory.leaves
-        self.memory = self.initial
+        self.memory = self.returned = self.initial
         return leaves
 
     def outputs(self, leaves: Sequence[Any]) -> tuple[list[Tree], Tree]:
@@ -142,7 +144,7 @@ class Run:
         with self.world.restored(), self.environment.random_numbers_kept(), self.parameter_grads:
             for action in self.plan.replay:
                 self._do(action)
-        self.memory = self.initial
+        self.memory = self.returned = self.initial
         of_memory = [g for g, leaf in zip(self.carry, self.initial.leaves, strict=True) if requires_grad(leaf)]
         of_segments = [grad for grads in reversed(self.segment_grads) for grad in grads]
         grads = [*self.parameter_grads.totals(), *of_memory, *of_segments]
@@ -159,7 +161,7 @@ class Run:
             self.shelf.put(t, self.memory, self.environment.random_state())
             self.buffers[t] = self.world.buffer_state()
         elif kind == "load":
-            self.memory = self.shelf.get(t)
+            self.memory = self.returned = self.shelf.get(t)
             self.environment.set_random_state(self.shelf.random_states[t])
             self.world.put_buffers(self.buffers[t])
         elif kind == "drop":
@@ -192,7 +194,7 @@ class Run:
             self.world.put_buffers(self.start[1])
             self.records_with_graph = True  # a cell that differentiates something itself
             return self._advance_in_grad_mode(t)
-        return self._step(t, value, after)
+        return self._step(t, value, after, self.compact.copy)
 
     def _advance_in_grad_mode(self, t: int) -> list[Any]:
         """The same for a cell that needs grad mode, and where nothing is known that could need a gradient."""
@@ -202,7 +204,7 @@ class Run:
         if not self.differentiable:  # a tensor that the cell captured may need one nevertheless
             self.reach([*value.leaves, *after.leaves], list(sources.values()))
         torch.clear_autocast_cache()
-        return self._step(t, value, after)
+        return self._step(t, value, after, self.compact.copy)
 
     def _build_graph(self, t: int) -> list[Any]:
         """Run segment ``t`` with a graph that starts at the memory before it."""
@@ -266,15 +268,21 @@ class Run:
         self.memory = here
         return True
 
-    def _step(self, t: int, value: Leaves, after: Leaves) -> list[Any]:
-        """Stand before segment ``t + 1``. Returns the leaves of the value of ``t``."""
-        if self.memory.changed():
+    def _step(self, t: int, value: Leaves, after: Leaves, keep: Callable[[Leaves], Leaves] | None = None) -> list[Any]:
+        """Stand before segment ``t + 1``. Returns the leaves of the value of ``t``.
+
+        Without a graph, which holds what they are views of anyway, ``keep`` makes both what is kept.
+        """
+        if self.memory.changed() or (self.returned is not self.memory and self.returned.changed()):
             raise ValueError(
                 f"the cell changed its memory in place in segment {t}, and replay needs that memory again. "
                 "Return a new tensor: use out-of-place operations, or work on a clone."
             )
         recorded = _Recorded(value.spec, after.spec)
         value, self.memory = value.detached(), after.detached()
+        self.returned = self.memory
+        if keep is not None:
+            value, self.memory = keep(value), keep(self.memory)
         leaves = value.leaves + self.memory.leaves
         if self.recording:
             check_leaves(value, f"the value of segment {t}", is_value=True)

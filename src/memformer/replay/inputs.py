@@ -56,8 +56,12 @@ class Leaves:
 
     def detached(self) -> Leaves:
         """The same, cut from its graph."""
+        return self.replaced([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves])
+
+    def replaced(self, leaves: list[Any]) -> Leaves:
+        """A tree of the same structure with other leaves."""
         result = Leaves.__new__(Leaves)
-        result._take([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves], self.spec)
+        result._take(leaves, self.spec)
         return result
 
     def tensors(self) -> list[Tensor]:

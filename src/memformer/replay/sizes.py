@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .boundary import detach
 from .environment import Environment
 from .inputs import Cell, Leaves, Params, Tree, call_cell, carries_grad, trained_tensors
+from .storage import Compact, storages
 
 
 class Sizes(NamedTuple):
@@ -20,22 +22,28 @@ class Sizes(NamedTuple):
 
 
 def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> Sizes:
-    """Run one segment and count: the memory that it returns, and what autograd keeps of it besides parameters."""
-    storages: dict[int, int] = {}
+    """Run one segment and count: the memory that it returns, and what its graph keeps besides.
+
+    Storages are counted, each once; those of parameters, of the segment and of the memory given are the caller's.
+    """
+    environment = Environment([x for x in tree_leaves((segment, memory)) if isinstance(x, Tensor)])
+    given = _tensors((segment, memory, trained_tensors(cell, params)))
+    compact = Compact(given)
+    memory, _ = Leaves(memory).cut(carries_grad)
+    kept: dict[int, int] = {}
 
     def count(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept.update(storages([x]))
         return x.detach()
 
-    environment = Environment([x for x in tree_leaves((segment, memory)) if isinstance(x, Tensor)])
-    trained = trained_tensors(cell, params)
-    memory, _ = Leaves(memory).cut(carries_grad)
-    with environment.random_numbers_kept(), torch.enable_grad():
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            value, after = call_cell(cell, segment, memory)
-        for x in [*trained, *tree_leaves(segment)]:
-            if isinstance(x, Tensor):
-                storages.pop(x.untyped_storage().data_ptr(), None)
-        memory_bytes = sum(x.numel() * x.element_size() for x in tree_leaves(after) if isinstance(x, Tensor))
-        del value, after
-    return Sizes(memory_bytes, sum(storages.values()))
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
+    with environment.random_numbers_kept(), torch.enable_grad(), hooks:
+        value, after = call_cell(cell, segment, memory)
+    # The graph's outputs are kept until its backward, and with them what they are views of.
+    graph = kept | storages(_tensors((value, after)))
+    stored = storages(_tensors(compact(tree_leaves(detach(after)))))
+    return Sizes(*(sum(size for at, size in of.items() if at not in compact.held) for of in (stored, graph)))
+
+
+def _tensors(tree: Tree) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]

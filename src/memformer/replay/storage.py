@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
+import operator
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_unflatten
 
 from .inputs import Leaves
@@ -19,6 +23,84 @@ from .schedules import Plan
 
 Begin = Callable[[], Callable[[], Leaves]]
 """Begins to fetch a memory; what it returns waits for it."""
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The bytes of each storage that the tensors use, by its address."""
+    return {
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+        for x in tensors
+        for part in _strided_parts(x)
+    }
+
+
+def _strided_parts(x: Tensor) -> Iterator[Tensor]:
+    """A tensor as tensors that have a storage: itself, or what a sparse one or a wrapper holds."""
+    if is_traceable_wrapper_subclass(x):
+        inner, _ = x.__tensor_flatten__()
+        for name in inner:
+            yield from _strided_parts(getattr(x, name))
+    elif x.layout is torch.sparse_coo:
+        yield from (x._indices(), x._values())
+    elif x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (x.crow_indices(), x.col_indices(), x.values())
+    elif x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (x.ccol_indices(), x.row_indices(), x.values())
+    else:
+        yield x
+
+
+class Compact:
+    """Takes what a cell returned out of larger storages, so that keeping it keeps no more than it is.
+
+    A hidden state's last positions as memory would keep the whole hidden state of each segment.
+
+    Args:
+        held: tensors that somebody else keeps alive, so that views of them cost nothing.
+    """
+
+    def __init__(self, held: Sequence[Tensor]):
+        self._tensors = held
+
+    @functools.cached_property
+    def held(self) -> Container[int]:
+        """The addresses of the storages that cost nothing."""
+        return storages(self._tensors)
+
+    def __call__(self, leaves: Sequence[Any]) -> list[Any]:
+        """The leaves, with copies in place of views.
+
+        Left as they are: leaves that together see all of their storage, and views of what is held. Leaves that are the
+        same view share one copy.
+        """
+        result = list(leaves)
+        plain = [i for i, x in enumerate(leaves) if type(x) is Tensor and x.layout is torch.strided]
+        if all(leaves[i].nbytes >= leaves[i].untyped_storage().nbytes() for i in plain):
+            return result
+        views: dict[int, dict[Any, list[int]]] = {}
+        for i in plain:
+            x = leaves[i]
+            view = (x.storage_offset(), x.shape, x.stride(), x.dtype, x.is_conj(), x.is_neg())
+            views.setdefault(x.untyped_storage().data_ptr(), {}).setdefault(view, []).append(i)
+        for address, of_storage in views.items():
+            firsts = [leaves[same[0]] for same in of_storage.values()]
+            whole = firsts[0].untyped_storage().nbytes()
+            if sum(_dense(x).nbytes for x in firsts) < whole and address not in self.held:
+                for x, same in zip(firsts, of_storage.values(), strict=True):
+                    copied = _dense(x).clone().expand(x.shape)
+                    for i in same:
+                        result[i] = copied.detach()
+        return result
+
+    def copy(self, leaves: Leaves) -> Leaves:
+        """The same of a tree's leaves; the tree itself if nothing is copied."""
+        copies = self(leaves.leaves)
+        return leaves if all(map(operator.is_, copies, leaves.leaves)) else leaves.replaced(copies)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A tensor without the repetitions of ``expand``."""
+    return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
 
 
 class Shelf:
