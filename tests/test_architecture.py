@@ -40,6 +40,7 @@ LAYERS = [
     {"replay.options", "replay.readout", "replay.sizes", "nn.memory", "state"},
     {"replay.engine", "generation"},
     {"replay.functions", "model"},
+    {"replay.verdict"},
     {"replay", "nn", "data.tokenizers", "data.segments", "data.yardsticks", "checkpoints", "parallel", "settings"},
     {"data.corpora", "data.objectives"},
     {"data.lanes"},

@@ -35,6 +35,7 @@ from .gradients import MemoryGradients
 from .options import Options
 from .schedules import Action, Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule
 from .sizes import Sizes, measure
+from .verdict import Outcome, Verdict, verify
 
 __all__ = [
     "Action",
@@ -46,10 +47,12 @@ __all__ = [
     "Method",
     "Offload",
     "Options",
+    "Outcome",
     "Plan",
     "Rollout",
     "Schedule",
     "Sizes",
+    "Verdict",
     "accumulate",
     "burn_in",
     "check_equal_across_ranks",
@@ -59,4 +62,5 @@ __all__ = [
     "memory_replay",
     "reset",
     "scan",
+    "verify",
 ]

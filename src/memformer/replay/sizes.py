@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from .boundary import detach
 from .environment import Environment
 from .inputs import Cell, Leaves, Params, Tree, call_cell, carries_grad, trained_tensors
-from .storage import Compact, storages
+from .storage import Compact, addresses
 
 
 class Sizes(NamedTuple):
@@ -33,15 +33,15 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
     kept: dict[int, int] = {}
 
     def count(x: Tensor) -> Tensor:
-        kept.update(storages([x]))
+        kept.update(addresses([x]))
         return x.detach()
 
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
     with environment.random_numbers_kept(), torch.enable_grad(), hooks:
         value, after = call_cell(cell, segment, memory)
     # The graph's outputs are kept until its backward, and with them what they are views of.
-    graph = kept | storages(_tensors((value, after)))
-    stored = storages(_tensors(compact(tree_leaves(detach(after)))))
+    graph = kept | addresses(_tensors((value, after)))
+    stored = addresses(_tensors(compact(tree_leaves(detach(after)))))
     return Sizes(*(sum(size for at, size in of.items() if at not in compact.held) for of in (stored, graph)))
 
 

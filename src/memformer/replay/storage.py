@@ -25,13 +25,14 @@ Begin = Callable[[], Callable[[], Leaves]]
 """Begins to fetch a memory; what it returns waits for it."""
 
 
-def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+def storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
+    """The storages that the tensors use, maybe more than once."""
+    return (part.untyped_storage() for x in tensors for part in _strided_parts(x))
+
+
+def addresses(tensors: Iterable[Tensor]) -> dict[int, int]:
     """The bytes of each storage that the tensors use, by its address."""
-    return {
-        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
-        for x in tensors
-        for part in _strided_parts(x)
-    }
+    return {storage.data_ptr(): storage.nbytes() for storage in storages(tensors)}
 
 
 def _strided_parts(x: Tensor) -> Iterator[Tensor]:
@@ -65,7 +66,7 @@ class Compact:
     @functools.cached_property
     def held(self) -> Container[int]:
         """The addresses of the storages that cost nothing."""
-        return storages(self._tensors)
+        return addresses(self._tensors)
 
     def __call__(self, leaves: Sequence[Any]) -> list[Any]:
         """The leaves, with copies in place of views.
