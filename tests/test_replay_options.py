@@ -164,6 +164,25 @@ def test_reset_puts_the_initial_memory_back_with_its_gradient():
         replay.reset(memory, initial, torch.tensor([1, 0, 0]))
 
 
+def test_reset_of_a_memory_whose_lanes_are_another_dimension():
+    """That of nn.LSTM is (layers, batch, dim)."""
+    lanes = torch.tensor([False, True, False])
+    memory = (torch.ones(2, 3, 4), torch.ones(2, 3, 4), None, 5)
+    initial = (torch.zeros(2, 3, 4), torch.full((2, 3, 4), 2.0), None, 5)
+    first, second, *others = replay.reset(memory, initial, lanes, dim=1)
+    assert first[:, :, 0].tolist() == [[1, 0, 1]] * 2
+    assert second[:, :, 0].tolist() == [[1, 2, 1]] * 2
+    assert others == [None, 5]
+    with pytest.raises(
+        ValueError, match=r"shape \(2,\), one entry per lane .*\(2, 3, 4\), lanes in dimension 0.*dim=1"
+    ):
+        replay.reset(memory, initial, lanes)
+    with pytest.raises(ValueError, match=r"lanes in dimension 3\), got torch.bool of shape \(3,\)"):
+        replay.reset(memory, initial, lanes, dim=3)
+    with pytest.raises(ValueError, match=r"dim: expected an integer of at least 0, got -2"):
+        replay.reset(memory, initial, lanes, dim=-2)
+
+
 def test_burn_in_gives_the_memory_without_a_graph():
     cell, linear, segments, memory = small()
     rollout = replay.memory_replay(cell, segments, memory, params=linear)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .inputs import Cell, Tree, call_cell
+from .schedules import at_least
 
 
 def detach(memory: Tree) -> Tree:
@@ -17,21 +18,34 @@ def detach(memory: Tree) -> Tree:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, memory)
 
 
-def reset(memory: Tree, initial: Tree, lanes: Tensor) -> Tree:
-    """The memory, with ``initial`` (same shapes) in those lanes of the batch, dimension 0, where ``lanes`` is True.
+def reset(memory: Tree, initial: Tree, lanes: Tensor, dim: int = 0) -> Tree:
+    """The memory, with ``initial`` in those lanes of the batch where ``lanes`` is True: new documents begin there.
 
     Gradients go on to whichever of the two a lane takes: an initial memory that is learned is trained.
+
+    Args:
+        memory, initial: pytrees of one structure, their tensors of the same shapes.
+        lanes: (batch,) boolean.
+        dim: the dimension of the batch, in every tensor of the memory. That of ``nn.LSTM`` and ``nn.GRU`` is
+            (layers, batch, dim): there it is 1. Where there are as many layers as lanes nothing can tell the two apart.
+
+    Raises:
+        ValueError: ``lanes`` is not one boolean for each lane of every tensor; ``dim`` is negative.
     """
+
+    at_least("dim", dim, 0)
 
     def choose(old: Any, new: Any) -> Any:
         if not isinstance(old, Tensor):
             return old
-        if old.shape[:1] != lanes.shape or lanes.dtype != torch.bool:
+        expected = old.shape[dim : dim + 1]
+        if lanes.dtype != torch.bool or not expected or lanes.shape != expected:
             raise ValueError(
-                f"lanes: expected a boolean tensor of shape {tuple(old.shape[:1])}, one entry per lane of the memory, "
-                f"got {lanes.dtype} of shape {tuple(lanes.shape)}"
+                f"lanes: expected a boolean tensor of shape {tuple(expected)}, one entry per lane of the memory "
+                f"({tuple(old.shape)}, lanes in dimension {dim}), got {lanes.dtype} of shape {tuple(lanes.shape)}. The "
+                "lanes of nn.LSTM's and nn.GRU's memory are dimension 1: say dim=1"
             )
-        return torch.where(lanes.view(-1, *[1] * (old.dim() - 1)), new, old)
+        return torch.where(lanes.view([-1 if i == dim else 1 for i in range(old.dim())]), new, old)
 
     return tree_map(choose, memory, initial)
 
