@@ -21,6 +21,7 @@ LAYERS = [
         "config",
         "checks",
         "nn.attention",
+        "nn.masks",
         "pictures",
         "files",
         "learning_rate",

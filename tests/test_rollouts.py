@@ -215,6 +215,67 @@ def test_divisor_weighs_tokens_alike() -> None:
     torch.testing.assert_close(outcome.loss, (2 * first.dec_out + 8 * second.dec_out) / 10)
 
 
+@pytest.mark.parametrize("integers", [torch.int64, torch.uint8])
+def test_masks_and_targets_as_other_libraries_write_them(integers: torch.dtype) -> None:
+    """Masks of 0 and 1, and targets of -100, count as masked: as with booleans, and the tensors given stay."""
+    model, task = small(), Task(count=4, batch=3, last=2, is_ragged=True, losses="every")
+    task.tgt_mask = [ragged(*tgt.shape) for tgt in task.tgt]
+    expected = by_hand(model, task, None)
+    grads = take_grads(model)
+    ones = [mask.to(integers) for mask in task.tgt_mask]
+    actual = memory_replay_backprop(model, task.src, task.tgt, task.src_mask.to(integers), ones)
+    assert_same(actual, expected)
+    assert_same_grads(take_grads(model), grads)
+    labels = [tgt.where(mask, -100) for tgt, mask in zip(task.tgt, task.tgt_mask, strict=True)]
+    given = [x.clone() for x in labels]
+    actual = memory_replay_backprop(model, task.src, labels, task.src_mask)
+    assert_same(actual, expected)
+    assert_same_grads(take_grads(model), grads)
+    assert all(map(torch.equal, labels, given))
+    half = [None, None, *task.tgt_mask[2:]]
+    labels = [*labels[:2], *task.tgt[2:]]
+    assert_same(memory_replay_backprop(model, task.src, labels, task.src_mask, half), expected)
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize("how", ["first", "each", "integers"])
+def test_resets(how: str, own_loss: bool) -> None:
+    """Of the first segment, or of each: where they are, a lane goes on from the learned initial memory."""
+    model, task = small(encoder_only=own_loss), Task(count=4, batch=3, last=2, is_ragged=False, losses="every")
+    first, later = torch.tensor([True, False, True]), torch.tensor([False, True, True])
+    resets = [first, None, later, None] if how != "first" else [first, None, None, None]
+    mems = memory(model, 3).requires_grad_()
+    loss, current = torch.zeros((), dtype=torch.float64), mems
+    for (src, _, tgt, _), reset in zip(task.segments(), resets, strict=True):
+        if own_loss:
+            out, current = model(src, mems=current, reset=reset)
+            loss = loss + out.square().sum()
+        else:
+            out = model(src, tgt, current, reset=reset)
+            loss, current = loss + out.dec_out, out.mem
+    loss.backward()
+    grads = take_grads(model) | take_memory_grad(mems)
+    assert not grads["mems"][0].any()
+    assert grads["mems"][1].any()
+    given = {"first": first, "each": resets, "integers": [first.long(), None, later.long(), None]}[how]
+    what = {"loss_fn": lambda i, x: x.square().sum()} if own_loss else {"tgt": task.tgt}
+    actual = memory_replay_backprop(model, task.src, mems=mems, reset=given, **what)
+    assert_same(actual, (loss.detach(), current.detach()))
+    assert_same_grads(take_grads(model) | take_memory_grad(mems), grads)
+
+
+def test_how_many_segments_a_call_of_the_decoder_gets() -> None:
+    model, task, calls = small(), Task(count=5, batch=2, last=3, is_ragged=False, losses="every"), []
+    model.decoder.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    expected = by_hand(model, task, None)
+    grads = take_grads(model)
+    calls.clear()
+    actual = memory_replay_backprop(model, task.src, task.tgt, readout_segments=2)
+    assert calls == [4, 4, 2]
+    assert_same(actual, expected)
+    assert_same_grads(take_grads(model), grads)
+
+
 @pytest.mark.parametrize("own_loss", [False, True])
 @pytest.mark.parametrize(
     "schedule",
@@ -450,7 +511,21 @@ def test_the_live_graph_of_plain_bptt_does_grow() -> None:
         ({"tgt": tokens(2, 7)}, r"tgt: expected at most dec_max_seq_len = 6 tokens, got 7"),
         ({"tgt": tokens(3, 4)}, r"tgt: expected the batch size of src, 2, got 3"),
         ({"tgt": tokens(2, 4) + VOCABULARY}, r"tgt: token id \d+ is outside the table of dec_num_tokens = 11"),
-        ({"tgt": tokens(2, 4), "tgt_mask": torch.ones(2, 4)}, r"tgt_mask: expected torch\.bool"),
+        ({"tgt": tokens(2, 4), "tgt_mask": torch.ones(2, 4)}, r"tgt_mask: expected torch\.bool, .* got torch\.float32"),
+        (
+            {"tgt": tokens(2, 4), "tgt_mask": 2 * torch.ones(2, 4).long()},
+            r"tgt_mask: .* 0 and 1, .* got other integers",
+        ),
+        (
+            {"tgt": tokens(2, 4), "src_mask": torch.zeros(2, 7) - 1e9},
+            r"src_mask: .* is added to scores, pass mask == 0",
+        ),
+        ({"tgt": tokens(2, 4) * 0 - 100, "tgt_mask": mask("11", "11")}, r"tgt_mask: expected .* shape \(2, 4\)"),
+        ({"tgt": tokens(2, 4) * 0 - 99}, r"tgt: token id -99 is outside"),
+        ({"tgt": tokens(2, 4), "reset": torch.ones(3)}, r"reset: expected torch\.bool, or integers of 0 and 1"),
+        ({"tgt": tokens(2, 4), "reset": torch.ones(3).bool()}, r"reset: expected torch\.bool of shape \(2,\), one per"),
+        ({"tgt": tokens(2, 4), "reset": [None]}, r"reset: expected one entry \(or None\) for each of the 3 segments"),
+        ({"loss_fn": lambda i, x: x.sum(), "readout_segments": 2}, r"readout_segments: .* but loss_fn gets one by one"),
         ({"tgt": tokens(2, 4), "src_mask": mask("11", "11")}, r"src_mask: expected .* shape \(2, 7\)"),
         ({"tgt": tokens(2, 4), "mems": torch.zeros(1, 3, 8).double()}, r"mems: expected .* shape \(2, 3, 8\)"),
         ({"tgt": tokens(2, 4), "schedule": "binomial"}, r"schedule: expected a schedule, .* got 'binomial'"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import replay
 from .data.segments import Segment, Targets, cut
 from .model import Memformer, token_losses
+from .nn.masks import as_mask, ignored_as_masked
 from .replay.inputs import Readout, weight_list
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def memory_replay_backprop(
     src_mask: Tensor | None = None,
     tgt_mask: Targets = None,
     *,
+    reset: Targets = None,
     mems: Tensor | None = None,
     loss_fn: Callable[[int, Tensor], Tensor | None] | None = None,
     options: replay.Options | None = None,
@@ -81,13 +83,18 @@ def memory_replay_backprop(
     Args:
         model: a :class:`~memformer.Memformer`.
         src: (batch, length of any size) token ids, cut into segments of ``enc_max_seq_len``.
-        tgt: (batch, length) for the last segment, or a list with one such tensor or None per segment.
-        src_mask: boolean like ``src``, True for tokens that exist. ``tgt_mask``: the same for ``tgt``.
+        tgt: (batch, length) for the last segment, or a list with one such tensor or None per segment. Ids of -100 count
+            as masked.
+        src_mask: like ``src``, True for tokens that exist: booleans, or integers of 0 and 1. ``tgt_mask``: the same for
+            ``tgt``.
+        reset: (batch,) of the same kind, lanes that begin the first segment with the learned initial memory (a new
+            document), or a list with one such tensor or None per segment.
         mems: (batch, slots, dim), the memory to start from; None for the learned initial memory.
         loss_fn: ``loss_fn(index, enc_out) -> scalar or None``, in place of a target (for encoder-only models): called
             once per segment. Whatever it uses gets its gradients too.
         options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too:
-            ``schedule``, ``segment_weights``, ``memory_gradients``, ``check``, ``readout_segments``.
+            ``schedule``, ``segment_weights``, ``memory_gradients``, ``check``, and, for targets, ``readout_segments``:
+            how many segments one call of the decoder gets.
 
     Returns:
         ``(loss, mems)``, both detached: the weighted sum of the segments' mean losses in nats, and the final memory.
@@ -106,13 +113,16 @@ def memory_replay_backprop(
         raise ValueError("expected either tgt or loss_fn" + ("" if tgt is None else ", got both"))
     if tgt is None and tgt_mask is not None:
         raise ValueError("tgt_mask: given without tgt")
+    if loss_fn is not None and options.readout_segments is not None:
+        raise ValueError(
+            "readout_segments: says how many segments the decoder gets at once, but loss_fn gets one by one"
+        )
+    src_mask = as_mask("src_mask", src_mask)
     model.check_source(src, mems, src_mask, None, max_len=sys.maxsize)
-    segments = cut(model.config.enc_max_seq_len, src, tgt, src_mask, tgt_mask)
-    for i, segment in enumerate(segments):
-        if segment.tgt is not None:
-            model.check_target(segment.tgt, segment.tgt_mask, src.shape[0])
-        elif segment.tgt_mask is not None:
-            raise ValueError(f"tgt_mask: segment {i} has one, but no tgt")
+    segments = [
+        _checked(model, i, s)
+        for i, s in enumerate(cut(model.config.enc_max_seq_len, src, tgt, src_mask, tgt_mask, reset))
+    ]
     if loss_fn is not None:
         weights = weight_list(options.segment_weights, len(segments)) or [1.0] * len(segments)
         options = dataclasses.replace(options, segment_weights=None)
@@ -121,6 +131,21 @@ def memory_replay_backprop(
     outcome = rollout(model, segments, mems, options=options)
     outcome.loss.backward()
     return outcome.loss.detach(), outcome.memory.detach()
+
+
+def _checked(model: Memformer, index: int, segment: Segment) -> Segment:
+    """A segment of a source that was checked, with boolean masks."""
+    segment = segment._replace(reset=as_mask("reset", segment.reset))
+    if segment.reset is not None:
+        model.check_source(segment.src, None, None, segment.reset)
+    tgt, tgt_mask = segment.tgt, as_mask("tgt_mask", segment.tgt_mask)
+    if tgt is not None:
+        if isinstance(tgt, Tensor) and not tgt.is_floating_point():
+            tgt, tgt_mask = ignored_as_masked(tgt, tgt_mask)
+        model.check_target(tgt, tgt_mask, segment.src.shape[0])
+    elif tgt_mask is not None:
+        raise ValueError(f"tgt_mask: segment {index} has one, but no tgt")
+    return segment._replace(tgt=tgt, tgt_mask=tgt_mask)
 
 
 def _backprop_own_loss(

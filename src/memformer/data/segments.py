@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = ["Segment", "cut"]
 
 Targets = Tensor | Sequence["Tensor | None"] | None
+"""One tensor for one of the segments, or one or None for each."""
 
 
 class Segment(NamedTuple):
@@ -36,25 +37,42 @@ class Segment(NamedTuple):
 
 
 def cut(
-    length: int, src: Tensor, tgt: Targets = None, src_mask: Tensor | None = None, tgt_mask: Targets = None
+    length: int,
+    src: Tensor,
+    tgt: Targets = None,
+    src_mask: Tensor | None = None,
+    tgt_mask: Targets = None,
+    reset: Targets = None,
 ) -> list[Segment]:
     """Cut a source into segments of at most ``length`` tokens, and give each its target.
 
     ``tgt`` is one tensor, for the last segment, or a sequence with one target or None per segment; ``tgt_mask`` alike.
+    ``reset`` is one tensor, for the first segment, or such a sequence.
 
     Raises:
         ValueError: the sequences' lengths differ from the number of segments.
     """
     sources = src.split(length, 1)
-    masks = [None] * len(sources) if src_mask is None else src_mask.split(length, 1)
-    targets = _per_segment("tgt", tgt, len(sources))
-    target_masks = _per_segment("tgt_mask", tgt_mask, len(sources))
-    return [Segment(s, m, None, t, tm) for s, m, t, tm in zip(sources, masks, targets, target_masks, strict=True)]
+    count = len(sources)
+    return list(
+        map(
+            Segment,
+            sources,
+            [None] * count if src_mask is None else src_mask.split(length, 1),
+            _per_segment("reset", reset, count, at=0),
+            _per_segment("tgt", tgt, count, at=-1),
+            _per_segment("tgt_mask", tgt_mask, count, at=-1),
+        )
+    )
 
 
-def _per_segment(name: str, given: Targets, count: int) -> list[Tensor | None]:
+def _per_segment(name: str, given: Targets, count: int, at: int) -> list[Tensor | None]:
+    """One entry per segment; a single tensor is that of the segment ``at``."""
+    items: list[Tensor | None]
     if given is None or isinstance(given, Tensor):
-        return [None] * (count - 1) + [given]
+        items = [None] * count
+        items[at] = given
+        return items
     items = list(given)
     if len(items) != count:
         raise ValueError(f"{name}: expected one entry (or None) for each of the {count} segments, got {len(items)}")
