@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer.replay import Binomial, Budget, EveryKth, EveryMemory, Offload
+from memformer.replay import Action, Binomial, Budget, EveryKth, EveryMemory, Offload, Plan
 
 
 @functools.cache
@@ -75,6 +76,71 @@ def test_every_plan_is_legal_and_says_what_it_costs(schedule, num_segments):
     assert 1000 * graphs <= plan.bytes <= 1000 * graphs + 10 * memories
 
 
+@settings(max_examples=500, deadline=None)
+@given(schedules, st.integers(1, 150))
+def test_what_is_known_of_a_plan_is_what_its_actions_come_to(schedule, num_segments):
+    """Costs are known in closed form: no action is made for them."""
+    for there in (schedule, Offload(schedule)):
+        plan = there.plan(num_segments, memory_bytes=7, graph_bytes=10)
+        assert plan.counts is not None
+        counted = dataclasses.replace(plan, counts=None)
+        assert plan == counted
+        for name in ("evaluations", "stored_memories", "live_graphs", "bytes"):
+            assert getattr(plan, name) == getattr(counted, name), name
+
+
+def test_a_fetched_memory_is_on_the_device():
+    """One, in backward; and none is stored there."""
+    assert Offload(EveryMemory()).plan(9, 10, 1000).bytes == 1010
+    assert Offload(EveryMemory(graphs=0)).plan(9, 10, 1000).bytes == 1010
+    assert Offload(EveryMemory(graphs=4)).plan(9, 10, 1000).bytes == 4000
+    assert Offload(EveryMemory(graphs=9)).plan(9, 10, 1000).bytes == 9000
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        EveryMemory(),
+        EveryMemory(graphs=0),
+        EveryKth(316),
+        Binomial(1),
+        Binomial(16),
+        Binomial(50_000, graphs=1000),
+        *(Budget(bytes) for bytes in (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)),
+        Offload(Binomial(100)),
+    ],
+)
+@pytest.mark.parametrize("sizes", [(100, 9900), (1000, 1000), (5000, 1), (1, 5000), (4000, 5000)])
+def test_a_plan_of_many_segments_costs_nothing_until_it_is_carried_out(schedule, sizes):
+    """Each of these has hundreds of thousands of actions, one has five billion."""
+    start = time.perf_counter()
+    plan = schedule.plan(100_000, *sizes)
+    assert str(plan)
+    assert repr(plan)
+    first = [next(iter(plan.recording)), next(iter(plan.replay))]
+    assert time.perf_counter() - start < 1, "milliseconds, on a machine at rest"
+    assert first[1] == ("backward", 99_999) or schedule == EveryMemory(graphs=0)
+
+
+def test_actions_are_like_a_tuple():
+    plan = EveryMemory().plan(3)
+    recording = tuple(plan.recording)
+    assert recording == (("store", 0), ("advance", 0), ("store", 1), ("advance", 1), ("graph", 2))
+    assert (plan.recording[-1], plan.recording[1:3], len(plan.recording)) == (recording[-1], recording[1:3], 5)
+    assert plan.recording == recording
+    assert plan.recording != plan.replay
+    assert plan.recording + plan.replay == recording + tuple(plan.replay)
+    assert hash(plan) == hash(Binomial(2).plan(3))
+
+
+def test_a_plan_of_ones_own_is_counted():
+    actions = (Action("store", 0), Action("advance", 0), Action("graph", 1))
+    back = (Action("backward", 1), Action("load", 0), Action("graph", 0), Action("backward", 0), Action("drop", 0))
+    plan = Plan(num_segments=2, recording=actions, replay=back, memory_bytes=10, graph_bytes=100)
+    assert simulate(plan) == (1, 1)
+    assert (plan.evaluations, plan.bytes) == (3, 110)
+
+
 @pytest.mark.parametrize("memories", range(1, 9))
 def test_binomial_is_optimal(memories):
     for num_segments in range(1, 65):
@@ -125,6 +191,22 @@ def test_budget_fits_and_no_binomial_schedule_that_fits_is_faster(num_segments, 
                 assert plan.evaluations <= Binomial(memories, graphs).plan(num_segments).evaluations
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 400), st.integers(0, 50), st.integers(1, 300), st.integers(0, 20_000))
+def test_budget_finds_the_best_number_of_graphs(num_segments, memory_bytes, graph_bytes, spare):
+    """Also where there are many to choose from, as by trying them all."""
+    budget = graph_bytes + memory_bytes + spare
+    fewest = min(
+        Binomial(max(1, memories), graphs).plan(num_segments).evaluations
+        for graphs in range(1, min(num_segments, budget // graph_bytes) + 1)
+        for memories in [(budget - graphs * graph_bytes) // memory_bytes if memory_bytes else num_segments]
+        if memories or graphs == num_segments
+    )
+    plan = Budget(budget).plan(num_segments, memory_bytes, graph_bytes)
+    assert plan.evaluations == fewest
+    assert plan.bytes <= budget
+
+
 def test_budget_refusals():
     with pytest.raises(ValueError, match=r"50 bytes hold less than one segment's graph and one memory, which need 110"):
         Budget(50).plan(4, 10, 100)
@@ -152,7 +234,7 @@ def test_plans_are_printable():
     plan = Offload(Binomial(4), to="cpu").plan(64, 1_000_000, 10_000_000)
     assert str(plan) == (
         f"64 segments: {plan.evaluations} evaluations ({plan.evaluations / 64:.2f} per segment), "
-        "at most 4 stored memories on the CPU and 1 live graphs, 10.0 MB"
+        "at most 4 stored memories on the CPU and 1 live graphs, 11.0 MB"
     )
     assert "MB" not in str(EveryMemory().plan(3))
 

@@ -1,19 +1,22 @@
 """Schedules: which memories to keep, and which segments to run again.
 
-A schedule is a frozen value with one method, ``plan(num_segments) -> Plan``: a list of simple actions, which the engine
-carries out, and which says beforehand what they cost. There is no tensor here. Every schedule is the same walk from the
-last segment to the first (:func:`_walk`); they differ in which memories a sweep stores on its way.
+A schedule is a frozen value with one method, ``plan(num_segments) -> Plan``: simple actions, which the engine carries
+out one by one and which are made only then, and what they cost, which is known before. There is no tensor here.
+Every schedule is the same walk from the last segment to the first (:class:`_Walk`); they differ in which memories a
+sweep stores on its way.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, overload
 
 
 class Action(NamedTuple):
@@ -28,6 +31,69 @@ class Action(NamedTuple):
     segment: int
 
 
+class Actions(Sequence[Action]):
+    """Actions that are made while they are carried out: a plan of many segments is never a list, unless asked for."""
+
+    def __init__(self, make: Callable[[], Iterator[Action]]):
+        self._make = make
+
+    @functools.cached_property
+    def _all(self) -> tuple[Action, ...]:
+        return tuple(self._make())
+
+    def __iter__(self) -> Iterator[Action]:
+        return self._make()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @overload
+    def __getitem__(self, index: int) -> Action: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Action, ...]: ...
+    def __getitem__(self, index: int | slice) -> Action | tuple[Action, ...]:
+        return self._all[index]
+
+    def __add__(self, others: Iterable[Action]) -> tuple[Action, ...]:
+        return (*self, *others)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._all == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._all)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a plan needs, in numbers of cells, memories and graphs.
+
+    Attributes:
+        evaluations: how often the cell is run.
+        recording, replay: what is held, until the first memory is loaded and then, at the moments when it is most:
+            pairs of how many memories are stored and how many graphs are alive.
+    """
+
+    evaluations: int
+    recording: frozenset[tuple[int, int]]
+    replay: frozenset[tuple[int, int]]
+
+    @classmethod
+    def of(cls, actions: Iterable[Action]) -> Counts:
+        """Of actions, one by one."""
+        evaluations = memories = graphs = 0
+        recording, replay = {(0, 0)}, set[tuple[int, int]]()
+        held = recording
+        for kind, _ in actions:
+            evaluations += kind in ("advance", "graph")
+            memories += (kind == "store") - (kind == "drop")
+            graphs += (kind == "graph") - (kind == "backward")
+            if kind == "load":
+                held = replay
+            held.add((memories, graphs))
+        return cls(evaluations, frozenset(recording), frozenset(replay))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a schedule does for a number of segments, and what it costs. ``print(plan)`` says it in a line.
@@ -38,46 +104,48 @@ class Plan:
         replay: the actions of the backward pass.
         memory_bytes, graph_bytes: size of one memory and of one segment's graph, 0 if they were not given.
         store_on: where stored memories are kept: "device" (where they are), "cpu", or a folder.
+        counts: what the actions come to, where that is known without going through them; None: they are counted.
     """
 
     num_segments: int
-    recording: tuple[Action, ...]
-    replay: tuple[Action, ...]
+    recording: Sequence[Action] = dataclasses.field(repr=False)
+    replay: Sequence[Action] = dataclasses.field(repr=False)
     memory_bytes: int = 0
     graph_bytes: int = 0
     store_on: str = "device"
+    counts: Counts | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @functools.cached_property
+    def _counts(self) -> Counts:
+        return self.counts or Counts.of(itertools.chain(self.recording, self.replay))
+
+    @property
     def evaluations(self) -> int:
         """How often the cell is run in both passes together, with or without a graph."""
-        return sum(action.kind in ("advance", "graph") for action in self.recording + self.replay)
+        return self._counts.evaluations
 
     @property
     def stored_memories(self) -> int:
         """The most memories that are stored at once."""
-        return self._peak[0]
+        return max(memories for memories, _ in self._counts.recording | self._counts.replay)
 
     @property
     def live_graphs(self) -> int:
         """The most segments whose graphs are alive at once."""
-        return self._peak[1]
+        return max(graphs for _, graphs in self._counts.recording | self._counts.replay)
 
     @property
     def bytes(self) -> int:
-        """The most bytes of stored memories (if they stay on the device) and graphs at once."""
-        return self._peak[2]
+        """The most bytes of memories and graphs on the device at once.
 
-    @functools.cached_property
-    def _peak(self) -> tuple[int, int, int]:
-        memories = graphs = 0
-        peak = (0, 0, 0)
-        on_device = self.memory_bytes if self.store_on == "device" else 0
-        for action in self.recording + self.replay:
-            memories += {"store": 1, "drop": -1}.get(action.kind, 0)
-            graphs += {"graph": 1, "backward": -1}.get(action.kind, 0)
-            now = (memories, graphs, memories * on_device + graphs * self.graph_bytes)
-            peak = (max(peak[0], now[0]), max(peak[1], now[1]), max(peak[2], now[2]))
-        return peak
+        Of memories that are stored elsewhere one is there, while it is fetched for the segment that is next.
+        """
+        most = 0
+        for held, fetched in ((self._counts.recording, 0), (self._counts.replay, 1)):
+            for memories, graphs in held:
+                here = memories if self.store_on == "device" else min(memories, fetched)
+                most = max(most, here * self.memory_bytes + graphs * self.graph_bytes)
+        return most
 
     def __str__(self) -> str:
         where = {"device": "", "cpu": " on the CPU"}.get(self.store_on, f" in {self.store_on}")
@@ -119,9 +187,8 @@ class EveryMemory:
         at_least("graphs", self.graphs, 0)
 
     def plan(self, num_segments: int, memory_bytes: int = 0, graph_bytes: int = 0) -> Plan:
-        return _walk(
-            num_segments, self.graphs, lambda first, stop, _: range(first + 1, stop - 1), memory_bytes, graph_bytes
-        )
+        walk = _Walk(num_segments, self.graphs, lambda first, stop, _: range(first + 1, stop - 1))
+        return walk.plan(walk.replayed, walk.replayed, walk.replayed, memory_bytes, graph_bytes)
 
 
 @dataclass(frozen=True)
@@ -145,7 +212,15 @@ class EveryKth:
             recording = stored == 1 and stop > self.k
             return range(self.k, stop - 1, self.k) if recording else range(first + 1, stop - 1)
 
-        return _walk(num_segments, self.graphs, stores, memory_bytes, graph_bytes)
+        walk = _Walk(num_segments, self.graphs, stores)
+        replayed = walk.replayed
+        if replayed < self.k:
+            return walk.plan(replayed, replayed, replayed, memory_bytes, graph_bytes)
+        blocks = -(-replayed // self.k)
+        last = replayed - self.k * (blocks - 1)
+        # In a block all memories are stored but its first, which is there, and its last, whose graph is built at once.
+        most = max(blocks + max(last - 2, 0), blocks - 1 + max(self.k - 2, 0) if blocks > 1 else 0)
+        return walk.plan(2 * replayed - blocks, blocks, most, memory_bytes, graph_bytes)
 
 
 @dataclass(frozen=True)
@@ -169,12 +244,15 @@ class Binomial:
         def stores(first: int, stop: int, stored: int) -> Iterable[int]:
             remaining = stop - first
             for slots in range(self.memories - stored + 1, 1, -1):
-                if remaining > 1:
-                    remaining -= _first_stretch(remaining, slots)
+                if remaining <= 1:
+                    return
+                remaining -= _first_stretch(remaining, slots)
                 if remaining > 1:
                     yield stop - remaining
 
-        return _walk(num_segments, self.graphs, stores, memory_bytes, graph_bytes)
+        walk = _Walk(num_segments, self.graphs, stores)
+        most = min(self.memories, walk.replayed)
+        return walk.plan(_advances(walk.replayed + 1, self.memories), most, most, memory_bytes, graph_bytes)
 
 
 @dataclass(frozen=True)
@@ -202,15 +280,39 @@ class Budget:
                 f"Budget: {self.bytes} bytes hold less than one segment's graph and one memory, which need {smallest}. "
                 "Cut shorter segments, or allow more"
             )
-        choices = []
-        most_graphs = min(num_segments, self.bytes // graph_bytes) if graph_bytes else num_segments
-        for graphs in range(1, most_graphs + 1):
-            room = (self.bytes - graphs * graph_bytes) // max(memory_bytes, 1)
-            memories = max(1, min(room, num_segments - graphs))
-            if room or graphs == num_segments:
-                choices.append((_advances(num_segments - graphs + 1, memories), Binomial(memories, graphs)))
-        _, best = min(choices, key=lambda choice: choice[0])
-        return best.plan(num_segments, memory_bytes, graph_bytes)
+        graphs = num_segments
+        if graphs * graph_bytes > self.bytes:
+            graphs = self._fastest(num_segments, memory_bytes, graph_bytes)
+        memories = self._room(graphs, num_segments, memory_bytes, graph_bytes)
+        return Binomial(max(1, memories), graphs).plan(num_segments, memory_bytes, graph_bytes)
+
+    def _room(self, graphs: int, num_segments: int, memory_bytes: int, graph_bytes: int) -> int:
+        """How many memories fit beside that many graphs, of those that are of use."""
+        needed = num_segments - graphs
+        return min(needed, (self.bytes - graphs * graph_bytes) // memory_bytes) if memory_bytes else needed
+
+    def _fastest(self, num_segments: int, memory_bytes: int, graph_bytes: int) -> int:
+        """How many graphs leave the fewest evaluations, if not all of them fit beside at least one memory.
+
+        More graphs leave fewer segments to reverse, and less room for memories. So no number in a range is better than
+        the segments at its end with the room at its beginning: most ranges need not be looked into.
+        """
+
+        def advances(most_graphs: int, least_graphs: int) -> int:
+            room = self._room(least_graphs, num_segments, memory_bytes, graph_bytes)
+            return _advances(num_segments - most_graphs + 1, max(1, room))
+
+        best, fewest = 1, advances(1, 1)
+        ranges = [(1, min(num_segments - 1, (self.bytes - memory_bytes) // graph_bytes))]
+        while ranges:
+            least, most = ranges.pop()
+            if advances(most, least) >= fewest:
+                continue
+            middle = (least + most) // 2
+            if (here := advances(middle, middle)) < fewest:
+                best, fewest = middle, here
+            ranges += [(a, b) for a, b in ((middle + 1, most), (least, middle - 1)) if a <= b]
+        return best
 
 
 @dataclass(frozen=True)
@@ -245,47 +347,64 @@ The memory before ``first`` is stored already; ``stored`` counts all that are.
 """
 
 
-def _walk(num_segments: int, graphs: int, stores: Stores, memory_bytes: int, graph_bytes: int) -> Plan:
+class _Walk:
     """From the last segment to the first: load the nearest stored memory, sweep up to the segment, back-propagate it.
 
-    The first sweep is the forward pass. It ends with the graphs of the last ``graphs`` segments, which count as one.
+    The first sweep is the forward pass. It ends with the graphs of the last segments, which count as one; the
+    ``replayed`` segments before them are run again.
     """
-    at_least("num_segments", num_segments)
-    stop = num_segments - min(graphs, num_segments) + 1
-    actions: list[Action] = []
-    recorded = 0
-    stored: list[int] = []
 
-    def do(kind: str, segments: Iterable[int]) -> None:
-        actions.extend(Action(kind, t) for t in segments)  # type: ignore[arg-type]
+    def __init__(self, num_segments: int, graphs: int, stores: Stores):
+        at_least("num_segments", num_segments)
+        self.num_segments = num_segments
+        self.graphs = min(graphs, num_segments)
+        self.replayed = num_segments - self.graphs
+        self.stores = stores
 
-    while stop > 0:
-        if recorded:
-            do("load", stored[-1:])
-        elif stop > 1:
-            stored.append(0)
-            do("store", [0])
-        at = stored[-1] if stored else 0
-        for position in stores(at, stop, len(stored)):
-            do("advance", range(at, position))
-            do("store", [position])
+    def plan(self, evaluations: int, recorded: int, most: int, memory_bytes: int, graph_bytes: int) -> Plan:
+        """The plan, with what is known of it: evaluations in the backward pass, memories that forward stores, and the
+        most that backward has."""
+        counts = Counts(
+            self.num_segments + evaluations,
+            recording=frozenset([(recorded, self.graphs)]),
+            replay=frozenset([(most, 1)] if self.replayed else ()),
+        )
+        return Plan(
+            num_segments=self.num_segments,
+            recording=Actions(self._recording),
+            replay=Actions(self._replay),
+            memory_bytes=memory_bytes,
+            graph_bytes=graph_bytes,
+            counts=counts,
+        )
+
+    def _recording(self) -> Iterator[Action]:
+        if self.replayed:
+            stored = [0]
+            yield Action("store", 0)
+            yield from self._sweep(stored, self.replayed + 1)
+        yield from (Action("graph", t) for t in range(self.replayed, self.num_segments))
+
+    def _replay(self) -> Iterator[Action]:
+        yield from (Action("backward", t) for t in reversed(range(self.replayed, self.num_segments)))
+        stored = [0, *self.stores(0, self.replayed + 1, 1)] if self.replayed else []
+        for stop in range(self.replayed, 0, -1):
+            yield Action("load", stored[-1])
+            yield from self._sweep(stored, stop)
+            yield Action("graph", stop - 1)
+            yield Action("backward", stop - 1)
+            while stored and stored[-1] >= stop - 1:
+                yield Action("drop", stored.pop())
+
+    def _sweep(self, stored: list[int], stop: int) -> Iterator[Action]:
+        """From the last stored memory to the last segment before ``stop``, storing more."""
+        at = stored[-1]
+        for position in self.stores(at, stop, len(stored)):
+            yield from (Action("advance", t) for t in range(at, position))
+            yield Action("store", position)
             stored.append(position)
             at = position
-        do("advance", range(at, stop - 1))
-        last = stop if recorded else num_segments
-        do("graph", range(stop - 1, last))
-        recorded = recorded or len(actions)
-        do("backward", reversed(range(stop - 1, last)))
-        stop -= 1
-        while stored and stored[-1] >= stop:
-            do("drop", [stored.pop()])
-    return Plan(
-        num_segments=num_segments,
-        recording=tuple(actions[:recorded]),
-        replay=tuple(actions[recorded:]),
-        memory_bytes=memory_bytes,
-        graph_bytes=graph_bytes,
-    )
+        yield from (Action("advance", t) for t in range(at, stop - 1))
 
 
 def _reach(memories: int, repetitions: int) -> int:
@@ -294,10 +413,11 @@ def _reach(memories: int, repetitions: int) -> int:
 
 
 def _repetitions(segments: int, memories: int) -> int:
-    r = 0
-    while _reach(memories, r) < segments:
-        r += 1
-    return r
+    """The fewest repetitions with which ``memories`` reverse ``segments``, by bisection."""
+    enough = 1
+    while _reach(memories, enough) < segments:
+        enough *= 2
+    return bisect.bisect_left(range(enough), segments, key=lambda r: _reach(memories, r))
 
 
 def _first_stretch(segments: int, memories: int) -> int:

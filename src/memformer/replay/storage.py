@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import functools
+import itertools
 import operator
 import shutil
 import tempfile
@@ -112,7 +112,9 @@ class Shelf:
 
     def __init__(self, plan: Plan):
         self.place = plan.store_on
-        self.loads = collections.deque(action.segment for action in plan.replay if action.kind == "load")
+        self.loads = itertools.islice(
+            (t for kind, t in plan.replay if kind == "load"), 1, None
+        )  # after the one at hand
         self.begin: dict[int, Begin] = {}
         self.begun: dict[int, Callable[[], Leaves]] = {}
         self.random_states: dict[int, list[Tensor]] = {}
@@ -133,9 +135,10 @@ class Shelf:
 
     def get(self, t: int) -> Leaves:
         memory = (self.begun.pop(t, None) or self.begin[t]())()
-        self.loads.popleft()
-        if self.loads and self.loads[0] in self.begin:  # or it is stored later
-            self.begun[self.loads[0]] = self.begin[self.loads[0]]()
+        if self.place != "device":
+            following = next(self.loads, None)
+            if following in self.begin:  # or it is stored later
+                self.begun[following] = self.begin[following]()
         return memory
 
     def drop(self, t: int) -> None:
