@@ -161,6 +161,20 @@ def test_a_function_that_has_no_gradient_for_a_parameter(schedule, hooks, monkey
     hold_against_a_loop(make, schedule)
 
 
+@every_schedule
+@pytest.mark.parametrize("kind", ["adjoint", "reversible"])
+def test_where_torch_does_not_tell_the_task(kind, schedule, monkeypatch):
+    """Without torch's private function no hook is used: a second set of gradients, and the same numbers."""
+    large(monkeypatch)
+    monkeypatch.setattr("memformer.replay.gradients._current_task", None)
+
+    def make():
+        cell = Nested(kind)
+        return Case(cell, xs(2, 3), torch.randn(2, 3, dtype=torch.float64), modules=[cell])
+
+    hold_against_a_loop(make, schedule)
+
+
 # --- A replay inside of something
 
 
