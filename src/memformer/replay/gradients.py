@@ -81,6 +81,10 @@ def watched(watch: MemoryGradients | None, boundary: int, memory: Tree) -> Tree:
 
 _current_task: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
 
+_run_backward: Callable[..., tuple[Tensor | None, ...]] | None = getattr(
+    torch.autograd.graph, "_engine_run_backward", None
+)
+
 ADDED_AFTERWARDS = 16 * 1024
 """Bytes of gradients, of small parameters, that a graph may hand over all at once."""
 
@@ -134,7 +138,7 @@ class GradientSums:
         hooks = [self._hooks[i] for i in used if not self._is_small(i)]
         noting = self._note_the_task(outputs) if hooks else []
         try:
-            grads: Grads = list(torch.autograd.grad(outputs, inputs, upstream, allow_unused=True))
+            grads = _differentiate(outputs, inputs, upstream)
         except RuntimeError as error:
             explain(error)
             raise
@@ -219,6 +223,15 @@ class _AddAtOnce:
         self.sums.add(self.i, grad)
         # Autograd keeps what is returned until its end: something of that shape and almost no bytes.
         return grad.new_zeros(()).expand_as(grad) if grad.layout == torch.strided else grad
+
+
+def _differentiate(outputs: Sequence[Tensor], inputs: list[Tensor], upstream: Sequence[Tensor | None]) -> Grads:
+    """``torch.autograd.grad``; without its checks, where torch has the function behind it. It runs once per segment."""
+    if _run_backward is None or any(grad is None for grad in upstream):
+        return list(torch.autograd.grad(outputs, inputs, upstream, allow_unused=True))
+    return list(
+        _run_backward(tuple(outputs), tuple(upstream), False, False, tuple(inputs), True, accumulate_grad=False)
+    )
 
 
 def explain(error: RuntimeError) -> None:
