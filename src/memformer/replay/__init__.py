@@ -18,8 +18,9 @@ default forward stores the memory before each segment, and only the last segment
 backward walks from the last segment to the first and frees each graph before it builds the next.
 
 What is not known here: whether replaying a cell gives the same numbers as recording it. Random numbers of torch's own
-generators and autocast are put back; a cell that keeps other state of its own (a Python counter, BatchNorm's running
-statistics, a private ``torch.Generator``) is outside what can be replayed. ``check=True`` finds it.
+generators, autocast, modes and buffers are put back; a cell that keeps other state of its own (a Python counter, a
+private ``torch.Generator``) is outside what can be replayed. The first replayed segment is compared with its recording,
+at a few numbers; ``check=True`` compares all of them.
 """
 
 from .boundary import burn_in, check_equal_across_ranks, detach, reset

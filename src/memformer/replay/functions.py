@@ -129,9 +129,12 @@ def memory_replay(
 
     Raises:
         ValueError: no segments, no loss anywhere, a loss that is not a scalar, a tensor that needs a gradient and would
-            get none (its name is given), a memory changed in place, a cell wrapped in DistributedDataParallel or FSDP.
+            get none (its name is given), a memory changed in place, a value or memory that is an opaque object, a
+            parameter that is lazy or has a tensor hook, a buffer that keeps a graph, forward-mode tangents, a cell
+            wrapped in DistributedDataParallel or FSDP. In backward, too, where a segment is first run with a graph.
         RuntimeError: in backward, if the rollout was already back-propagated, its tensors were changed since, gradients
-            of gradients are asked for, or ``check`` finds a segment whose replay differs.
+            of gradients are asked for, a replayed segment differs from its recording, or something that the cell uses
+            cannot be back-propagated once per segment.
     """
     options = Options.of(options, keywords)
     segments = segment_list(segments)
@@ -206,9 +209,10 @@ def accumulate(
 
     Raises:
         ValueError: as :func:`memory_replay`; also if an input requires a gradient, if ranks have different numbers of
-            segments (each segment is a collective operation), or if the last call of the readout has no loss or no
-            gradient reaches the first segment, where the gradients would be synchronised.
-        RuntimeError: ``check`` finds a segment whose replay differs.
+            segments (each segment is a collective operation), if a parameter has hooks on its gradient, or if the last
+            call of the readout has no loss or no gradient reaches the first segment, where the gradients would be
+            synchronised.
+        RuntimeError: a replayed segment differs from its recording.
     """
     options = Options.of(options, keywords)
     segments = segment_list(segments)

@@ -25,7 +25,8 @@ class Options:
         segment_weights: one factor per segment for its loss. A readout over several segments then returns one loss
             per segment, shape (segments of the call,).
         memory_gradients: takes down the norm of the memory's gradient between segments, and clips it if asked.
-        check: compare what the cell returns in replay with its recording, which is kept for it: for debugging.
+        check: compare all that the cell returns in replay with its recording, which is kept for it: for debugging. The
+            first replayed segment is compared in any case, at a few numbers.
 
     Raises:
         ValueError: a field is not what it should be.
