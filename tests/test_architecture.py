@@ -31,6 +31,7 @@ LAYERS = [
         "replay.storage",
         "replay.gradients",
         "replay.boundary",
+        "replay.segments",
         "replay.reach",
         "replay.world",
         "replay.fingerprint",

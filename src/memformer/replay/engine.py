@@ -18,6 +18,7 @@ from .inputs import Cell, Grads, Leaves, Tree, call_cell, carries_grad, check_le
 from .options import Options
 from .reach import Reach, check_hooks
 from .schedules import Action, Plan, Schedule
+from .segments import Segments
 from .sizes import measure
 from .storage import Compact, Shelf
 from .world import BufferState, World
@@ -50,7 +51,7 @@ class Run:
     def __init__(
         self,
         cell: Cell,
-        segments: list[Tree],
+        segments: Segments,
         memory: Tree,
         options: Options,
         parameters: list[Tensor] | None,
@@ -58,15 +59,15 @@ class Run:
         sync: Callable[[bool], None] = lambda last: None,
     ):
         self.cell = cell
-        self.segments = [Leaves(segment) for segment in segments]
+        self.segments = segments
         self.initial = self.memory = Leaves(memory)
         check_leaves(self.initial, "the initial memory")
         self.in_place = parameters is None
         self.parameters = parameters or []
         self.reach = Reach(cell, self.parameters)
-        given = [x for part in (self.initial, *self.segments) for x in part.tensors()]
+        given = [*self.initial.tensors(), *segments.tensors()]
         self.inputs = self.parameters + [x for x in given if x.requires_grad]
-        self.environment = Environment([*self.parameters, *given])
+        self.environment = Environment([*self.parameters, *given, *segments[0].tensors()])
         self.differentiable = self.environment.grad_enabled and bool(self.in_place or self.inputs)
         self.world = World(owned, self.parameters, watch_parameters=not self.in_place)
         self.plan = self._plan(options.schedule)
@@ -112,6 +113,7 @@ class Run:
         # A weight that autocast converted here must not serve others: it may lack a graph, or keep ours alive.
         torch.clear_autocast_cache()
         self.recording = False
+        self.segments.let_go()
         leaves = values + self.memory.leaves
         self.memory = self.returned = self.initial
         return leaves
@@ -146,6 +148,7 @@ class Run:
                 self._do(action)
         self.memory = self.returned = self.initial
         of_memory = [g for g, leaf in zip(self.carry, self.initial.leaves, strict=True) if requires_grad(leaf)]
+        self.segments.let_go()
         of_segments = [grad for grads in reversed(self.segment_grads) for grad in grads]
         grads = [*self.parameter_grads.totals(), *of_memory, *of_segments]
         # Held by nobody else, a gradient becomes the parameter's .grad without a copy.
@@ -209,6 +212,7 @@ class Run:
     def _build_graph(self, t: int) -> list[Any]:
         """Run segment ``t`` with a graph that starts at the memory before it."""
         torch.clear_autocast_cache()  # of weights that were converted without a graph
+        self.segments.fetch(t)  # an error in it is not the cell's
         with torch.enable_grad():
             try:
                 value, after, memory_sources, segment_sources = self._call_cut(t)
@@ -311,7 +315,7 @@ class Run:
         graph = self.graphs.pop(t, None)
         before = self.recorded[t - 1].memory if t else self.initial.spec
         of_memory: Grads = [None] * before.num_leaves
-        of_segment: Grads = [None] * sum(map(requires_grad, self.segments[t].leaves))
+        of_segment: Grads = [None] * self.segments.gradients(t)
         outputs = [] if graph is None else zip(graph.outputs, [*self.value_grads[t], *self.carry], strict=True)
         pairs = [(x, g) for x, g in outputs if g is not None and requires_grad(x)]
         if graph is not None and pairs:

@@ -25,7 +25,6 @@ from .inputs import (
     owners,
     param_list,
     requires_grad,
-    segment_list,
     sum_of_losses,
     trained_tensors,
     weight_list,
@@ -33,6 +32,7 @@ from .inputs import (
 from .options import OptionKeywords, Options
 from .reach import refuse_hooks_of
 from .readout import ReadOut, ReadoutRun
+from .segments import Segments, segment_list, trees
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -119,7 +119,10 @@ def memory_replay(
         cell: ``cell(segment, memory) -> (value, memory)``. Without ``readout``, ``value`` is the segment's scalar loss
             or ``None``. An ``nn.Module``, a method bound to one, or a ``functools.partial`` of these; a plain function
             must name what it trains in ``params``.
-        segments: one pytree per segment.
+        segments: one pytree per segment, in a list (an iterator is made one). Of another object with a length and an
+            index, such as a data set that loads what it is asked for, each is fetched when it is needed, in forward and
+            again in backward, and one is held at a time. It must be the same each time (a few of its numbers are
+            compared), and may not require a gradient.
         memory: the memory before the first segment, a pytree; may be ``None`` if the cell then makes its own.
         readout: ``readout(values, segments) -> scalar loss or None`` over lists of equal length. What only the loss
             needs (a decoder) belongs here: it is off the critical path, so it runs once, and never while memories are
@@ -137,14 +140,14 @@ def memory_replay(
             cannot be back-propagated once per segment.
     """
     options = Options.of(options, keywords)
-    segments = segment_list(segments)
-    weights = weight_list(options.segment_weights, len(segments))
+    parts = Segments(segments)
+    weights = weight_list(options.segment_weights, len(parts))
     params = param_list(params)
-    values, memory = _replayed(cell, segments, memory, options, params)
+    values, memory = _replayed(cell, parts, memory, options, params)
     if readout is None:
         return Rollout(sum_of_losses(values, weights), memory)
     trained, owned = trained_tensors(readout, params), owners(readout, params)
-    run = ReadoutRun(readout, values, segments, options.readout_segments or 1, weights, trained, owned)
+    run = ReadoutRun(readout, values, parts, options.readout_segments or 1, weights, trained, owned)
     return Rollout(ReadOut.apply(run, *run.inputs), memory)  # type: ignore[no-untyped-call]
 
 
@@ -170,11 +173,11 @@ def scan(
             "scan: has no loss to weigh and no readout, so expected neither segment_weights nor readout_segments. "
             "Weigh the losses that you make of its outputs, or use memory_replay"
         )
-    return _replayed(cell, segment_list(segments), memory, options, params)
+    return _replayed(cell, Segments(segments), memory, options, params)
 
 
 def _replayed(
-    cell: Cell, segments: list[Tree], memory: Tree, options: Options, params: Params
+    cell: Cell, segments: Segments, memory: Tree, options: Options, params: Params
 ) -> tuple[list[Tree], Tree]:
     params = param_list(params)
     run = Run(cell, segments, memory, options, trained_tensors(cell, params), owners(cell, params))
@@ -215,24 +218,24 @@ def accumulate(
         RuntimeError: a replayed segment differs from its recording.
     """
     options = Options.of(options, keywords)
-    segments = segment_list(segments)
-    weights = weight_list(options.segment_weights, len(segments))
-    check_equal_across_ranks(len(segments), "the number of segments")
-    if any(requires_grad(leaf) for leaf in tree_leaves((segments, memory))):
+    taken = Segments(segments)
+    weights = weight_list(options.segment_weights, len(taken))
+    check_equal_across_ranks(len(taken), "the number of segments")
+    if any(map(requires_grad, [*taken.tensors(), *tree_leaves(memory)])):
         raise ValueError("accumulate: memory and segments are inputs here and get no gradient: detach them")
     owned = owners(cell, params)
     refuse_hooks_of([*owned, *owners(readout, ())])
-    rollout = Run(cell, segments, memory, options, None, owned, sync)
+    rollout = Run(cell, taken, memory, options, None, owned, sync)
     values, memory = rollout.outputs(rollout.record())
     cut = [Leaves(value).cut(carries_grad) for value in values]
     losses: list[Tensor | None] = []
-    parts = list(chunks(len(segments), len(segments) if readout is None else options.readout_segments or 1))
+    parts = list(chunks(len(taken), len(taken) if readout is None else options.readout_segments or 1))
     for part in parts:
         inputs = [value for value, _ in cut[part]]
         if readout is None:
             loss: Tensor | None = sum_of_losses(inputs, weights)
         else:
-            loss = call_readout(readout, inputs, segments[part], weights and weights[part])
+            loss = call_readout(readout, inputs, trees(taken[part]), weights and weights[part])
             sync(part == parts[-1])
         if loss is not None and loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]

@@ -135,15 +135,6 @@ def version(leaf: Any) -> int:
 # --- Cells, readouts and losses
 
 
-def segment_list(segments: Sequence[Tree]) -> list[Tree]:
-    if isinstance(segments, (dict, str)) or not isinstance(segments, Iterable):
-        raise ValueError(f"segments: expected a sequence with one pytree per segment, got {type(segments).__name__}")
-    result = list(segments)
-    if not result:
-        raise ValueError("segments: expected at least one segment, got none")
-    return result
-
-
 def weight_list(weights: Weights | None, count: int) -> list[float] | None:
     """The weights as numbers; ValueError unless there is one for each of ``count`` segments."""
     if weights is None:

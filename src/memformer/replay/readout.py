@@ -13,6 +13,7 @@ from .environment import Environment
 from .gradients import GradientSums, refuse_double_backward
 from .inputs import Grads, Leaves, Readout, Tree, call_readout, chunks, requires_grad, sum_of_losses
 from .reach import Reach, runs_functions
+from .segments import Segments
 from .world import World
 
 
@@ -27,7 +28,7 @@ class ReadoutRun:
         self,
         readout: Readout,
         values: list[Tree],
-        segments: list[Tree],
+        segments: Segments,
         size: int,
         weights: list[float] | None,
         parameters: list[Tensor],
@@ -37,11 +38,11 @@ class ReadoutRun:
         self.parameters = parameters
         self.reach = Reach(readout, parameters)
         self.values = [Leaves(value) for value in values]
-        self.segments = [Leaves(segment) for segment in segments]
+        self.segments: Segments | list[Leaves] = segments
         self.parts = list(chunks(len(segments), size))
         self.weights = weights
         given = [
-            x for part in self.parts for leaves in (*self.values[part], *self.segments[part]) for x in leaves.tensors()
+            x for part in self.parts for leaves in (*self.values[part], *segments.held[part]) for x in leaves.tensors()
         ]
         self.inputs = parameters + [x for x in given if x.requires_grad]
         self.environment = Environment([*parameters, *given])

@@ -36,10 +36,10 @@ from .inputs import (
     owners,
     param_list,
     requires_grad,
-    segment_list,
     sum_of_losses,
 )
 from .schedules import Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule
+from .segments import segment_list
 from .sizes import Sizes, measure
 from .storage import storages
 
