@@ -1,5 +1,6 @@
 """``replay.verify``: right where replay is right, and otherwise a sentence about what is wrong."""
 
+import functools
 import gc
 import itertools
 import random
@@ -342,6 +343,14 @@ def test_parameters_of_one_name_in_two_modules() -> None:
     verdict = replay.verify(step, *inputs(), params=[cell, head])
     assert verdict.ok
     assert "tensors with a gradient: 8" in str(verdict)
+
+
+def test_a_partial_is_known_by_what_it_calls() -> None:
+    def scaled(by: float, cell: nn.Module, segment: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        return cell(by * segment, memory)
+
+    verdict = replay.verify(functools.partial(functools.partial(scaled, 2.0), Cell().double()), *inputs())
+    assert "scaled: 3 segments, float64, tensors with a gradient: 6" in str(verdict)
 
 
 def test_refusals() -> None:

@@ -438,8 +438,8 @@ class _Problem:
         return [name for name, buffer in self.buffers.items() if not _same(run.buffers[name], buffer.value)]
 
     def summary(self, plain: _Run) -> str:
-        count = len(self.segments)
-        return f"{name_of(self.cell)}: {count} segments, {self.numbers}, tensors with a gradient: {len(plain.grads)}"
+        name, count, grads = name_of(_innermost(self.cell)), len(self.segments), len(plain.grads)
+        return f"{name}: {count} segments, {self.numbers}, tensors with a gradient: {grads}"
 
 
 class _OwnState:
@@ -469,8 +469,7 @@ class _OwnState:
                 own = {name: x for name, x in vars(part).items() if name not in _OF_EVERY_MODULE}
                 found |= {f"attribute '{name}' of {of}": x for name, x in own.items()}
         for function in self.functions:
-            while isinstance(function, functools.partial):
-                function = function.func
+            function = _innermost(function)
             owner = getattr(function, "__self__", None)
             if owner is not None and not isinstance(owner, nn.Module) and hasattr(owner, "__dict__"):
                 found |= {f"attribute '{name}' of a {type(owner).__name__}": x for name, x in vars(owner).items()}
@@ -482,6 +481,13 @@ class _OwnState:
                     for name, x in {**seen.globals, **seen.nonlocals}.items()
                 }
         return found
+
+
+def _innermost(function: Any) -> Any:
+    """What a ``functools.partial`` calls."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
