@@ -21,7 +21,6 @@ LAYERS = [
         "config",
         "checks",
         "nn.attention",
-        "nn.masks",
         "pictures",
         "files",
         "learning_rate",

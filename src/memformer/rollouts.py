@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import replay
+from .checks import as_mask, ignored_as_masked
 from .data.segments import Segment, Targets, cut
 from .model import Memformer, token_losses
-from .nn.masks import as_mask, ignored_as_masked
 from .replay.inputs import Readout, weight_list
 
 if TYPE_CHECKING:
@@ -140,8 +140,7 @@ def _checked(model: Memformer, index: int, segment: Segment) -> Segment:
         model.check_source(segment.src, None, None, segment.reset)
     tgt, tgt_mask = segment.tgt, as_mask("tgt_mask", segment.tgt_mask)
     if tgt is not None:
-        if isinstance(tgt, Tensor) and not tgt.is_floating_point():
-            tgt, tgt_mask = ignored_as_masked(tgt, tgt_mask)
+        tgt, tgt_mask = ignored_as_masked(tgt, tgt_mask)
         model.check_target(tgt, tgt_mask, segment.src.shape[0])
     elif tgt_mask is not None:
         raise ValueError(f"tgt_mask: segment {index} has one, but no tgt")
