@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from memformer import Memformer, replay
 from memformer.cli import _parse, main
@@ -107,6 +108,34 @@ def test_a_schedule_is_chosen_and_changed_on_resuming(folder, capsys):
     again = ["train", "--resume", "--out", "run", "--steps", "6", "--graphs", "1"]
     assert main([*again, "--schedule", "budget:1GB"]) == 0
     assert "from step 4" in capsys.readouterr().out
+
+
+def test_verify_prints_a_verdict_and_changes_nothing(folder, capsys):
+    options = ["--data", "text.txt", *SMALL, "--dropout", "0.1"]
+    assert main(["train", *options, "--out", "plain"]) == 0
+    assert "replay is" not in capsys.readouterr().out
+    assert main(["train", *options, "--out", "verified", "--verify"]) == 0
+    assert "replay is right for" in capsys.readouterr().out
+    assert main(["train", "--resume", "--out", "verified", "--steps", "6", "--verify"]) == 0
+    plain, verified = (Memformer.from_pretrained(f"{out}/step-000004") for out in ("plain", "verified"))
+    assert all(a.equal(b) for a, b in zip(plain.parameters(), verified.parameters(), strict=True))
+
+
+def test_a_wrong_verdict_ends_the_command(folder, capsys, monkeypatch):
+    step, own = Memformer.step, torch.Generator()
+
+    def noisy(self, *inputs):
+        enc_out, memory = step(self, *inputs)
+        return enc_out, memory + torch.rand(memory.shape, generator=own)
+
+    monkeypatch.setattr(Memformer, "step", noisy)
+    assert main(["train", "--data", "text.txt", "--out", "run", *SMALL, "--verify"]) == 2
+    printed, errors = capsys.readouterr()
+    assert "replay is WRONG for" in printed
+    assert errors == (
+        "memformer: error: verify: replay is wrong for this model, as printed above, so nothing was trained\n"
+    )
+    assert checkpoints.newest(folder / "run") is None
 
 
 def test_recipes_start_from_named_settings():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .replay.options import OptionKeywords
 
-__all__ = ["memory_replay_backprop", "rollout"]
+__all__ = ["memory_replay_backprop", "rollout", "verify_rollout"]
 
 READOUT_TOKENS = 1024
 """Targets per call of the decoder in a rollout: enough for a matrix product to run at its full rate."""
@@ -55,12 +55,25 @@ def rollout(
     """
     options = replay.Options.of(options, keywords)
     if options.readout_segments is None:
-        most = max((s.tgt.numel() for s in segments if s.tgt is not None), default=1)
-        options = dataclasses.replace(options, readout_segments=max(1, READOUT_TOKENS // most))
+        options = dataclasses.replace(options, readout_segments=_readout_segments(segments))
     readout: Readout = functools.partial(_losses, model, divisor)
     if options.segment_weights is None:
         readout = functools.partial(_summed, readout)
     return method(functools.partial(_encode, model), segments, mems, readout, options=options)
+
+
+def verify_rollout(model: Memformer, segments: Sequence[Segment], mems: Tensor | None = None) -> replay.Verdict:
+    """Whether replay is right for a model with a decoder, on a few segments; see :func:`~memformer.replay.verify`.
+
+    Args:
+        segments: at least one with a target.
+        mems: (batch, slots, dim), the memory before the first; None for the learned initial memory.
+    """
+    cell, readout = (
+        functools.partial(_encode, model),
+        functools.partial(_summed, functools.partial(_losses, model, None)),
+    )
+    return replay.verify(cell, segments, mems, readout, readout_segments=_readout_segments(segments))
 
 
 def memory_replay_backprop(
@@ -171,6 +184,11 @@ def _backprop_own_loss(
         raise ValueError("loss_fn: returned no loss that requires a gradient, so there is nothing to back-propagate")
     torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])
     return torch.stack(losses).sum()
+
+
+def _readout_segments(segments: Sequence[Segment]) -> int:
+    most = max((s.tgt.numel() for s in segments if s.tgt is not None), default=1)
+    return max(1, READOUT_TOKENS // most)
 
 
 def _encode(model: Memformer, segment: Segment, memory: Tensor | None) -> tuple[Tensor, Tensor]:

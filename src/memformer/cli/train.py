@@ -42,6 +42,8 @@ class TrainCommand(TrainingConfig):
     """Settings to start from, by name."""
     config: Path | None = None
     """A YAML file of settings, such as the run.yaml that every run leaves in its --out."""
+    verify: bool = False
+    """First compare the gradients of replay with those of plain autograd on three segments; if they differ, stop."""
 
     def settings(self) -> TrainingConfig:
         """The settings alone, without where they came from."""
@@ -75,7 +77,17 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
 def run(command: TrainCommand) -> int:
     with joined():
         training_run = Run(command.settings())
+        if command.verify:
+            _verify(training_run)
         return _lead(training_run) if not training_run.parts.ranks.rank else _follow(training_run)
+
+
+def _verify(training_run: Run) -> None:
+    verdict = training_run.verify()
+    if not training_run.parts.ranks.rank:
+        print(verdict)
+    if not verdict.ok:
+        raise ValueError("verify: replay is wrong for this model, as printed above, so nothing was trained")
 
 
 def _follow(training_run: Run) -> int:

@@ -19,7 +19,8 @@ from ..files import replace_file
 from ..inspection import memory_health
 from ..learning_rate import warmup_cosine
 from ..model import Memformer
-from ..parallel import full
+from ..parallel import full, gradient_sync
+from ..rollouts import verify_rollout
 from ..settings import TrainingConfig, to_yaml
 from . import checkpoints, resume
 from .assemble import assemble
@@ -27,6 +28,9 @@ from .metrics import MetricsLog, StepMetrics
 from .parts import Best, Parts
 
 __all__ = ["Run"]
+
+VERIFIED_SEGMENTS = 3
+"""Enough for a first, an inner and a last segment."""
 
 
 class _Step(NamedTuple):
@@ -95,6 +99,24 @@ class Run:
     def stop(self) -> None:
         """Let :meth:`train` save and end after the next step, in all processes; safe in a signal handler."""
         self._asked_to_stop = True
+
+    def verify(self) -> replay.Verdict:
+        """Compare replay with plain autograd on the next segments of the documents. The run is afterwards as before.
+
+        Raises:
+            ValueError: FSDP divides the model, whose gradients plain autograd cannot give.
+        """
+        if gradient_sync(self.model) is not None:
+            raise ValueError(
+                "verify: plain autograd cannot differentiate a model that FSDP divides; use --parallel ddp"
+            )
+        stream, progress = self.parts.stream, self.parts.progress
+        place = stream.state_dict()
+        segments = [segment.to(self.parts.device) for segment in stream.rollout(VERIFIED_SEGMENTS)]
+        stream.load_state_dict(place)
+        self.model.train()
+        with self._autocast():
+            return verify_rollout(self.model, segments, progress.memory)
 
     def train(self) -> Iterator[StepMetrics | HeldOut]:
         """Train until ``settings.steps``, :meth:`stop`, or early stopping; yield what is written to ``metrics.jsonl``.
