@@ -262,9 +262,7 @@ def test_a_buffer_that_keeps_a_graph(schedule):
             return self.hidden.square().sum(), memory
 
     memory = torch.zeros(1).double()
-    with pytest.raises(
-        ValueError, match=r"keeps a tensor with a graph in the buffer 'hidden' of a Stateful.*Return"
-    ):
+    with pytest.raises(ValueError, match=r"keeps a tensor with a graph in the buffer 'hidden' of a Stateful.*Return"):
         replay.memory_replay(Stateful(), xs(2, 3), memory, schedule=SCHEDULES[schedule]).loss.backward()
 
 
