@@ -228,7 +228,7 @@ def test_a_run_is_never_overwritten(settings):
 
 def test_what_fsdp_divides_is_not_verified(settings, monkeypatch):
     monkeypatch.setattr("memformer.training.run.gradient_sync", lambda model: print)
-    with pytest.raises(ValueError, match="verify: plain autograd cannot .*; use --parallel ddp"):
+    with pytest.raises(ValueError, match=r"verify: plain autograd cannot .*; use --parallel ddp"):
         Run(settings()).verify()
 
 
