@@ -15,6 +15,7 @@ PACKAGE = Path(memformer.__file__).parent
 
 LAYERS = [
     {
+        "_installation",
         "replay.inputs",
         "replay.environment",
         "replay.schedules",

@@ -146,6 +146,7 @@ def test_the_example_runs_without_torch(exported):
     assert done.stdout.startswith("So: ")
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, when it loads
 def test_torch_export(tmp_path):
     model = small(memory_writer="gated", positions="relative")
     contents = export(model, tmp_path, format="torch")
@@ -177,7 +178,7 @@ def test_refusals(tmp_path, monkeypatch, capsys):
     small().save_pretrained(tmp_path / "model")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["export", "--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 2
-    assert "pip install 'memformer[onnx]'" in capsys.readouterr().err
+    assert "pip install 'memformer-replay[onnx]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -200,7 +200,7 @@ def test_a_plot_is_a_png(tmp_path: Path) -> None:
 def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     found = inspect(tiny(), documents(30), start=START)
-    with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install 'memformer\[plot\]'"):
+    with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install 'memformer-replay\[plot\]'"):
         plot(found, tmp_path / "memory.png")
 
 
@@ -277,4 +277,4 @@ def test_the_command_without_matplotlib(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["inspect", "--checkpoint", "model", "--data", "a.txt", "--plot", "a.png"]) == 2
-    assert "pip install 'memformer[plot]'" in capsys.readouterr().err
+    assert "pip install 'memformer-replay[plot]'" in capsys.readouterr().err

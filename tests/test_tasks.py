@@ -366,7 +366,7 @@ class TestDigits:
     def test_without_scikit_learn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("sklearn", "sklearn.datasets"):
             monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ImportError, match=r"digits need scikit-learn: pip install 'memformer\[digits\]'") as caught:
+        with pytest.raises(ImportError, match=r"scikit-learn: pip install 'memformer-replay\[digits\]'") as caught:
             tasks.digits()
         assert caught.value.name == "sklearn"
 

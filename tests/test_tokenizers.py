@@ -186,7 +186,7 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch, tmp_pat
         return imported(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'memformer\[bpe\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'memformer-replay\[bpe\]'"):
         BPETokenizer.train(CORPUS, 300)
-    with pytest.raises(ImportError, match=r"pip install 'memformer\[bpe\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'memformer-replay\[bpe\]'"):
         BPETokenizer.from_file(tmp_path / "tokenizer.json")

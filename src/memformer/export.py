@@ -148,7 +148,7 @@ def export(
             names = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"model: expected torch.float32 for ONNX, got {names}. Call float(), or export for torch")
         if importlib.util.find_spec("onnxscript") is None:
-            raise ImportError("ONNX needs packages that are not installed: pip install 'memformer[onnx]'")
+            raise ImportError("ONNX needs packages that are not installed: pip install 'memformer-replay[onnx]'")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "export.json").unlink(missing_ok=True)

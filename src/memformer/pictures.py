@@ -18,7 +18,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib import figure
         from matplotlib.backends import backend_agg
     except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install 'memformer[plot]'", name="matplotlib") from error
+        raise ImportError("a plot needs matplotlib: pip install 'memformer-replay[plot]'", name="matplotlib") from error
     new = figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
     backend_agg.FigureCanvasAgg(new)
     return new

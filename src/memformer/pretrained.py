@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -15,9 +15,6 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from .config import MemformerConfig
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["Pretrained"]
 

@@ -384,7 +384,7 @@ def digits(per_segment: int = 8) -> tuple[Pixels, Pixels]:
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ImportError("digits need scikit-learn: pip install 'memformer[digits]'", name="sklearn") from error
+        raise ImportError("digits need scikit-learn: pip install 'memformer-replay[digits]'", name="sklearn") from error
     images, classes = (torch.from_numpy(array).long() for array in load_digits(return_X_y=True))
     of_class = [images[classes == digit] for digit in range(10)]
     held = [torch.arange(len(some)) % HELD_OUT_SHARE == HELD_OUT_SHARE - 1 for some in of_class]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from .._installation import __version__
 from . import bench, evaluate, export, generate, inspect, train
 
 __all__ = ["main"]
@@ -27,6 +28,9 @@ _RUN: dict[type, Callable[[Any], int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 for a user's mistake, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["--version"]:
+        print(f"memformer {__version__}")
+        return 0
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         warnings.showwarning = lambda message, *_, **__: print(f"memformer: warning: {message}", file=sys.stderr)
@@ -64,7 +68,8 @@ def _parse(arguments: list[str]) -> Any:
     return tyro.cli(
         commands,
         prog="memformer",
-        description="Train and use models that read sequences of any length with a memory of fixed size.",
+        description="Train and use models that read sequences of any length with a memory of fixed size. "
+        "memformer --version prints the version.",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )

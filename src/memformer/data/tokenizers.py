@@ -356,7 +356,7 @@ def _library() -> ModuleType:
         import tokenizers.trainers
     except ImportError as error:
         raise ImportError(
-            "this tokenizer needs the tokenizers library: pip install 'memformer[bpe]'", name="tokenizers"
+            "this tokenizer needs the tokenizers library: pip install 'memformer-replay[bpe]'", name="tokenizers"
         ) from error
     return tokenizers
 

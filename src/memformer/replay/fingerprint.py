@@ -21,7 +21,7 @@ def check_same(t: int, replayed: list[Any], recorded: list[Any]) -> None:
     for new, old in zip(replayed, recorded, strict=True):
         try:
             torch.testing.assert_close(new, old, equal_nan=True)
-        except AssertionError as error:  # noqa: PERF203
+        except AssertionError as error:
             raise RuntimeError(
                 f"segment {t} differs in replay from its recording, so its gradient would be wrong: {error}\n{CAUSE}"
             ) from error

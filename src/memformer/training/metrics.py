@@ -76,5 +76,5 @@ def _tensorboard(folder: Path, next_step: int) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("tensorboard: not installed; pip install 'memformer[tensorboard]'") from error
+        raise ValueError("tensorboard: not installed; pip install 'memformer-replay[tensorboard]'") from error
     return SummaryWriter(str(folder), purge_step=next_step)
