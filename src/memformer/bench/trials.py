@@ -14,19 +14,21 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from .._installation import __version__
 from ..files import replace_file
 from .meters import machine
 
 __all__ = ["Record", "Result", "Trial", "Tuned", "carry_out", "tune"]
 
 Trial = dict[str, Any]
+"""What one training is made of."""
 Result = dict[str, Any]
+"""What came of it."""
 
 
 class Record:
@@ -64,7 +66,7 @@ class Record:
     def add(self, trial: Trial, result: Result) -> None:
         """Keep a result; the file is replaced whole or not at all."""
         about = {
-            "memformer": version("memformer"),
+            "memformer": __version__,
             "machine": machine(torch.device("cpu")),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "command": _command(),

@@ -36,6 +36,7 @@ _RUN: dict[type, Callable[[Any], Iterator[str]]] = {
 
 
 def run(command: BenchCommand) -> int:
+    """Print a benchmark's lines as they come; returns the exit status."""
     for line in _RUN[type(command.benchmark)](command.benchmark):
         print(line, flush=True)
     return 0

@@ -26,6 +26,7 @@ class EvaluateCommand(DocumentOptions):
 
 
 def run(command: EvaluateCommand) -> int:
+    """Print how well a model predicts documents, memory on and off; returns the exit status."""
     if command.lanes < 1:
         raise ValueError(f"lanes: expected at least 1, got {command.lanes}")
     model, tokenizer = models.load(command.checkpoint, command.device)

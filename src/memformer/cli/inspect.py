@@ -32,6 +32,7 @@ class InspectCommand(DocumentOptions):
 
 
 def run(command: InspectCommand) -> int:
+    """Print what a model's memory keeps; returns the exit status."""
     if command.lanes < 1:
         raise ValueError(f"lanes: expected at least 1, got {command.lanes}")
     pictures.check(command.plot)

@@ -75,6 +75,7 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
 
 
 def run(command: TrainCommand) -> int:
+    """Train, or go on training; returns the exit status, 130 for a run that was stopped and saved."""
     with joined():
         training_run = Run(command.settings())
         if command.verify:
