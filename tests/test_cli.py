@@ -230,9 +230,11 @@ def test_a_mistake_is_one_line(folder, capsys, arguments, message):
     "arguments", ["train --stepz 3", "train --steps 0", "train --steps x", "train --schedule binomial:x", ""]
 )
 def test_flags_are_checked(folder, capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments.split())
-    assert stop.value.code == 2
+    try:
+        status = main(arguments.split())
+    except SystemExit as stop:  # raised by tyro, which before 1.0.14 left mistakes in values to us
+        status = stop.code
+    assert status == 2
 
 
 @pytest.mark.parametrize(
