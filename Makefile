@@ -1,4 +1,4 @@
-.PHONY: check lint types test
+.PHONY: check lint types test docs notebooks
 
 check: lint types test  ## everything that CI checks
 
@@ -11,3 +11,9 @@ types:
 
 test:  ## in two processes
 	pytest -n 2 --dist worksteal
+
+docs:  ## the site, in ./site; needs the extra docs
+	mkdocs build --strict
+
+notebooks:  ## run the tutorials and save them with their output
+	python docs/notebooks.py

@@ -1,7 +1,7 @@
 """What the README and the site show is so: their code runs, their commands parse, their names and links exist.
 
-A page's Python blocks run in order, in one process of their own. ``memformer`` commands are parsed by the real parser, and
-not run. A comment above a block says what else is to be done with it:
+A page's Python blocks run in order, in one process of their own. ``memformer`` commands are parsed by the real parser,
+and not run. A comment above a block says what else is to be done with it:
 
     <!-- not run: WHY -->    the block is not run; the memformer commands in it are parsed all the same
     <!-- prints -->          the text block is exactly what the Python blocks since the last such block print
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import pytest
 
-from memformer import cli, settings
+from memformer import cli, replay, settings
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -216,7 +216,9 @@ def test_notebooks_are_committed_with_their_output():
 def test_each_public_module_has_a_page():
     package = Path(importlib.import_module("memformer").__file__).parent
     shown = {
-        match for page in (DOCS / "reference").glob("*.md") for match in re.findall(r"^::: (memformer[\w.]*)$", page.read_text(), re.M)
+        match
+        for page in (DOCS / "reference").glob("*.md")
+        for match in re.findall(r"^::: (memformer[\w.]*)$", page.read_text(), re.MULTILINE)
     }
     parts = {part.stem for part in package.iterdir() if part.suffix == ".py" or (part / "__init__.py").is_file()}
     missing = {f"memformer.{part}" for part in parts - INTERNAL if not part.startswith("_")} - shown
@@ -224,6 +226,11 @@ def test_each_public_module_has_a_page():
     assert not missing, f"no page in docs/reference: {sorted(missing)}"
     for module in shown:
         importlib.import_module(module)
+
+
+def test_the_page_of_the_engine_shows_all_of_it():
+    page = (DOCS / "reference" / "replay.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^        - (\w+)$", page, re.MULTILINE)) == set(replay.__all__)
 
 
 def test_the_names_in_the_paper_table_exist():
