@@ -18,6 +18,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
+SHELL = "%%bash\n"
+"""What the cells of a notebook begin with that are for the shell."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -59,8 +61,8 @@ def _page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
         if cell["cell_type"] == "markdown":
             parts.append(source)
             continue
-        # A line of the shell is shown as one.
-        parts.append(f"```bash\n{source[1:]}\n```" if source.startswith("!") else f"```python\n{source}\n```")
+        language, code = ("bash", source[len(SHELL) :]) if source.startswith(SHELL) else ("python", source)
+        parts.append(f"```{language}\n{code}\n```")
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
