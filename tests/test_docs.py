@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
 SLOW = {"texts"}
 """Notebooks that take more than 20 seconds on one core."""
-INTERNAL = {"__init__", "__main__", "cli", "bench", "checkpoints", "parallel", "pictures"}
+INTERNAL = {"__init__", "__main__", "cli", "bench", "device", "files", "learning_rate", "parallel", "pictures"}
 """Modules and folders of the package that nobody needs to import: they have no page of reference."""
 LANGUAGES = {"python", "bash", "yaml", "text", ""}
 SEPARATOR = "\x1e"
