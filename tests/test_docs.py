@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tyro
+from benchmarks import __main__ as benchmarks
 
 from memformer import cli, replay, settings
 
@@ -29,8 +31,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
 SLOW = {"texts"}
 """Notebooks that take more than 20 seconds on one core."""
-INTERNAL = {"__init__", "__main__", "cli", "bench", "device", "files", "learning_rate", "parallel", "pictures"}
+INTERNAL = {"__init__", "__main__", "cli", "bench", "checks", "device", "files", "learning_rate", "parallel"}
+INTERNAL |= {"pictures", "pretrained"}
 """Modules and folders of the package that nobody needs to import: they have no page of reference."""
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 LANGUAGES = {"python", "bash", "yaml", "text", ""}
 SEPARATOR = "\x1e"
 
@@ -90,12 +94,14 @@ def _split(words: list[str]) -> list[list[str]]:
 
 
 def arguments_of(command: list[str]) -> list[str] | None:
-    """What a command gives to memformer; None if it is another command."""
+    """What a command gives to memformer or to the benchmarks, whose name then comes first; None for other commands."""
     words = [word for word in command if not re.fullmatch(r"[A-Z_]+=\S*", word)]
-    for head in (["memformer"], [".venv/bin/memformer"], ["-m", "memformer"]):
-        for at in range(len(words)):
-            if words[at : at + len(head)] == head and (at == 0 or head[0] == "-m"):
-                return words[at + len(head) :]
+    if words[:1] in (["memformer"], [".venv/bin/memformer"]):
+        return words[1:]
+    if words[:3] == ["python", "-m", "benchmarks"]:
+        return words[2:]
+    if words[:1] == ["torchrun"] and "memformer" in words:
+        return words[words.index("memformer") + 1 :]
     return None
 
 
@@ -116,6 +122,7 @@ def test_blocks_are_found_where_they_stand():
     assert script_of(blocks).splitlines()[2] == "x = 1"
     assert commands_of(["a \\", "  b | c && d 'e f'  # no", "# no"]) == [["a", "b"], ["c"], ["d", "e f"]]
     assert arguments_of(["X=1", "torchrun", "-m", "memformer", "train"]) == ["train"]
+    assert arguments_of(["python", "-m", "benchmarks", "text"]) == ["benchmarks", "text"]
     assert arguments_of(["ls", "memformer"]) is None
 
 
@@ -150,8 +157,11 @@ def test_the_commands_of_a_page_parse(page):
 
 def parses(arguments: list[str]) -> bool:
     try:
-        # What a run left behind cannot be looked up here: the flags are parsed against the defaults.
-        cli._parse([word for word in arguments if word != "--resume"])
+        if arguments[:1] == ["benchmarks"]:
+            tyro.cli(benchmarks._Command, args=arguments[1:], config=CONFIG)
+        else:
+            # What a run left behind cannot be looked up here: the flags are parsed against the defaults.
+            cli._parse([word for word in arguments if word != "--resume"])
     except (SystemExit, ValueError):
         return False
     return True
@@ -161,6 +171,8 @@ def test_a_wrong_command_does_not_parse():
     assert parses(["train", "--data", "x", "--steps", "3"])
     assert not parses(["train", "--stepps", "3"])
     assert not parses(["bench", "lern"])
+    assert parses(["benchmarks", "loader", "--runs", "3"])
+    assert not parses(["benchmarks", "loader", "--rns", "3"])
 
 
 def test_the_settings_shown_are_settings(tmp_path):
