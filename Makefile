@@ -13,7 +13,7 @@ test:  ## in two processes
 	pytest -n 2 --dist worksteal
 
 docs:  ## the site, in ./site; needs the extra docs
-	mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 notebooks:  ## run the tutorials and save them with their output
 	python docs/notebooks.py

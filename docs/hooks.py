@@ -1,7 +1,7 @@
 """What the site is made of besides the pages in this folder.
 
 Notebooks become pages with their outputs, CONTRIBUTING.md and CHANGELOG.md get a page each, ``FOLDER/*.md`` in the
-navigation is every page of the folder, and the roles in docstrings (``:func:`x```) become names in code type.
+navigation is every page of the folder, and docstrings become Markdown.
 """
 
 from __future__ import annotations
@@ -76,10 +76,11 @@ def _page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
     return "\n\n".join(parts), pictures
 
 
-class Roles(griffe.Extension):
-    """Docstrings name things as ``:func:`~package.name```, which Markdown does not know: `name` in code type."""
+class AsMarkdown(griffe.Extension):
+    """Docstrings as Markdown: the name in ``:func:`~package.name``` in code type, examples (>>>) as blocks."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             value = re.sub(r":\w+:`~[\w.]*?(\w+)`", r"`\1`", obj.docstring.value)
-            obj.docstring.value = re.sub(r":(?:func|class|meth|attr|data|mod):`([^`]+)`", r"`\1`", value)
+            value = re.sub(r":(?:func|class|meth|attr|data|mod):`([^`]+)`", r"`\1`", value)
+            obj.docstring.value = re.sub(r"^((?:>>> .*)(?:\n.+)*)", r"```pycon\n\1\n```", value, flags=re.MULTILINE)

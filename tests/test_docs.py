@@ -31,8 +31,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
 SLOW = {"texts"}
 """Notebooks that take more than 20 seconds on one core."""
-INTERNAL = {"__init__", "__main__", "cli", "bench", "checks", "device", "files", "learning_rate", "parallel"}
-INTERNAL |= {"pictures", "pretrained"}
+INTERNAL = {"__init__", "__main__", "bench", "checks", "cli", "device", "files", "learning_rate", "parallel", "pictures"}
 """Modules and folders of the package that nobody needs to import: they have no page of reference."""
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 LANGUAGES = {"python", "bash", "yaml", "text", ""}
