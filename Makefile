@@ -15,5 +15,5 @@ test:  ## in two processes
 docs:  ## the site, in ./site; needs the extra docs
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
-notebooks:  ## run the tutorials and save them with their output
+notebooks:  ## run the tutorials and save them with their output; needs the extras docs and dev
 	python docs/notebooks.py
