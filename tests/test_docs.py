@@ -31,7 +31,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
 SLOW = {"texts"}
 """Notebooks that take more than 20 seconds on one core."""
-INTERNAL = {*"__init__ __main__ bench checks cli device files learning_rate parallel pictures".split()}
+INTERNAL = {"__init__", "__main__", "bench", "cli"}
+INTERNAL |= {"checks", "device", "files", "learning_rate", "parallel", "pictures"}
 """Modules and folders of the package that nobody needs to import: they have no page of reference."""
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 LANGUAGES = {"python", "bash", "yaml", "text", ""}
