@@ -4,7 +4,7 @@ A page's Python blocks run in order, in one process of their own. ``memformer`` 
 and not run. A comment above a block says what else is to be done with it:
 
     <!-- not run: WHY -->    the block is not run; the memformer commands in it are parsed all the same
-    <!-- prints -->          the text block is exactly what the Python blocks since the last such block print
+    <!-- prints -->          the text block is exactly what the Python block before it prints
     <!-- setup CODE -->      Python that a reader need not see, on lines of its own
 """
 
@@ -65,15 +65,21 @@ def blocks_of(text: str) -> list[Block]:
     return found
 
 
-def script_of(blocks: list[Block]) -> str:
-    """A page's Python at the lines where it stands on the page, and a separator at each block of what it prints."""
+def script_of(blocks: list[Block]) -> tuple[str, dict[int, str]]:
+    """A page's Python at the lines where it stands on the page, and what its blocks print, by their numbers.
+
+    The script prints a separator after each block.
+    """
     lines = [""] * (max(block.line + len(block.code) for block in blocks) + 1)
+    printed, count = {}, 0
     for block in blocks:
         if block.language == "python" and not block.note.startswith("not run"):
-            lines[block.line : block.line + len(block.code)] = block.code
+            end = block.line + len(block.code)
+            lines[block.line : end + 1] = [*block.code, f"print({SEPARATOR!r}, end='')"]
+            count += 1
         elif block.note == "prints":
-            lines[block.line] = f"print({SEPARATOR!r}, end='')"
-    return "\n".join(lines)
+            printed[count - 1] = "\n".join(block.code)
+    return "\n".join(lines), printed
 
 
 def commands_of(code: list[str]) -> list[list[str]]:
@@ -119,7 +125,8 @@ def test_blocks_are_found_where_they_stand():
     assert [(b.language, b.line, b.note) for b in blocks] == [
         ("python", 2, "setup"), ("python", 5, ""), ("text", 9, "prints"), ("bash", 12, ""),
     ]  # fmt: skip
-    assert script_of(blocks).splitlines()[2] == "x = 1"
+    code, printed = script_of(blocks)
+    assert (code.splitlines()[2], printed) == ("x = 1", {1: "1"})
     assert commands_of(["a \\", "  b | c && d 'e f'  # no", "# no"]) == [["a", "b"], ["c"], ["d", "e f"]]
     assert arguments_of(["X=1", "torchrun", "-m", "memformer", "train"]) == ["train"]
     assert arguments_of(["python", "-m", "benchmarks", "text"]) == ["benchmarks", "text"]
@@ -130,14 +137,15 @@ def test_blocks_are_found_where_they_stand():
 def test_the_python_of_a_page_runs(page, tmp_path):
     blocks = blocks_of(page.read_text(encoding="utf-8"))
     script = tmp_path / page.name
-    script.write_text(script_of(blocks), encoding="utf-8")
+    code, printed = script_of(blocks)
+    script.write_text(code, encoding="utf-8")
     (tmp_path / "work").mkdir()
     done = subprocess.run(
         [sys.executable, "-W", "error", script], cwd=tmp_path / "work", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    wanted = ["\n".join(block.code) for block in blocks if block.note == "prints"]
-    assert [part.strip() for part in done.stdout.split(SEPARATOR)[: len(wanted)]] == [part.strip() for part in wanted]
+    outputs = done.stdout.split(SEPARATOR)
+    assert {number: outputs[number].strip() for number in printed} == {n: text.strip() for n, text in printed.items()}
 
 
 @pytest.mark.parametrize("page", pages_with("bash"), ids=name)
