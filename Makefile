@@ -1,4 +1,4 @@
-.PHONY: check lint types test package oldest
+.PHONY: check lint types test package oldest docs notebooks
 
 check: lint types test  ## everything about the code that CI checks
 
@@ -36,3 +36,9 @@ oldest: package  ## the wheel in a fresh environment with the oldest versions, a
 	$(OLDEST)/pip check
 	$(OLDEST)/pytest -n 2 --dist worksteal tests/test_package.py tests/test_saved_before.py tests/test_replay.py \
 		tests/test_model.py tests/test_training.py tests/test_export.py tests/test_tokenizers.py tests/test_inspection.py
+
+docs:  ## the site, in ./site; needs the extra docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+notebooks:  ## run the tutorials and save them with their output; needs the extras notebooks and dev
+	python docs/notebooks.py

@@ -1,8 +1,6 @@
 """Documents: what is read from files, piece by piece; what is held out; what is refused, and how."""
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,20 +308,6 @@ def test_the_standard_library_is_long_real_documents():
     assert sum(len(d) for d in documents) > 5_000_000
     assert not [d.name for d in documents if d.name.startswith("test/")]
     assert "ast.py" in {d.name for d in documents}
-
-
-def test_the_page_about_data_runs_as_it_stands(tmp_path, monkeypatch):
-    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
-    (tmp_path / "corpus").mkdir()
-    for i in range(5):
-        (tmp_path / "corpus" / f"{i}.txt").write_text("a document of the corpus " * 9)
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in blocks:
-        exec(block, names)
-        assert len(names["lanes"].rollout(4)) == 4
 
 
 def test_a_file_given_twice_is_refused(tmp_path):

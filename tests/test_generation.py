@@ -6,9 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -499,21 +497,6 @@ def test_one_compilation_serves_a_whole_stream() -> None:
     compiled = model.generate(prompts(0, 0), 17, start=START, temperature=0).tokens
     assert all(map(torch.equal, compiled, expected))
     assert counter.frame_count == 1
-
-
-# --- Documents --------------------------------------------------------------------------------------------------------
-
-
-def test_the_page_on_generation_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "generation.md").read_text(encoding="utf-8")
-    *blocks, compiled = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 4
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
-    assert names["both"].position.tolist() == [names["state"].position.item() + 10, 9, 13]
-    assert "model.decoder.compile_step(fullgraph=True)" in compiled, "tested above"
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
