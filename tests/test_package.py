@@ -29,6 +29,8 @@ PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 REFERENCE = ROOT / "docs" / "reference"
 
+DEVELOPMENT = {"dev", "docs", "notebooks"}
+"""The extras of those who work on this package."""
 INSIDE = {"bench", "checks", "cli", "device", "files", "learning_rate", "parallel", "pictures"}
 """Nothing here is for users to call; commands are described by their ``--help``."""
 
@@ -58,11 +60,8 @@ def pins(file: str) -> dict[str, str]:
 
 
 def test_the_lower_bounds_are_those_that_are_tested() -> None:
-    for_users = [
-        PROJECT["dependencies"],
-        *(lines for extra, lines in EXTRAS.items() if extra not in ("dev", "docs", "notebooks")),
-    ]
-    wanted = [Requirement(line) for lines in for_users for line in lines]
+    with_users = [PROJECT["dependencies"], *(lines for extra, lines in EXTRAS.items() if extra not in DEVELOPMENT)]
+    wanted = [Requirement(line) for lines in with_users for line in lines]
     bounds = {canonicalize_name(r.name): str(r.specifier).removeprefix(">=") for r in wanted}
     tested = pins("constraints-oldest.txt")
     assert tested.keys() == bounds.keys()
