@@ -133,8 +133,7 @@ def test_no_room_is_too_large() -> None:
 
 def test_the_replay_engine_imports_torch_alone(tmp_path: Path) -> None:
     files = sorted((PACKAGE / "replay").glob("*.py"))
-    typing_only = {"typing_extensions"}  # for type checkers, who bring it
-    roots = {name.split(".")[0] for file in files for name in imports(file)} - typing_only
+    roots = {name.split(".")[0] for file in files for name in imports(file)}
     assert roots - set(sys.stdlib_module_names) == {"torch", "memformer"}
     assert all(own <= rooms_of_replay() for own in map(own_imports, rooms_of_replay()))
     # So the folder can be carried elsewhere and used by itself, under another name.

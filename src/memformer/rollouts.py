@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,7 @@ from .checks import as_mask, ignored_as_masked
 from .data.segments import Segment, Targets, cut
 from .model import Memformer, token_losses
 from .replay.inputs import Readout, weight_list
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .replay.options import OptionKeywords
+from .replay.options import OptionKeywords
 
 __all__ = ["memory_replay_backprop", "rollout", "verify_rollout"]
 

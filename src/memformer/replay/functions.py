@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, Unpack
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -33,9 +33,6 @@ from .options import OptionKeywords, Options
 from .reach import refuse_hooks_of
 from .readout import ReadOut, ReadoutRun
 from .segments import Segments, segment_list, trees
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
