@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import earlier, export, generate, learn, loader, pixels, positions, text
+from . import earlier, export, generate, learn, loader, overhead, pixels, positions, text
 
 _RUN: dict[type, Callable[[Any], Iterator[str]]] = {
     learn.Learn: learn.run,
     text.Text: text.run,
     generate.Generate: generate.run,
     earlier.EarlierLibrary: earlier.run,
+    overhead.Overhead: overhead.run,
     positions.PositionsBenchmark: positions.run,
     loader.Loader: loader.run,
     export.Export: export.run,
@@ -26,6 +27,7 @@ _Command = (
     | Annotated[text.Text, tyro.conf.subcommand("text")]
     | Annotated[generate.Generate, tyro.conf.subcommand("generate")]
     | Annotated[earlier.EarlierLibrary, tyro.conf.subcommand("earlier")]
+    | Annotated[overhead.Overhead, tyro.conf.subcommand("overhead")]
     | Annotated[positions.PositionsBenchmark, tyro.conf.subcommand("positions")]
     | Annotated[loader.Loader, tyro.conf.subcommand("loader")]
     | Annotated[export.Export, tyro.conf.subcommand("export")]

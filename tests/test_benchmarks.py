@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import export, generate
+from benchmarks import export, generate, overhead
 from benchmarks.__main__ import main
 
 from memformer import Memformer
@@ -202,3 +202,10 @@ def test_the_command_itself() -> None:
     )
     for name in ("learn", "text", "generate", "earlier", "positions", "loader", "export", "pixels"):
         assert f" • {name} " in done.stdout
+
+
+def test_the_overhead_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = report(capsys, "overhead", "--segments", "3", "--unused", "5", "--repeats", "1")
+    head = [i for i, line in enumerate(lines) if line.startswith("method")]
+    assert [line.split("  ")[0] for line in lines[head[0] + 1 : head[0] + 7]] == list(overhead.METHODS)
+    assert [line.split("  ")[0] for line in lines[head[1] + 1 :]] == ["plain BPTT", "memory replay"]
