@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -123,9 +124,14 @@ def _table(
     methods: Mapping[str, Method], settings: Overhead, cell: nn.Module, segments: list[Tensor], memory: Tensor
 ) -> Iterator[str]:
     def microseconds(method: Method) -> float:
-        start = time.process_time()
-        method(cell, segments, memory).backward()  # type: ignore[no-untyped-call]
-        return 1e6 * (time.process_time() - start) / len(segments)
+        gc.collect()  # and then not: a full collection takes as long as hundreds of segments, whenever it comes
+        gc.disable()
+        try:
+            start = time.process_time()
+            method(cell, segments, memory).backward()  # type: ignore[no-untyped-call]
+            return 1e6 * (time.process_time() - start) / len(segments)
+        finally:
+            gc.enable()
 
     expected: dict[str, Tensor | None] = {}
     for name, method in methods.items():
