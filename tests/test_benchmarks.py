@@ -200,7 +200,7 @@ def test_the_command_itself() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for name in ("learn", "text", "generate", "earlier", "positions", "loader", "export", "pixels"):
+    for name in ("learn", "text", "generate", "earlier", "overhead", "positions", "loader", "export", "pixels"):
         assert f" • {name} " in done.stdout
 
 
