@@ -180,7 +180,7 @@ def live_bytes(step: Callable[[], object], parameters: Iterable[Tensor]) -> int:
 class _CountTensors(TorchDispatchMode):
     def __init__(self, alive: _Alive):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.alive, self.seen = alive, weakref.WeakSet[Any]()
+        self.alive, self.seen = alive, weakref.WeakSet[torch.UntypedStorage]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for storage in _storages((args, kwargs)):  # what is older than the step is not its own, nor are views of it
@@ -193,7 +193,7 @@ class _CountTensors(TorchDispatchMode):
         return result
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
+def _storages(tree: object) -> list[torch.UntypedStorage]:
     return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 

@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from .. import replay
 from ..config import check_count
 from ..data.segments import Segment
 from ..model import Memformer
-from ..replay.inputs import Cell, Readout
+from ..replay.inputs import Cell, Readout, Tree
 from ..rollouts import rollout
 from ..settings import ModelSettings
 from .meters import (
@@ -156,8 +155,8 @@ def _methods(model: Memformer, segments: list[Segment], batched: int) -> dict[st
 
 def _checkpointed(
     cell: Cell,
-    segments: Sequence[Any],
-    memory: Any,
+    segments: Sequence[Tree],
+    memory: Tree,
     readout: Readout | None = None,
     *,
     options: replay.Options | None = None,

@@ -432,7 +432,7 @@ def run(settings: TextBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterato
         yield f"plot in {settings.plot}"
 
 
-def _fixed(settings: TextBenchmark) -> dict[str, Any]:
+def _fixed(settings: TextBenchmark) -> dict[str, object]:
     """What all trials of a file have in common, whatever the study."""
     studies = {"study", "horizons", "slot_counts", "overlaps", "contestants"}
     of_a_trial = {"horizon", "steps", "learning_rates", "seeds"}

@@ -38,7 +38,7 @@ class Record:
         ValueError: the file's folder does not exist, or the file holds something else, or trials of other settings.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]):
+    def __init__(self, path: Path | None, settings: Mapping[str, object]):
         self.path, self.trials = path, list[dict[str, Any]]()
         self._settings = json.loads(json.dumps(settings, default=str))
         if path is None:
