@@ -177,7 +177,7 @@ def test_reset_of_a_memory_whose_lanes_are_another_dimension():
         ValueError, match=r"shape \(2,\), one entry per lane .*\(2, 3, 4\), lanes in dimension 0.*dim=1"
     ):
         replay.reset(memory, initial, lanes)
-    with pytest.raises(ValueError, match=r"lanes in dimension 3\), got torch.bool of shape \(3,\)"):
+    with pytest.raises(ValueError, match="no lanes in dimension 3"):
         replay.reset(memory, initial, lanes, dim=3)
     with pytest.raises(ValueError, match=r"dim: expected an integer of at least 0, got -2"):
         replay.reset(memory, initial, lanes, dim=-2)

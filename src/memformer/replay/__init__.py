@@ -8,13 +8,13 @@ number:
 - :func:`scan` does the same for outputs that are used further downstream.
 
 :func:`accumulate` is memory replay that adds to ``.grad`` on the spot, for parameters that FSDP shards.
-Memories, segments and values are pytrees of tensors (tuples, lists, dicts, ``None``). This file needs torch alone, and
-works by itself.
+Memories, segments and values are pytrees of tensors (tuples, lists, dicts, ``None``). This package needs torch alone,
+and nothing else of memformer.
 
 How it works. One ``torch.autograd.Function`` has the parameters, the initial memory and the segments as inputs, so that
 each gradient leaves it once: an optimiser, a gradient scaler, clipping and DistributedDataParallel see an ordinary
-loss. A schedule's plan lists the actions of its forward and of its backward (:class:`_Rollout` carries them out): by
-default forward stores the memory before each segment, and only the last segment is run with a graph, and not twice;
+loss. A schedule's plan lists the actions of its forward and of its backward (``Run`` in ``engine`` carries them out):
+by default forward stores the memory before each segment, and only the last segment is run with a graph, and not twice;
 backward walks from the last segment to the first and frees each graph before it builds the next.
 
 What is not known here: whether replaying a cell gives the same numbers as recording it. Random numbers of torch's own

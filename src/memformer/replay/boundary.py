@@ -30,22 +30,35 @@ def reset(memory: Tree, initial: Tree, lanes: Tensor, dim: int = 0) -> Tree:
             (layers, batch, dim): there it is 1. Where there are as many layers as lanes nothing can tell the two apart.
 
     Raises:
-        ValueError: ``lanes`` is not one boolean for each lane of every tensor; ``dim`` is negative.
+        ValueError: ``lanes`` is not one boolean for each lane of every tensor; a tensor has no such dimension;
+            ``initial`` has other shapes; ``dim`` is negative.
     """
 
     at_least("dim", dim, 0)
+    if not isinstance(lanes, Tensor):
+        raise ValueError(f"lanes: expected a boolean tensor of shape (batch,), got {type(lanes).__name__}")
 
     def choose(old: Any, new: Any) -> Any:
         if not isinstance(old, Tensor):
             return old
+        if not isinstance(new, Tensor):
+            raise ValueError(f"initial: expected a tensor of shape {tuple(old.shape)}, got {type(new).__name__}")
+        if old.dim() <= dim:
+            raise ValueError(
+                f"the memory has a tensor of shape {tuple(old.shape)}, which has no lanes in dimension {dim}. Reset "
+                "tensors with other lanes by a call of their own"
+            )
         expected = old.shape[dim : dim + 1]
-        if lanes.dtype != torch.bool or not expected or lanes.shape != expected:
+        if lanes.dtype != torch.bool or lanes.shape != expected:
             raise ValueError(
                 f"lanes: expected a boolean tensor of shape {tuple(expected)}, one entry per lane of the memory "
                 f"({tuple(old.shape)}, lanes in dimension {dim}), got {lanes.dtype} of shape {tuple(lanes.shape)}. The "
                 "lanes of nn.LSTM's and nn.GRU's memory are dimension 1: say dim=1"
             )
-        return torch.where(lanes.view([-1 if i == dim else 1 for i in range(old.dim())]), new, old)
+        chosen = torch.where(lanes.view([-1 if i == dim else 1 for i in range(old.dim())]), new, old)
+        if chosen.shape != old.shape:
+            raise ValueError(f"initial: expected the shapes of the memory, {tuple(old.shape)}, got {tuple(new.shape)}")
+        return chosen
 
     return tree_map(choose, memory, initial)
 

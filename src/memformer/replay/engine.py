@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .environment import Environment
@@ -45,7 +45,8 @@ class Run:
 
     It stands before some segment, with ``memory`` as it is there, and in backward with ``carry``, the loss's gradient
     by each leaf of the memory after the segment that is next. ``parameters`` are None where gradients are added to
-    ``.grad`` on the spot (:func:`accumulate`); ``owned`` holds the modules whose modes and buffers the cell sees.
+    ``.grad`` on the spot (:func:`accumulate`); ``owned`` and ``captured`` hold the modules whose modes and
+    buffers the cell sees.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Run:
         options: Options,
         parameters: list[Tensor] | None,
         owned: Sequence[Any],
+        captured: Sequence[nn.Module] = (),
         sync: Callable[[bool], None] = lambda last: None,
     ):
         self.cell = cell
@@ -69,7 +71,7 @@ class Run:
         self.inputs = self.parameters + [x for x in given if x.requires_grad]
         self.environment = Environment([*self.parameters, *given, *segments[0].tensors()])
         self.differentiable = self.environment.grad_enabled and bool(self.in_place or self.inputs)
-        self.world = World(owned, self.parameters, watch_parameters=not self.in_place)
+        self.world = World(owned, self.parameters, captured=captured, watch_parameters=not self.in_place)
         self.plan = self._plan(options.schedule)
         if any(action.kind in ("advance", "graph") for action in self.plan.replay):
             self.world.watch_buffers()
@@ -80,7 +82,8 @@ class Run:
         self.buffers: dict[int, BufferState] = {}
         self.graphs: dict[int, Graph] = {}
         self.recording = True
-        self.records_with_graph = self.environment.grad_enabled and not self.differentiable
+        in_grad_mode = not self.differentiable or self.world.has_a_fast_path()
+        self.records_with_graph = self.environment.grad_enabled and in_grad_mode
         self.carrying: list[list[bool]] | None = None
         self.spent = False
         self.recorded: list[_Recorded] = []
@@ -133,7 +136,8 @@ class Run:
         """The backward pass; returns the gradient of each of ``self.inputs``."""
         if self.spent:
             raise RuntimeError(
-                "this rollout was already back-propagated and its memories are freed. If a later rollout started from "
+                "this rollout was already back-propagated (or its backward was begun, and failed) and its memories are "
+                "freed. If a later rollout started from "
                 "its memory, cut there: start from replay.detach(rollout.memory). Otherwise call backward once, on the "
                 "sum of the losses."
             )
@@ -257,8 +261,7 @@ class Run:
         It runs the segments before ``t`` again, each with a graph, and leaves everything as it is before ``t``. False
         if there is nothing to learn: so far every leaf of a floating point type was made to require a gradient.
         """
-        known, floats = self.carrying is not None, self.memory.tensors()
-        if known or t == 0 or all(map(requires_grad, self.initial.tensors())) or not any(map(carries_grad, floats)):
+        if self.carrying is not None or t == 0 or not any(map(carries_grad, self.memory.tensors())):
             return False
         here, self.memory = self.memory, self.initial
         random, buffers = self.start
@@ -289,11 +292,13 @@ class Run:
             value, self.memory = keep(value), keep(self.memory)
         leaves = value.leaves + self.memory.leaves
         if self.recording:
+            if t == 0:
+                self.world.look_closely()
             check_leaves(value, f"the value of segment {t}", is_value=True)
             check_leaves(self.memory, f"the memory after segment {t}")
             self.recorded.append(recorded)
             if self.kept is not None:
-                self.kept.append(leaves)
+                self.kept.append([*value.detached().leaves, *self.memory.detached().leaves])  # not what autograd gets
             elif t == self.glance_at:
                 self.glance = Fingerprint(leaves, self.environment.precision)
         elif recorded != self.recorded[t]:

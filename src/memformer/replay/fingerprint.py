@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .inputs import carries_grad
+
 CAUSE = (
     "The cell uses something besides segment, memory, parameters, buffers and torch's own generators (a counter, a "
     "tensor that it keeps, a private generator, numpy's or Python's random numbers), or that was changed in between."
@@ -44,8 +46,10 @@ class Fingerprint:
             if old is None or new is None or old.shape != new.shape:
                 continue
             allowed = max(self.precision, torch.finfo(old.dtype).eps) ** 0.5
-            difference, norm = (torch.linalg.vector_norm(x.double()).item() for x in (new - old, old))
-            if difference > allowed * norm:
+            same = (new == old) | (new.isnan() & old.isnan())  # of masked numbers -inf is the same as -inf
+            apart, known = (new - old).masked_fill(same, 0), old.masked_fill(~old.isfinite(), 0)
+            difference, norm = (torch.linalg.vector_norm(x.double()).item() for x in (apart, known))
+            if not difference <= allowed * norm:
                 raise RuntimeError(
                     f"segment {t} differs in replay from its recording by {difference / max(norm, 1e-300):.1%} of its "
                     f"norm, so its gradient would be wrong. {CAUSE} check=True looks at each segment."
@@ -54,9 +58,10 @@ class Fingerprint:
 
 def _sample(x: Any) -> Tensor | None:
     """Numbers from all over a tensor, moved to the CPU; None where there is nothing to compare."""
-    if type(x) is not Tensor or x.layout != torch.strided or x.is_meta or not x.is_floating_point() or not x.numel():
+    if type(x) is not Tensor or x.layout != torch.strided or x.is_meta or not carries_grad(x) or not x.numel():
         return None
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     with torch.no_grad():
-        return x.detach().flatten()[:: max(1, x.numel() // SAMPLE)].to("cpu", copy=True)
+        sample = x.detach().flatten()[:: max(1, x.numel() // SAMPLE)].to("cpu", copy=True)
+        return torch.view_as_real(sample.resolve_conj()) if sample.is_complex() else sample

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .boundary import check_equal_across_ranks
 from .engine import Replay, Run
-from .gradients import watched
+from .gradients import explaining_what_is_cut, watched
 from .inputs import (
     Cell,
     Leaves,
@@ -20,6 +20,7 @@ from .inputs import (
     Tree,
     call_cell,
     call_readout,
+    captured_modules,
     carries_grad,
     chunks,
     owners,
@@ -177,7 +178,8 @@ def _replayed(
     cell: Cell, segments: Segments, memory: Tree, options: Options, params: Params
 ) -> tuple[list[Tree], Tree]:
     params = param_list(params)
-    run = Run(cell, segments, memory, options, trained_tensors(cell, params), owners(cell, params))
+    trained = trained_tensors(cell, params)
+    run = Run(cell, segments, memory, options, trained, owners(cell, params), captured_modules(cell))
     return run.outputs(Replay.apply(run, *run.inputs))  # type: ignore[no-untyped-call]
 
 
@@ -222,7 +224,7 @@ def accumulate(
         raise ValueError("accumulate: memory and segments are inputs here and get no gradient: detach them")
     owned = owners(cell, params)
     refuse_hooks_of([*owned, *owners(readout, ())])
-    rollout = Run(cell, taken, memory, options, None, owned, sync)
+    rollout = Run(cell, taken, memory, options, None, owned, captured_modules(cell), sync)
     values, memory = rollout.outputs(rollout.record())
     cut = [Leaves(value).cut(carries_grad) for value in values]
     losses: list[Tensor | None] = []
@@ -232,7 +234,8 @@ def accumulate(
         if readout is None:
             loss: Tensor | None = sum_of_losses(inputs, weights)
         else:
-            loss = call_readout(readout, inputs, trees(taken[part]), weights and weights[part])
+            with explaining_what_is_cut():
+                loss = call_readout(readout, inputs, trees(taken[part]), weights and weights[part])
             sync(part == parts[-1])
         if loss is not None and loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]

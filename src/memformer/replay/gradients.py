@@ -191,16 +191,21 @@ class GradientSums:
                 p.grad = grad
 
     def add(self, i: int, grad: Tensor) -> None:
-        total = self._sums[i]
-        if total is None and grad.layout == torch.strided and grad.dtype in (torch.bfloat16, torch.float16):
-            self._sums[i], self._own[i] = grad.float(), True
-        elif total is None:
-            self._sums[i] = grad
-        elif self._own[i]:
+        total, own = self._sums[i], self._own[i]
+        if total is not None and total.is_sparse and not grad.is_sparse:
+            total, grad, own = grad, total, False  # torch adds a sparse tensor to a dense one, and not the reverse
+        if total is None:
+            self._sums[i] = _widened(grad)
+            self._own[i] = self._sums[i] is not grad
+        elif own:
             total.add_(grad)
         else:  # autograd may hand out tensors that share their storage: the first summand is not ours to change
-            self._sums[i] = total + grad
+            self._sums[i] = _widened(total) + grad
             self._own[i] = True
+
+
+def _widened(grad: Tensor) -> Tensor:
+    return grad.float() if grad.layout == torch.strided and grad.dtype in (torch.bfloat16, torch.float16) else grad
 
 
 class _AddAtOnce:
@@ -246,6 +251,22 @@ def explain(error: RuntimeError) -> None:
         raise RuntimeError(
             f"{text}\nIn a replay: use checkpoint(..., use_reentrant=False) in the cell, or replay.accumulate."
         ) from error
+
+
+@contextlib.contextmanager
+def explaining_what_is_cut() -> Iterator[None]:
+    """Adds the remedy to errors of a readout, whose values begin a graph of their own and all require a gradient."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "a leaf Variable that requires grad is being used in an in-place operation" in text:
+            remedy = "a value of the cell is not to be changed in place: use an out-of-place operation, or a clone."
+        elif "is not differentiable with respect to argument" in text or "on Tensor that requires grad" in text:
+            remedy = "every value of the cell of a floating point type requires a gradient here: detach constant ones."
+        else:
+            raise
+        raise RuntimeError(f"{text}\nIn the readout of a replay {remedy}") from error
 
 
 def refuse_double_backward() -> None:

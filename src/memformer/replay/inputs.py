@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import enum
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -259,6 +260,33 @@ def trained_tensors(function: Any, params: Params) -> list[Tensor]:
 def has_hook(tensor: Tensor) -> bool:
     """Whether a user's hook is on a tensor. Those of a replay in progress act in its own graphs alone."""
     return any(not getattr(hook, "of_replay", False) for hook in (tensor._backward_hooks or {}).values())
+
+
+def innermost(function: Any) -> Any:
+    """What a ``functools.partial`` calls."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def names_seen_by(function: Any) -> dict[str, Any]:
+    """What a callable finds by name: what it closes over, its globals, the attributes of what it is bound to."""
+    function = innermost(function)
+    owner = getattr(function, "__self__", None)
+    seen = {} if owner is None or isinstance(owner, nn.Module) else dict(getattr(owner, "__dict__", {}))
+    function = innermost(inspect.unwrap(getattr(function, "__func__", function)))
+    if not inspect.isfunction(function):
+        return seen
+    try:
+        found = inspect.getclosurevars(function)
+    except ValueError:  # it closes over something that is not there yet
+        return seen
+    return {**found.globals, **found.nonlocals, **seen}
+
+
+def captured_modules(function: Any) -> list[nn.Module]:
+    """Modules that a callable sees, besides its owners."""
+    return [x for x in names_seen_by(function).values() if isinstance(x, nn.Module)]
 
 
 def _is_sharded(module: nn.Module) -> bool:

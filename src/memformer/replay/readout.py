@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .environment import Environment
-from .gradients import GradientSums, refuse_double_backward
+from .gradients import GradientSums, explaining_what_is_cut, refuse_double_backward
 from .inputs import Grads, Leaves, Readout, Tree, call_readout, chunks, requires_grad, sum_of_losses
 from .reach import Reach, runs_functions
 from .segments import Segments
@@ -92,7 +92,7 @@ class ReadoutRun:
         return sum_of_losses(losses)
 
     def _call(self, part: slice, tree: Callable[[Leaves], Tree]) -> Tensor | None:
-        with self.environment.restored():
+        with self.environment.restored(), explaining_what_is_cut():
             values, segments = ([tree(leaves) for leaves in of[part]] for of in (self.values, self.segments))
             return call_readout(self.readout, values, segments, self.weights and self.weights[part])
 

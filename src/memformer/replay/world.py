@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .inputs import version
+from .inputs import carries_grad, version
 
 BufferState = list[tuple[Tensor | None, Tensor | None]]
 """The buffers before some segment: the tensor that each was, and what stood in it."""
@@ -19,18 +19,32 @@ BufferState = list[tuple[Tensor | None, Tensor | None]]
 class World:
     """What a cell's modules look like, so that its replay meets the same.
 
-    Modes, ``requires_grad`` and buffers are put back for the replay, and as they were found after it. Buffers that the
-    cell itself changes (running statistics) are carried along like random numbers. Parameters that were changed in
-    place cannot be put back: that is refused.
+    Modes, ``requires_grad``, buffers, and parameters that are others by then (``torch.func.functional_call``), are put
+    back for the replay, and as they were found after it. Buffers that the cell itself changes (running statistics) are
+    carried along like random numbers. Parameters that were changed in place cannot be put back: that is refused.
+
+    Args:
+        owners: what the cell is or belongs to, and what is trained; of these only modules count.
+        captured: modules that it merely sees. Their parameters are not watched, for it may not use them.
     """
 
-    def __init__(self, owners: Sequence[Any], parameters: Sequence[Tensor], *, watch_parameters: bool = True):
+    def __init__(
+        self,
+        owners: Sequence[Any],
+        parameters: Sequence[Tensor],
+        *,
+        captured: Sequence[nn.Module] = (),
+        watch_parameters: bool = True,
+    ):
         self.owners = [owner for owner in owners if isinstance(owner, nn.Module)]
-        self.modules = list(dict.fromkeys(module for owner in self.owners for module in owner.modules()))
+        owned = dict.fromkeys(module for owner in self.owners for module in owner.modules())
+        self.modules = list(owned | dict.fromkeys(module for seen in captured for module in seen.modules()))
         self.modes = [module.training for module in self.modules]
-        found = {id(p): p for p in parameters}
-        if watch_parameters:
-            found |= {id(p): p for module in self.modules for p in module._parameters.values() if p is not None}
+        watched = owned if watch_parameters else ()
+        self.parameter_places: list[tuple[dict[str, Any], str, Any]] = [
+            (module._parameters, name, p) for module in watched for name, p in module._parameters.items()
+        ]
+        found = {id(p): p for p in (*parameters, *(p for _, _, p in self.parameter_places)) if p is not None}
         self.parameters = list(found.values())
         self.versions = [version(p) for p in self.parameters]
         self.requires_grad = [p.requires_grad for p in self.parameters]
@@ -46,6 +60,16 @@ class World:
 
     def buffer_state(self) -> BufferState:
         return [buffer.state() for buffer in self.buffers]
+
+    def look_closely(self) -> None:
+        """After a first run of the cell: finds buffers that it changes without a new version."""
+        for buffer in self.buffers:
+            buffer.look_closely()
+
+    def has_a_fast_path(self) -> bool:
+        """Whether a module of torch's own computes something else where no gradient is needed (where it is masked)."""
+        kinds = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+        return any(isinstance(module, kinds) and not module.training for module in self.modules)
 
     def refuse_graphs_in_buffers(self) -> None:
         """ValueError if the cell left a tensor with a graph in a buffer: the gradient through it would be lost."""
@@ -72,8 +96,9 @@ class World:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Modes and ``requires_grad`` as they were; whatever happens to the buffers inside is undone."""
+        """Modes and parameters as they were; whatever happens to the buffers inside is undone."""
         self.check_unchanged()
+        others = [(of, name, p, of[name]) for of, name, p in self.parameter_places if of.get(name, p) is not p]
         modes = [module for module, before in zip(self.modules, self.modes, strict=True) if module.training != before]
         flags = zip(self.parameters, self.requires_grad, strict=True)
         frozen = [p for p, before in flags if p.requires_grad != before and p.is_leaf]
@@ -83,8 +108,12 @@ class World:
                 module.training = not module.training
             for p in frozen:
                 p.requires_grad_(not p.requires_grad)
+            for of, name, p, _ in others:
+                of[name] = p
             yield
         finally:
+            for of, name, _, other in others:
+                of[name] = other
             for module in modes:
                 module.training = not module.training
             for p in frozen:
@@ -101,7 +130,7 @@ class _Buffer:
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name
-        # Running statistics change without a new version.
+        # Running statistics change without a new version: those of torch's modules, and others after a look.
         self.unnoticed = isinstance(module, _NormBase) and module.track_running_stats and module.training
         self.changes = False
         self._look()
@@ -110,6 +139,13 @@ class _Buffer:
         self.tensor = self.module._buffers[self.name]
         self.version = version(self.tensor)
         self.content = None if self.tensor is None else self.tensor.detach().clone()
+
+    def look_closely(self) -> None:
+        tensor = self.module._buffers[self.name]
+        if self.unnoticed or not self.module.training or type(tensor) is not Tensor or tensor is not self.tensor:
+            return
+        if carries_grad(tensor) and tensor.layout is torch.strided and not tensor.is_meta and self.content is not None:
+            self.unnoticed = version(tensor) == self.version and not torch.equal(tensor, self.content)
 
     def state(self) -> tuple[Tensor | None, Tensor | None]:
         now = self.module._buffers[self.name]
