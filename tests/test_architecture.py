@@ -35,6 +35,7 @@ LAYERS = [
         "replay.reach",
         "replay.world",
         "replay.fingerprint",
+        "replay.own_state",
         "nn.positions",
         "nn.blocks",
         "tasks",

@@ -341,3 +341,11 @@ def test_a_backward_that_was_interrupted_is_not_called_finished():
         rollout.loss.backward()
     with pytest.raises(RuntimeError, match="begun, and failed"):
         rollout.loss.backward()
+
+
+def test_verify_leaves_the_statistics_of_a_captured_module_alone():
+    model = Recurrent(nn.BatchNorm1d(3))
+    decorated = torch.enable_grad()(lambda segment, memory: model(segment, memory))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    assert replay.verify(decorated, segments(3), torch.zeros(3, 3), params=list(model.parameters())).ok
+    assert all(x.equal(before[name]) for name, x in model.state_dict().items())

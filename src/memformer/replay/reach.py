@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Container, Sequence
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from .inputs import has_hook, name_of
+from .inputs import has_hook, innermost, name_of, names_seen_by
 
 
 class Reach:
@@ -163,16 +162,14 @@ def _walk(starts: Sequence[Any]) -> tuple[set[Any], list[Any]]:
 
 def _describe(function: Any, leaf: Tensor, graph: Container[Any]) -> str:
     """The name under which a callable sees a leaf, or a tensor derived from it, for error messages."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = innermost(function)
     function = getattr(function, "__func__", function)
     if not inspect.isfunction(function):
         function = getattr(type(function), "forward", None) or type(function).__call__
     scope: dict[str, Any] = {}
     if inspect.isfunction(function):
-        seen = inspect.getclosurevars(function)
         defaults = {k: v.default for k, v in inspect.signature(function).parameters.items()}
-        scope = {**seen.globals, **seen.nonlocals, **defaults}
+        scope = {**names_seen_by(function), **defaults}
     for name, value in scope.items():
         inner = value.named_parameters() if isinstance(value, nn.Module) else ()
         for full_name, x in [(name, value), *((f"{name}.{part}", x) for part, x in inner)]:

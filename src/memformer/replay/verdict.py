@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
-import inspect
 import itertools
-import operator
-import random
-import sys
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,14 +25,17 @@ from .inputs import (
     Tree,
     call_cell,
     call_readout,
+    captured_modules,
     carries_grad,
     chunks,
+    innermost,
     name_of,
     owners,
     param_list,
     requires_grad,
     sum_of_losses,
 )
+from .own_state import OwnState
 from .schedules import Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule
 from .segments import segment_list
 from .sizes import Sizes, measure
@@ -224,7 +222,7 @@ class _Problem:
         self.memory, _ = Leaves(memory).cut(requires_grad)
         self.segments = [Leaves(segment).cut(requires_grad)[0] for segment in segments]
         self.befores: list[Tree] = []
-        owned = [*owners(cell, self.params), *([] if readout is None else owners(readout, ()))]
+        owned = [*owners(cell, self.params), *([] if readout is None else owners(readout, ())), *captured_modules(cell)]
         modules = list({id(owner): owner for owner in owned if isinstance(owner, nn.Module)}.values())
         self.tensors: dict[str, Tensor] = {}  # those that may have a gradient
         self.buffers: dict[str, _Buffer] = {}
@@ -239,7 +237,7 @@ class _Problem:
         self._know(_named("the initial memory", self.memory) | _named("segments", self.segments))
         self.environment = Environment(list(self.tensors.values()))
         self.random_state = self.environment.random_state()
-        self.state = _OwnState([cell, readout], modules)
+        self.state = OwnState([cell, readout], modules)
         types = {x.dtype for x in self.tensors.values() if carries_grad(x)}
         types |= {dtype for _, dtype, enabled in self.environment.autocast if enabled}
         coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
@@ -438,98 +436,14 @@ class _Problem:
         return [name for name, buffer in self.buffers.items() if not _same(run.buffers[name], buffer.value)]
 
     def summary(self, plain: _Run) -> str:
-        name, count, grads = name_of(_innermost(self.cell)), len(self.segments), len(plain.grads)
+        name, count, grads = name_of(innermost(self.cell)), len(self.segments), len(plain.grads)
         return f"{name}: {count} segments, {self.numbers}, tensors with a gradient: {grads}"
 
 
-class _OwnState:
-    """State that a cell keeps for itself: attributes of its modules, what it closes over, other generators."""
-
-    def __init__(self, functions: list[Any], modules: list[nn.Module]):
-        self.functions, self.modules = functions, modules
-        found = self._found()
-        self.before = {name: _fingerprint(x) for name, x in found.items()}
-        self.generators = [(x, _random_state(x)) for x in found.values() if _random_state(x) is not None]
-
-    def changed(self) -> list[str]:
-        return [name for name, x in self._found().items() if self.before.get(name) != _fingerprint(x)]
-
-    def restore(self) -> None:
-        for generator, state in self.generators:
-            _set_random_state(generator, state)
-
-    def _found(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"the state of Python's random numbers": random}
-        numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            found["the state of numpy's random numbers"] = numpy.random
-        for module in self.modules:
-            for path, part in module.named_modules():
-                of = f"'{path}', a {type(part).__name__}" if path else f"{type(part).__name__}"
-                own = {name: x for name, x in vars(part).items() if name not in _OF_EVERY_MODULE}
-                found |= {f"attribute '{name}' of {of}": x for name, x in own.items()}
-        for function in self.functions:
-            function = _innermost(function)
-            owner = getattr(function, "__self__", None)
-            if owner is not None and not isinstance(owner, nn.Module) and hasattr(owner, "__dict__"):
-                found |= {f"attribute '{name}' of a {type(owner).__name__}": x for name, x in vars(owner).items()}
-            function = getattr(function, "__func__", function)
-            if inspect.isfunction(function):
-                seen = inspect.getclosurevars(function)
-                found |= {
-                    f"'{name}' that {name_of(function)} uses": x
-                    for name, x in {**seen.globals, **seen.nonlocals}.items()
-                }
-        return found
-
-
-def _innermost(function: Any) -> Any:
-    """What a ``functools.partial`` calls."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _AT_MOST = 5
 """Sentences about tensors that are off; the others are counted."""
 _SLACK = 4096
 """Bytes of scalars and the like, which no plan counts."""
-
-
-def _fingerprint(x: Any) -> object:
-    """Something that is equal as long as a value is the same, as far as one can see from here."""
-    state = _random_state(x)
-    if state is not None:
-        return repr(state.tolist()) if isinstance(state, Tensor) else repr(state)
-    if isinstance(x, (bool, int, float, complex, str, itertools.count)):
-        return repr(x)
-    if isinstance(x, Tensor):
-        return id(x), 0 if x.is_inference() else x._version
-    return id(x), operator.length_hint(x, -1)
-
-
-def _random_state(x: Any) -> Any:
-    """The state of a generator of torch, Python or numpy; None of anything else."""
-    if isinstance(x, torch.Generator):
-        return x.get_state()
-    if x is random or isinstance(x, random.Random):
-        return x.getstate()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and (x is numpy.random or isinstance(x, numpy.random.RandomState)):
-        return x.get_state()
-    if numpy is not None and isinstance(x, numpy.random.Generator):
-        return x.bit_generator.state
-    return None
-
-
-def _set_random_state(x: Any, state: Any) -> None:
-    if isinstance(x, torch.Generator) or hasattr(x, "set_state"):
-        x.set_state(state)
-    elif hasattr(x, "setstate"):
-        x.setstate(state)
-    else:
-        x.bit_generator.state = state
 
 
 def _unlike(name: str, others: Container[str]) -> str:
