@@ -179,6 +179,18 @@ def test_a_mistake_is_one_line_and_harms_no_file(
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
+def test_a_reader_that_leaves_ends_it_without_a_word() -> None:
+    command = [sys.executable, "-m", "memformer", "generate", "--checkpoint", "run", "--prompt", "", "--stop", "~~~"]
+    process = subprocess.Popen([*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
 def test_ctrl_c_leaves_the_state_as_it_was(generate: Callable[..., str]) -> None:
     generate("--prompt", "Long ago", "--state", "talk")
     before = Path("talk").read_bytes()

@@ -69,7 +69,9 @@ def verify_rollout(model: Memformer, segments: Sequence[Segment], mems: Tensor |
         functools.partial(_encode, model),
         functools.partial(_summed, functools.partial(_losses, model, None)),
     )
-    return replay.verify(cell, segments, mems, readout, readout_segments=_readout_segments(segments))
+    verdict = replay.verify(cell, segments, mems, readout, readout_segments=_readout_segments(segments))
+    summary = verdict.summary.replace(_encode.__qualname__, type(model).__name__, 1)  # the name that a user knows
+    return dataclasses.replace(verdict, summary=summary)
 
 
 def memory_replay_backprop(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -26,7 +30,10 @@ _RUN: dict[type, Callable[[Any], int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run one command; returns the exit status.
+
+    0: done; 2: a user's mistake; 130: Ctrl-C; 141: whoever read the output has left, as ``head`` does.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--version"]:
         print(f"memformer {__version__}")
@@ -38,7 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "" in arguments[1:] and arguments[0] != "generate":
                 raise ValueError("an argument is empty: is a variable of the shell not set?")
             command = _parse(arguments)
-            return _RUN[type(command)](command)
+            status = _RUN[type(command)](command)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:  # or the interpreter complains when it flushes at its end
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            return 141
         except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
             return _refuse(error)
         except RuntimeError as error:
@@ -65,11 +78,30 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[export.ExportCommand, tyro.conf.subcommand("export")]
         | Annotated[bench.BenchCommand, tyro.conf.subcommand("bench")]
     )
-    return tyro.cli(
-        commands,
-        prog="memformer",
-        description="Train and use models that read sequences of any length with a memory of fixed size. "
-        "memformer --version prints the version.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                commands,
+                prog="memformer",
+                description="Train and use models that read sequences of any length with a memory of fixed size. "
+                "memformer --version prints the version.",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            )
+    except SystemExit as stop:
+        if (refusal := _refused_by_settings(stop)) is not None:
+            raise refusal from None
+        sys.stderr.write(printed.getvalue())
+        raise
+
+
+def _refused_by_settings(stop: SystemExit) -> ValueError | None:
+    """The error of a settings class of ours that made tyro stop: it says all, without the name that tyro gives it."""
+    error: BaseException | None = stop
+    while error is not None:
+        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, ValueError) and raised_in[-1:] and raised_in[-1].startswith("memformer."):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
