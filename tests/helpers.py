@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import MISSING
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from memformer import Memformer
+from memformer.config import Positions, Writer
 from memformer.settings import TrainingConfig
 
 VOCABULARY = 11
-WRITERS = ["normalised", "gated"]
-POSITIONS = ["rotary", "relative", "bucketed"]
+WRITERS = get_args(Writer)
+POSITIONS = get_args(Positions)
 
 
 def tiny(**changes: Any) -> Memformer:

@@ -127,9 +127,9 @@ def test_an_inspection_equals_a_plain_reading(writer: str) -> None:
         torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-7)
     assert (found.gradient_reach > 0).all()
     parameter = model.writer.bias if writer == "normalised" else model.writer.slots
-    lengths = parameter.detach().float().square().sum(-1).sqrt() * {"normalised": 0.001, "gated": 1.0}[writer]
+    lengths = parameter.detach().float().square().sum(-1).sqrt() * (0.001 if writer == "normalised" else 1.0)
     torch.testing.assert_close(found.slot_norms, lengths)
-    assert found.slot_parameter == {"normalised": "bias vector", "gated": "initial content"}[writer]
+    assert found.slot_parameter == ("bias vector" if writer == "normalised" else "initial content")
 
 
 def test_each_lane_is_read_as_if_alone() -> None:

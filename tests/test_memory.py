@@ -9,14 +9,15 @@ from torch import Tensor, nn
 import naive
 from helpers import WRITERS, mask
 from memformer.nn.attention import merge_heads, split_heads
-from memformer.nn.memory import GatedWriter, NormalisedWriter, SlowLinear, normalise, slot_attention
+from memformer.nn.memory import WRITERS as CLASSES
+from memformer.nn.memory import NormalisedWriter, SlotWriter, SlowLinear, normalise, slot_attention
 
 DIM, SLOTS, HEADS, BATCH, LENGTH = 8, 3, 2, 2, 5
 MASKS = [None, mask("11100", "01011"), mask("00000", "11111")]
 
 
-def make(kind: str, temperature: float = 0.5) -> NormalisedWriter | GatedWriter:
-    writer = {"normalised": NormalisedWriter, "gated": GatedWriter}[kind](DIM, SLOTS, HEADS, temperature).double()
+def make(kind: str, temperature: float = 0.5) -> SlotWriter:
+    writer = CLASSES[kind](DIM, SLOTS, HEADS, temperature).double()
     for parameter in writer.parameters():
         nn.init.normal_(parameter, std=0.7)
     return writer

@@ -79,7 +79,7 @@ def test_new_slots_are_those_of_a_new_model(writer: str) -> None:
     model.resize_memory(1)
     model.resize_memory(257, generator=seeded())
     new, first = (getattr(each.writer, each.writer.per_slot).detach() for each in (model, built))
-    norm = {"normalised": 1.0, "gated": 64**0.5}[writer]
+    norm = 1.0 if writer == "normalised" else 64**0.5
     for slots in (new[1:], first):
         assert float(slots.norm(dim=-1).mean()) == pytest.approx(norm, rel=0.02)
         assert float(slots.std()) == pytest.approx(norm / 8, rel=0.02)

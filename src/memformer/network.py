@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .config import MemformerConfig
 from .nn.attention import ContextProjection, KeysValues, Positional, causal_mask
 from .nn.blocks import Block
-from .nn.memory import GatedWriter, NormalisedWriter
+from .nn.memory import WRITERS
 from .nn.positions import BucketedBias, RelativeEncoding, Rotary
 from .pretrained import Pretrained
 from .state import MemoryState
@@ -47,7 +47,7 @@ class Opened(NamedTuple):
         contexts: the encoding's keys and values for each layer of the decoder.
         context_mask: (batch, tokens), True where the encoding exists.
         memory: (batch, slots, dim), after that segment.
-        cache: the decoder's, of all that it read since, but for each lane's last token, which the next step brings.
+        cache: the decoder's, of all tokens since then, except each lane's last one, which the next step adds.
     """
 
     contexts: list[KeysValues]
@@ -151,7 +151,7 @@ class Decoder(nn.Module):
         if src_mask is None:
             last = last[:, -self.overlap :]  # (batch, overlap)
         else:
-            # Sorted by whether they exist, those that do stand behind, in their order; the repeated ones always do.
+            # A stable sort puts the tokens that exist last, in their order; the repeated first ones always exist.
             order = F.pad(src_mask, (self.overlap, 0), value=True).byte().argsort(dim=1, stable=True)
             last = last.gather(1, order[:, -self.overlap :])
         if tgt_mask is not None:
@@ -243,9 +243,7 @@ class Network(Pretrained):
         embedding = _embedding(config.enc_num_tokens, config.dim)
         layers = _layers(config, config.enc_depth, config.enc_heads, config.enc_max_seq_len, causal=False)
         self.encoder = Encoder(embedding, layers, config.enc_heads, config.dropout)
-        writers: dict[str, type[NormalisedWriter] | type[GatedWriter]]
-        writers = {"normalised": NormalisedWriter, "gated": GatedWriter}
-        self.writer = writers[config.memory_writer](
+        self.writer = WRITERS[config.memory_writer](
             config.dim, config.num_memory_slots, config.mem_update_attn_heads, config.write_temperature
         )
         self.decoder: Decoder | None = None

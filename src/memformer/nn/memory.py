@@ -8,6 +8,7 @@ parameters has a row per slot; all others are shared, so the number of slots may
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -89,6 +90,10 @@ class SlotWriter(nn.Module):
     @staticmethod
     def new_slots(slots: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
         """The per-slot parameter's first values, (slots, dim)."""
+        raise NotImplementedError
+
+    def initial(self, batch_size: int) -> Tensor:
+        """The memory before a document, (batch, slots, dim)."""
         raise NotImplementedError
 
     def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
@@ -215,6 +220,13 @@ class GatedWriter(SlotWriter):
         found = self.to_out(self.attend(memory, x, mask))  # (batch, slots, dim)
         found = found + self.feed_forward(self.feed_norm(found))
         return self.gru(found.flatten(0, 1), memory.flatten(0, 1)).view_as(memory)  # in between (batch * slots, dim)
+
+
+WRITERS: dict[str, Callable[[int, int, int, float], SlotWriter]] = {
+    "normalised": NormalisedWriter,
+    "gated": GatedWriter,
+}
+"""By the name that a configuration has for it (``config.Writer``): dim, slots, heads and temperature make a writer."""
 
 
 def _randn(slots: int, dim: int, generator: torch.Generator | None) -> Tensor:
