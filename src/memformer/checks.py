@@ -1,6 +1,6 @@
 """What callers hand in: described, checked, and turned into the one form that the rest of the package knows.
 
-Imports torch alone. Values are read only where there are any: not in code that is traced, nor of meta and fake tensors.
+Imports torch alone. Values are not read where there are none: in traced code, in meta and in fake tensors.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A segment is decoded token by token with a cache of its own; when it is full it is encoded, the memory advances, and the
 next one begins. :func:`read`, :func:`stream` and :func:`generate` are methods of the models, too. Filters are pure
 functions of logits (..., vocabulary), named by what they keep; the rest becomes minus infinity. What is *not* known
-here: how a network computes. It is asked for :meth:`~memformer.network.Network.memory_after`, ``open`` and
-``next_logits`` alone.
+here: how a network computes. It is asked only for :meth:`~memformer.network.Network.memory_after`, ``open``
+and ``next_logits``.
 """
 
 from __future__ import annotations
@@ -109,9 +109,9 @@ class Filters:
     top_p: float | None = None
     """Choose among the most likely tokens that together have this probability."""
     min_p: float | None = None
-    """Choose among tokens at least this share as likely as the likeliest."""
+    """Choose among tokens that are at least this many times as likely as the likeliest one (0 to 1)."""
     repetition_penalty: float = 1.0
-    """Above 1 makes the tokens of this segment and the last less likely."""
+    """Above 1: tokens of this segment and the one before become less likely."""
 
     def penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
         """Logits (batch, vocabulary) after the repetition penalty; ``seen`` (batch, any number): the tokens before."""
@@ -169,7 +169,7 @@ class Sampling(Filters):
 
     @classmethod
     def of(cls, sampling: Sampling | None, keywords: SamplingKeywords) -> Sampling:
-        """``sampling`` with what the keywords say otherwise. Raises TypeError, which names it, for an unknown one."""
+        """``sampling``, changed by the keywords. Raises TypeError, which names it, for an unknown one."""
         return dataclasses.replace(sampling or cls(), **keywords)
 
 

@@ -78,8 +78,8 @@ class Inspection:
             writer), or "initial content" (gated writer).
         slot_norms: (slots,), the norm of that.
         gradient_reach: (segments,), how far the gradient of the last segment's loss (mean nats per token) reaches back.
-            Entry n is its norm at the memory n segments before the one that the last segment reads: the root of the
-            mean square over lanes. The last entry is the initial memory's.
+            Entry n is its norm at the memory n segments before the one that the last segment reads, as the root mean
+            square over lanes. The last entry is that of the initial memory.
     """
 
     self_attention: Tensor

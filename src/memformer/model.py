@@ -101,8 +101,8 @@ class Memformer(Network):
         The first slots are kept, with what they have learned; if there are to be more, new ones are added as at
         construction, drawn from ``generator``; if there are to be fewer, the last ones are dropped. Slots never see
         each other when they are written, so a kept slot begins as before and, from the same encoder output, is written
-        as before. The encoder reads all slots at once, so its output does change, as it must: by what the new slots
-        hold, or for want of the dropped ones. To grow and then to shrink again gives back the same model, bit by bit.
+        as before. The encoder reads all slots at once, so its output changes with the new slots, or without the
+        dropped ones. To grow and then to shrink again gives back the same model, bit by bit.
 
         A memory that was carried so far needs :meth:`resize_mems`. Build optimizers, and wrap the model for
         distributed training, after this call: the parameter of the slots is a new one.

@@ -1,6 +1,6 @@
 """A model in a folder: its settings in ``config.json``, its weights in ``model.safetensors``. Never pickle.
 
-:class:`Pretrained` is all that a model is to whoever stores it, or stores something that belongs to it.
+:class:`Pretrained` is what is needed of a model to store it, or something that belongs to it.
 """
 
 from __future__ import annotations

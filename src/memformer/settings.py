@@ -58,7 +58,7 @@ class DocumentSettings:
     bin_dtype: str = "uint16"
     """The integer type of a .bin file's tokens."""
     held_out: int = 48
-    """Hold out one document in this many; of a single document, hold out that fraction of its end."""
+    """Hold out one document in N; of a single document, hold out the last Nth."""
 
     def __post_init__(self) -> None:
         check_count("vocabulary", self.vocabulary)
@@ -87,7 +87,7 @@ class ModelSettings:
     mem_updates: int = 1
     """How often the memory is written per segment."""
     memory_writer: Writer = "normalised"
-    """How the memory is written: normalised (paper v2) or gated (paper v1)."""
+    """How the memory is written: normalised (paper v2) or gated (as in the earlier library)."""
     write_temperature: float = 0.25
     """Temperature of the writing attention; below 1 makes it sharper."""
     positions: Positions = "rotary"
@@ -155,9 +155,9 @@ class RolloutSettings:
     accumulate: int = 1
     """Rollouts per step, one after the other in the same documents."""
     schedule: str = "every"
-    """Memories that are stored for the replay: every; binomial:N, at most N; budget:SIZE, what is fastest within it."""
+    """Which memories replay stores: every; binomial:N, at most N; budget:SIZE (2GB), the fastest way that fits."""
     graphs: int = 1
-    """Keep the graphs of this many last segments, which then do not run twice. A budget chooses this itself."""
+    """Keep the graphs of the last N segments, which then do not run twice. A budget chooses N itself."""
     offload: str | None = None
     """Where stored memories are kept: cpu, or a folder on a disk; by default on the device."""
 
@@ -184,7 +184,7 @@ class RolloutSettings:
         """What ``schedule``, ``graphs`` and ``offload`` say, as the engine takes it.
 
         Raises:
-            ValueError: ``schedule`` is none of those that there are, or leaves ``graphs`` no meaning.
+            ValueError: there is no such schedule, or ``graphs`` has no meaning with it.
         """
         kind, _, size = self.schedule.partition(":")
         schedule: replay.Schedule
@@ -381,7 +381,7 @@ versions' language models, for a GPU; what the papers do not say (vocabulary, la
 
 
 def read_yaml(file: Path, base: TrainingConfig) -> TrainingConfig:
-    """``base`` with what a YAML file says otherwise.
+    """``base``, changed by a YAML file.
 
     Raises:
         ValueError: it is not YAML, or has an unknown key (the nearest is named) or a wrong value.

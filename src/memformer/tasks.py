@@ -1,4 +1,4 @@
-"""Tasks that nothing but a memory can solve: sequences of segments, and the tokens in them that must be predicted.
+"""Tasks that only a memory can solve: sequences of segments, and the tokens in them that must be predicted.
 
 Knows no model. An :class:`Episode` is the same for all of them: an encoder-decoder reads a segment and predicts the
 next one, a decoder-only model reads the tokens in a row. Only tokens marked as answers count.
@@ -113,7 +113,7 @@ class Task:
 
     def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
         """A batch to train on: as :meth:`draw`, of 1 to ``self.segments`` segments, so that easy ones teach what hard
-        ones need. It does not depend on what was learned so far: whoever has the same generator sees the same."""
+        ones need. It does not depend on what was learned so far: the same generator gives the same batches."""
         return self.draw(batch_size, generator, 1 + int(torch.randint(self.segments, (), generator=generator)))
 
     def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
@@ -299,7 +299,7 @@ class Pixels(Task):
     """An image, pixel by pixel: every segment but the first is predicted from all before it.
 
     The paper's image generation as a sequence (v2). One object per split: see :func:`digits`. An
-    episode of n ``segments`` is the first n + 1 segments of an image, for the last is no more than predicted. The
+    episode of n ``segments`` is the first n + 1 segments of an image: the last one is only predicted, never read. The
     images of a batch differ.
 
     Attributes:
@@ -376,7 +376,7 @@ class Pixels(Task):
 def digits(per_segment: int = 8) -> tuple[Pixels, Pixels]:
     """Handwritten digits of 8 x 8 pixels in 17 grey levels, from scikit-learn: tasks for training and held-out images.
 
-    Every fifth image of each class is held out: a split without a draw, the same for ever.
+    Every fifth image of each class is held out: the split is not random, and never changes.
 
     Raises:
         ImportError: scikit-learn is missing.

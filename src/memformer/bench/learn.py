@@ -43,28 +43,28 @@ _VALIDATION, _TEST = 1_000_000, 1_000_001
 class LearningBenchmark:
     """Train this model with its memory and without on tasks that only a memory solves: same data and steps, in one run.
 
-    With the first seed, each trains at every learning rate for the full number of steps. The best rate goes on with the
-    other seeds: the one that solves the task (twice in a row) in the fewest steps, or else ends with the best score,
-    then loss, on held-out episodes. Other episodes judge it at the end. Other packages' models take part in the
-    repository: python -m benchmarks learn.
+    With the first seed, each trains at every learning rate for the full number of steps. The best rate is then run with
+    the other seeds. Best is: solves the task (twice in a row) in the fewest steps; if none does, the best final score
+    on held-out episodes, then the best loss. The final table is measured on other episodes. Other packages' models
+    take part in the repository: python -m benchmarks learn.
     """
 
     tasks: tuple[str, ...] = ("retrieval",)
     """Of copy, reverse, retrieval, rewrite, one-fact, pixels (8 x 8 digits of scikit-learn)."""
     contestants: tuple[str, ...] = ()
-    """Who takes part, by name, such as memformer "memory off"; by default all there are."""
+    """Models to compare, such as: memformer "memory off". Default: all."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """For parameters and data; the data are the same for all contestants."""
     learning_rates: tuple[float, ...] = (3e-4, 7e-4, 2e-3)
-    """Those tried for each contestant and task."""
+    """Tried for each contestant and task."""
     steps: int = 3000
     """Training steps of a trial."""
     batch_size: int = 64
     """Episodes in a step, of 1 segment up to the task's own number."""
     jobs: int = 0
-    """Trials side by side, each in a process of one thread; 0 for one per core."""
+    """How many trials run at a time, each in one thread; 0: one per core."""
     out: Path | None = None
-    """Keep all trials in this JSON file; what it holds already is not done again."""
+    """Keep all trials in this JSON file. Trials that it already has are not run again."""
     plot: Path | None = None
     """Draw held-out scores against steps into this PNG file."""
 

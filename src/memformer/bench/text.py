@@ -71,7 +71,7 @@ class TextBenchmark:
     """
 
     study: Literal["horizon", "slots", "overlap", "peers"] = "horizon"
-    """What varies: horizon (paper, Figure 3b), slots (Figure 3c), overlap, or (peers: at equal FLOPs) the model."""
+    """What varies: horizon (paper, Figure 3b), slots (Figure 3c), overlap, or peers (other models at equal FLOPs)."""
     corpus: Literal["standard-library", "shakespeare"] = "standard-library"
     """The running Python's sources, or Shakespeare's works."""
     shakespeare: Path | None = None
@@ -89,7 +89,7 @@ class TextBenchmark:
     overlaps: tuple[int, ...] = (0, 1, 4, 16)
     """In the study of overlaps: how many tokens of the previous segment the decoder also sees."""
     contestants: tuple[str, ...] = ()
-    """In the study of peers: who takes part, by name, such as memformer "memory off"; by default all there are."""
+    """In the study of peers: models to compare, such as: memformer "memory off"; by default all there are."""
     horizon: int = 16
     """In the other studies: how many segments a gradient reaches back."""
     model: ModelSettings = MODEL
@@ -100,15 +100,15 @@ class TextBenchmark:
     segment_tokens: int = 16
     """Tokens in a segment."""
     steps: int = 1600
-    """Training steps; in the study of peers those of this model, whose FLOPs all the others may spend."""
+    """Training steps of this model; in the study of peers the others get as many FLOPs."""
     learning_rates: tuple[float, ...] = (3e-3,)
     """Each is tried with the first seed; the best on the tuning documents goes on with the other seeds."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """For parameters and for the order of documents."""
     jobs: int = 0
-    """Trials side by side, each in a process of one thread; 0 for one per core."""
+    """How many trials run at a time, each in one thread; 0: one per core."""
     out: Path | None = None
-    """Keep all trials, of all studies, in this JSON file; what it holds already is not done again."""
+    """Keep all trials, of all studies, in this JSON file. Trials that it already has are not run again."""
     plot: Path | None = None
     """Draw the results into this PNG file."""
 

@@ -15,7 +15,7 @@ __all__ = ["BenchCommand", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCommand:
-    """Measure on this machine what the documents claim."""
+    """Measure on this machine what the documentation claims."""
 
     benchmark: (
         Annotated[replay.ReplayBenchmark, tyro.conf.subcommand("replay")]

@@ -23,12 +23,12 @@ __all__ = ["GenerateCommand", "run", "write"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateCommand:
-    """Continue a text, for any length at constant memory; it is printed as it comes."""
+    """Continue a text to any length, in constant memory; each token is printed as it comes."""
 
     checkpoint: Path
     """A run's folder, or one checkpoint in it."""
     prompt: str | None = None
-    """The text to continue, which is printed first; empty begins a document. Without it, what is piped in is read."""
+    """The text to continue, which is printed first; empty: begin a document. Not given: read what is piped in."""
     prompt_file: Path | None = None
     """A file with the text to continue, of any length; - for standard input."""
     state: Path | None = None
@@ -38,9 +38,9 @@ class GenerateCommand:
     max_new_tokens: int = 300
     """How many tokens to write, after each line if interactive."""
     stop: str | None = None
-    """End as soon as this text was written."""
+    """Stop after this text."""
     seed: int = 0
-    """Decides the choices, together with how much was read before."""
+    """Seed of the choices; a --state that goes on draws new numbers."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
     sampling: Filters = field(default_factory=lambda: Filters(temperature=0.9, top_p=0.95))

@@ -24,7 +24,7 @@ class InspectCommand(DocumentOptions):
     segments: int = 32
     """How many segments of each document to read, from its start."""
     lanes: int = 4
-    """Read this many documents side by side: the longest."""
+    """How many documents to read side by side; the longest ones are taken."""
     plot: Path | None = None
     """Also draw the result into this PNG file."""
     device: str = "auto"
@@ -65,7 +65,7 @@ def describe(found: Inspection) -> str:
         [
             f"{slots} slots, read over {segments} segments of {lanes} documents",
             "",
-            f"slots attend, in the second half: {counts}",
+            f"slots attend, in the second half of the segments: {counts}",
             f"(on itself: the share of a slot's attention; norm: of its {found.slot_parameter})",
             "  ".join([head] * min(_SLOTS_PER_LINE, slots)),
             *("  ".join(slot_lines[i : i + _SLOTS_PER_LINE]) for i in range(0, slots, _SLOTS_PER_LINE)),

@@ -145,7 +145,7 @@ class Document:
     """A named run of tokens.
 
     Attributes:
-        name: unique among the documents of a corpus, for the held-out split goes by it.
+        name: unique in its corpus, because the held-out split depends on it.
         content: its UTF-8 bytes (bytes, or an array of uint8), or token ids (a one-dimensional integer array); either
             may be read lazily.
         text: whether the content is text.
@@ -418,7 +418,7 @@ class _Checked:
 
 
 def held_out_split(documents: Sequence[Document], share: int = HELD_OUT_SHARE) -> tuple[list[Document], list[Document]]:
-    """``(training, held_out)``: one document in ``share`` by the hash of its name, so that adding one moves no other.
+    """``(training, held_out)``: one document in ``share``, by the hash of its name, so that a new one moves no other.
 
     Of a single document the end is held out, from the beginning of a character on.
 
@@ -458,7 +458,7 @@ def limited(documents: Sequence[Document], limit: int) -> list[Document]:
 def fingerprint(documents: Sequence[Document]) -> str:
     """A hash of the documents and their order: a run can go on only where it finds the same ones.
 
-    It knows every name, kind and length, and of the contents a bounded sample, so that a corpus of any size takes
+    It covers every name, kind and length, and a sample of the contents that is small enough for any corpus to take
     seconds: short documents whole, three blocks of 16,384 items at the start, middle and end of longer ones, of at most
     10,000 documents at even distances.
     """

@@ -56,8 +56,8 @@ class _Lane:
 class Lanes:
     """An iterator of :class:`~memformer.data.segments.Segment`, resumable in the middle of a document.
 
-    Every rank follows all lanes and returns the rows of its own, so all ranks together are one process, and the state
-    is the same on each of them. A Segment has ``src`` (lanes of the rank, length) and ``tgt`` (lanes of the rank,
+    Every rank follows all lanes and returns its own rows. Together the ranks do what one process would, and each has
+    the same state. A Segment has ``src`` (lanes of the rank, length) and ``tgt`` (lanes of the rank,
     length + 1), whose first token is the objective's start token.
 
     Args:

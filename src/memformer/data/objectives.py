@@ -1,4 +1,4 @@
-"""What the decoder is to say about a segment: the paper's three objectives, drawn by odds for each lane and step.
+"""What the decoder predicts from a segment: the paper's three objectives, drawn by odds for each lane and step.
 
 The stream of sources advances alike under all of them; an objective chooses the target, and infilling damages the
 source.

@@ -35,7 +35,7 @@ class TextDecoder(Protocol):
     """Text as its tokens come: each character is returned once it is whole."""
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """What is certain after these tokens and was not returned before."""
+        """The text that these tokens complete."""
 
     def flush(self) -> str:
         """What was held back: half a character becomes U+FFFD."""

@@ -21,7 +21,8 @@ class Options:
         schedule: which memories and graphs to keep; more of them is faster.
             ``print(schedule.plan(len(segments)))`` says what one costs.
         readout_segments: how many segments one call of the readout gets; the losses of the calls are added. More is
-            faster on short segments, and the readout's graph grows with it. None is one, unless who calls knows better.
+            faster on short segments, and the readout's graph grows with it. None: 1, or what the caller chooses
+            (a Memformer's rollout).
         segment_weights: one factor per segment for its loss. A readout over several segments then returns one loss
             per segment, shape (segments of the call,).
         memory_gradients: takes down the norm of the memory's gradient between segments, and clips it if asked.
@@ -48,7 +49,7 @@ class Options:
 
     @classmethod
     def of(cls, options: Options | None, keywords: OptionKeywords) -> Options:
-        """``options`` with what the keywords say otherwise. A keyword of None is the default."""
+        """``options``, changed by the keywords. A keyword that is None changes nothing."""
         given = {name: value for name, value in keywords.items() if value is not None}
         unknown = sorted(set(keywords) - {field.name for field in dataclasses.fields(cls)})
         if unknown:

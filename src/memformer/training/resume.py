@@ -160,7 +160,7 @@ def load(checkpoint: Path, settings: TrainingConfig, documents: str, model: Memf
         documents: the fingerprint of the training documents.
 
     Raises:
-        ValueError: a setting differs that cannot change, the documents or the model are others, or it is damaged.
+        ValueError: a setting differs that must not, the documents or the model are not the same, or it is damaged.
     """
     numbers, tensors = checkpoints.load_state(checkpoint)
     _check_settings(build(TrainingConfig, numbers["settings"]), settings)
