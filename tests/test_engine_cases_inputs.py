@@ -315,10 +315,10 @@ def test_lazy_parameters():
 @pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
 @pytest.mark.parametrize("known", [True, False])
 def test_accumulate_refuses_hooks(hook, known):
-    """An optimiser in the backward would step once per segment, in the middle of the replay."""
+    """An optimizer in the backward would step once per segment, in the middle of the replay."""
     linear = nn.Linear(3, 3).double()
-    optimiser = torch.optim.SGD(linear.parameters(), lr=0.1)
-    getattr(linear.weight, hook)(lambda p: optimiser.step() if hook != "register_hook" else None)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    getattr(linear.weight, hook)(lambda p: optimizer.step() if hook != "register_hook" else None)
     cell = lambda x, m: (linear(m + x).square().sum(), torch.tanh(linear(m + x)))  # noqa: E731
     name = "parameter 'weight'" if known else r"a tensor of shape \(3, 3\)"
     with pytest.raises(
@@ -328,7 +328,7 @@ def test_accumulate_refuses_hooks(hook, known):
     assert linear.weight.grad is None
 
 
-def test_an_optimiser_in_the_backward_steps_once_in_a_memory_replay():
+def test_an_optimizer_in_the_backward_steps_once_in_a_memory_replay():
     linear, steps = nn.Linear(3, 3).double(), []
     linear.weight.register_post_accumulate_grad_hook(lambda p: steps.append(p.grad.clone()))
     cell = lambda x, m: (linear(m + x).square().sum(), torch.tanh(linear(m + x)))  # noqa: E731

@@ -299,15 +299,15 @@ def test_a_state_that_the_cell_keeps_for_itself(kind, schedule):
 
 
 @pytest.mark.parametrize("schedule", ["default", "no graphs", "binomial"])
-@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_step_of_a_fused_optimiser_in_between(optimiser, schedule):
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_of_a_fused_optimizer_in_between(optimizer, schedule):
     """It changes the parameters without a new version."""
     cell = Kept("nothing").float()
-    optimiser = optimiser(cell.parameters(), lr=1e-3, fused=True)
+    optimizer = optimizer(cell.parameters(), lr=1e-3, fused=True)
     segments, memory = [x.float() for x in xs(2, 3)], torch.zeros(2, 3)
     replay.memory_replay(cell, segments, memory).loss.backward()
     rollout = replay.memory_replay(cell, segments, memory, schedule=SCHEDULES[schedule])
-    optimiser.step()
+    optimizer.step()
     with pytest.raises(RuntimeError, match=r"segment \d differs in replay|was changed in place"):
         rollout.loss.backward()
 

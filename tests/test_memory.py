@@ -192,9 +192,9 @@ def test_a_slow_map_is_a_linear_map_that_adam_changes_more_slowly() -> None:
     before, x = usual.weight.detach().clone(), randn(BATCH, DIM)
     torch.testing.assert_close(slow(x), usual(x))
     for part in (slow, usual):
-        optimiser = torch.optim.Adam(part.parameters(), lr=1e-3, eps=0)
+        optimizer = torch.optim.Adam(part.parameters(), lr=1e-3, eps=0)
         part(x).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(0.3 * slow.weight - before, 0.3 * (usual.weight - before), rtol=1e-3, atol=1e-6)
     std = 0.3 * SlowLinear(64, 1000).weight.std().item()
     assert std == pytest.approx((3 * 64) ** -0.5, rel=0.02), "it begins as any other"

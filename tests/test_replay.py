@@ -274,10 +274,10 @@ def test_gradient_scaler():
     def run(method):
         model.zero_grad()
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         scaler.scale(method(model, segments, memory).loss).backward()
-        scaler.unscale_(optimiser)
-        scaler.step(optimiser)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
         scaler.update()
         return {"grads": [p.grad for p in model.parameters()]}
 

@@ -117,7 +117,7 @@ def test_double_backward():
             torch.autograd.grad(run(cell, SEGMENTS, ZEROS, readout).loss, list(cell.parameters()), create_graph=True)
 
 
-def test_optimiser_step_between_forward_and_backward():
+def test_optimizer_step_between_forward_and_backward():
     cell = Cell()
     rollout = run(cell)
     with torch.no_grad():

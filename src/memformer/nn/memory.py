@@ -124,7 +124,7 @@ class SlotWriter(nn.Module):
 class SlowLinear(nn.Linear):
     """A linear map without a bias whose matrix is ``speed`` times its parameter, which begins as much larger.
 
-    The outputs are those of any linear map, but an optimiser whose steps do not know a gradient's size (Adam) changes
+    The outputs are those of any linear map, but an optimizer whose steps do not know a gradient's size (Adam) changes
     them ``speed`` times as fast.
     """
 
@@ -145,7 +145,7 @@ class NormalisedWriter(SlotWriter):
     A slot that attends itself alone is only pulled towards its bias, so it holds content over many segments; slots live
     on the unit sphere, and with nothing written drift back to where they began, faster where the bias is longer.
     The bias vector b is ``scale`` times the parameter ``bias``: it begins 0.001 long, so that content which is kept
-    outlives hundreds of segments, and an optimiser whose steps do not know a gradient's size (Adam) changes it as
+    outlives hundreds of segments, and an optimizer whose steps do not know a gradient's size (Adam) changes it as
     slowly; a parameter of that length would be a hundred times longer within 100 steps.
     A slot's query and own key are made from its content and from the direction of its bias vector, its name: slots that
     hold the same would attend the same and hold the same for ever. They, and the segment's keys and values, are learned

@@ -12,7 +12,7 @@ Memories, segments and values are pytrees of tensors (tuples, lists, dicts, ``No
 and nothing else of memformer.
 
 How it works. One ``torch.autograd.Function`` has the parameters, the initial memory and the segments as inputs, so that
-each gradient leaves it once: an optimiser, a gradient scaler, clipping and DistributedDataParallel see an ordinary
+each gradient leaves it once: an optimizer, a gradient scaler, clipping and DistributedDataParallel see an ordinary
 loss. A schedule's plan lists the actions of its forward and of its backward (``Run`` in ``engine`` carries them out):
 by default forward stores the memory before each segment, and only the last segment is run with a graph, and not twice;
 backward walks from the last segment to the first and frees each graph before it builds the next.

@@ -32,7 +32,7 @@ def check_same(t: int, replayed: list[Any], recorded: list[Any]) -> None:
 class Fingerprint:
     """A few numbers of what a segment returned.
 
-    A replay in another world (a step of a fused optimiser in between, a state that the cell keeps for itself) differs
+    A replay in another world (a step of a fused optimizer in between, a state that the cell keeps for itself) differs
     in its first segment already. It is compared generously, for kernels may differ with the mode: by the square root
     of the precision, as a share of the norm.
     """

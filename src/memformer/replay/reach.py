@@ -137,7 +137,7 @@ def refuse_hooks_of(owners: Sequence[Any]) -> None:
 def _refuse_hooks(name: str, tensor: Tensor) -> None:
     if has_hook(tensor) or getattr(tensor, "_post_accumulate_grad_hooks", None):
         raise ValueError(
-            f"accumulate: {name} has a hook on its gradient (an optimiser in the backward?), which would run once per "
+            f"accumulate: {name} has a hook on its gradient (an optimizer in the backward?), which would run once per "
             "segment, with a part of the gradient. Do its work after accumulate, or use replay.memory_replay with "
             "register_post_accumulate_grad_hook, which runs once there."
         )

@@ -89,7 +89,7 @@ class World:
             if version(p) != before:
                 names = (f"'{name}'" for owner in self.owners for name, x in owner.named_parameters() if x is p)
                 raise RuntimeError(
-                    "a parameter was changed in place between the rollout and its backward (an optimiser step?): "
+                    "a parameter was changed in place between the rollout and its backward (an optimizer step?): "
                     f"{next(names, 'one of params=')}. Replay runs the cell again and needs the same parameters: call "
                     "backward first."
                 )
