@@ -243,3 +243,10 @@ def test_published_count():
     """Binomial(44) for 1024 segments: 2.96 evaluations per segment, the number that JAX users know."""
     assert round(Binomial(44).plan(1024).evaluations / 1024, 2) == 2.96
     assert math.comb(44 + 2, 2) > 1024
+
+
+@pytest.mark.parametrize("to", ["cuda", "cuda:1", "mps"])
+def test_an_offload_to_another_device_is_refused(to):
+    with pytest.raises(ValueError, match=f"expected cpu or a folder, got '{to}'.* is ./{to}"):
+        Offload(EveryMemory(), to)
+    assert Offload(EveryMemory(), f"./{to}").plan(3).store_on == f"./{to}"

@@ -69,7 +69,8 @@ class Run:
         self.reach = Reach(cell, self.parameters)
         given = [*self.initial.tensors(), *segments.tensors()]
         self.inputs = self.parameters + [x for x in given if x.requires_grad]
-        self.environment = Environment([*self.parameters, *given, *segments[0].tensors()])
+        used = [p for owner in owned if isinstance(owner, nn.Module) for p in owner.parameters()]  # tell the devices
+        self.environment = Environment([*self.parameters, *used, *given, *segments[0].tensors()])
         self.differentiable = self.environment.grad_enabled and bool(self.in_place or self.inputs)
         self.world = World(owned, self.parameters, captured=captured, watch_parameters=not self.in_place)
         self.plan = self._plan(options.schedule)

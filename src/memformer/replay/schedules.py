@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -325,10 +326,20 @@ class Offload:
         schedule: the schedule whose plan is carried out.
         to: "cpu" (pinned memory and asynchronous copies, where the memory lives on a GPU), or a folder on a disk, in
             which each rollout makes a temporary folder of its own, and from which a thread of its own reads.
+
+    Raises:
+        ValueError: ``to`` is the name of another device.
     """
 
     schedule: Schedule
     to: str | PathLike[str] = "cpu"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.to, str) and re.fullmatch(r"(cuda|gpu|mps|xpu|hpu|meta)(:\d+)?", self.to):
+            raise ValueError(
+                f"offload: expected cpu or a folder, got {self.to!r}, which is a device; memories stay where they are "
+                f"without an offload. A folder of that name is ./{self.to}"
+            )
 
     @property
     def needs_sizes(self) -> bool:
