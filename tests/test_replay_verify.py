@@ -358,3 +358,26 @@ def test_refusals() -> None:
         replay.verify(lambda x, m: (m.sum(), m), *inputs())
     with pytest.raises(ValueError, match="expected at least one segment"):
         replay.verify(Cell(), [], None)
+
+
+def test_a_graph_that_a_run_leaves_behind_is_named():
+    """An auxiliary loss as an attribute: under graphs=0 it would get no gradient, without a word."""
+
+    class Leaves(nn.Module):
+        def __init__(self, cut):
+            super().__init__()
+            self.linear, self.cut = nn.Linear(3, 3).double(), cut
+
+        def forward(self, segment, memory):
+            memory = torch.tanh(self.linear(memory + segment))
+            self.aux = memory.square().mean()
+            if self.cut:
+                self.aux = self.aux.detach()
+            return memory.sum(), memory
+
+    segments, memory = list(torch.randn(3, 2, 3).double()), torch.zeros(2, 3).double()
+    verdict = replay.verify(Leaves(cut=False), segments, memory)
+    assert verdict.ok
+    assert verdict.graphs_left == ("attribute 'aux' of Leaves",)
+    assert "leaves a graph in attribute 'aux' of Leaves. A loss that is made of it" in str(verdict)
+    assert replay.verify(Leaves(cut=True), segments, memory).graphs_left == ()

@@ -38,7 +38,7 @@ def reset(memory: Tree, initial: Tree, lanes: Tensor, dim: int = 0) -> Tree:
     if not isinstance(lanes, Tensor):
         raise ValueError(f"lanes: expected a boolean tensor of shape (batch,), got {type(lanes).__name__}")
 
-    def choose(old: Any, new: Any) -> Any:
+    def choose(old: object, new: object) -> Any:
         if not isinstance(old, Tensor):
             return old
         if not isinstance(new, Tensor):
@@ -83,7 +83,7 @@ def check_equal_across_ranks(number: int, what: str) -> None:
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
-    numbers: list[Any] = [None] * torch.distributed.get_world_size()
+    numbers: list[object] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(numbers, number)
     if len(set(numbers)) > 1:
         raise ValueError(f"{what} differs between ranks, which would wait for each other for ever: {numbers}")

@@ -31,7 +31,7 @@ class Graph:
     ``parameters`` are those that it reaches, by position; ``sources`` the leaves of memory and segment, by position.
     """
 
-    outputs: list[Any]
+    outputs: list[object]
     parameters: list[int]
     memory_sources: dict[int, Tensor]
     segment_sources: dict[int, Tensor]
@@ -56,7 +56,7 @@ class Run:
         memory: Tree,
         options: Options,
         parameters: list[Tensor] | None,
-        owned: Sequence[Any],
+        owned: Sequence[object],
         captured: Sequence[nn.Module] = (),
         sync: Callable[[bool], None] = lambda last: None,
     ):
@@ -88,7 +88,7 @@ class Run:
         self.carrying: list[list[bool]] | None = None
         self.spent = False
         self.recorded: list[_Recorded] = []
-        self.kept: list[list[Any]] | None = [] if options.check else None
+        self.kept: list[list[object]] | None = [] if options.check else None
         self.sync = sync
         self.watch = options.memory_gradients
         if self.watch is not None:
@@ -108,9 +108,9 @@ class Run:
 
     # Forward
 
-    def record(self) -> list[Any]:
+    def record(self) -> list[object]:
         """The forward pass. Returns the leaves of all values and of the final memory."""
-        values: list[Any] = []
+        values: list[object] = []
         self.start = self.environment.random_state(), self.world.buffer_state()
         for action in self.plan.recording:
             values += self._do(action)
@@ -122,7 +122,7 @@ class Run:
         self.memory = self.returned = self.initial
         return leaves
 
-    def outputs(self, leaves: Sequence[Any]) -> tuple[list[Tree], Tree]:
+    def outputs(self, leaves: Sequence[object]) -> tuple[list[Tree], Tree]:
         """The trees of :meth:`record`'s leaves, after these went through the autograd function."""
         specs = [*(recorded.value for recorded in self.recorded), self.recorded[-1].memory]
         trees, start = [], 0
@@ -162,7 +162,7 @@ class Run:
 
     # The actions
 
-    def _do(self, action: Action) -> list[Any]:
+    def _do(self, action: Action) -> list[object]:
         """Carry out one action. Returns the leaves of the value that it computed, if any."""
         kind, t = action
         if kind == "store":
@@ -183,7 +183,7 @@ class Run:
             self._back_propagate(t)
         return []
 
-    def _advance(self, t: int) -> list[Any]:
+    def _advance(self, t: int) -> list[object]:
         """Run segment ``t`` without a graph."""
         if self.records_with_graph:
             return self._advance_in_grad_mode(t)
@@ -204,7 +204,7 @@ class Run:
             return self._advance_in_grad_mode(t)
         return self._step(t, value, after, self.compact.copy)
 
-    def _advance_in_grad_mode(self, t: int) -> list[Any]:
+    def _advance_in_grad_mode(self, t: int) -> list[object]:
         """The same for a cell that needs grad mode, and where nothing is known that could need a gradient."""
         torch.clear_autocast_cache()
         with torch.enable_grad():
@@ -214,7 +214,7 @@ class Run:
         torch.clear_autocast_cache()
         return self._step(t, value, after, self.compact.copy)
 
-    def _build_graph(self, t: int) -> list[Any]:
+    def _build_graph(self, t: int) -> list[object]:
         """Run segment ``t`` with a graph that starts at the memory before it."""
         torch.clear_autocast_cache()  # of weights that were converted without a graph
         self.segments.fetch(t)  # an error in it is not the cell's
@@ -276,7 +276,9 @@ class Run:
         self.memory = here
         return True
 
-    def _step(self, t: int, value: Leaves, after: Leaves, keep: Callable[[Leaves], Leaves] | None = None) -> list[Any]:
+    def _step(
+        self, t: int, value: Leaves, after: Leaves, keep: Callable[[Leaves], Leaves] | None = None
+    ) -> list[object]:
         """Stand before segment ``t + 1``. Returns the leaves of the value of ``t``.
 
         Without a graph, which holds what they are views of anyway, ``keep`` makes both what is kept.

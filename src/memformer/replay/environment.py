@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ class Environment:
         self.uses_float16 = any(enabled and dtype == torch.float16 for _, dtype, enabled in self.autocast)
         self.precision = max((torch.finfo(dtype).eps for _, dtype, enabled in self.autocast if enabled), default=0.0)
         self.caches_weights = _weights_are_cached()
-        self.weights: dict[Any, Tensor] = {}
+        self.weights: dict[tuple[int, str], Tensor] = {}
         _refuse_tangents(tensors)
 
     def random_state(self) -> list[Tensor]:
@@ -70,7 +69,7 @@ class Environment:
         would be back-propagated through more than once. So each run computes its own, which must be the same again.
         """
         before = parametrize._cache_enabled, parametrize._cache
-        own: dict[Any, Tensor] = {}
+        own: dict[tuple[int, str], Tensor] = {}
         parametrize._cache_enabled, parametrize._cache = int(self.caches_weights), own  # type: ignore[assignment]
         try:
             yield

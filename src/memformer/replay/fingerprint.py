@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ SAMPLE = 64
 """About this many numbers of a leaf are looked at."""
 
 
-def check_same(t: int, replayed: list[Any], recorded: list[Any]) -> None:
+def check_same(t: int, replayed: list[object], recorded: list[object]) -> None:
     """RuntimeError unless all leaves are close."""
     for new, old in zip(replayed, recorded, strict=True):
         try:
@@ -37,11 +35,11 @@ class Fingerprint:
     of the precision, as a share of the norm.
     """
 
-    def __init__(self, leaves: list[Any], precision: float):
+    def __init__(self, leaves: list[object], precision: float):
         self.precision = precision
         self.samples = [_sample(x) for x in leaves]
 
-    def check(self, t: int, leaves: list[Any]) -> None:
+    def check(self, t: int, leaves: list[object]) -> None:
         for old, new in zip(self.samples, map(_sample, leaves), strict=True):
             if old is None or new is None or old.shape != new.shape:
                 continue
@@ -56,7 +54,7 @@ class Fingerprint:
                 )
 
 
-def _sample(x: Any) -> Tensor | None:
+def _sample(x: object) -> Tensor | None:
     """Numbers from all over a tensor, moved to the CPU; None where there is nothing to compare."""
     if type(x) is not Tensor or x.layout != torch.strided or x.is_meta or not carries_grad(x) or not x.numel():
         return None

@@ -169,7 +169,7 @@ class GradientSums:
     def _note_the_task(self, outputs: Sequence[Tensor]) -> list[RemovableHandle]:
         """The backward that comes next begins at one of these nodes, and there it tells its number."""
 
-        def note(_: Any) -> None:
+        def note(_: object) -> None:
             if self.task is None and _current_task is not None:
                 self.task = _current_task()
 

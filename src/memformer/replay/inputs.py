@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Leaves:
         else:
             self._take(*tree_flatten(tree))
 
-    def _take(self, leaves: list[Any], spec: TreeSpec) -> None:
+    def _take(self, leaves: list[object], spec: TreeSpec) -> None:
         self.leaves, self.spec = leaves, spec
         self.versions = [version(leaf) for leaf in leaves]
 
@@ -59,7 +59,7 @@ class Leaves:
         """The same, cut from its graph."""
         return self.replaced([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves])
 
-    def replaced(self, leaves: list[Any]) -> Leaves:
+    def replaced(self, leaves: list[object]) -> Leaves:
         """A tree of the same structure with other leaves."""
         result = Leaves.__new__(Leaves)
         result._take(leaves, self.spec)
@@ -76,13 +76,13 @@ class Leaves:
         leaves, sources = list(self.leaves), {}
         for i, leaf in enumerate(self.leaves):
             if isinstance(leaf, Tensor):
-                leaves[i] = leaf.detach()
+                leaves[i] = cut = leaf.detach()
                 if wants_grad(leaf) if callable(wants_grad) else wants_grad[i]:
-                    sources[i] = leaves[i].requires_grad_()
+                    sources[i] = cut.requires_grad_()
         return _tree(leaves, self.spec), sources
 
 
-def _tree(leaves: list[Any], spec: TreeSpec) -> Tree:
+def _tree(leaves: list[object], spec: TreeSpec) -> Tree:
     return leaves[0] if spec is ONE_LEAF else tree_unflatten(leaves, spec)
 
 
@@ -105,13 +105,13 @@ def check_leaves(leaves: Leaves, what: str, *, is_value: bool = False) -> None:
         )
 
 
-def _holds_a_tensor(thing: Any, depth: int = 6) -> bool:
+def _holds_a_tensor(thing: object, depth: int = 6) -> bool:
     """Whether an object, what it contains, its attributes or the variables that a function closes over are tensors."""
     if isinstance(thing, Tensor) or depth == 0:
         return True
     if isinstance(thing, (type, *PLAIN)):
         return False
-    parts: list[Any] = list(getattr(thing, "__dict__", {}).values())
+    parts: list[object] = list(getattr(thing, "__dict__", {}).values())
     parts += [getattr(thing, name, None) for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
     if isinstance(thing, Mapping):
         parts += thing.values()
@@ -121,7 +121,7 @@ def _holds_a_tensor(thing: Any, depth: int = 6) -> bool:
     return any(_holds_a_tensor(part, depth - 1) for part in parts)
 
 
-def requires_grad(leaf: Any) -> bool:
+def requires_grad(leaf: object) -> TypeGuard[Tensor]:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
@@ -129,7 +129,7 @@ def carries_grad(leaf: Tensor) -> bool:
     return leaf.is_floating_point() or leaf.is_complex()
 
 
-def version(leaf: Any) -> int:
+def version(leaf: object) -> int:
     return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
 
 
@@ -209,13 +209,13 @@ def param_list(params: Params) -> list[Tensor | nn.Module]:
     return result
 
 
-def owners(function: Any, params: Params) -> list[Tensor | nn.Module]:
+def owners(function: object, params: Params) -> list[Tensor | nn.Module]:
     """The modules and tensors that a callable is, is bound to, or carries as arguments of a ``functools.partial``; and
     those that are named in ``params``."""
     return [*_owners(function), *param_list(params)]
 
 
-def _owners(function: Any) -> list[Tensor | nn.Module]:
+def _owners(function: object) -> list[Tensor | nn.Module]:
     if isinstance(function, nn.Module | Tensor):
         return [function]
     if isinstance(function, functools.partial):
@@ -226,7 +226,7 @@ def _owners(function: Any) -> list[Tensor | nn.Module]:
     return [owner for part in (bound, wrapped) if part is not None for owner in _owners(part)]
 
 
-def trained_tensors(function: Any, params: Params) -> list[Tensor]:
+def trained_tensors(function: object, params: Params) -> list[Tensor]:
     """The tensors that require a gradient, each once, of a callable's owners and of ``params``."""
     found: dict[int, Tensor] = {}
     for owner in owners(function, params):
@@ -262,14 +262,14 @@ def has_hook(tensor: Tensor) -> bool:
     return any(not getattr(hook, "of_replay", False) for hook in (tensor._backward_hooks or {}).values())
 
 
-def innermost(function: Any) -> Any:
+def innermost(function: object) -> Any:
     """What a ``functools.partial`` calls."""
     while isinstance(function, functools.partial):
         function = function.func
     return function
 
 
-def names_seen_by(function: Any) -> dict[str, Any]:
+def names_seen_by(function: Any) -> dict[str, object]:
     """What a callable finds by name: what it closes over, its globals, the attributes of what it is bound to."""
     function = innermost(function)
     owner = getattr(function, "__self__", None)
@@ -284,7 +284,7 @@ def names_seen_by(function: Any) -> dict[str, Any]:
     return {**found.globals, **found.nonlocals, **seen}
 
 
-def captured_modules(function: Any) -> list[nn.Module]:
+def captured_modules(function: object) -> list[nn.Module]:
     """Modules that a callable sees, besides its owners."""
     return [x for x in names_seen_by(function).values() if isinstance(x, nn.Module)]
 
@@ -294,6 +294,6 @@ def _is_sharded(module: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
 
 
-def name_of(function: Any) -> str:
+def name_of(function: object) -> str:
     """What to call a callable in an error message."""
     return getattr(function, "__qualname__", None) or type(function).__name__

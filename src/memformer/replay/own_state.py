@@ -17,7 +17,7 @@ from .inputs import innermost, name_of, names_seen_by
 class OwnState:
     """State that a cell keeps for itself: attributes of its modules, what it closes over, other generators."""
 
-    def __init__(self, functions: list[Any], modules: list[nn.Module]):
+    def __init__(self, functions: list[object], modules: list[nn.Module]):
         self.functions, self.modules = functions, modules
         found = self._found()
         self.before = {name: _fingerprint(x) for name, x in found.items()}
@@ -26,12 +26,16 @@ class OwnState:
     def changed(self) -> list[str]:
         return [name for name, x in self._found().items() if self.before.get(name) != _fingerprint(x)]
 
+    def graphs_left(self) -> list[str]:
+        """Where a run left a tensor with its graph."""
+        return [name for name in self.changed() if getattr(self._found()[name], "grad_fn", None) is not None]
+
     def restore(self) -> None:
         for generator, state in self.generators:
             _set_random_state(generator, state)
 
-    def _found(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"the state of Python's random numbers": random}
+    def _found(self) -> dict[str, object]:
+        found: dict[str, object] = {"the state of Python's random numbers": random}
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             found["the state of numpy's random numbers"] = numpy.random
@@ -53,7 +57,7 @@ class OwnState:
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def _fingerprint(x: Any) -> object:
+def _fingerprint(x: object) -> object:
     """Something that is equal as long as a value is the same, as far as one can see from here."""
     state = _random_state(x)
     if state is not None:
@@ -65,7 +69,7 @@ def _fingerprint(x: Any) -> object:
     return id(x), operator.length_hint(x, -1)
 
 
-def _random_state(x: Any) -> Any:
+def _random_state(x: object) -> Any:
     """The state of a generator of torch, Python or numpy; None of anything else."""
     if isinstance(x, torch.Generator):
         return x.get_state()

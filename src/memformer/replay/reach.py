@@ -13,6 +13,9 @@ from torch.autograd.function import BackwardCFunction
 
 from .inputs import has_hook, innermost, name_of, names_seen_by
 
+Node = Any
+"""A node of a graph. torch has the type torch.autograd.graph.Node, in which the leaves' ``variable`` is missing."""
+
 
 class Reach:
     """The tensors that a callable trains, and which of them a graph reaches.
@@ -21,18 +24,18 @@ class Reach:
     Each graph is walked, for a cell may use other parameters in another segment.
     """
 
-    def __init__(self, function: Any, parameters: Sequence[Tensor]):
+    def __init__(self, function: object, parameters: Sequence[Tensor]):
         self.function = function
         self.leaves = {id(p): i for i, p in enumerate(parameters) if p.grad_fn is None}
         # A tensor that was derived from others, and is named in ``params``: a graph counts as ending there.
         self.derived = {(p.grad_fn, p.output_nr): i for i, p in enumerate(parameters) if p.grad_fn is not None}
         self.derived_nodes = {node for node, _ in self.derived}
-        self.behind: set[Any] = set()
+        self.behind: set[Node] = set()
         if self.derived:
             starts = [following for node in self.derived_nodes for following, _ in node.next_functions]
             self.behind, _ = _walk([x for x in starts if x is not None])
 
-    def __call__(self, outputs: Sequence[Any], sources: Sequence[Tensor]) -> list[int]:
+    def __call__(self, outputs: Sequence[object], sources: Sequence[Tensor]) -> list[int]:
         """Which of the parameters, by position, the outputs' graph ends in.
 
         Raises:
@@ -63,7 +66,7 @@ class Reach:
             self._refuse_counting_twice(seen, found)
         return list(found)
 
-    def _walk_to_derived(self, outputs: Sequence[Tensor], found: dict[int, None]) -> tuple[set[Any], list[Any]]:
+    def _walk_to_derived(self, outputs: Sequence[Tensor], found: dict[int, None]) -> tuple[set[Node], list[Node]]:
         """The walk that stops at the derived tensors, which it notes in ``found``."""
         seen, todo, ends = set(), [], []
 
@@ -83,7 +86,7 @@ class Reach:
                 visit(edge)
         return seen, ends
 
-    def _refuse_counting_twice(self, seen: set[Any], found: dict[int, None]) -> None:
+    def _refuse_counting_twice(self, seen: set[Node], found: dict[int, None]) -> None:
         reached = seen | {node for (node, _), i in self.derived.items() if i in found}
         if both := reached & self.behind:
             leaves = [node.variable for node in both if hasattr(node, "variable")]
@@ -118,7 +121,7 @@ def runs_functions(outputs: Sequence[Tensor]) -> bool:
     return any(isinstance(node, BackwardCFunction) for node in seen)
 
 
-def check_hooks(outputs: Sequence[Any]) -> None:
+def check_hooks(outputs: Sequence[object]) -> None:
     """ValueError if a backward from the outputs would run hooks of a user: they expect the whole gradient, once."""
     wanted = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
     _, ends = _walk([x.grad_fn for x in wanted if x.grad_fn is not None])
@@ -126,7 +129,7 @@ def check_hooks(outputs: Sequence[Any]) -> None:
         _refuse_hooks(f"a tensor of shape {tuple(leaf.shape)}", leaf)
 
 
-def refuse_hooks_of(owners: Sequence[Any]) -> None:
+def refuse_hooks_of(owners: Sequence[object]) -> None:
     """The same for the parameters of modules. Those that FSDP shards have their hooks run by FSDP, once."""
     for owner in owners:
         for name, p in owner.named_parameters() if isinstance(owner, nn.Module) else ():
@@ -143,10 +146,10 @@ def _refuse_hooks(name: str, tensor: Tensor) -> None:
         )
 
 
-def _walk(starts: Sequence[Any]) -> tuple[set[Any], list[Any]]:
+def _walk(starts: Sequence[Node]) -> tuple[set[Node], list[Node]]:
     """All nodes of the graph behind ``starts``, and those that end in a leaf. It runs per segment, so it is plain."""
     todo = list(dict.fromkeys(starts))
-    seen: set[Any] = {None, *todo}
+    seen: set[Node] = {None, *todo}
     ends = []
     for node in todo:
         edges = node.next_functions
@@ -160,13 +163,13 @@ def _walk(starts: Sequence[Any]) -> tuple[set[Any], list[Any]]:
     return seen, ends
 
 
-def _describe(function: Any, leaf: Tensor, graph: Container[Any]) -> str:
+def _describe(function: object, leaf: Tensor, graph: Container[object]) -> str:
     """The name under which a callable sees a leaf, or a tensor derived from it, for error messages."""
     function = innermost(function)
     function = getattr(function, "__func__", function)
     if not inspect.isfunction(function):
         function = getattr(type(function), "forward", None) or type(function).__call__
-    scope: dict[str, Any] = {}
+    scope: dict[str, object] = {}
     if inspect.isfunction(function):
         defaults = {k: v.default for k, v in inspect.signature(function).parameters.items()}
         scope = {**names_seen_by(function), **defaults}

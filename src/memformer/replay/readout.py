@@ -32,7 +32,7 @@ class ReadoutRun:
         size: int,
         weights: list[float] | None,
         parameters: list[Tensor],
-        owned: Sequence[Any],
+        owned: Sequence[object],
     ):
         self.readout = readout
         self.parameters = parameters

@@ -28,7 +28,7 @@ def segment_list(segments: Iterable[Tree]) -> list[Tree]:
     return result
 
 
-def _is_indexable(segments: Any) -> bool:
+def _is_indexable(segments: object) -> bool:
     return hasattr(segments, "__len__") and hasattr(segments, "__getitem__")
 
 
@@ -102,7 +102,7 @@ class Segments:
         return leaves
 
 
-def _digest(leaf: Any) -> object:
+def _digest(leaf: object) -> object:
     """Something that is equal for equal leaves, and hardly ever for others."""
     if not isinstance(leaf, Tensor):
         return leaf if isinstance(leaf, (bool, int, float, complex, str, type(None))) else type(leaf)

@@ -177,7 +177,8 @@ def _moved_to_cpu(memory: Leaves) -> Begin:
     on_gpu = {i: x.device for i, x in enumerate(memory.leaves) if isinstance(x, Tensor) and x.is_cuda}
     if not on_gpu:
         return lambda: lambda: memory
-    leaves, spec = list(memory.leaves), memory.spec
+    leaves: list[Any] = list(memory.leaves)
+    spec = memory.spec
     for i in on_gpu:
         leaves[i] = torch.empty_like(leaves[i], device="cpu", pin_memory=True).copy_(leaves[i], non_blocking=True)
 

@@ -8,7 +8,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,8 @@ class Verdict:
         outcomes: what was found, by schedule.
         problems: what is wrong with the cell itself: two plain runs of it differ.
         suspects: state of the cell's own that a run leaves otherwise than it found it.
+        graphs_left: those of them that hold a tensor with its graph. A loss that is made of one outside of the cell
+            gets no gradient by replay; this alone does not make a verdict wrong.
         tolerance: what a gradient may be off by, relative to its norm.
         summary: what was compared.
     """
@@ -79,6 +81,7 @@ class Verdict:
     outcomes: dict[Schedule, Outcome]
     problems: tuple[str, ...]
     suspects: tuple[str, ...]
+    graphs_left: tuple[str, ...]
     tolerance: float
     summary: str
 
@@ -114,6 +117,11 @@ class Verdict:
             lines.append(
                 "- Nothing that the cell keeps for itself was seen to change. Leave out parts of the cell until the "
                 "verdict turns; until then replay.full_bptt is right, with the memory of plain autograd."
+            )
+        if self.graphs_left:
+            lines.append(
+                f"- A run leaves a graph in {', '.join(self.graphs_left)}. A loss that is made of it outside of the "
+                "cell would get no gradient: return it as a part of the value."
             )
         return "\n".join(lines)
 
@@ -164,6 +172,7 @@ def verify(
                 "something, or let the memory require one"
             )
         suspects = (*problem.state.changed(), *problem.changed_buffers(plain))
+        graphs_left = tuple(problem.state.graphs_left())
         again = problem.run(problem.plain)
         problems = tuple(f"Two plain runs differ: {what}" for what in problem.differences(again, plain)[1])
         outcomes: dict[Schedule, Outcome] = {}
@@ -171,7 +180,7 @@ def verify(
             sizes = problem.sizes()
             for schedule in schedules or _schedules(sizes):
                 outcomes[schedule] = problem.outcome(schedule, plain, sizes)
-    return Verdict(outcomes, problems, suspects, problem.tolerance, problem.summary(plain))
+    return Verdict(outcomes, problems, suspects, graphs_left, problem.tolerance, problem.summary(plain))
 
 
 def _schedules(sizes: list[Sizes]) -> list[Schedule]:
@@ -458,7 +467,7 @@ def _named(name: str, tree: Tree) -> dict[str, Tensor]:
 
 def _captured(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> dict[str, Tensor]:
     """The leaves that a graph ends in besides the known ones, with names."""
-    seen: set[Any] = set()
+    seen: set[object] = set()
     stack = [x.grad_fn for x in outputs if x.grad_fn is not None]
     ids = {id(x) for x in known}
     found: dict[str, Tensor] = {}

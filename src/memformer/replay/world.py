@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ class World:
 
     def __init__(
         self,
-        owners: Sequence[Any],
+        owners: Sequence[object],
         parameters: Sequence[Tensor],
         *,
         captured: Sequence[nn.Module] = (),
@@ -41,7 +40,7 @@ class World:
         self.modules = list(owned | dict.fromkeys(module for seen in captured for module in seen.modules()))
         self.modes = [module.training for module in self.modules]
         watched = owned if watch_parameters else ()
-        self.parameter_places: list[tuple[dict[str, Any], str, Any]] = [
+        self.parameter_places: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None]] = [
             (module._parameters, name, p) for module in watched for name, p in module._parameters.items()
         ]
         found = {id(p): p for p in (*parameters, *(p for _, _, p in self.parameter_places)) if p is not None}
@@ -108,8 +107,8 @@ class World:
                 module.training = not module.training
             for p in frozen:
                 p.requires_grad_(not p.requires_grad)
-            for of, name, p, _ in others:
-                of[name] = p
+            for of, name, own, _ in others:
+                of[name] = own
             yield
         finally:
             for of, name, _, other in others:
