@@ -19,7 +19,7 @@ from . import replay
 from .checks import as_mask, ignored_as_masked
 from .data.segments import Segment, Targets, cut
 from .model import Memformer, token_losses
-from .replay.inputs import Readout, weight_list
+from .replay.inputs import Cell, Readout, weight_list
 from .replay.options import OptionKeywords
 
 __all__ = ["memory_replay_backprop", "rollout", "verify_rollout"]
@@ -52,10 +52,8 @@ def rollout(
     options = replay.Options.of(options, keywords)
     if options.readout_segments is None:
         options = dataclasses.replace(options, readout_segments=_readout_segments(segments))
-    readout: Readout = functools.partial(_losses, model, divisor)
-    if options.segment_weights is None:
-        readout = functools.partial(_summed, readout)
-    return method(functools.partial(_encode, model), segments, mems, readout, options=options)
+    cell, readout = _cell_and_readout(model, divisor, summed=options.segment_weights is None)
+    return method(cell, segments, mems, readout, options=options)
 
 
 def verify_rollout(model: Memformer, segments: Sequence[Segment], mems: Tensor | None = None) -> replay.Verdict:
@@ -65,10 +63,7 @@ def verify_rollout(model: Memformer, segments: Sequence[Segment], mems: Tensor |
         segments: at least one with a target.
         mems: (batch, slots, dim), the memory before the first; None for the learned initial memory.
     """
-    cell, readout = (
-        functools.partial(_encode, model),
-        functools.partial(_summed, functools.partial(_losses, model, None)),
-    )
+    cell, readout = _cell_and_readout(model)
     verdict = replay.verify(cell, segments, mems, readout, readout_segments=_readout_segments(segments))
     summary = verdict.summary.replace(_encode.__qualname__, type(model).__name__, 1)  # the name that a user knows
     return dataclasses.replace(verdict, summary=summary)
@@ -187,6 +182,14 @@ def _backprop_own_loss(
 def _readout_segments(segments: Sequence[Segment]) -> int:
     most = max((s.tgt.numel() for s in segments if s.tgt is not None), default=1)
     return max(1, READOUT_TOKENS // most)
+
+
+def _cell_and_readout(
+    model: Memformer, divisor: Tensor | float | None = None, *, summed: bool = True
+) -> tuple[Cell, Readout]:
+    """What the engine is given: the encoder with its memory, and the decoder's loss, one or one for each segment."""
+    readout: Readout = functools.partial(_losses, model, divisor)
+    return functools.partial(_encode, model), functools.partial(_summed, readout) if summed else readout
 
 
 def _encode(model: Memformer, segment: Segment, memory: Tensor | None) -> tuple[Tensor, Tensor]:

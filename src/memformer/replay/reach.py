@@ -33,7 +33,7 @@ class Reach:
         self.behind: set[Node] = set()
         if self.derived:
             starts = [following for node in self.derived_nodes for following, _ in node.next_functions]
-            self.behind, _ = _walk([x for x in starts if x is not None])
+            self.behind, _ = walk([x for x in starts if x is not None])
 
     def __call__(self, outputs: Sequence[object], sources: Sequence[Tensor]) -> list[int]:
         """Which of the parameters, by position, the outputs' graph ends in.
@@ -47,7 +47,7 @@ class Reach:
         if self.derived:
             seen, ends = self._walk_to_derived(wanted, found)
         else:
-            seen, ends = _walk([x.grad_fn for x in wanted if x.grad_fn is not None])
+            seen, ends = walk([x.grad_fn for x in wanted if x.grad_fn is not None])
         own = {id(x) for x in sources}
         stray = []
         for leaf in [x for x in wanted if x.grad_fn is None] + [node.variable for node in ends]:
@@ -117,14 +117,14 @@ def _held_by_somebody(leaves: list[Tensor]) -> list[Tensor]:
 
 def runs_functions(outputs: Sequence[Tensor]) -> bool:
     """Whether a backward from the outputs runs a user's autograd function, which may do anything."""
-    seen, _ = _walk([x.grad_fn for x in outputs if x.grad_fn is not None])
+    seen, _ = walk([x.grad_fn for x in outputs if x.grad_fn is not None])
     return any(isinstance(node, BackwardCFunction) for node in seen)
 
 
 def check_hooks(outputs: Sequence[object]) -> None:
     """ValueError if a backward from the outputs would run hooks of a user: they expect the whole gradient, once."""
     wanted = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
-    _, ends = _walk([x.grad_fn for x in wanted if x.grad_fn is not None])
+    _, ends = walk([x.grad_fn for x in wanted if x.grad_fn is not None])
     for leaf in [x for x in wanted if x.grad_fn is None] + [node.variable for node in ends]:
         _refuse_hooks(f"a tensor of shape {tuple(leaf.shape)}", leaf)
 
@@ -146,7 +146,7 @@ def _refuse_hooks(name: str, tensor: Tensor) -> None:
         )
 
 
-def _walk(starts: Sequence[Node]) -> tuple[set[Node], list[Node]]:
+def walk(starts: Sequence[Node]) -> tuple[set[Node], list[Node]]:
     """All nodes of the graph behind ``starts``, and those that end in a leaf. It runs per segment, so it is plain."""
     todo = list(dict.fromkeys(starts))
     seen: set[Node] = {None, *todo}

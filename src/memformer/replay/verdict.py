@@ -36,6 +36,7 @@ from .inputs import (
     sum_of_losses,
 )
 from .own_state import OwnState
+from .reach import walk
 from .schedules import Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule
 from .segments import segment_list
 from .sizes import Sizes, measure
@@ -467,21 +468,10 @@ def _named(name: str, tree: Tree) -> dict[str, Tensor]:
 
 def _captured(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> dict[str, Tensor]:
     """The leaves that a graph ends in besides the known ones, with names."""
-    seen: set[object] = set()
-    stack = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    _, ends = walk([x.grad_fn for x in outputs if x.grad_fn is not None])
     ids = {id(x) for x in known}
-    found: dict[str, Tensor] = {}
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in ids:
-            ids.add(id(leaf))
-            found[f"captured tensor {len(found) + 1} of shape {tuple(leaf.shape)}"] = leaf
-        stack.extend(following for following, _ in node.next_functions if following is not None)
-    return found
+    others = {id(node.variable): node.variable for node in ends if id(node.variable) not in ids}
+    return {f"captured tensor {i} of shape {tuple(leaf.shape)}": leaf for i, leaf in enumerate(others.values(), 1)}
 
 
 def _upstream(x: Tensor) -> Tensor:
