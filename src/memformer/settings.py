@@ -32,6 +32,7 @@ __all__ = [
     "RolloutSettings",
     "TrainingConfig",
     "build",
+    "read_saved",
     "read_yaml",
     "to_plain",
     "to_yaml",
@@ -415,6 +416,20 @@ def to_plain(settings: DataclassInstance) -> dict[str, object]:
             value = [str(part) for part in value]
         plain[f.name] = value
     return plain
+
+
+FORMER: dict[str, dict[str, object]] = {}
+"""What a field that is newer than a saved run meant before there was one, where that is not its default today."""
+
+
+def read_saved(values: Mapping[str, Any]) -> TrainingConfig:
+    """The settings that a run saved; what they do not name is as it was before it could be set.
+
+    Raises:
+        ValueError: an unknown key, or a value of another type.
+    """
+    former = {group: {**fields, **values.get(group, {})} for group, fields in FORMER.items()}
+    return build(TrainingConfig, {**values, **former})
 
 
 def build(cls: type[T], values: object, *, base: T | None = None, where: str = "") -> T:

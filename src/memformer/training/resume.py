@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.lanes import LanesState
 from ..model import Memformer
 from ..parallel import Ranks, full, like
-from ..settings import TrainingConfig, build, to_plain
+from ..settings import TrainingConfig, read_saved, to_plain
 from . import checkpoints
 from .parts import Best, Parts
 
@@ -63,12 +63,12 @@ def saved_settings(out: Path) -> TrainingConfig:
 
 
 def settings_of(checkpoint: Path) -> TrainingConfig:
-    """The settings of the run that wrote a checkpoint; those that it did not know yet have their defaults.
+    """The settings of the run that wrote a checkpoint; what it could not set yet is as it was then.
 
     Raises:
         ValueError: they are missing or damaged.
     """
-    return build(TrainingConfig, checkpoints.load_state(checkpoint)[0]["settings"])
+    return read_saved(checkpoints.load_state(checkpoint)[0]["settings"])
 
 
 def find_checkpoint(settings: TrainingConfig, ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -163,7 +163,7 @@ def load(checkpoint: Path, settings: TrainingConfig, documents: str, model: Memf
         ValueError: a setting differs that must not, the documents or the model are not the same, or it is damaged.
     """
     numbers, tensors = checkpoints.load_state(checkpoint)
-    _check_settings(build(TrainingConfig, numbers["settings"]), settings)
+    _check_settings(read_saved(numbers["settings"]), settings)
     if numbers["documents"] != documents:
         raise ValueError(f"the training documents are not those of {settings.out}: was the data changed?")
     loaded = Memformer.from_pretrained(checkpoint)
