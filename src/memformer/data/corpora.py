@@ -277,17 +277,21 @@ def check_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> None
         ValueError: what is wrong, with document, position and id; of a ``.bin`` file, with the type that it seems to
             have.
     """
-    empty = [document.name for document in documents if not len(document)]
-    if empty:
-        raise ValueError(f"{empty[0]}: an empty document")
+    for document in documents:
+        if not len(document):
+            raise ValueError(f"{document.name}: an empty document")
+        if not document.text:
+            _check_kind(document, tokenizer)
+    texts = [document for document in documents if document.text]
+    # One at a time, for nothing of it is kept.
+    lengths = [] if isinstance(tokenizer, ByteTokenizer) else [len(_encode(document, tokenizer)) for document in texts]
+    if lengths and not any(lengths) and len(texts) == len(documents):
+        raise ValueError(f"documents: no token is left of any, such as {texts[0].name}; choose another tokenizer")
     files: dict[tuple[Path, str, int], list[Document]] = {}
     for document in documents:
-        if document.text:
-            if not isinstance(tokenizer, ByteTokenizer):
-                _encode(document, tokenizer)
-            continue
-        _check_kind(document, tokenizer)
         content = document.content
+        if document.text:
+            continue
         if isinstance(content, FileTokens):
             files.setdefault((content.path, content.dtype.str, content.offset), []).append(document)
         else:
@@ -329,7 +333,7 @@ def _likely_type(tokens: FileTokens, vocabulary: int) -> str:
     if tokens.offset:
         return ""
     sample = beginning.part(0, min(size, _BLOCK) // 8 * 8)[:]
-    for name in ("uint16", "uint32", "int64", "uint8"):
+    for name in ("int64", "uint32", "uint16", "uint8"):  # what fits a wide one fits those below
         kind = np.dtype(name)
         # With so large a vocabulary anything is in range.
         told = vocabulary <= np.iinfo(kind).max and not size % kind.itemsize and len(sample)

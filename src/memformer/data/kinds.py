@@ -484,9 +484,9 @@ def _wider(tokens: FileTokens) -> str | None:
     for factor in (4, 2):
         if len(tokens) % factor or size * factor > 8:
             continue
-        lower = max(int(part[::factor].max(initial=0)) for part in sample)
-        upper = max(int(np.delete(part, np.s_[::factor]).max(initial=0)) for part in sample)
-        if (upper == 0 and lower) or (factor == 2 and size == 2 and upper <= 3 and lower >= 1024):
+        lower, higher, *rest = (max(int(part[i::factor].max(initial=0)) for part in sample) for i in range(factor))
+        nearly = size == 2 and lower >= 1024 and higher <= 3
+        if not any(rest) and ((lower and not higher) or nearly or (size == 1 and factor == 4 and higher)):
             return {2: "uint16", 4: "uint32", 8: "int64"}[size * factor]
     return None
 
