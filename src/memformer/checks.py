@@ -5,6 +5,10 @@ Imports torch alone. Values are not read where there are none: in traced code, i
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 __all__ = [
     "IGNORED",
     "as_mask",
+    "as_paths",
     "check_mask",
     "check_tokens",
     "describe",
@@ -37,6 +42,23 @@ def is_tensor(x: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 def has_values(x: Tensor) -> bool:
     """Whether Python may look at the values: a tensor that is traced, on the meta device or fake has none to show."""
     return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+
+
+def as_paths(name: str, paths: object) -> tuple[Path, ...]:
+    """One path or several, each text or a path, as a tuple of paths; ``name`` is what the message calls them.
+
+    Raises:
+        ValueError: something else, or an empty path, which would be the working directory.
+    """
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    if isinstance(given, Iterable) and not isinstance(given, (bytes, dict)):
+        given = list(given)
+        if all(isinstance(path, (str, os.PathLike)) for path in given):
+            if any(os.fspath(path) == "" for path in given):
+                raise ValueError(f"{name}: expected a path, got an empty one: is a variable of the shell not set?")
+            return tuple(Path(path) for path in given)
+    got = [type(path).__name__ for path in given] if isinstance(given, list) else type(paths).__name__
+    raise ValueError(f"{name}: expected a path, or a list of paths, got {got}")
 
 
 def as_mask(name: str, mask: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import yaml
 
 from . import replay
+from .checks import as_paths
 from .config import MemformerConfig, Positions, Writer, check_count
 
 __all__ = [
@@ -52,19 +53,40 @@ class DocumentSettings:
     """bytes; bpe, trained on the training documents; ids, for .npy and .bin arrays; or the path of a tokenizer.json."""
     vocabulary: int = 2048
     """The most tokens of a bpe that is trained here; with ids, how many ids there are."""
+    include: tuple[str, ...] = ()
+    """Of folders, read only what matches one of these patterns, such as '*.txt' or 'books/*'."""
+    exclude: tuple[str, ...] = ()
+    """Of folders, leave out what matches one of these patterns."""
+    strict: bool = False
+    """Refuse what is otherwise left out with a warning: unreadable files in folders, rows without a text."""
     text_field: str = "text"
-    """The field of a .jsonl file's lines that holds the text."""
+    """The field that holds the text, in rows of .jsonl, .json, .csv, .parquet and the like."""
     separator: int | None = None
     """The id that ends a document inside a .npy or .bin array; without it, each array is one document."""
     bin_dtype: str = "uint16"
     """The integer type of a .bin file's tokens."""
     held_out: int = 48
-    """Hold out one document in N; of a single document, hold out the last Nth."""
+    """Hold out one Nth of the data: whole documents, or the end of one where their sizes allow no such choice."""
+    held_out_by: Literal["size", "name"] = "size"
+    """size looks at how large the documents are; name at the hashes of their names alone, as earlier versions did."""
+    held_out_data: tuple[Path, ...] = ()
+    """Files and folders to evaluate on, in place of a part of --data."""
+    test_data: tuple[Path, ...] = ()
+    """Files and folders that training never looks at; the best checkpoint is measured on them at the end."""
 
     def __post_init__(self) -> None:
         check_count("vocabulary", self.vocabulary)
         if not isinstance(self.held_out, int) or self.held_out < 2:
             raise ValueError(f"held_out: expected a whole number of at least 2, got {self.held_out!r}")
+        for name in ("held_out_data", "test_data"):
+            object.__setattr__(self, name, as_paths(name, getattr(self, name)))
+        if self.held_out_data and self.held_out != 48:
+            raise ValueError(f"held_out: {self.held_out} has no meaning beside held_out_data; leave one of them out")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+                raise ValueError(f"{name}: expected a list of patterns such as '*.txt', got {patterns!r}")
+            object.__setattr__(self, name, tuple(patterns))
         if self.separator is not None:
             _check_not_negative("separator", self.separator)
 
@@ -288,7 +310,8 @@ class TrainingConfig:
     """The settings of a training run: memory replay over long documents, its memory carried from rollout to rollout."""
 
     data: tuple[Path, ...] = ()
-    """Files, folders: text, .jsonl, .npy or .bin arrays of ids; by default the Python standard library's sources."""
+    """Files, folders: text, rows (.jsonl, .csv, .parquet, ...), ids (.npy, .bin), each also .gz, .bz2, .xz or .zst; by
+    default the Python standard library's sources."""
     out: Path = Path("runs/default")
     """Folder for checkpoints and metrics.jsonl."""
     steps: int = 1200
@@ -310,6 +333,7 @@ class TrainingConfig:
     output: OutputSettings = field(default_factory=OutputSettings)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", as_paths("data", self.data))
         check_count("steps", self.steps)
         _check_not_negative("seed", self.seed)
         if self.seed >= 2**63:
@@ -418,7 +442,7 @@ def to_plain(settings: DataclassInstance) -> dict[str, object]:
     return plain
 
 
-FORMER: dict[str, dict[str, object]] = {}
+FORMER: dict[str, dict[str, object]] = {"documents": {"held_out_by": "name"}}
 """What a field that is newer than a saved run meant before there was one, where that is not its default today."""
 
 

@@ -19,27 +19,28 @@ from ..data import (
     Mixture,
     TokenIds,
     Tokenizer,
+    check_documents,
     encode_documents,
     fingerprint,
-    held_out_split,
     load_tokenizer,
-    read_documents,
-    standard_library,
 )
-from ..data.corpora import limited
 from ..device import choose_device, choose_precision
 from ..model import Memformer
 from ..parallel import Ranks, shard
 from ..settings import DocumentSettings, TrainingConfig
 from . import resume
 from .optimizers import make_optimizer
+from .documents import documents_for_test, documents_of, evaluated
 from .parts import Parts, Progress, RolloutLoss
 
 __all__ = ["assemble", "documents_of"]
 
 
-def assemble(settings: TrainingConfig) -> Parts:
+def assemble(settings: TrainingConfig, documents: tuple[Sequence[Document], Sequence[Document]] | None = None) -> Parts:
     """The parts of the run that settings describe; under torch.distributed, those of this process.
+
+    Args:
+        documents: ``(training, held_out)``, made in Python, in place of ``settings.data``.
 
     Raises:
         ValueError: the settings do not fit together, or not the checkpoint that is to be resumed.
@@ -52,11 +53,15 @@ def assemble(settings: TrainingConfig) -> Parts:
         raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
     settings.model.config(1, settings.rollout.segment_length)  # before anything that takes time
     checkpoint, refused = resume.find_checkpoint(settings, ranks)
-    training, held_out = documents_of(settings)
-    documents = fingerprint(training)
+    training, held_out = documents_of(settings) if documents is None else _given(settings, documents)
+    test = documents_for_test(settings)
+    known = fingerprint(training)
+    read = evaluated(held_out, settings.evaluation.eval_limit)
     tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, training)
+    # Before anything that takes long; training texts are encoded below.
+    check_documents([*(d for d in training if not d.text or not len(d)), *read, *test], tokenizer)
     model = _model(settings, tokenizer).to(device)
-    saved = None if checkpoint is None else resume.load(checkpoint, settings, documents, model)
+    saved = None if checkpoint is None else resume.load(checkpoint, settings, known, model)
     rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
     average: dict[str, Tensor] = {}
     if settings.optimizer.ema:
@@ -66,8 +71,11 @@ def assemble(settings: TrainingConfig) -> Parts:
         device=device,
         precision=precision,
         training=training,
-        held_out=limited(held_out, settings.evaluation.eval_limit),
-        fingerprint=documents,
+        held_out=read,
+        test=test,
+        fingerprint=known,
+        held_out_fingerprint=fingerprint(held_out),
+        test_fingerprint=fingerprint(test),
         tokenizer=tokenizer,
         stream=_stream(settings, training, tokenizer, ranks),
         model=model,
@@ -83,19 +91,18 @@ def assemble(settings: TrainingConfig) -> Parts:
     return parts
 
 
-def documents_of(settings: TrainingConfig) -> tuple[list[Document], list[Document]]:
-    """``(training, held_out)``, the documents of a run.
-
-    Raises:
-        ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`.
-    """
-    how = settings.documents
-    if not settings.data:
-        return held_out_split(standard_library(), how.held_out)
-    documents = read_documents(
-        settings.data, text_field=how.text_field, separator=how.separator, bin_dtype=how.bin_dtype
-    )
-    return held_out_split(documents, how.held_out)
+def _given(
+    settings: TrainingConfig, documents: tuple[Sequence[Document], Sequence[Document]]
+) -> tuple[Sequence[Document], Sequence[Document]]:
+    training, held_out = documents
+    if settings.data or settings.documents.held_out_data:
+        raise ValueError("documents: given beside the settings' data or held_out_data; leave one of them out")
+    if not training or not held_out:
+        raise ValueError(
+            f"documents: expected some to train on and some held out, got {len(training)} and {len(held_out)}; "
+            "held_out_split divides them"
+        )
+    return training, held_out
 
 
 def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Tokenizer:

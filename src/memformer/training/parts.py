@@ -46,7 +46,9 @@ class Parts:
 
     Attributes:
         training, held_out: the documents; of those held out, the ones that are evaluated.
+        test: documents that training never looks at, for a test at its end; often none.
         fingerprint: of the training documents.
+        held_out_fingerprint, test_fingerprint: of all that are held out, and of the test's.
         stream: the training documents as segments, in this process's lanes.
         model: has the newest weights.
         average: their moving average by name; empty where the run keeps none.
@@ -69,6 +71,9 @@ class Parts:
     scaler: torch.amp.GradScaler
     progress: Progress
     refused: Sequence[str] = ()
+    test: Sequence[Document] = ()
+    held_out_fingerprint: str = ""
+    test_fingerprint: str = ""
 
 
 class RolloutLoss(nn.Module):

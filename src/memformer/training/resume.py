@@ -20,7 +20,8 @@ __all__ = ["find_checkpoint", "load", "restore", "save", "saved_settings", "sett
 
 _FREE_ON_RESUME = {
     "steps", "out", "data", "resume", "device", "output", "compute.parallel", "evaluation.eval_every",
-    "evaluation.patience", "rollout.schedule", "rollout.graphs", "rollout.offload",
+    "evaluation.patience", "documents.held_out_data", "documents.test_data", "documents.strict", "rollout.schedule",
+    "rollout.graphs", "rollout.offload",
 }  # fmt: skip
 """Settings that may differ from the saved run's: they change no number of a run that ends at the same step. The data
 may have moved, but must be the same documents."""
