@@ -18,7 +18,7 @@ from memformer.settings import read_yaml
 from memformer.training import Run, StepMetrics, assemble, checkpoints, saved_settings
 
 WORDS = "the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
-CLOCK = ("tokens_per_second", "seconds")
+CLOCK = ("tokens_per_second", "seconds", "wall_seconds", "seconds_left")
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "read_saved",
     "read_yaml",
+    "to_flat",
     "to_plain",
     "to_yaml",
 ]
@@ -272,15 +273,22 @@ class OutputSettings:
     """Steps between checkpoints."""
     keep: int = 2
     """How many of the newest checkpoints to keep."""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also send the metrics there: tensorboard (OUT/tensorboard), wandb (Weights & Biases), trackio."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, in OUT/tensorboard."""
+    """The same as --loggers tensorboard."""
     sample_tokens: int = 300
-    """Tokens of the sample that is shown at the end; 0: none."""
+    """Tokens of a sample of the model's writing, which is shown at the end; 0: none."""
+    sample_every: int = 0
+    """Steps between samples while training, into OUT/samples.jsonl and the loggers; 0: only at the end."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
             check_count(name, getattr(self, name))
-        _check_not_negative("sample_tokens", self.sample_tokens)
+        for name in ("sample_tokens", "sample_every"):
+            _check_not_negative(name, getattr(self, name))
+        if self.sample_every and not self.sample_tokens:
+            raise ValueError(f"sample_every: {self.sample_every} asks for samples, but sample_tokens is 0: set it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,6 +424,18 @@ def to_plain(settings: DataclassInstance) -> dict[str, object]:
             value = [str(part) for part in value]
         plain[f.name] = value
     return plain
+
+
+def to_flat(settings: DataclassInstance) -> dict[str, object]:
+    """Settings by dotted names, as "model.dim"."""
+    return _flat(to_plain(settings), "")
+
+
+def _flat(plain: Mapping[str, object], where: str) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in plain.items():
+        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
+    return flat
 
 
 FORMER: dict[str, dict[str, object]] = {}

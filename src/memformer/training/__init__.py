@@ -2,18 +2,21 @@
 
 from ..device import choose_device
 from .assemble import assemble, documents_of
-from .metrics import StepMetrics
+from .callbacks import Callback
+from .metrics import StepMetrics, read_metrics
 from .parts import Parts
 from .resume import saved_settings, settings_of
 from .run import Run
 
 __all__ = [
+    "Callback",
     "Parts",
     "Run",
     "StepMetrics",
     "assemble",
     "choose_device",
     "documents_of",
+    "read_metrics",
     "saved_settings",
     "settings_of",
 ]

@@ -32,13 +32,17 @@ from ..model import Memformer
 from ..parallel import Ranks, shard
 from ..settings import DocumentSettings, OptimizerSettings, TrainingConfig
 from . import resume
+from .callbacks import Report, nothing
 from .parts import Parts, Progress, RolloutLoss
 
 __all__ = ["assemble", "documents_of"]
 
 
-def assemble(settings: TrainingConfig) -> Parts:
+def assemble(settings: TrainingConfig, report: Report = nothing) -> Parts:
     """The parts of the run that settings describe; under torch.distributed, those of this process.
+
+    Args:
+        report: is told what takes time: reading, training a BPE, encoding.
 
     Raises:
         ValueError: the settings do not fit together, or not the checkpoint that is to be resumed.
@@ -51,13 +55,18 @@ def assemble(settings: TrainingConfig) -> Parts:
         raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
     settings.model.config(1, settings.rollout.segment_length)  # before anything that takes time
     checkpoint, refused = resume.find_checkpoint(settings, ranks)
+    report("reading")
     training, held_out = documents_of(settings)
     documents = fingerprint(training)
+    if not checkpoint and settings.documents.tokenizer == "bpe":
+        report("training a BPE")
     tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, training)
     model = _model(settings, tokenizer).to(device)
     saved = None if checkpoint is None else resume.load(checkpoint, settings, documents, model)
     rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
     average: dict[str, Tensor] = {}
+    if not isinstance(tokenizer, ByteTokenizer | TokenIds):  # theirs are read while they stream
+        report("encoding")
     if settings.optimizer.ema:
         average = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts = Parts(

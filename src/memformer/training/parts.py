@@ -16,7 +16,7 @@ from ..data import Document, Lanes, Tokenizer
 from ..data.segments import Segment
 from ..model import Memformer
 from ..parallel import Ranks, gradient_sync
-from ..rollouts import rollout
+from ..rollouts import Tally, rollout
 
 __all__ = ["Best", "Parts", "Progress", "RolloutLoss"]
 
@@ -38,6 +38,10 @@ class Progress:
     """(lanes of this process, slots, dim), carried from the last rollout; None before the first."""
     best: Best | None = None
     evaluations_since_best: int = 0
+    tokens: int = 0
+    """Targets that counted, of all processes."""
+    seconds: float = 0.0
+    """Time spent training, over all resumes; see StepMetrics.wall_seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,7 @@ class RolloutLoss(nn.Module):
         divisor: float,
         last: bool,
         watch: replay.MemoryGradients | None,
+        tally: Tally | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss and the memory. Where FSDP divides the model the loss is back-propagated already, and detached.
 
@@ -99,6 +104,7 @@ class RolloutLoss(nn.Module):
             divisor: what the summed loss is divided by.
             last: whether this is the step's last rollout, after which processes exchange gradients.
             watch: takes down the norms of the memory's gradient.
+            tally: takes down the losses, see :func:`~memformer.rollouts.rollout`.
         """
         method: replay.Method = replay.memory_replay
         switch = gradient_sync(self.model)
@@ -109,5 +115,5 @@ class RolloutLoss(nn.Module):
 
             method = functools.partial(replay.accumulate, sync=sync)
         options = dataclasses.replace(self.options, memory_gradients=watch)
-        outcome = rollout(self.model, segments, mems, divisor=divisor, method=method, options=options)
+        outcome = rollout(self.model, segments, mems, divisor=divisor, method=method, options=options, tally=tally)
         return outcome.loss, outcome.memory

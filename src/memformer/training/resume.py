@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypedDict, cast
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..data.lanes import LanesState
 from ..model import Memformer
 from ..parallel import Ranks, full, like
-from ..settings import TrainingConfig, read_saved, to_plain
+from ..settings import TrainingConfig, read_saved, to_flat, to_plain
 from . import checkpoints
 from .parts import Best, Parts
 
@@ -37,6 +36,8 @@ class _Numbers(TypedDict):
     best: Best | None
     evaluations_since_best: int
     torch: str
+    tokens: NotRequired[int]
+    seconds: NotRequired[float]
 
 
 class Saved(NamedTuple):
@@ -101,17 +102,10 @@ def stopped_early(parts: Parts, settings: TrainingConfig) -> bool:
 
 
 def _check_settings(before: TrainingConfig, now: TrainingConfig) -> None:
-    saved, given = _flat(to_plain(before)), _flat(to_plain(now))
+    saved, given = to_flat(before), to_flat(now)
     for name in saved:
         if name not in _FREE_ON_RESUME and name.split(".")[0] not in _FREE_ON_RESUME and saved[name] != given[name]:
             raise ValueError(f"{name}: the run in {now.out} has {saved[name]}, got {given[name]}; it cannot change")
-
-
-def _flat(plain: Mapping[str, object], where: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in plain.items():
-        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
-    return flat
 
 
 # --- The state, written and read
@@ -137,6 +131,8 @@ def save(parts: Parts, settings: TrainingConfig) -> None:
         "best": progress.best,
         "evaluations_since_best": progress.evaluations_since_best,
         "torch": torch.__version__,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
     }
     if not parts.ranks.rank:
         with torch.random.fork_rng():
@@ -197,6 +193,7 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
     progress.memory = parts.ranks.own(tensors["memory"]).to(parts.device)
     progress.step, progress.best = numbers["step"], numbers["best"]
     progress.evaluations_since_best = numbers["evaluations_since_best"]
+    progress.tokens, progress.seconds = numbers.get("tokens", 0), numbers.get("seconds", 0.0)
     if progress.step >= settings.steps:
         raise ValueError(f"the run in {settings.out} is at step {progress.step} already: raise --steps to go on")
     if stopped_early(parts, settings):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,13 +20,16 @@ from ..files import replace_file
 from ..inspection import memory_health
 from ..learning_rate import warmup_cosine
 from ..model import Memformer
-from ..parallel import full, gradient_sync
+from ..parallel import Ranks, full, gradient_sync
 from ..rollouts import verify_rollout
 from ..settings import TrainingConfig, to_yaml
 from . import checkpoints, resume
 from .assemble import assemble
-from .metrics import MetricsLog, StepMetrics
+from .callbacks import Callback, Callbacks
+from .loggers import loggers
+from .metrics import ByObjective, MetricsLog, Pace, StepMetrics
 from .parts import Best, Parts
+from .samples import add_sample, sample
 
 __all__ = ["Run"]
 
@@ -53,6 +57,7 @@ class Run:
         settings: what to train, and how.
         parts: what the run works with; by default :func:`~memformer.training.assemble` makes them of the settings. With
             ``dataclasses.replace(assemble(settings), ...)`` a run has others.
+        callbacks: look on, beside the loggers that the settings name; of several processes in the first one.
 
     Attributes:
         parts: as given. ``training`` and ``held_out`` documents, ``tokenizer`` and ``model`` are theirs; ``model`` has
@@ -63,17 +68,20 @@ class Run:
         ValueError, FileExistsError, FileNotFoundError: see :func:`~memformer.training.assemble`.
     """
 
-    def __init__(self, settings: TrainingConfig, parts: Parts | None = None):
+    def __init__(self, settings: TrainingConfig, parts: Parts | None = None, callbacks: Sequence[Callback] = ()):
         self.settings = settings
-        self.parts = parts = assemble(settings) if parts is None else parts
+        # Before anything that takes time: what they need may not be installed.
+        self._callbacks = Callbacks([] if Ranks().rank else [*loggers(settings), *callbacks])
+        self.parts = parts = assemble(settings, self._callbacks.phase) if parts is None else parts
         self.training, self.held_out = parts.training, parts.held_out
         self.tokenizer, self.model = parts.tokenizer, parts.model
         self.stopping = False
         self._asked_to_stop = False
         self._log: MetricsLog | None = None
+        self._by_objective: ByObjective | None = None
         if not parts.ranks.rank:
             settings.out.mkdir(parents=True, exist_ok=True)
-            self._log = MetricsLog(settings.out, self.step, settings.output.tensorboard)
+            self._log = MetricsLog(settings.out, self.step)
             replace_file(settings.out / "run.yaml", to_yaml(settings))
 
     @property
@@ -128,25 +136,36 @@ class Run:
             BlockingIOError: another process trains in the same folder.
         """
         with contextlib.nullcontext() if self._log is None else checkpoints.lock(self.settings.out):
-            yield from self._train()
-        if self._log is not None:
-            self._log.flush()
+            self._callbacks.start(self)
+            try:
+                yield from self._train()
+            finally:
+                self._callbacks.end(self)
 
     def _train(self) -> Iterator[StepMetrics | HeldOut]:
         settings, device = self.settings, self.parts.device
         log_every, eval_every = settings.output.log_every, settings.evaluation.eval_every
+        sample_every, progress = settings.output.sample_every, self.parts.progress
         self.model.train()
         nats, tokens, seconds = torch.zeros((), device=device), 0, 0.0
+        mixed = self.parts.stream.objectives is not None
+        self._by_objective = ByObjective(self.tokenizer, device) if mixed else None
+        entered = time.perf_counter() - progress.seconds
+        pace = Pace(self.step, progress.seconds)
+        self._callbacks.phase("training", self.step, settings.steps)
         while self.step < settings.steps and not self.stopping and not self.stopped_early:
-            watched = self.step % log_every == log_every - 1 or self.step + 1 == settings.steps
+            # The first step, so that there is something to see at once.
+            watched = self.step in (0, settings.steps - 1) or self.step % log_every == log_every - 1
             watch = replay.MemoryGradients() if watched else None
             rate, horizon = self.learning_rate(self.step), settings.rollout.horizon_at(self.step)
             began = time.perf_counter()
             taken = self._take_step(rate, horizon, watch)
             nats, tokens, seconds = nats + taken.nats, tokens + taken.tokens, seconds + time.perf_counter() - began
+            progress.tokens += taken.tokens
             if watched or self.stopping:
                 mean = float(self.parts.ranks.sum(nats)) / tokens
                 self_attention, slot_diversity = self._health(taken.segment, taken.memory)
+                progress.seconds = time.perf_counter() - entered
                 metrics = StepMetrics(
                     step=self.step,
                     loss_nats=mean,
@@ -158,6 +177,12 @@ class Run:
                     memory_gradient=self._reach(watch),
                     self_attention=self_attention,
                     slot_diversity=slot_diversity,
+                    tokens_seen=progress.tokens,
+                    epoch=self.parts.stream.epochs_read,
+                    wall_seconds=progress.seconds,
+                    seconds_left=pace.left(self.step, progress.seconds, settings.steps),
+                    peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+                    **self._losses_by_objective(),
                 )
                 self._write("step", metrics)
                 yield metrics
@@ -165,8 +190,15 @@ class Run:
             evaluating = self.step == settings.steps or (eval_every and self.step % eval_every == 0)
             if evaluating:
                 yield self._evaluate_and_compare()
+            if sample_every and self.step % sample_every == 0:
+                self._sample()
             if evaluating or self.stopping or self.step % settings.output.save_every == 0:
+                progress.seconds = time.perf_counter() - entered
+                self._callbacks.phase("saving")
                 resume.save(self.parts, settings)
+                if (folder := checkpoints.newest(settings.out)) is not None:
+                    self._callbacks.checkpoint(folder)
+            self._callbacks.phase("training", self.step, settings.steps)
 
     def _take_step(self, rate: float, horizon: int, watch: replay.MemoryGradients | None) -> _Step:
         """One update, of as many rollouts as the settings accumulate."""
@@ -197,10 +229,11 @@ class Run:
     ) -> Tensor:
         """One rollout's gradients; processes exchange them after the last one of the step."""
         module, progress = self.parts.rollouts, self.parts.progress
+        tally = None if self._by_objective is None else self._by_objective.add
         waits = module.no_sync() if isinstance(module, DistributedDataParallel) and not last else None
         with waits or contextlib.nullcontext():
             with self._autocast():
-                loss, memory = module(segments, progress.memory, divisor, last, watch)
+                loss, memory = module(segments, progress.memory, divisor, last, watch, tally)
             if loss.requires_grad:
                 self.parts.scaler.scale(loss).backward()
         progress.memory = memory.detach()
@@ -272,12 +305,32 @@ class Run:
         self_attention, diversity = (ranks.sum(shares) / ranks.size).tolist()
         return self_attention, diversity
 
+    def _losses_by_objective(self) -> dict[str, float | None]:
+        """Their fields of :class:`StepMetrics`, since the previous line; over all processes."""
+        found = self._by_objective
+        return {} if found is None else found.take(self.parts.ranks.sum(found.sums))
+
+    def _sample(self) -> None:
+        """What the model writes now, with the weights that a checkpoint has. Training does not fail by it."""
+        self._callbacks.phase("sampling")
+        prompt = "" if self.settings.data else "def "
+        try:
+            with self.averaged() as model, torch.no_grad():
+                text = sample(model, self.tokenizer, prompt, self.settings.output.sample_tokens)
+        except Exception as error:
+            warnings.warn(f"no sample at step {self.step} ({type(error).__name__}: {error})", stacklevel=2)
+            return
+        if self._log is not None:
+            add_sample(self.settings.out, self.step, text)
+        self._callbacks.sample(text, self.step)
+
     def evaluate(self) -> HeldOut:
         """The model on the held-out documents, with the weights that a checkpoint has; see :func:`evaluate`."""
         with self.averaged() as model, self._autocast():
             return evaluate(model, self.held_out, self.tokenizer, step=self.step, device=self.parts.device)
 
     def _evaluate_and_compare(self) -> HeldOut:
+        self._callbacks.phase("evaluating")
         result, progress = self.evaluate(), self.parts.progress
         if progress.best is None or result.loss_nats < progress.best["loss_nats"]:
             progress.best, progress.evaluations_since_best = {"step": self.step, "loss_nats": result.loss_nats}, 0
@@ -289,6 +342,7 @@ class Run:
     def _write(self, event: str, metrics: StepMetrics | HeldOut) -> None:
         if self._log is not None:
             self._log.write(event, metrics)
+        self._callbacks.metrics(event, metrics)
 
 
 def _counted(segment: Segment) -> int:
