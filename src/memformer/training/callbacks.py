@@ -75,8 +75,7 @@ class Callbacks(Callback):
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 raise ValueError(
-                    "callbacks: expected objects of a class derived from memformer.training.Callback, got "
-                    f"{callback!r}"
+                    f"callbacks: expected objects of a class derived from memformer.training.Callback, got {callback!r}"
                 )
         self._active = list(callbacks)
 
