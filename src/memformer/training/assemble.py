@@ -30,9 +30,10 @@ from ..data.corpora import limited
 from ..device import choose_device, choose_precision
 from ..model import Memformer
 from ..parallel import Ranks, shard
-from ..settings import DocumentSettings, OptimizerSettings, TrainingConfig
+from ..settings import DocumentSettings, TrainingConfig
 from . import resume
 from .callbacks import Report, nothing
+from .optimizers import make_optimizer
 from .parts import Parts, Progress, RolloutLoss
 
 __all__ = ["assemble", "documents_of"]
@@ -81,7 +82,7 @@ def assemble(settings: TrainingConfig, report: Report = nothing) -> Parts:
         model=model,
         average=average,
         rollouts=rollouts,
-        optimizer=_optimizer(model, settings.optimizer),
+        optimizer=make_optimizer(model, settings.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
         progress=Progress(),
         refused=refused,
@@ -152,17 +153,3 @@ def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks) -> nn.Mo
     if ranks.size > 1 and settings.compute.parallel == "ddp":
         return DistributedDataParallel(rollouts)
     return rollouts
-
-
-def _optimizer(model: Memformer, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Decay is for matrices alone: vectors are biases, scales and the like."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups: list[dict[str, object]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )

@@ -20,7 +20,7 @@ from ..files import replace_file
 from ..inspection import memory_health
 from ..learning_rate import warmup_cosine
 from ..model import Memformer
-from ..parallel import Ranks, full, gradient_sync
+from ..parallel import Ranks, gradient_sync
 from ..rollouts import verify_rollout
 from ..settings import TrainingConfig, to_yaml
 from . import checkpoints, resume
@@ -30,6 +30,7 @@ from .loggers import loggers
 from .metrics import ByObjective, MetricsLog, Pace, StepMetrics
 from .parts import Best, Parts
 from .samples import add_sample, sample
+from .update import Update
 
 __all__ = ["Run"]
 
@@ -75,6 +76,7 @@ class Run:
         self.parts = parts = assemble(settings, self._callbacks.phase) if parts is None else parts
         self.training, self.held_out = parts.training, parts.held_out
         self.tokenizer, self.model = parts.tokenizer, parts.model
+        self._update = Update(parts, settings)
         self.stopping = False
         self._asked_to_stop = False
         self._log: MetricsLog | None = None
@@ -219,9 +221,9 @@ class Run:
                 segments = [segment.to(device) for segment in segments]
                 first, before = segments[0], progress.memory
                 loss += self._back_propagate(segments, counted / ranks.size, last, watch if last else None)
-        norm = self._update(rate, loss)
+        norm = self._update.step(rate, loss)
         progress.step += 1
-        self._update_average()
+        self._update.average()
         return _Step(loss / ranks.size * int(counted), int(counted), norm, first, before)
 
     def _back_propagate(
@@ -239,54 +241,13 @@ class Run:
         progress.memory = memory.detach()
         return loss.detach()
 
-    def _update(self, rate: float, loss: Tensor) -> float:
-        """The optimizer's step with the gradients that are there, which are then cleared; returns their norm."""
-        optimizer, scaler = self.parts.optimizer, self.parts.scaler
-        scaler.unscale_(optimizer)
-        limit = self.settings.optimizer.clip or math.inf
-        norm = float(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
-        if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-            newest = checkpoints.newest(self.settings.out)
-            raise FloatingPointError(
-                f"step {self.step + 1}: the gradient is not finite (loss {float(loss):.3g}). Lower --learning-rate; "
-                + (f"the newest checkpoint, from before, is {newest}" if newest else "there is no checkpoint yet")
-            )
-        # A parameter that no gradient reaches (the writer's, at horizon 1) has a zero one under DDP, and so here.
-        for parameter in self.model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
-
     def _autocast(self) -> torch.autocast:
         precision = self.parts.precision
         return torch.autocast(self.parts.device.type, precision, enabled=precision is not torch.float32)
 
-    def _update_average(self) -> None:
-        decay, average = self.settings.optimizer.ema, self.parts.average
-        for name, parameter in self.model.named_parameters() if average else ():
-            # Young averages forget faster, so that they do not remember the initial weights for long.
-            weight = 1 - min(decay, self.step / (self.step + 9))
-            average[name].lerp_(parameter.detach(), weight)
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[Memformer]:
+    def averaged(self) -> contextlib.AbstractContextManager[Memformer]:
         """The model with the weights' moving average in place of the newest, where the run keeps one."""
-        parameters = dict(self.model.named_parameters()) if self.parts.average else {}
-        newest = {name: p.detach().clone() for name, p in parameters.items()}
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(self.parts.average[name])
-        try:
-            yield self.model
-        finally:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(newest[name])
+        return self._update.averaged()
 
     def _reach(self, watch: replay.MemoryGradients | None) -> float | None:
         """How far credit reaches, see :class:`StepMetrics`; over all processes."""
