@@ -24,6 +24,7 @@ LAYERS = [
         "nn.attention",
         "pictures",
         "files",
+        "folders",
         "learning_rate",
         "device",
     },

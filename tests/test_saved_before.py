@@ -41,7 +41,7 @@ def tensors(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
 def numbers(checkpoint: Path) -> dict[str, Any]:
     """What JSON holds of a checkpoint: step, documents, places in them, ...; not where it was made, and with what."""
     found = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
-    newer = ("tokens", "seconds")  # how far the run has come in other units
+    newer = ("tokens", "seconds", "held_out")  # how far the run has come in other units, and what it held out
     return {name: value for name, value in found.items() if name not in ("settings", "torch", *newer)}
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "OutputSettings",
     "RolloutSettings",
     "TrainingConfig",
+    "absolute",
     "build",
     "read_saved",
     "read_yaml",
@@ -304,7 +305,13 @@ class TrainingConfig:
     seed: int = 0
     """Decides the initial weights, dropout, objectives and the order of documents."""
     resume: bool = False
-    """Go on from the newest undamaged checkpoint in --out, with the settings saved there; --steps may be raised."""
+    """Go on from the newest undamaged checkpoint in --out, with the settings saved there and the flags given here."""
+    auto_resume: bool = False
+    """Go on if --out holds a run, else start one: the same command each time, for machines that may be taken away."""
+    new_data: bool = False
+    """Go on with other documents than before. They are read from their start; weights and optimizer stay."""
+    init_from: Path | None = None
+    """Start a new run with the weights and the tokenizer of this model, or of this run's best checkpoint."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 
@@ -436,6 +443,20 @@ def _flat(plain: Mapping[str, object], where: str) -> dict[str, object]:
     for name, value in plain.items():
         flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
     return flat
+
+
+def absolute(settings: T) -> T:
+    """Settings whose paths of what is read do not depend on the working directory; ``out`` stays as it is."""
+    changes: dict[str, object] = {}
+    for f in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = absolute(value)
+        elif isinstance(value, Path) and f.name != "out":
+            changes[f.name] = value.absolute()
+        elif isinstance(value, tuple):
+            changes[f.name] = tuple(part.absolute() if isinstance(part, Path) else part for part in value)
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
 FORMER: dict[str, dict[str, object]] = {}

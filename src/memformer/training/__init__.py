@@ -5,7 +5,7 @@ from .assemble import assemble, documents_of
 from .callbacks import Callback
 from .metrics import StepMetrics, read_metrics
 from .parts import Parts
-from .resume import saved_settings, settings_of
+from .resume import last_settings, saved_settings, settings_of, sized_as
 from .run import Run
 
 __all__ = [
@@ -16,7 +16,9 @@ __all__ = [
     "assemble",
     "choose_device",
     "documents_of",
+    "last_settings",
     "read_metrics",
     "saved_settings",
     "settings_of",
+    "sized_as",
 ]

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from torch import Tensor
 from ..checks import plural
 from ..data.objectives import Objective
 from ..data.tokenizers import Tokenizer
-from ..evaluation import HeldOut
+from ..evaluation import Depth, HeldOut
 from ..files import replace_file
 
-__all__ = ["ByObjective", "MetricsLog", "Pace", "StepMetrics", "read_metrics", "scalars"]
+__all__ = ["ByObjective", "Changed", "MetricsLog", "Pace", "StepMetrics", "held_out_at", "read_metrics", "scalars"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ class StepMetrics:
     recall_nats: float | None = None
     peak_memory_bytes: int | None = None
     """The most that the first process's tensors took on its card since it started; None without CUDA."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a resumed run changed on purpose."""
+
+    step: int
+    """From which on."""
+    settings: dict[str, tuple[object, object]]
+    """By name, the former value and the new one."""
 
 
 def scalars(metrics: StepMetrics | HeldOut) -> dict[str, float]:
@@ -120,22 +131,29 @@ class Pace:
 class MetricsLog:
     """Appends metrics to ``OUT/metrics.jsonl``, after those of its first ``step`` steps; what a lost step wrote goes.
 
+    Args:
+        again: the events of the last of these steps that will be written again.
+
     Each line is JSON as other programs read it: a number that is not finite becomes null.
 
     Raises:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, out: Path, step: int):
+    def __init__(self, out: Path, step: int, again: Collection[str] = ()):
         self._file = out / "metrics.jsonl"
         if self._file.is_file():
-            kept = [line for line in _lines(self._file) if line["step"] <= step]
+            lines = _lines(self._file)
+            kept = [x for x in lines if x["step"] < step or (x["step"] == step and x.get("event") not in again)]
             replace_file(self._file, "".join(_json(line) for line in kept))
 
-    def write(self, event: str, metrics: StepMetrics | HeldOut) -> None:
+    def write(self, event: str, metrics: StepMetrics | HeldOut | Changed) -> None:
         """One more line, of an event such as "step"."""
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(_json({"event": event, **dataclasses.asdict(metrics)}))
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(_json({"event": event, **dataclasses.asdict(metrics)}))
+        except OSError as error:
+            raise OSError(f"{self._file}: cannot be written ({error}); the checkpoints are untouched") from error
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -148,6 +166,16 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise FileNotFoundError(f"{out}: no metrics.jsonl there, which every run writes")
     return _lines(file)
+
+
+def held_out_at(out: Path, step: int) -> HeldOut | None:
+    """The evaluation after a step, from a run's ``metrics.jsonl``; None where it is not there."""
+    file, names = out / "metrics.jsonl", {f.name for f in dataclasses.fields(HeldOut)}
+    for line in reversed(_lines(file) if file.is_file() else []):
+        if line.get("event") == "held_out" and line["step"] == step and names <= line.keys():
+            depths = tuple(Depth(*depth) for depth in line["by_depth"])
+            return HeldOut(**{**{name: line[name] for name in names}, "by_depth": depths})
+    return None
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
