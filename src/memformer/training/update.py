@@ -41,11 +41,9 @@ class Update:
         limit = settings.optimizer.clip or math.inf
         norm = float(full(torch.nn.utils.clip_grad_norm_(parts.model.parameters(), limit)))
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-            newest = checkpoints.newest(settings.out)
             raise FloatingPointError(
-                f"step {parts.progress.step + 1}: the gradient is not finite (loss {float(loss):.3g}). Lower "
-                "--learning-rate; "
-                + (f"the newest checkpoint, from before, is {newest}" if newest else "there is no checkpoint yet")
+                f"step {parts.progress.step + 1}: the gradient is not finite (loss {float(loss):.3g}). "
+                + checkpoints.after_divergence(settings.out, settings.optimizer.learning_rate)
             )
         # A parameter that no gradient reaches (the writer's, at horizon 1) has a zero one under DDP, and so here.
         for parameter in parts.model.parameters():
