@@ -19,7 +19,10 @@ __all__ = ["MetricsLog", "StepMetrics"]
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics: averages since the previous line, unless marked as the last step's."""
+    """One line of metrics: averages since the previous line, unless marked as the last step's.
+
+    Of steps whose loss is not finite, and which were left out, no loss counts.
+    """
 
     step: int
     loss_nats: float
@@ -29,6 +32,8 @@ class StepMetrics:
     """The last step's."""
     gradient_norm: float
     """The last step's, before clipping."""
+    skipped: int
+    """Steps since the run began that changed nothing, because their gradient was not finite."""
     horizon: int
     """The last step's."""
     memory_gradient: float | None

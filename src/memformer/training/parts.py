@@ -38,6 +38,10 @@ class Progress:
     """(lanes of this process, slots, dim), carried from the last rollout; None before the first."""
     best: Best | None = None
     evaluations_since_best: int = 0
+    skipped: int = 0
+    """Steps that changed no weight, because their gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """The newest ones, which may be no more than ``skip_non_finite``; what fp16's scale made overflow is none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypedDict, cast
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ __all__ = ["find_checkpoint", "load", "restore", "save", "saved_settings", "sett
 _FREE_ON_RESUME = {
     "steps", "out", "data", "resume", "device", "output", "compute.parallel", "evaluation.eval_every",
     "evaluation.patience", "rollout.schedule", "rollout.graphs", "rollout.offload",
+    "optimizer.skip_non_finite",
 }  # fmt: skip
 """Settings that may differ from the saved run's: they change no number of a run that ends at the same step. The data
 may have moved, but must be the same documents."""
@@ -36,6 +37,8 @@ class _Numbers(TypedDict):
     scaler: dict[str, float]
     best: Best | None
     evaluations_since_best: int
+    skipped: NotRequired[tuple[int, int]]
+    """In all, and in a row; where there were any."""
     torch: str
 
 
@@ -138,6 +141,8 @@ def save(parts: Parts, settings: TrainingConfig) -> None:
         "evaluations_since_best": progress.evaluations_since_best,
         "torch": torch.__version__,
     }
+    if progress.skipped:
+        numbers["skipped"] = (progress.skipped, progress.skipped_in_a_row)
     if not parts.ranks.rank:
         with torch.random.fork_rng():
             plain = Memformer(**parts.model.config.to_dict())
@@ -197,6 +202,7 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
     progress.memory = parts.ranks.own(tensors["memory"]).to(parts.device)
     progress.step, progress.best = numbers["step"], numbers["best"]
     progress.evaluations_since_best = numbers["evaluations_since_best"]
+    progress.skipped, progress.skipped_in_a_row = numbers.get("skipped", (0, 0))
     if progress.step >= settings.steps:
         raise ValueError(f"the run in {settings.out} is at step {progress.step} already: raise --steps to go on")
     if stopped_early(parts, settings):

@@ -17,7 +17,6 @@ from ..data.segments import Segment
 from ..evaluation import HeldOut, evaluate
 from ..files import replace_file
 from ..inspection import memory_health
-from ..learning_rate import warmup_cosine
 from ..model import Memformer
 from ..parallel import gradient_sync
 from ..rollouts import verify_rollout
@@ -41,6 +40,8 @@ class _Step(NamedTuple):
     """Scalar: this process's part of the summed loss."""
     tokens: int
     """Targets that count, of all processes."""
+    judged: int
+    """How many of them the summed loss is of: none, in a step that was left out because its loss is not finite."""
     gradient_norm: float
     segment: Segment
     """The last rollout's first one, and the memory before it."""
@@ -95,8 +96,7 @@ class Run:
 
     def learning_rate(self, step: int) -> float:
         """Of a step, counted from 0."""
-        settings = self.settings.optimizer
-        return settings.learning_rate * warmup_cosine(step, self.settings.steps, settings.warmup)
+        return self.settings.optimizer.learning_rate_at(step, self.settings.steps)
 
     def stop(self) -> None:
         """Let :meth:`train` save and end after the next step, in all processes; safe in a signal handler."""
@@ -126,7 +126,7 @@ class Run:
         A run that ends by itself ends with an evaluation.
 
         Raises:
-            FloatingPointError: the gradient is not finite.
+            FloatingPointError: the gradient is not finite, more often than may be passed over.
             BlockingIOError: another process trains in the same folder.
         """
         with contextlib.nullcontext() if self._log is None else checkpoints.lock(self.settings.out):
@@ -138,7 +138,7 @@ class Run:
         settings, device = self.settings, self.parts.device
         log_every, eval_every = settings.output.log_every, settings.evaluation.eval_every
         self.model.train()
-        nats, tokens, seconds = torch.zeros((), device=device), 0, 0.0
+        nats, tokens, judged, seconds = torch.zeros((), device=device), 0, 0, 0.0
         while self.step < settings.steps and not self.stopping and not self.stopped_early:
             watched = self.step % log_every == log_every - 1 or self.step + 1 == settings.steps
             watch = replay.MemoryGradients() if watched else None
@@ -146,8 +146,9 @@ class Run:
             began = time.perf_counter()
             taken = self._take_step(rate, horizon, watch)
             nats, tokens, seconds = nats + taken.nats, tokens + taken.tokens, seconds + time.perf_counter() - began
+            judged += taken.judged
             if watched or self.stopping:
-                mean = float(self.parts.ranks.sum(nats)) / tokens
+                mean = float(self.parts.ranks.sum(nats)) / judged if judged else math.nan
                 self_attention, slot_diversity = self._health(taken.segment, taken.memory)
                 metrics = StepMetrics(
                     step=self.step,
@@ -156,6 +157,7 @@ class Run:
                     tokens_per_second=tokens / seconds,
                     learning_rate=rate,
                     gradient_norm=taken.gradient_norm,
+                    skipped=self.parts.progress.skipped,
                     horizon=horizon,
                     memory_gradient=self._reach(watch),
                     self_attention=self_attention,
@@ -163,7 +165,7 @@ class Run:
                 )
                 self._write("step", metrics)
                 yield metrics
-                nats, tokens, seconds = torch.zeros_like(nats), 0, 0.0
+                nats, tokens, judged, seconds = torch.zeros_like(nats), 0, 0, 0.0
             evaluating = self.step == settings.steps or (eval_every and self.step % eval_every == 0)
             if evaluating:
                 yield self._evaluate_and_compare()
@@ -192,7 +194,10 @@ class Run:
         norm = self._update.step(rate, loss)
         progress.step += 1
         self._update.average()
-        return _Step(loss / ranks.size * int(counted), int(counted), norm, first, before)
+        nats, judged = loss / ranks.size * int(counted), int(counted)
+        if not math.isfinite(norm) and not ranks.sum(nats.clone()).isfinite():
+            nats, judged = torch.zeros_like(nats), 0
+        return _Step(nats, int(counted), judged, norm, first, before)
 
     def _back_propagate(
         self, segments: list[Segment], divisor: float, last: bool, watch: replay.MemoryGradients | None
