@@ -41,7 +41,7 @@ class Progress:
     skipped: int = 0
     """Steps that changed no weight, because their gradient was not finite."""
     skipped_in_a_row: int = 0
-    """The newest ones, which may be no more than ``skip_non_finite``; what fp16's scale made overflow is none of them."""
+    """The newest ones, at most ``skip_non_finite``; those that fp16's scale made overflow are not among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
