@@ -52,7 +52,7 @@ LAYERS = [
     {"evaluation"},
     {"inspection"},
     {"training.parts", "training.metrics", "training.optimizers"},
-    {"training.resume", "training.update"},
+    {"training.resume", "training.update", "training.averaging"},
     {"training.assemble"},
     {"training.run"},
     {"training", "bench"},

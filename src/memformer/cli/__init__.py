@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from .._installation import __version__
-from . import bench, evaluate, export, generate, inspect, train
+from . import average, bench, evaluate, export, generate, inspect, train
 
 __all__ = ["main"]
 
@@ -25,6 +25,7 @@ _RUN: dict[type, Callable[[Any], int]] = {
     generate.GenerateCommand: generate.run,
     inspect.InspectCommand: inspect.run,
     export.ExportCommand: export.run,
+    average.AverageCommand: average.run,
     bench.BenchCommand: bench.run,
 }
 
@@ -76,6 +77,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[generate.GenerateCommand, tyro.conf.subcommand("generate")]
         | Annotated[inspect.InspectCommand, tyro.conf.subcommand("inspect")]
         | Annotated[export.ExportCommand, tyro.conf.subcommand("export")]
+        | Annotated[average.AverageCommand, tyro.conf.subcommand("average")]
         | Annotated[bench.BenchCommand, tyro.conf.subcommand("bench")]
     )
     printed = io.StringIO()

@@ -2,6 +2,7 @@
 
 from ..device import choose_device
 from .assemble import assemble, documents_of
+from .averaging import average
 from .metrics import StepMetrics
 from .parts import Parts
 from .resume import saved_settings, settings_of
@@ -12,6 +13,7 @@ __all__ = [
     "Run",
     "StepMetrics",
     "assemble",
+    "average",
     "choose_device",
     "documents_of",
     "saved_settings",

@@ -24,7 +24,17 @@ from torch import Tensor
 
 from ..files import flush_to_disk, replace_file
 
-__all__ = ["find", "load_state", "lock", "newest", "newest_sound", "save", "set_aside_newer"]
+__all__ = [
+    "all_checkpoints",
+    "find",
+    "load_numbers",
+    "load_state",
+    "lock",
+    "newest",
+    "newest_sound",
+    "save",
+    "set_aside_newer",
+]
 
 _CHECKSUMS = "checksums.json"
 _BEST = "best"
@@ -70,7 +80,7 @@ def save(
         raise OSError(f"{folder}: cannot be written ({error}); the checkpoints before it are untouched") from error
     if best is not None:
         _lead(out / _BEST, f"step-{best:06d}")
-    for old in _checkpoints(out)[:-keep]:
+    for old in all_checkpoints(out)[:-keep]:
         if _step(old) != best:
             shutil.rmtree(old)
     for stale in out.glob(".unfinished-*"):
@@ -90,7 +100,7 @@ def _damage(folder: Path) -> str | None:
 
 def newest(out: Path) -> Path | None:
     """The newest checkpoint in a run's folder, sound or not, or None."""
-    found = _checkpoints(out)
+    found = all_checkpoints(out)
     return found[-1] if found else None
 
 
@@ -101,7 +111,7 @@ def newest_sound(out: Path) -> tuple[Path | None, list[str]]:
         ValueError: there are checkpoints, and all of them are damaged.
     """
     refused: list[str] = []
-    for folder in reversed(_checkpoints(out)):
+    for folder in reversed(all_checkpoints(out)):
         if (damage := _damage(folder)) is None:
             return folder, refused
         refused.append(damage)
@@ -112,7 +122,7 @@ def newest_sound(out: Path) -> tuple[Path | None, list[str]]:
 
 def set_aside_newer(out: Path, sound: Path) -> None:
     """Rename the checkpoints that are newer than a sound one, so that they are neither found nor counted any more."""
-    for folder in _checkpoints(out):
+    for folder in all_checkpoints(out):
         if _step(folder) > _step(sound):
             aside = out / f"damaged-{folder.name}"
             shutil.rmtree(aside, ignore_errors=True)
@@ -133,7 +143,7 @@ def find(path: Path) -> Path:
         raise FileNotFoundError(f"{path}: no checkpoint there; expected config.json, or folders named step-000200")
     of_a_run = folder is not path or (folder / _CHECKSUMS).is_file()  # else of save_pretrained, without checksums
     if of_a_run and (damage := _damage(folder)) is not None:
-        sound = next((other for other in reversed(_checkpoints(folder.parent)) if _damage(other) is None), None)
+        sound = next((other for other in reversed(all_checkpoints(folder.parent)) if _damage(other) is None), None)
         raise ValueError(f"{damage}; " + ("there is no sound one" if sound is None else f"use {sound}"))
     return folder
 
@@ -156,6 +166,21 @@ def lock(out: Path) -> Iterator[None]:
         held.release()
 
 
+def load_numbers(folder: Path) -> dict[str, Any]:
+    """The numbers that were given to :func:`save`.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        numbers = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: the state of its training run is missing or damaged ({error})") from error
+    if not isinstance(numbers, dict):
+        raise ValueError(f"{folder}: the state of its training run is damaged (expected a JSON object)")
+    return numbers
+
+
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``(numbers, tensors)`` as given to :func:`save`.
 
@@ -163,13 +188,13 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: the files are missing or damaged.
     """
     try:
-        numbers = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        return numbers, load_file(folder / "training.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        return load_numbers(folder), load_file(folder / "training.safetensors")
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder}: the state of its training run is missing or damaged ({error})") from error
 
 
-def _checkpoints(out: Path) -> list[Path]:
+def all_checkpoints(out: Path) -> list[Path]:
+    """A run's checkpoints, sound or not, the newest last."""
     return sorted((f for f in out.glob("step-*") if f.is_dir() and re.fullmatch(r"step-\d+", f.name)), key=_step)
 
 

@@ -71,7 +71,7 @@ def settings_of(checkpoint: Path) -> TrainingConfig:
     Raises:
         ValueError: they are missing or damaged.
     """
-    return read_saved(checkpoints.load_state(checkpoint)[0]["settings"])
+    return read_saved(checkpoints.load_numbers(checkpoint)["settings"])
 
 
 def find_checkpoint(settings: TrainingConfig, ranks: Ranks) -> tuple[Path | None, list[str]]:
