@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import load_tokenizer
-from ..training import average, checkpoints
+from ..folders import NUMBERS, all_checkpoints
+from ..training import average
 
 __all__ = ["AverageCommand", "run"]
 
@@ -28,7 +29,7 @@ def run(command: AverageCommand) -> int:
     """Write the mean; returns the exit status."""
     if command.last is not None and command.last < 2:
         raise ValueError(f"last: expected at least 2 checkpoints to average, got {command.last}")
-    found = checkpoints.all_checkpoints(command.checkpoint)
+    found = all_checkpoints(command.checkpoint)
     wanted = 2 if command.last is None else command.last
     if len(found) < wanted:
         raise ValueError(
@@ -40,7 +41,7 @@ def run(command: AverageCommand) -> int:
     folders = found[-wanted:] if command.last else found
     average(folders).save_pretrained(command.out)
     load_tokenizer(folders[-1]).save(command.out)
-    shutil.copyfile(folders[-1] / "training.json", command.out / "training.json")  # what the run held out
+    shutil.copyfile(folders[-1] / NUMBERS, command.out / NUMBERS)  # what the run held out
     print(f"{command.out}  the mean of {', '.join(folder.name for folder in folders)}. Try:")
     print(f"  memformer evaluate --checkpoint {command.out}")
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..data import Document, read_documents
 from ..training import checkpoints, documents_of, settings_of
+from ..training.resume import check_held_out
 
 __all__ = ["DocumentOptions"]
 
@@ -35,4 +36,6 @@ class DocumentOptions:
         folder = checkpoints.find(self.checkpoint)
         if not (folder / "training.json").is_file():
             raise ValueError(f"{folder}: not of a run, which would have held documents out; give --data")
-        return documents_of(settings_of(folder))[1]
+        training, held_out = documents_of(settings_of(folder))
+        check_held_out(folder, training, held_out)
+        return held_out

@@ -3,12 +3,14 @@
 from ..device import choose_device
 from .assemble import assemble, documents_of
 from .averaging import average
-from .metrics import StepMetrics
+from .callbacks import Callback
+from .metrics import StepMetrics, read_metrics
 from .parts import Parts
-from .resume import saved_settings, settings_of
+from .resume import last_settings, saved_settings, settings_of, sized_as
 from .run import Run
 
 __all__ = [
+    "Callback",
     "Parts",
     "Run",
     "StepMetrics",
@@ -16,6 +18,9 @@ __all__ = [
     "average",
     "choose_device",
     "documents_of",
+    "last_settings",
+    "read_metrics",
     "saved_settings",
     "settings_of",
+    "sized_as",
 ]

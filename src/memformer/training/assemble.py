@@ -31,34 +31,54 @@ from ..device import choose_device, choose_precision
 from ..model import Memformer
 from ..parallel import Ranks, shard
 from ..settings import DocumentSettings, TrainingConfig
-from . import resume
+from . import checkpoints, resume
+from .callbacks import Report, nothing
 from .optimizers import make_optimizer
 from .parts import Parts, Progress, RolloutLoss
 
 __all__ = ["assemble", "documents_of"]
 
 
-def assemble(settings: TrainingConfig) -> Parts:
+def assemble(settings: TrainingConfig, report: Report = nothing) -> Parts:
     """The parts of the run that settings describe; under torch.distributed, those of this process.
+
+    Args:
+        report: is told what takes time: reading, training a BPE, encoding.
 
     Raises:
         ValueError: the settings do not fit together, or not the checkpoint that is to be resumed.
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
         FileNotFoundError: ``resume`` is set, and there is no checkpoint; or there is no such data.
+        BlockingIOError: another process trains in the folder.
+        OSError: the folder cannot be written.
     """
+    # Before anything that takes time.
     ranks, device = Ranks(), choose_device(settings.device)
     precision = choose_precision(settings.compute.precision, device)
     if settings.rollout.lanes % ranks.size:
         raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
-    settings.model.config(1, settings.rollout.segment_length)  # before anything that takes time
+    settings.model.config(1, settings.rollout.segment_length)
     checkpoint, refused = resume.find_checkpoint(settings, ranks)
+    if not ranks.rank:
+        checkpoints.check_folder(settings.out)
+    initial = None if checkpoint else resume.load_initial(settings)
+    report("reading")
     training, held_out = documents_of(settings)
-    documents = fingerprint(training)
-    tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, training)
-    model = _model(settings, tokenizer).to(device)
-    saved = None if checkpoint is None else resume.load(checkpoint, settings, documents, model)
+    documents, held_out_documents = fingerprint(training), fingerprint(held_out)
+    tokenizer = load_tokenizer(checkpoint) if checkpoint else initial and initial[1]
+    if tokenizer is None:
+        if settings.documents.tokenizer == "bpe":
+            report("training a BPE")
+        tokenizer = _tokenizer(settings.documents, training)
+    model = _model(settings, tokenizer)
+    if initial is not None:
+        _start_from(model, initial[0])
+    model = model.to(device)
+    saved = None if checkpoint is None else resume.load(checkpoint, settings, documents, held_out_documents, model)
     rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
     average: dict[str, Tensor] = {}
+    if not isinstance(tokenizer, ByteTokenizer | TokenIds):  # theirs are read while they stream
+        report("encoding")
     if settings.optimizer.ema:
         average = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts = Parts(
@@ -68,6 +88,7 @@ def assemble(settings: TrainingConfig) -> Parts:
         training=training,
         held_out=limited(held_out, settings.evaluation.eval_limit),
         fingerprint=documents,
+        held_out_fingerprint=held_out_documents,
         tokenizer=tokenizer,
         stream=_stream(settings, training, tokenizer, ranks),
         model=model,
@@ -77,6 +98,7 @@ def assemble(settings: TrainingConfig) -> Parts:
         scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
         progress=Progress(),
         refused=refused,
+        changes=[] if saved is None else saved.changes,
     )
     if saved is not None:
         resume.restore(parts, saved, settings)
@@ -130,6 +152,14 @@ def _model(settings: TrainingConfig, tokenizer: Tokenizer) -> Memformer:
         torch.manual_seed(settings.seed)
         config = settings.model.config(tokenizer.vocabulary, settings.rollout.segment_length)
         return Memformer(**config.to_dict())
+
+
+def _start_from(model: Memformer, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError where the weights are of another vocabulary."""
+    rows, here = (w["encoder.embedding.weight"].shape[0] for w in (weights, model.state_dict()))
+    if rows != here:
+        raise ValueError(f"init_from: its model has {rows} tokens, and the tokenizer has {here}")
+    model.load_state_dict(weights)
 
 
 def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks) -> nn.Module:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from ..data.tokenizers import CONFIG, VOCABULARY_FILE
+from ..folders import find
 from ..model import Memformer
-from . import checkpoints
 
 __all__ = ["average"]
 
@@ -32,7 +32,7 @@ def average(folders: Sequence[str | Path]) -> Memformer:
     """
     if isinstance(folders, (str, Path)) or len(folders) < 2:
         raise ValueError(f"folders: expected a list of at least two models to average, got {folders!r}")
-    first, *others = found = [checkpoints.find(Path(folder)) for folder in folders]
+    first, *others = found = [find(folder) for folder in folders]
     model = Memformer.from_pretrained(first)
     sums = {name: p.detach().double() for name, p in model.named_parameters()}
     for folder in others:

@@ -68,12 +68,14 @@ class Update:
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row <= allowed:
             return
-        after = f", after {allowed} such steps in a row that were left out" if allowed else ""
-        newest = checkpoints.newest(settings.out)
+        after = (
+            f", after {allowed} such steps in a row that were left out"
+            if allowed
+            else "; --skip-non-finite passes over a rare one"
+        )
         raise FloatingPointError(
-            f"step {progress.step + 1}: the gradient is not finite (loss {float(loss):.3g}){after}. Lower "
-            "--learning-rate, or pass over such steps with --skip-non-finite; "
-            + (f"the newest checkpoint, from before, is {newest}" if newest else "there is no checkpoint yet")
+            f"step {progress.step + 1}: the gradient is not finite (loss {float(loss):.3g}){after}. "
+            + checkpoints.after_divergence(settings.out, settings.optimizer.learning_rate)
         )
 
     def average(self) -> None:
