@@ -68,19 +68,19 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
         return TrainCommand()
     if given.resume and (given.config is not None or given.recipe != "tiny"):
         raise ValueError("--resume goes on with the settings saved in --out: leave --config and --recipe out")
+
+    def with_file(settings: TrainingConfig) -> TrainingConfig:
+        return settings if given.config is None else read_yaml(given.config, settings)
+
     settings = RECIPES[given.recipe]
-    if given.init_from is not None and not given.resume:
-        settings = sized_as(settings, given.init_from)
-    if given.config is not None:
-        settings = read_yaml(given.config, settings)
-    out = given.out or settings.out
+    out = given.out or with_file(settings).out
     if given.resume or (given.auto_resume and checkpoints.newest(out) is not None):
         # What is given again, the recipe and the file included, is what was given on purpose.
-        recipe = _differences(to_plain(RECIPES["tiny"]), to_plain(RECIPES[given.recipe]))
+        recipe = _differences(to_plain(RECIPES["tiny"]), to_plain(settings))
         settings = build(TrainingConfig, recipe, base=last_settings(out))
-        if given.config is not None:
-            settings = read_yaml(given.config, settings)
-        settings = dataclasses.replace(settings, out=out)
+    elif given.init_from is not None:
+        settings = sized_as(settings, given.init_from)
+    settings = dataclasses.replace(with_file(settings), out=out)
     values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     for_one_start = {"resume": False, "auto_resume": False, "new_data": False}
     return TrainCommand(**{**values, **for_one_start}, recipe=given.recipe, config=given.config)

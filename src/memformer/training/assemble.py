@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,13 +63,17 @@ def assemble(settings: TrainingConfig, report: Report = nothing) -> Parts:
     if not ranks.rank:
         checkpoints.check_folder(settings.out)
     initial = None if checkpoint else resume.load_initial(settings)
+    tokenizer = load_tokenizer(checkpoint) if checkpoint else initial and initial[1]
+    trains = tokenizer is None and settings.documents.tokenizer == "bpe"
+    if trains and importlib.util.find_spec("tokenizers") is None:
+        raise ImportError("tokenizer: a bpe needs the tokenizers library: pip install 'memformer-replay[bpe]'")
+    if tokenizer is None and not trains:
+        tokenizer = _tokenizer(settings.documents, [])
     report("reading")
     training, held_out = documents_of(settings)
     documents, held_out_documents = fingerprint(training), fingerprint(held_out)
-    tokenizer = load_tokenizer(checkpoint) if checkpoint else initial and initial[1]
     if tokenizer is None:
-        if settings.documents.tokenizer == "bpe":
-            report("training a BPE")
+        report("training a BPE")
         tokenizer = _tokenizer(settings.documents, training)
     model = _model(settings, tokenizer)
     if initial is not None:
