@@ -226,7 +226,7 @@ def test_the_command_prints_and_draws(folder: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out.splitlines()
     model, text = Memformer.from_pretrained(folder / "model"), np.frombuffer((folder / "a.txt").read_bytes(), np.uint8)
     found = inspect(model, [text], start=ByteTokenizer().start, segments=7)
-    assert printed[0] == "5 slots, read over 7 segments of 1 documents"
+    assert printed[0] == "5 slots, read over 7 segments of 1 document"
     kind = kinds(found.by_slot).tolist()
     assert ", ".join(f"{kind.count(i)} {name}" for i, name in enumerate(KINDS)) in printed[2]
     slots = [line.split() for line in printed[5:7]]
