@@ -20,7 +20,7 @@ def make_safe() -> None:
 
 
 def let_go() -> None:
-    """Print no more to a standard output that takes nothing, or the interpreter complains when it flushes at its end."""
+    """Print no more to an output that takes nothing, or the interpreter complains when it flushes at its end."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -3,6 +3,7 @@
 from ..device import choose_device
 from .assemble import assemble, documents_of
 from .callbacks import Callback
+from .life import life, plot_life
 from .metrics import StepMetrics, read_metrics
 from .parts import Parts
 from .resume import saved_settings, settings_of
@@ -16,6 +17,8 @@ __all__ = [
     "assemble",
     "choose_device",
     "documents_of",
+    "life",
+    "plot_life",
     "read_metrics",
     "saved_settings",
     "settings_of",
