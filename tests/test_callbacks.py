@@ -246,6 +246,20 @@ def test_a_callback_is_an_object_of_its_class(settings: Settings) -> None:
         Run(settings(), callbacks=[Recorder])  # type: ignore[list-item]
 
 
+def test_an_evaluation_says_how_far_it_is(settings: Settings) -> None:
+    said: list[tuple[int, int | None]] = []
+
+    class Listener(Callback):
+        def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+            said.extend([(done, total)] if name == "evaluating" else [])
+
+    run = Run(settings(steps=1), callbacks=[Listener()])
+    list(run.train())
+    total = sum(map(len, run.held_out))
+    assert said == sorted(said)
+    assert (said[0], said[-1]) == ((0, total), (total, total))
+
+
 # --- Samples
 
 

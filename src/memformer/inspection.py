@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import replay
+from .checks import plural
 from .data import Lanes, Tokens
 from .data.segments import Segment
 from .model import Memformer
@@ -205,6 +206,7 @@ def plot(inspection: Inspection, path: str | Path) -> None:
     decays = "" if inspection.slot_parameter == "initial content" else ",\nshrunk by weight decay if it was decayed"
     bars.set(title=f"Norm of each slot's {inspection.slot_parameter}{decays}", ylim=(slots - 0.5, -0.5), xlabel="norm")
     bars.title.set_fontsize(10)
+    bars.xaxis.get_major_locator().set_params(nbins=4)
     shown = positions if slots <= 32 else range(0, slots, math.ceil(slots / 32))
     for axes in (heat, bars):
         axes.set_yticks(shown, [str(int(order[i])) for i in shown], fontsize=8)
@@ -222,11 +224,12 @@ def plot(inspection: Inspection, path: str | Path) -> None:
 
     reached = inspection.gradient_reach.where(inspection.gradient_reach > 0, torch.nan).numpy()
     reach.plot(times - 1, reached, color=of_kind[0], marker=".")
-    reach.set(title="How far gradients reach", xlabel="segments back", ylabel="|d loss / d memory|", yscale="log")
+    reach.set(title="How far gradients reach", xlabel="segments back", ylabel="|d loss / d memory|, nats", yscale="log")
     reach.xaxis.get_major_locator().set_params(integer=True)
     reach.grid(alpha=0.3)
     count = [kind.count(i) for i in range(len(KINDS))]
-    figure.suptitle(f"{slots} slots: " + ", ".join(f"{n} {name}" for n, name in zip(count, KINDS, strict=True) if n))
+    kinds_of_slots = ", ".join(f"{n} {name}" for n, name in zip(count, KINDS, strict=True) if n)
+    figure.suptitle(f"When they are written, {plural(slots, 'slot')} attend: {kinds_of_slots}")
     figure.savefig(path)
 
 

@@ -19,8 +19,8 @@ from .progress import duration
 __all__ = ["InspectCommand", "run"]
 
 _SLOTS_PER_LINE = 4
-_ROWS = 30
-"""The most rows of a life."""
+_ROWS, _FEW = 30, 12
+"""The most rows of a life with its evaluations, and how many it has at least where there is as much to show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,9 @@ def describe_life(moments: Sequence[Moment]) -> str:
     totals += [] if not last.wall_seconds else [duration(last.wall_seconds)]
     scored = [m for m in moments if m.held_out_nats is not None]
     best = min(scored, key=lambda m: m.held_out_nats or 0.0).step if scored else None
-    marked = [m for m in moments if m.kept or m.step == best or m is last]
-    others = scored if len(scored) > 2 else moments
-    spread = others[:: -(-len(others) // max(1, _ROWS - len(marked)))]
+    shown = {m for m in moments if m.kept or m.step == best or m is last}
+    shown |= {*_spread(scored, _ROWS - len(shown))}
+    shown |= {*_spread(moments, _FEW - len(shown))}
     rows = [
         [
             f"{m.step}",
@@ -90,7 +90,7 @@ def describe_life(moments: Sequence[Moment]) -> str:
             _cell(m.memory_gradient, ".2g"),
             " ".join(["best"] * (m.step == best) + ["kept"] * m.kept),
         ]
-        for m in sorted({*marked, *spread}, key=lambda m: m.step)
+        for m in sorted(shown, key=lambda m: m.step)
     ]
     head = ["step", "training", "held out", "on itself", "diversity", "reach", ""]
     return "\n".join(
@@ -103,6 +103,11 @@ def describe_life(moments: Sequence[Moment]) -> str:
             "themselves; reach: the gradient at a rollout's start by that at its end; kept: the checkpoint is there",
         ]
     )
+
+
+def _spread(moments: Sequence[Moment], most: int) -> Sequence[Moment]:
+    """At most so many of them, at even distances."""
+    return moments[:: -(-len(moments) // most) or 1] if most > 0 else []
 
 
 def _cell(value: float | None, how: str) -> str:

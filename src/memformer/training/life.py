@@ -81,6 +81,8 @@ def plot_life(moments: Sequence[Moment], path: str | Path) -> None:
     reach.set(title="Credit that reaches a rollout's start", ylabel="gradient, start / end", xlabel="optimizer steps")
     if any((m.memory_gradient or 0.0) > 0 for m in moments):
         reach.set_yscale("log")
+        for formatter in (reach.yaxis.set_major_formatter, reach.yaxis.set_minor_formatter):
+            formatter("{x:g}")
     for axes in (losses, memory, reach):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,14 +123,21 @@ class MetricsLog:
 
     Each line is JSON as other programs read it: a number that is not finite becomes null.
 
+    Args:
+        again: the events of the last of these steps that will be written again.
+
     Raises:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, out: Path, step: int):
+    def __init__(self, out: Path, step: int, again: Collection[str] = ()):
         self._file = out / "metrics.jsonl"
         if self._file.is_file():
-            kept = [line for line in _lines(self._file) if line["step"] <= step]
+            kept = [
+                line
+                for line in _lines(self._file)
+                if line["step"] < step or (line["step"] == step and line.get("event") not in again)
+            ]
             replace_file(self._file, "".join(_json(line) for line in kept))
 
     def write(self, event: str, metrics: StepMetrics | HeldOut) -> None:

@@ -313,24 +313,33 @@ class Run:
     def _sample(self) -> None:
         """What the model writes now, with the weights that a checkpoint has. Training does not fail by it."""
         self._callbacks.phase("sampling")
-        prompt = "" if self.settings.data else "def "
-        try:
-            with self.averaged() as model, torch.no_grad():
-                text = sample(model, self.tokenizer, prompt, self.settings.output.sample_tokens)
-        except Exception as error:
-            warnings.warn(f"no sample at step {self.step} ({type(error).__name__}: {error})", stacklevel=2)
-            return
-        if self._log is not None:
-            add_sample(self.settings.out, self.step, text)
+        settings = self.settings
+        with self.averaged() as model, torch.no_grad():
+            if gradient_sync(model) is not None:
+                model = _whole(model)
+            if self._log is None:
+                return
+            try:
+                prompt = "" if settings.data else "def "
+                text = sample(model, self.tokenizer, prompt, settings.output.sample_tokens)
+                add_sample(settings.out, self.step, text)
+            except Exception as error:
+                warnings.warn(f"no sample at step {self.step} ({type(error).__name__}: {error})", stacklevel=2)
+                return
         self._callbacks.sample(text, self.step)
 
     def evaluate(self) -> HeldOut:
         """The model on the held-out documents, with the weights that a checkpoint has; see :func:`evaluate`."""
         with self.averaged() as model, self._autocast():
-            return evaluate(model, self.held_out, self.tokenizer, step=self.step, device=self.parts.device)
+            device = self.parts.device
+            return evaluate(
+                model, self.held_out, self.tokenizer, step=self.step, device=device, report=self._evaluating
+            )
+
+    def _evaluating(self, done: int, total: int) -> None:
+        self._callbacks.phase("evaluating", done, total)
 
     def _evaluate_and_compare(self) -> HeldOut:
-        self._callbacks.phase("evaluating")
         result, progress = self.evaluate(), self.parts.progress
         if progress.best is None or result.loss_nats < progress.best["loss_nats"]:
             progress.best, progress.evaluations_since_best = {"step": self.step, "loss_nats": result.loss_nats}, 0
@@ -349,3 +358,12 @@ def _counted(segment: Segment) -> int:
     """How many targets of a segment count in the loss."""
     assert segment.tgt_mask is not None
     return int(segment.tgt_mask[:, 1:].sum())
+
+
+def _whole(model: Memformer) -> Memformer:
+    """A copy, in each process, of a model whose parameters FSDP divides."""
+    with torch.random.fork_rng():
+        copy = Memformer(**model.config.to_dict())
+    weights = {name: full(p.detach()) for name, p in model.named_parameters()}
+    copy.load_state_dict(weights, strict=False)
+    return copy.to(next(iter(weights.values())).device)
