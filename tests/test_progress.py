@@ -194,7 +194,7 @@ def test_a_listener_who_leaves_stops_the_run(monkeypatch: pytest.MonkeyPatch) ->
     lines.start(run)  # type: ignore[arg-type]
     monkeypatch.setattr("builtins.print", leave)
     lines.metrics("step", line_of(1))
-    assert (lines.left, run.stopped) == (True, True)
+    assert (lines.unheard, run.stopped) == (True, True)
 
 
 def test_a_log_that_cannot_be_written_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_a_log_that_cannot_be_written_is_no_reason_to_stop(monkeypatch: pytest.M
     lines.start(run)  # type: ignore[arg-type]
     monkeypatch.setattr("builtins.print", full)
     lines.metrics("step", line_of(1))
-    assert (lines.left, run.stopped) == (False, False)
+    assert (lines.unheard, run.stopped) == (False, False)
 
 
 def test_numbers_and_their_nouns() -> None:

@@ -58,11 +58,11 @@ class Lines(Callback):
     """A line for each line of metrics, and some in between where work takes long.
 
     Attributes:
-        left: whether whoever read the output has left, as ``head`` does; the run then saves and stops.
+        unheard: whether whoever read the output has left, as ``head`` does; the run then saves and stops.
     """
 
     def __init__(self, steps: int):
-        self.steps, self.left = steps, False
+        self.steps, self.unheard = steps, False
         self._run: Watched | None = None
         self._phase, self._spoken = "", time.monotonic()
 
@@ -72,7 +72,7 @@ class Lines(Callback):
         try:
             print(line, flush=True)
         except BrokenPipeError:
-            self.left = True
+            self.unheard = True
             if self._run is not None:
                 self._run.stop()
         except OSError:  # a terminal that was closed, a full disk: no reason to end a training

@@ -110,7 +110,7 @@ def _lead(command: TrainCommand) -> int:
                 if isinstance(metrics, HeldOut):
                     result = metrics
         if _interrupted(training_run):
-            return _stopped(training_run, display.left)
+            return _stopped(training_run, display.unheard)
         display.phase("comparing")
         with contextlib.suppress(BrokenPipeError):  # the training is done and saved, whoever listens
             report = _report(training_run, result)
@@ -154,11 +154,11 @@ def _introduce(training_run: Run) -> None:
     print(f"training    {steps} of {rollouts}{start}; metrics in {settings.out / 'metrics.jsonl'}", flush=True)
 
 
-def _stopped(training_run: Run, left: bool) -> int:
+def _stopped(training_run: Run, unheard: bool) -> int:
     """A run that is not at its end says how to go on; to whom, if whoever read the output has left?"""
     out, step = shlex.quote(str(training_run.settings.out)), training_run.step
     again = f"stopped and saved at step {step:,}. Go on with:\n  memformer train --resume --out {out}"
-    if left:
+    if unheard:
         print(f"memformer: whoever read the output has left: {again}", file=sys.stderr)
         let_go()
         return 141

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -58,9 +58,7 @@ def assemble(settings: TrainingConfig, report: Report = nothing) -> Parts:
     report("reading")
     training, held_out = documents_of(settings)
     documents = fingerprint(training)
-    if not checkpoint and settings.documents.tokenizer == "bpe":
-        report("training a BPE")
-    tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, training)
+    tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, training, report)
     model = _model(settings, tokenizer).to(device)
     saved = None if checkpoint is None else resume.load(checkpoint, settings, documents, model)
     rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
@@ -106,17 +104,23 @@ def documents_of(settings: TrainingConfig) -> tuple[list[Document], list[Documen
     return held_out_split(documents, how.held_out)
 
 
-def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Tokenizer:
+def _tokenizer(settings: DocumentSettings, training: Sequence[Document], report: Report) -> Tokenizer:
     if settings.tokenizer == "bytes":
         return ByteTokenizer()
     if settings.tokenizer == "ids":
         return TokenIds(settings.vocabulary)
     if settings.tokenizer == "bpe":
         try:
-            return BPETokenizer.train((bytes(d) for d in training), settings.vocabulary)
+            return BPETokenizer.train(_read_aloud(training, report), settings.vocabulary)
         except ValueError as error:
             raise ValueError(f"vocabulary: {error}") from error
     return BPETokenizer.from_file(Path(settings.tokenizer))
+
+
+def _read_aloud(training: Sequence[Document], report: Report) -> Iterator[bytes]:
+    for done, document in enumerate(training):
+        report("training a BPE", done, len(training))
+        yield bytes(document)
 
 
 def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: Tokenizer, ranks: Ranks) -> Lanes:
