@@ -187,7 +187,7 @@ def test_after_early_stopping_the_best_model_is_reported(
     assert train(*flags) == 0
     printed = capsys.readouterr().out
     assert "stopped early at step 3" in printed
-    assert "after step 1, the best evaluation" in printed
+    assert "read by the model of step 1, the best evaluation" in printed
     assert "  this model          1.000 bits per byte" in printed
     assert "checkpoint  run/step-000001, the best evaluation of run (the newest is step-000003)" in printed
     assert cli.main(["generate", "--checkpoint", "run", "--prompt", "To", "--max-new-tokens", "3"]) == 0

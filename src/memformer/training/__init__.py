@@ -3,6 +3,7 @@
 from ..device import choose_device
 from .assemble import assemble, documents_of
 from .callbacks import Callback
+from .life import life, plot_life
 from .metrics import StepMetrics, read_metrics
 from .parts import Parts
 from .resume import last_settings, saved_settings, settings_of, sized_as
@@ -17,6 +18,8 @@ __all__ = [
     "choose_device",
     "documents_of",
     "last_settings",
+    "life",
+    "plot_life",
     "read_metrics",
     "saved_settings",
     "settings_of",
