@@ -53,7 +53,7 @@ LAYERS = [
     {"evaluation"},
     {"inspection"},
     {"training.parts", "training.metrics", "training.optimizers"},
-    {"training.callbacks", "training.resume", "training.update", "training.averaging"},
+    {"training.averaging", "training.callbacks", "training.life", "training.resume", "training.update"},
     {"training.assemble", "training.loggers", "training.samples"},
     {"training.run"},
     {"training", "bench"},

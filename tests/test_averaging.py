@@ -60,7 +60,7 @@ def test_the_last_checkpoints_of_a_run(run_folder: Path, capsys: pytest.CaptureF
     # It is a model like others, and knows what the run held out.
     assert cli.main(["generate", "--checkpoint", str(out), "--prompt", "one", "--max-new-tokens", "3"]) == 0
     assert cli.main(["evaluate", "--checkpoint", str(out), "--memory", "on"]) == 0
-    assert "of 1 documents" in capsys.readouterr().out
+    assert "of 1 document" in capsys.readouterr().out
 
 
 def test_all_checkpoints_are_the_default(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 import traceback
 import warnings
@@ -16,6 +15,7 @@ import tyro
 
 from .._installation import __version__
 from . import average, bench, evaluate, export, generate, inspect, train
+from .output import let_go, make_safe
 
 __all__ = ["main"]
 
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 2: a user's mistake; 130: Ctrl-C; 141: whoever read the output has left, as ``head`` does.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    make_safe()
     if arguments[:1] == ["--version"]:
         print(f"memformer {__version__}")
         return 0
@@ -50,8 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
         except BrokenPipeError:
-            with open(os.devnull, "w") as nowhere:  # or the interpreter complains when it flushes at its end
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
             return 141
         except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
             return _refuse(error)
@@ -61,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         except KeyboardInterrupt:
             return 130
+        finally:
+            let_go()
 
 
 def _refuse(error: Exception) -> int:

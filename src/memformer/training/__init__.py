@@ -4,6 +4,7 @@ from ..device import choose_device
 from .assemble import assemble, documents_of
 from .averaging import average
 from .callbacks import Callback
+from .life import life, plot_life
 from .metrics import StepMetrics, read_metrics
 from .parts import Parts
 from .resume import last_settings, saved_settings, settings_of, sized_as
@@ -19,6 +20,8 @@ __all__ = [
     "choose_device",
     "documents_of",
     "last_settings",
+    "life",
+    "plot_life",
     "read_metrics",
     "saved_settings",
     "settings_of",

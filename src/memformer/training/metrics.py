@@ -134,10 +134,10 @@ class Pace:
 class MetricsLog:
     """Appends metrics to ``OUT/metrics.jsonl``, after those of its first ``step`` steps; what a lost step wrote goes.
 
+    Each line is JSON as other programs read it: a number that is not finite becomes null.
+
     Args:
         again: the events of the last of these steps that will be written again.
-
-    Each line is JSON as other programs read it: a number that is not finite becomes null.
 
     Raises:
         OSError: the folder cannot be written.
@@ -146,8 +146,11 @@ class MetricsLog:
     def __init__(self, out: Path, step: int, again: Collection[str] = ()):
         self._file = out / "metrics.jsonl"
         if self._file.is_file():
-            lines = _lines(self._file)
-            kept = [x for x in lines if x["step"] < step or (x["step"] == step and x.get("event") not in again)]
+            kept = [
+                line
+                for line in _lines(self._file)
+                if line["step"] < step or (line["step"] == step and line.get("event") not in again)
+            ]
             replace_file(self._file, "".join(_json(line) for line in kept))
 
     def write(self, event: str, metrics: StepMetrics | HeldOut | Changed) -> None:

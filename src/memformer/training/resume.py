@@ -42,7 +42,7 @@ Kind = Literal["exact", "stretch", "stream", "best", "documents", "fixed"]
 
 ON_RESUMING: dict[str, Kind] = {
     "data": "documents", "out": "exact", "steps": "stretch", "seed": "stream", "resume": "exact",
-    "auto_resume": "exact", "new_data": "exact", "init_from": "exact", "device": "exact",
+    "auto_resume": "exact", "new_data": "exact", "init_from": "fixed", "device": "exact",
     "documents": "documents", "documents.tokenizer": "fixed", "documents.vocabulary": "fixed",
     "documents.end": "stream",
     "model": "fixed", "model.dropout": "stretch",
@@ -174,7 +174,8 @@ def on_resuming(name: str) -> Kind:
 def _changes(before: TrainingConfig, now: TrainingConfig) -> tuple[list[Change], set[Kind]]:
     """The settings that are others on purpose, and of which kinds they are."""
     saved, given = to_flat(absolute(before)), to_flat(absolute(now))
-    changes, kinds = [], set()
+    changes: list[Change] = []
+    kinds: set[Kind] = set()
     for name in saved:
         kind = on_resuming(name)
         if saved[name] == given[name] or kind in ("exact", "documents"):

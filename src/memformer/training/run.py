@@ -23,7 +23,7 @@ from ..evaluation import HeldOut, evaluate
 from ..files import replace_file
 from ..inspection import memory_health
 from ..model import Memformer
-from ..parallel import Ranks, gradient_sync
+from ..parallel import Ranks, full, gradient_sync
 from ..rollouts import verify_rollout
 from ..settings import TrainingConfig, to_yaml
 from . import checkpoints, resume
@@ -376,21 +376,31 @@ class Run:
     def _sample(self) -> None:
         """What the model writes now, with the weights that a checkpoint has. Training does not fail by it."""
         self._callbacks.phase("sampling")
-        prompt = "" if self.settings.data else "def "
-        try:
-            with self.averaged() as model, torch.no_grad():
-                text = sample(model, self.tokenizer, prompt, self.settings.output.sample_tokens)
-        except Exception as error:
-            warnings.warn(f"no sample at step {self.step} ({type(error).__name__}: {error})", stacklevel=2)
-            return
-        if self._log is not None:
-            add_sample(self.settings.out, self.step, text)
+        settings = self.settings
+        with self.averaged() as model, torch.no_grad():
+            if gradient_sync(model) is not None:
+                model = _whole(model)
+            if self._log is None:
+                return
+            try:
+                prompt = "" if settings.data else "def "
+                text = sample(model, self.tokenizer, prompt, settings.output.sample_tokens)
+                add_sample(settings.out, self.step, text)
+            except Exception as error:
+                warnings.warn(f"no sample at step {self.step} ({type(error).__name__}: {error})", stacklevel=2)
+                return
         self._callbacks.sample(text, self.step)
 
     def evaluate(self) -> HeldOut:
         """The model on the held-out documents, with the weights that a checkpoint has; see :func:`evaluate`."""
         with self.averaged() as model, self._autocast():
-            return evaluate(model, self.held_out, self.tokenizer, step=self.step, device=self.parts.device)
+            device = self.parts.device
+            return evaluate(
+                model, self.held_out, self.tokenizer, step=self.step, device=device, report=self._evaluating
+            )
+
+    def _evaluating(self, done: int, total: int) -> None:
+        self._callbacks.phase("evaluating", done, total)
 
     def _evaluate_if_due(self) -> Iterator[HeldOut]:
         """The evaluation of this step, of which there is a checkpoint then; not of a run that is asked to stop."""
@@ -454,3 +464,12 @@ def _counted(segment: Segment) -> int:
     """How many targets of a segment count in the loss."""
     assert segment.tgt_mask is not None
     return int(segment.tgt_mask[:, 1:].sum())
+
+
+def _whole(model: Memformer) -> Memformer:
+    """A copy, in each process, of a model whose parameters FSDP divides."""
+    with torch.random.fork_rng():
+        copy = Memformer(**model.config.to_dict())
+    weights = {name: full(p.detach()) for name, p in model.named_parameters()}
+    copy.load_state_dict(weights, strict=False)
+    return copy.to(next(iter(weights.values())).device)
