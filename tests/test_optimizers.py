@@ -242,6 +242,15 @@ def test_a_run_made_longer_in_time_is_one_that_was_longer_from_the_start(setting
     assert [line.learning_rate for line in rest] == [line.learning_rate for line in expected[4:]]
 
 
+def test_a_constant_rate_ends_with_a_fall(settings):
+    """A run without an end is given one, on purpose."""
+    trained(settings(steps=99, learning_rate_schedule="constant"), until=4)
+    ending = settings(steps=8, learning_rate_schedule="wsd", decay_share=0.5, resume=True)
+    run, rest = trained(ending)
+    assert run.step == 8
+    assert [line.learning_rate for line in rest] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+
+
 # --- Clipping
 
 

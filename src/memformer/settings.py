@@ -235,7 +235,7 @@ class OptimizerSettings:
     """adamw adds this to what it divides by."""
     weight_decay: float = 0.1
     """Weight decay; its step is this times the learning rate."""
-    decay_of: Literal["linear", "matrices"] = "matrices"
+    decay_of: Literal["linear", "matrices"] = "linear"
     """What decays: linear, the matrices of linear maps inside the model; matrices, embeddings and memory slots too."""
     clip: float = 1.0
     """Clip the gradient to this norm; 0 or inf: do not clip."""
@@ -511,7 +511,7 @@ def absolute(settings: T) -> T:
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
-FORMER: dict[str, dict[str, object]] = {}
+FORMER: dict[str, dict[str, object]] = {"optimizer": {"decay_of": "matrices"}}
 """What a field that is newer than a saved run meant before there was one, where that is not its default today."""
 
 
