@@ -245,7 +245,7 @@ def _show_sample(training_run: Run) -> None:
     print("\nsample")
     try:
         # As it was saved: under FSDP the model at hand is in parts, and the other processes have left.
-        write(*models.load(settings.out, str(training_run.parts.device)), sample)
+        write(*models.load(checkpoints.find(settings.out), str(training_run.parts.device)), sample)
     except BrokenPipeError:
         raise
     except Exception as error:
