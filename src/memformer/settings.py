@@ -255,6 +255,8 @@ class OptimizerSettings:
                 raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "clip"):
             _check_not_negative(name, getattr(self, name), whole=False)
+        if self.clip == math.inf:  # one value for one meaning, which JSON has
+            object.__setattr__(self, "clip", 0.0)
         if self.weight_decay == math.inf:
             raise ValueError("weight_decay: expected a finite number, got inf")
         for name in ("warmup", "skip_non_finite"):
