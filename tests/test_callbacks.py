@@ -145,6 +145,18 @@ def test_the_time_left_goes_by_the_last_lines_and_not_by_the_first_step() -> Non
     assert Pace(7, 3.0).left(7, 4.0, 10) is None
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_how_often_documents_were_gone_through(lanes: int) -> None:
+    """Each counts alike, by the share of it that was read."""
+    stream = Lanes([list(range(10)), list(range(5))], lanes=lanes, length=5, start=0, epochs=2)
+    assert stream.epochs_read == 0
+    read = [stream.epochs_read for _ in stream]
+    assert read == ([0.25, 0.5, 1.0, 1.25, 1.5, 2.0] if lanes == 1 else [0.75, 1.25, 2.0])
+    assert stream.epochs_read == 2
+    with pytest.raises(ValueError, match="the number of documents that cannot be indexed is not known"):
+        Lanes((list(range(5)) for _ in range(2)), lanes=1, length=5, start=0, epochs=1).epochs_read  # noqa: B018
+
+
 STEP = StepMetrics(1, math.inf, -math.inf, 1.0, 0.1, math.nan, 2, None, 0.5, 0.5)
 
 
@@ -244,6 +256,20 @@ def test_a_callback_hears_the_end_of_a_run_that_fails(settings: Settings, monkey
 def test_a_callback_is_an_object_of_its_class(settings: Settings) -> None:
     with pytest.raises(ValueError, match=r"callbacks: expected objects of a class derived from .*Callback, got"):
         Run(settings(), callbacks=[Recorder])  # type: ignore[list-item]
+
+
+def test_an_evaluation_says_how_far_it_is(settings: Settings) -> None:
+    said: list[tuple[int, int | None]] = []
+
+    class Listener(Callback):
+        def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+            said.extend([(done, total)] if name == "evaluating" else [])
+
+    run = Run(settings(steps=1), callbacks=[Listener()])
+    list(run.train())
+    total = sum(map(len, run.held_out))
+    assert said == sorted(said)
+    assert (said[0], said[-1]) == ((0, total), (total, total))
 
 
 # --- Samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,9 +17,6 @@ from memformer.training import Run, checkpoints, saved_settings
 MODEL = dict(dim=8, slots=2, enc_depth=1, dec_depth=1, heads=2, segment_length=8)
 HOW = dict(lanes=2, horizon=2, log_every=2, sample_tokens=3, warmup=1, device="cpu")
 SMALL = [part for name, value in {**MODEL, **HOW}.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    *MODEL,
-    *["--lanes", "2", "--horizon", "2", "--log-every", "2", "--sample-tokens", "3", "--warmup", "1", "--device", "cpu"],
-]
 
 
 @pytest.fixture
@@ -189,7 +187,7 @@ def test_after_early_stopping_the_best_model_is_reported(
     assert train(*flags) == 0
     printed = capsys.readouterr().out
     assert "stopped early at step 3" in printed
-    assert "after step 1, the best evaluation" in printed
+    assert "read by the model of step 1, the best evaluation" in printed
     assert "  this model          1.000 bits per byte" in printed
     assert "checkpoint  run/step-000001, the best evaluation of run (the newest is step-000003)" in printed
     assert cli.main(["generate", "--checkpoint", "run", "--prompt", "To", "--max-new-tokens", "3"]) == 0
@@ -205,3 +203,27 @@ def test_an_out_that_cannot_be_written_is_found_before_the_data_is_read(
     (folder / "file").touch()
     assert cli.main(["train", "--data", "nowhere", "--out", "file/run"]) == 2
     assert "file/run: cannot be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "nowhere.json"])
+def test_what_a_tokenizer_lacks_is_found_before_the_data_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer: str
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tokenizers" else find_spec(name))
+    assert train("--data", "nowhere", "--tokenizer", tokenizer) == 2
+    expected = "pip install 'memformer-replay[bpe]'" if tokenizer == "bpe" else "nowhere.json"
+    assert expected in capsys.readouterr().err
+
+
+def test_weights_to_start_from_are_named_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Given again with --auto-resume they need not be there any more; others are refused."""
+    start()
+    (folder / "run").rename(folder / "first")
+    flags = ["--data", "text.txt", "--auto-resume", "--lanes", "2", "--sample-tokens", "0", "--device", "cpu"]
+    assert train(*flags, "--steps", "2", "--init-from", "first") == 0
+    (folder / "first").rename(folder / "moved")
+    assert train(*flags, "--steps", "3", "--init-from", "first") == 0
+    capsys.readouterr()
+    assert train(*flags, "--steps", "4", "--init-from", "moved") == 2
+    assert "init_from: the run in run has " in capsys.readouterr().err

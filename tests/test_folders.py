@@ -19,7 +19,7 @@ from filelock import FileLock
 from memformer import folders
 from memformer.files import delete_folder, move, replace_file
 from memformer.training import checkpoints
-from memformer.training.metrics import MetricsLog
+from memformer.training.metrics import Changed, MetricsLog
 
 NO_LINKS = [
     OSError(errno.EPERM, "Operation not permitted"), OSError(errno.EOPNOTSUPP, "Operation not supported"),
@@ -114,17 +114,32 @@ def test_a_name_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert names(tmp_path) == ["a"]
 
 
-def test_a_folder_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on some network folders, which flush files but not names."""
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As on some network folders, which flush files but not names; a broken disk is another matter."""
     fsync = os.fsync
 
     def flush(handle: int) -> None:
         if os.path.isdir(f"/proc/self/fd/{handle}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(number, os.strerror(number))
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", flush)
-    assert folders.damage(write(tmp_path, 1)) is None
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=r"cannot be written \(.*Input/output error"):
+            write(tmp_path, 1)
+    else:
+        assert folders.damage(write(tmp_path, 1)) is None
+
+
+def test_a_network_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    """What is written there would be on this disk, under the folder that comes back."""
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run", 1)
+    (tmp_path / "run").rename(tmp_path / "away")
+    with pytest.raises(OSError, match=r"step-000002: cannot be written .*the checkpoints before it are untouched"):
+        write(tmp_path / "run", 2)
+    assert names(tmp_path) == ["away"]
 
 
 # --- Locks
@@ -226,7 +241,5 @@ def test_a_best_that_is_gone_is_not_found(tmp_path: Path) -> None:
 def test_metrics_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     log = MetricsLog(tmp_path, 0)
-    from memformer.training.metrics import Changed
-
     with pytest.raises(OSError, match=r"metrics\.jsonl: cannot be written .*the checkpoints are untouched"):
         log.write("changed", Changed(1, {}))

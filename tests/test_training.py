@@ -415,13 +415,6 @@ def test_the_learning_rate_rises_then_falls_to_zero(settings):
     assert rates[10] == pytest.approx(0)
 
 
-def test_only_matrices_decay(settings):
-    decaying, plain = Run(settings()).parts.optimizer.param_groups
-    assert decaying["weight_decay"] > 0
-    assert plain["weight_decay"] == 0
-    assert {p.dim() for p in plain["params"]} == {1}
-
-
 def test_mixed_precision(settings):
     run, metrics = trained(settings(steps=2, precision="bf16"))
     assert all(math.isfinite(m.loss_nats) for m in metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,6 +91,7 @@ def evaluate(
     memory: bool = True,
     step: int = 0,
     device: torch.device | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> HeldOut:
     """Read documents whole, at most ``lanes`` side by side, and count every token once.
 
@@ -101,6 +102,7 @@ def evaluate(
             sees one segment back.
         step: of the training run, for the record.
         device: of the model; by default that of its first parameter.
+        report: called with how many bytes (or ids) were read so far, of how many; documents count by their shares.
 
     Raises:
         ValueError: no document, or the model has another vocabulary than the tokenizer.
@@ -119,7 +121,14 @@ def evaluate(
     stream = _stream(documents, tokenizer, model.config.segment_length, lanes, ranks)
     was_training = model.training
     model.eval()
-    by_depth = _read(model, stream, memory, device or next(model.parameters()).device)
+    total = sum(map(len, documents))
+
+    def read_so_far() -> None:
+        if report is not None:
+            report(round(stream.epochs_read * total), total)
+
+    read_so_far()
+    by_depth = _read(model, stream, memory, device or next(model.parameters()).device, read_so_far)
     model.train(was_training)
     by_depth.sums = ranks.sum(by_depth.sums).cpu()
     nats, tokens = by_depth.sums.sum(1).tolist()
@@ -158,7 +167,9 @@ def _stream(documents: Sequence[Document], tokenizer: Tokenizer, length: int, la
     )
 
 
-def _read(model: Memformer, stream: Lanes, memory: bool, device: torch.device) -> ByDepth:
+def _read(
+    model: Memformer, stream: Lanes, memory: bool, device: torch.device, after_each: Callable[[], None]
+) -> ByDepth:
     """Nats and tokens by depth, for this process's lanes to their end."""
     vocabulary = model.config.dec_num_tokens
     assert model.decoder is not None
@@ -179,6 +190,7 @@ def _read(model: Memformer, stream: Lanes, memory: bool, device: torch.device) -
         src, src_mask, tgt, tgt_mask = (_joined(segments, name) for name in ("src", "src_mask", "tgt", "tgt_mask"))
         losses, counted = token_losses(model.decoder, tgt, torch.cat(outputs), src_mask, tgt_mask, src)
         by_depth.add(torch.cat(depths).clamp(min=1), losses.double().sum(1), counted.double().sum(1))
+        after_each()
     return by_depth
 
 

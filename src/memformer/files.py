@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 __all__ = ["delete_folder", "flush_to_disk", "move", "replace_file"]
 
+_LOST = {getattr(errno, name, None) for name in ("EIO", "ENOSPC", "EDQUOT")}
 _TRIES = 8
 """How often a name is asked for that another program holds for a moment: a scanner of viruses, a backup."""
 
@@ -80,8 +82,8 @@ def flush_to_disk(path: Path) -> None:
         raise
     try:
         os.fsync(handle)
-    except OSError:
-        if not folder:  # network folders flush none
+    except OSError as error:
+        if not folder or error.errno in _LOST:  # else a network folder, which flushes none
             raise
     finally:
         os.close(handle)

@@ -9,20 +9,23 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Unpack
+from typing import Literal, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import replay
-from .checks import as_mask, ignored_as_masked
+from .checks import as_mask, describe, ignored_as_masked
 from .data.segments import Segment, Targets, cut
 from .model import Memformer, token_losses
+from .network import counted_targets
 from .replay.inputs import Cell, Readout, weight_list
 from .replay.options import OptionKeywords
 
 __all__ = ["Tally", "memory_replay_backprop", "rollout", "verify_rollout"]
+
+Reduction = Literal["segment_means", "mean", "sum"]
 
 READOUT_TOKENS = 1024
 """Targets per call of the decoder in a rollout: enough for a matrix product to run at its full rate."""
@@ -84,6 +87,8 @@ def memory_replay_backprop(
     reset: Targets = None,
     mems: Tensor | None = None,
     loss_fn: Callable[[int, Tensor], Tensor | None] | None = None,
+    reduction: Reduction = "segment_means",
+    scale: Callable[[Tensor], Tensor] | None = None,
     options: replay.Options | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> tuple[Tensor, Tensor]:
@@ -103,12 +108,18 @@ def memory_replay_backprop(
         mems: (batch, slots, dim), the memory to start from; None for the learned initial memory.
         loss_fn: ``loss_fn(index, enc_out) -> scalar or None``, in place of a target (for encoder-only models): called
             once per segment. Whatever it uses gets its gradients too.
+        reduction: how the targets' losses become one: ``"segment_means"``, the sum of each segment's mean, in which a
+            target counts more where its segment has few; ``"mean"`` over all targets that count, so that it does not
+            matter how they are cut; or ``"sum"`` over them.
+        scale: what is back-propagated in place of the loss, which is returned as it is: ``scaler.scale`` of a
+            ``torch.amp.GradScaler``, or ``lambda loss: loss / 4`` to accumulate the mean over four calls.
         options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too:
             ``schedule``, ``segment_weights``, ``memory_gradients``, ``check``, and, for targets, ``readout_segments``:
             how many segments one call of the decoder gets.
 
     Returns:
-        ``(loss, mems)``, both detached: the weighted sum of the segments' mean losses in nats, and the final memory.
+        ``(loss, mems)``, both detached: the loss in nats, as ``reduction`` and ``segment_weights`` say, and the final
+        memory.
 
     Raises:
         ValueError: as :meth:`Memformer.forward`, or if there is nothing to predict.
@@ -128,6 +139,15 @@ def memory_replay_backprop(
         raise ValueError(
             "readout_segments: says how many segments the decoder gets at once, but loss_fn gets one by one"
         )
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}")
+    if loss_fn is not None and reduction != "segment_means":
+        raise ValueError(f"reduction: {reduction!r} is of targets; what loss_fn returns is added up as it is")
+    if scale is not None and not callable(scale):
+        raise ValueError(
+            f"scale: expected a function of the loss, such as scaler.scale, got {describe(scale)}; for a number s, "
+            "lambda loss: s * loss"
+        )
     src_mask = as_mask("src_mask", src_mask)
     model.check_source(src, mems, src_mask, None, max_len=sys.maxsize)
     segments = [
@@ -138,9 +158,9 @@ def memory_replay_backprop(
         weights = weight_list(options.segment_weights, len(segments)) or [1.0] * len(segments)
         options = dataclasses.replace(options, segment_weights=None)
         outputs, memory = replay.scan(functools.partial(_encode, model), segments, mems, options=options)
-        return _backprop_own_loss(loss_fn, outputs, weights), memory.detach()
-    outcome = rollout(model, segments, mems, options=options)
-    outcome.loss.backward()
+        return _backprop_own_loss(loss_fn, outputs, weights, scale), memory.detach()
+    outcome = rollout(model, segments, mems, divisor=_divisor(segments, reduction), options=options)
+    (outcome.loss if scale is None else scale(outcome.loss)).backward()
     return outcome.loss.detach(), outcome.memory.detach()
 
 
@@ -158,8 +178,21 @@ def _checked(model: Memformer, index: int, segment: Segment) -> Segment:
     return segment._replace(tgt=tgt, tgt_mask=tgt_mask)
 
 
+def _divisor(segments: Sequence[Segment], reduction: Reduction) -> Tensor | float | None:
+    """What each segment's summed loss is divided by; None for its own number of targets that count."""
+    if reduction == "segment_means":
+        return None
+    if reduction == "sum":
+        return 1.0
+    counts = [counted_targets(s.tgt, s.tgt_mask).sum() for s in segments if s.tgt is not None]
+    return torch.stack(counts).sum().clamp(min=1) if counts else None
+
+
 def _backprop_own_loss(
-    loss_fn: Callable[[int, Tensor], Tensor | None], outputs: list[Tensor], weights: list[float]
+    loss_fn: Callable[[int, Tensor], Tensor | None],
+    outputs: list[Tensor],
+    weights: list[float],
+    scale: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     losses, reached, trains = [], [], False
     for i, (output, weight) in enumerate(zip(outputs, weights, strict=True)):
@@ -173,7 +206,7 @@ def _backprop_own_loss(
             raise ValueError(f"loss_fn: expected a scalar loss or None for segment {i}, got {got}")
         loss = loss * weight
         if loss.requires_grad:
-            loss.backward()
+            (loss if scale is None else scale(loss)).backward()
             trains = True
         losses.append(loss.detach())
         if leaf.grad is not None and output.requires_grad:  # a frozen model's does not

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ import yaml
 from . import replay
 from .checks import as_paths
 from .config import MemformerConfig, Positions, Writer, check_count
+from .learning_rate import warmup_constant, warmup_cosine, warmup_stable_decay
 
 __all__ = [
     "RECIPES",
@@ -233,27 +235,77 @@ class RolloutSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW; the learning rate rises along a line, then falls to zero along a cosine."""
+    """How a step changes the weights, and the learning rate's curve: a line up, then as its schedule says."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon, for the matrices of linear maps inside the model, beside adamw for all else."""
     learning_rate: float = 3e-3
-    """The highest learning rate, at the end of the warm-up."""
+    """The highest learning rate, at the end of the warm-up; muon's steps are scaled to the size of adamw's."""
     warmup: int = 50
     """Steps over which the learning rate rises."""
+    learning_rate_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine falls until the end; wsd stays, then falls along a line; constant stays."""
+    decay_share: float = 0.2
+    """With wsd, the share of the steps, at their end, over which the learning rate falls."""
+    least: float = 0.0
+    """The learning rate of cosine and wsd at the end, as a share of the highest."""
+    beta1: float = 0.9
+    """adamw's decay of the mean gradient."""
+    beta2: float = 0.98
+    """adamw's decay of the mean squared gradient."""
+    eps: float = 1e-8
+    """adamw adds this to what it divides by."""
     weight_decay: float = 0.1
-    """Weight decay, of matrices only."""
+    """Weight decay; its step is this times the learning rate."""
+    decay_of: Literal["linear", "matrices"] = "linear"
+    """What decays: linear, the matrices of linear maps inside the model; matrices, embeddings and memory slots too."""
     clip: float = 1.0
-    """Clip the gradient to this norm; 0: do not clip."""
+    """Clip the gradient to this norm; 0 or inf: do not clip."""
     ema: float = 0.0
     """Decay of a moving average of the weights, which is then evaluated and saved as the model; 0: none."""
+    skip_non_finite: int = 0
+    """Leave out a step whose gradient is not finite, at most this many in a row; 0: that is an error."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
+        hints = get_type_hints(type(self))
+        for name in ("optimizer", "learning_rate_schedule", "decay_of"):
+            if getattr(self, name) not in get_args(hints[name]):
+                known = ", ".join(get_args(hints[name]))
+                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "clip"):
             _check_not_negative(name, getattr(self, name), whole=False)
-        _check_not_negative("warmup", self.warmup)
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+        if self.clip == math.inf:  # one value for one meaning, which JSON has
+            object.__setattr__(self, "clip", 0.0)
+        if self.weight_decay == math.inf:
+            raise ValueError("weight_decay: expected a finite number, got inf")
+        for name in ("warmup", "skip_non_finite"):
+            _check_not_negative(name, getattr(self, name))
+        for name in ("beta1", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a decay in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share: expected a share of the steps in (0, 1], got {self.decay_share}")
+        if self.decay_share != type(self).decay_share and self.learning_rate_schedule != "wsd":
+            raise ValueError(
+                f"decay_share: {self.decay_share} is for learning_rate_schedule wsd, got {self.learning_rate_schedule}"
+            )
+        if not 0 <= self.least <= 1:
+            raise ValueError(f"least: expected a share of the learning rate in [0, 1], got {self.least}")
+        if self.least and self.learning_rate_schedule == "constant":
+            raise ValueError(f"least: {self.least} is where the learning rate falls to, but constant does not fall")
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0, in a training of ``steps``."""
+        if self.learning_rate_schedule == "constant":
+            share = warmup_constant(step, self.warmup)
+        elif self.learning_rate_schedule == "wsd":
+            share = warmup_stable_decay(step, steps, self.warmup, self.decay_share * steps, self.least)
+        else:
+            share = warmup_cosine(step, steps, self.warmup, self.least)
+        return self.learning_rate * share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +412,8 @@ class TrainingConfig:
             )
         if self.compute.precision == "fp16" and self.compute.parallel == "fsdp":
             raise ValueError("precision: fp16 scales the loss, which FSDP's accumulation does not; use bf16")
+        if self.optimizer.optimizer == "muon" and self.compute.parallel == "fsdp":
+            raise ValueError("optimizer: muon needs whole matrices, which FSDP divides; use adamw, or --parallel ddp")
         if self.rollout.replay_schedule().needs_sizes and self.compute.parallel == "fsdp":
             raise ValueError(
                 "schedule: a budget measures a segment's graph, which FSDP fills with gathered weights; "
@@ -483,7 +537,10 @@ def absolute(settings: T) -> T:
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
-FORMER: dict[str, dict[str, object]] = {"documents": {"held_out_by": "name"}}
+FORMER: dict[str, dict[str, object]] = {
+    "documents": {"held_out_by": "name"},
+    "optimizer": {"decay_of": "matrices"},
+}
 """What a field that is newer than a saved run meant before there was one, where that is not its default today."""
 
 
@@ -519,7 +576,7 @@ def build(cls: type[T], values: object, *, base: T | None = None, where: str = "
 
 
 def _suggestion(name: str) -> str:
-    known = dict(_paths(TrainingConfig, ""))
+    known = dict(reversed(_paths(TrainingConfig, "")))  # a section before the setting of the same name
     if name in ("recipe", "config"):
         return f": --{name} is a flag"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)

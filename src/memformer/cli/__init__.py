@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 import traceback
 import warnings
@@ -15,7 +14,8 @@ import torch
 import tyro
 
 from .._installation import __version__
-from . import bench, evaluate, export, generate, inspect, train
+from . import average, bench, evaluate, export, generate, inspect, train
+from .output import let_go, make_safe
 
 __all__ = ["main"]
 
@@ -25,6 +25,7 @@ _RUN: dict[type, Callable[[Any], int]] = {
     generate.GenerateCommand: generate.run,
     inspect.InspectCommand: inspect.run,
     export.ExportCommand: export.run,
+    average.AverageCommand: average.run,
     bench.BenchCommand: bench.run,
 }
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 2: a user's mistake; 130: Ctrl-C; 141: whoever read the output has left, as ``head`` does.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    make_safe()
     if arguments[:1] == ["--version"]:
         print(f"memformer {__version__}")
         return 0
@@ -49,8 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
         except BrokenPipeError:
-            with open(os.devnull, "w") as nowhere:  # or the interpreter complains when it flushes at its end
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
             return 141
         except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
             return _refuse(error)
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         except KeyboardInterrupt:
             return 130
+        finally:
+            let_go()
 
 
 def _refuse(error: Exception) -> int:
@@ -76,6 +78,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[generate.GenerateCommand, tyro.conf.subcommand("generate")]
         | Annotated[inspect.InspectCommand, tyro.conf.subcommand("inspect")]
         | Annotated[export.ExportCommand, tyro.conf.subcommand("export")]
+        | Annotated[average.AverageCommand, tyro.conf.subcommand("average")]
         | Annotated[bench.BenchCommand, tyro.conf.subcommand("bench")]
     )
     printed = io.StringIO()

@@ -18,7 +18,7 @@ class DocumentOptions:
     """Which model reads which documents."""
 
     checkpoint: Path
-    """A run's folder, or one checkpoint in it (RUN/best is that of the best evaluation)."""
+    """A run's folder (its best model if it evaluates on its way, else its newest), or one checkpoint in it."""
     data: tuple[Path, ...] = ()
     """Files and folders, as for memformer train; by default the documents that the run held out."""
     test: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..checks import plural
 from ..data import xz_bits_per_byte
 from ..evaluation import HeldOut, evaluate
 from . import models
@@ -36,7 +37,7 @@ def run(command: EvaluateCommand) -> int:
         per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits per byte, "
         print(
             f"memory {'on ' if memory else 'off'}  {per_byte}{result.loss_nats:.4f} nats per token, perplexity "
-            f"{result.perplexity:.3f}, on {result.tokens:,} tokens of {result.documents} documents, "
+            f"{result.perplexity:.3f}, on {plural(result.tokens, 'token')} of {plural(result.documents, 'document')}, "
             f"{result.tokens / result.seconds:,.0f} tokens/s"
         )
         print(describe(result))

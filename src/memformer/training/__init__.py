@@ -2,8 +2,10 @@
 
 from ..device import choose_device
 from .assemble import assemble
+from .averaging import average
 from .callbacks import Callback
 from .documents import documents_for_test, documents_of
+from .life import life, plot_life
 from .metrics import StepMetrics, read_metrics
 from .parts import Parts
 from .resume import last_settings, saved_settings, settings_of, sized_as
@@ -15,10 +17,13 @@ __all__ = [
     "Run",
     "StepMetrics",
     "assemble",
+    "average",
     "choose_device",
     "documents_for_test",
     "documents_of",
     "last_settings",
+    "life",
+    "plot_life",
     "read_metrics",
     "saved_settings",
     "settings_of",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -65,16 +66,19 @@ def assemble(
     if not ranks.rank:
         checkpoints.check_folder(settings.out)
     initial = None if checkpoint else resume.load_initial(settings)
+    tokenizer = load_tokenizer(checkpoint) if checkpoint else initial and initial[1]
+    trains = tokenizer is None and settings.documents.tokenizer == "bpe"
+    if trains and importlib.util.find_spec("tokenizers") is None:
+        raise ImportError("tokenizer: a bpe needs the tokenizers library: pip install 'memformer-replay[bpe]'")
+    if tokenizer is None and not trains:
+        tokenizer = _tokenizer(settings.documents, [], report)
     report("reading")
     training, held_out = documents_of(settings) if documents is None else _given(settings, documents)
     test = documents_for_test(settings)
     known, known_held_out = fingerprint(training), fingerprint(held_out)
     read = evaluated(held_out, settings.evaluation.eval_limit)
-    tokenizer = load_tokenizer(checkpoint) if checkpoint else initial and initial[1]
     if tokenizer is None:
-        if settings.documents.tokenizer == "bpe":
-            report("training a BPE")
-        tokenizer = _tokenizer(settings.documents, training)
+        tokenizer = _tokenizer(settings.documents, training, report)
     # Before anything that takes long; training texts are encoded below.
     check_documents([*(d for d in training if not d.text or not len(d)), *read, *test], tokenizer)
     model = _model(settings, tokenizer)
@@ -128,17 +132,23 @@ def _given(
     return training, held_out
 
 
-def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Tokenizer:
+def _tokenizer(settings: DocumentSettings, training: Sequence[Document], report: Report) -> Tokenizer:
     if settings.tokenizer == "bytes":
         return ByteTokenizer()
     if settings.tokenizer == "ids":
         return TokenIds(settings.vocabulary)
     if settings.tokenizer == "bpe":
         try:
-            return BPETokenizer.train((bytes(d) for d in training), settings.vocabulary)
+            return BPETokenizer.train(_read_aloud(training, report), settings.vocabulary)
         except ValueError as error:
             raise ValueError(f"vocabulary: {error}") from error
     return BPETokenizer.from_file(Path(settings.tokenizer))
+
+
+def _read_aloud(training: Sequence[Document], report: Report) -> Iterator[bytes]:
+    for done, document in enumerate(training):
+        report("training a BPE", done, len(training))
+        yield bytes(document)
 
 
 def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: Tokenizer, ranks: Ranks) -> Lanes:

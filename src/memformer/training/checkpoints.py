@@ -79,7 +79,7 @@ def save(
     unfinished = out / f".unfinished-{step:06d}"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        unfinished.mkdir()  # not its parents: a network folder that is gone must not come again on this disk
         write_model(unfinished)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / "training.safetensors")
         (unfinished / NUMBERS).write_text(_json(numbers), encoding="utf-8")

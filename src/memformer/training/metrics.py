@@ -28,7 +28,8 @@ __all__ = ["ByObjective", "Changed", "MetricsLog", "Pace", "StepMetrics", "held_
 class StepMetrics:
     """One line of metrics: averages since the previous line, unless marked as the last step's, or as of the whole run.
 
-    A number that is not finite is null in the file.
+    A number that is not finite is null in the file. Of steps that were left
+    out because their loss is not finite, no loss counts.
     """
 
     step: int
@@ -48,6 +49,8 @@ class StepMetrics:
     """The share of the writing attention that slots give themselves, in the last segment: 1 keeps all, 0 nothing."""
     slot_diversity: float
     """1 - the mean cosine of two slots: 0 where all hold the same."""
+    skipped: int = 0
+    """Steps since the run began that changed nothing, because their gradient was not finite."""
     tokens_seen: int = 0
     """Targets that counted since the run began."""
     epoch: float = 0.0
@@ -131,10 +134,10 @@ class Pace:
 class MetricsLog:
     """Appends metrics to ``OUT/metrics.jsonl``, after those of its first ``step`` steps; what a lost step wrote goes.
 
+    Each line is JSON as other programs read it: a number that is not finite becomes null.
+
     Args:
         again: the events of the last of these steps that will be written again.
-
-    Each line is JSON as other programs read it: a number that is not finite becomes null.
 
     Raises:
         OSError: the folder cannot be written.
@@ -143,8 +146,11 @@ class MetricsLog:
     def __init__(self, out: Path, step: int, again: Collection[str] = ()):
         self._file = out / "metrics.jsonl"
         if self._file.is_file():
-            lines = _lines(self._file)
-            kept = [x for x in lines if x["step"] < step or (x["step"] == step and x.get("event") not in again)]
+            kept = [
+                line
+                for line in _lines(self._file)
+                if line["step"] < step or (line["step"] == step and line.get("event") not in again)
+            ]
             replace_file(self._file, "".join(_json(line) for line in kept))
 
     def write(self, event: str, metrics: StepMetrics | HeldOut | Changed) -> None:

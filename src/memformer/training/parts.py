@@ -52,6 +52,10 @@ class Progress:
     """(lanes of this process, slots, dim), carried from the last rollout; None before the first."""
     best: Best | None = None
     evaluations_since_best: int = 0
+    skipped: int = 0
+    """Steps that changed no weight, because their gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """The newest ones, at most ``skip_non_finite``; those that fp16's scale made overflow are not among them."""
     tokens: int = 0
     """Targets that counted, of all processes."""
     seconds: float = 0.0

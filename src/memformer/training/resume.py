@@ -42,14 +42,14 @@ Kind = Literal["exact", "stretch", "stream", "best", "documents", "fixed"]
 
 ON_RESUMING: dict[str, Kind] = {
     "data": "documents", "out": "exact", "steps": "stretch", "seed": "stream", "resume": "exact",
-    "auto_resume": "exact", "new_data": "exact", "init_from": "exact", "device": "exact",
+    "auto_resume": "exact", "new_data": "exact", "init_from": "fixed", "device": "exact",
     "documents": "documents", "documents.tokenizer": "fixed", "documents.vocabulary": "fixed",
     "documents.end": "stream",
     "model": "fixed", "model.dropout": "stretch",
     "objective": "stretch",
     "rollout": "stretch", "rollout.lanes": "stream", "rollout.segment_length": "fixed", "rollout.spread": "stream",
     "rollout.schedule": "exact", "rollout.graphs": "exact", "rollout.offload": "exact",
-    "optimizer": "stretch", "optimizer.optimizer": "fixed",
+    "optimizer": "stretch", "optimizer.optimizer": "fixed", "optimizer.skip_non_finite": "exact",
     "compute": "exact", "compute.precision": "stretch",
     "evaluation": "exact", "evaluation.eval_limit": "best",
     "output": "exact",
@@ -82,6 +82,8 @@ class _Numbers(TypedDict):
     scaler: dict[str, float]
     best: Best | None
     evaluations_since_best: int
+    skipped: NotRequired[tuple[int, int]]
+    """In all, and in a row; where there were any."""
     due: NotRequired[bool]
     torch: str
     tokens: NotRequired[int]
@@ -173,7 +175,8 @@ def on_resuming(name: str) -> Kind:
 def _changes(before: TrainingConfig, now: TrainingConfig) -> tuple[list[Change], set[Kind]]:
     """The settings that are others on purpose, and of which kinds they are."""
     saved, given = to_flat(absolute(before)), to_flat(absolute(now))
-    changes, kinds = [], set()
+    changes: list[Change] = []
+    kinds: set[Kind] = set()
     for name in saved:
         kind = on_resuming(name)
         if saved[name] == given[name] or kind in ("exact", "documents"):
@@ -297,6 +300,8 @@ def save(parts: Parts, settings: TrainingConfig) -> None:
     }
     if parts.test:
         numbers["test"] = parts.test_fingerprint
+    if progress.skipped:
+        numbers["skipped"] = (progress.skipped, progress.skipped_in_a_row)
     if progress.due:
         numbers["due"] = True
     if not parts.ranks.rank:
@@ -388,6 +393,7 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
         parts.scaler.load_state_dict(numbers["scaler"])
     progress.step, progress.best = numbers["step"], numbers["best"]
     progress.evaluations_since_best = numbers["evaluations_since_best"]
+    progress.skipped, progress.skipped_in_a_row = numbers.get("skipped", (0, 0))
     progress.tokens, progress.seconds = numbers.get("tokens", 0), numbers.get("seconds", 0.0)
     if "best" in kinds:
         progress.best, progress.evaluations_since_best = None, 0

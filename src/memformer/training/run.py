@@ -22,9 +22,8 @@ from ..data.segments import Segment
 from ..evaluation import HeldOut, evaluate
 from ..files import replace_file
 from ..inspection import memory_health
-from ..learning_rate import warmup_cosine
 from ..model import Memformer
-from ..parallel import Ranks, gradient_sync
+from ..parallel import Ranks, full, gradient_sync
 from ..rollouts import verify_rollout
 from ..settings import TrainingConfig, to_yaml
 from . import checkpoints, resume
@@ -49,6 +48,8 @@ class _Step(NamedTuple):
     """Scalar: this process's part of the summed loss."""
     tokens: int
     """Targets that count, of all processes."""
+    judged: int
+    """How many of them the summed loss is of: none, in a step that was left out because its loss is not finite."""
     gradient_norm: float
     segment: Segment
     """The last rollout's first one, and the memory before it."""
@@ -108,8 +109,7 @@ class Run:
 
     def learning_rate(self, step: int) -> float:
         """Of a step, counted from 0."""
-        settings = self.settings.optimizer
-        return settings.learning_rate * warmup_cosine(step, self.settings.steps, settings.warmup)
+        return self.settings.optimizer.learning_rate_at(step, self.settings.steps)
 
     def stop(self) -> None:
         """Let :meth:`train` save and end after the next step, in all processes; safe in a signal handler.
@@ -144,7 +144,7 @@ class Run:
         included, it can be called again and goes on after the last whole step.
 
         Raises:
-            FloatingPointError: the gradient is not finite.
+            FloatingPointError: the gradient is not finite, more often than may be passed over.
             BlockingIOError: another process trains in the same folder, or has trained there since this run was made.
             OSError: something cannot be written; the checkpoints are untouched.
             ValueError, MemoryError: the evaluation failed, after its checkpoint was written.
@@ -190,7 +190,7 @@ class Run:
         log_every, sample_every = settings.output.log_every, settings.output.sample_every
         progress = self.parts.progress
         self.model.train()
-        nats, tokens, seconds = torch.zeros((), device=device), 0, 0.0
+        nats, tokens, judged, seconds = torch.zeros((), device=device), 0, 0, 0.0
         mixed = self.parts.stream.objectives is not None
         self._by_objective = ByObjective(self.tokenizer, device) if mixed else None
         self._entered = time.perf_counter() - progress.seconds
@@ -205,8 +205,9 @@ class Run:
             began = time.perf_counter()
             taken = self._take_step(rate, horizon, watch)
             nats, tokens, seconds = nats + taken.nats, tokens + taken.tokens, seconds + time.perf_counter() - began
+            judged += taken.judged
             if watched or self.stopping:
-                mean = float(self.parts.ranks.sum(nats)) / tokens
+                mean = float(self.parts.ranks.sum(nats)) / judged if judged else math.nan
                 self_attention, slot_diversity = self._health(taken.segment, taken.memory)
                 progress.seconds = time.perf_counter() - self._entered
                 self._warn_of_lost_memories()
@@ -217,6 +218,7 @@ class Run:
                     tokens_per_second=tokens / seconds,
                     learning_rate=rate,
                     gradient_norm=taken.gradient_norm,
+                    skipped=self.parts.progress.skipped,
                     horizon=horizon,
                     memory_gradient=self._reach(watch),
                     self_attention=self_attention,
@@ -230,7 +232,7 @@ class Run:
                 )
                 self._write("step", metrics)
                 yield metrics
-                nats, tokens, seconds = torch.zeros_like(nats), 0, 0.0
+                nats, tokens, judged, seconds = torch.zeros_like(nats), 0, 0, 0.0
             if progress.due or self.stopping or self.step % settings.output.save_every == 0:
                 self._save()
             yield from self._evaluate_if_due()
@@ -253,7 +255,11 @@ class Run:
             if not whole:
                 self._take_back(place, before)
             raise
-        return _Step(loss / self.parts.ranks.size * counted, counted, norm, first, memory)
+        ranks = self.parts.ranks
+        nats, judged = loss / ranks.size * counted, counted
+        if not math.isfinite(norm) and not ranks.sum(nats.clone()).isfinite():
+            nats, judged = torch.zeros_like(nats), 0
+        return _Step(nats, counted, judged, norm, first, memory)
 
     def _count(self, tokens: int) -> None:
         settings, progress = self.settings, self.parts.progress
@@ -370,21 +376,31 @@ class Run:
     def _sample(self) -> None:
         """What the model writes now, with the weights that a checkpoint has. Training does not fail by it."""
         self._callbacks.phase("sampling")
-        prompt = "" if self.settings.data else "def "
-        try:
-            with self.averaged() as model, torch.no_grad():
-                text = sample(model, self.tokenizer, prompt, self.settings.output.sample_tokens)
-        except Exception as error:
-            warnings.warn(f"no sample at step {self.step} ({type(error).__name__}: {error})", stacklevel=2)
-            return
-        if self._log is not None:
-            add_sample(self.settings.out, self.step, text)
+        settings = self.settings
+        with self.averaged() as model, torch.no_grad():
+            if gradient_sync(model) is not None:
+                model = _whole(model)
+            if self._log is None:
+                return
+            try:
+                prompt = "" if settings.data else "def "
+                text = sample(model, self.tokenizer, prompt, settings.output.sample_tokens)
+                add_sample(settings.out, self.step, text)
+            except Exception as error:
+                warnings.warn(f"no sample at step {self.step} ({type(error).__name__}: {error})", stacklevel=2)
+                return
         self._callbacks.sample(text, self.step)
 
     def evaluate(self) -> HeldOut:
         """The model on the held-out documents, with the weights that a checkpoint has; see :func:`evaluate`."""
         with self.averaged() as model, self._autocast():
-            return evaluate(model, self.held_out, self.tokenizer, step=self.step, device=self.parts.device)
+            device = self.parts.device
+            return evaluate(
+                model, self.held_out, self.tokenizer, step=self.step, device=device, report=self._evaluating
+            )
+
+    def _evaluating(self, done: int, total: int) -> None:
+        self._callbacks.phase("evaluating", done, total)
 
     def _evaluate_if_due(self) -> Iterator[HeldOut]:
         """The evaluation of this step, of which there is a checkpoint then; not of a run that is asked to stop."""
@@ -448,3 +464,12 @@ def _counted(segment: Segment) -> int:
     """How many targets of a segment count in the loss."""
     assert segment.tgt_mask is not None
     return int(segment.tgt_mask[:, 1:].sum())
+
+
+def _whole(model: Memformer) -> Memformer:
+    """A copy, in each process, of a model whose parameters FSDP divides."""
+    with torch.random.fork_rng():
+        copy = Memformer(**model.config.to_dict())
+    weights = {name: full(p.detach()) for name, p in model.named_parameters()}
+    copy.load_state_dict(weights, strict=False)
+    return copy.to(next(iter(weights.values())).device)
