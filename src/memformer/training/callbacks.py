@@ -80,8 +80,14 @@ class Callbacks(Callback):
         self._active = list(callbacks)
 
     def start(self, run: Watched) -> None:
-        for callback in self._active:
-            callback.start(run)
+        given, self._active = self._active, []
+        try:
+            for callback in given:
+                callback.start(run)
+                self._active.append(callback)
+        except BaseException:
+            self.end(run)  # of those that had started
+            raise
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         self._tell("phase", name, done, total)
