@@ -52,7 +52,7 @@ LAYERS = [
     {"evaluation"},
     {"inspection"},
     {"training.parts", "training.metrics"},
-    {"training.callbacks", "training.life", "training.resume"},
+    {"training.callbacks", "training.history", "training.resume"},
     {"training.assemble", "training.loggers", "training.samples"},
     {"training.run"},
     {"training", "bench"},

@@ -3,7 +3,7 @@
 from ..device import choose_device
 from .assemble import assemble, documents_of
 from .callbacks import Callback
-from .life import life, plot_life
+from .history import life, plot_life
 from .metrics import StepMetrics, read_metrics
 from .parts import Parts
 from .resume import saved_settings, settings_of

@@ -49,7 +49,8 @@ class Callback:
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """What the run does now: reading, training a BPE, encoding, training, evaluating, sampling, saving.
 
-        It comes again as that goes on; after each step with "training". A total of None is not known.
+        It comes again as that goes on, after each step with "training", and before :meth:`start` already. A total of
+        None is not known.
         """
 
     def start(self, run: Watched) -> None:
