@@ -69,7 +69,7 @@ LAYERS = [
         "training.averaging",
         "training.callbacks",
         "training.documents",
-        "training.life",
+        "training.history",
         "training.resume",
         "training.update",
     },

@@ -238,10 +238,13 @@ def test_a_callback_that_cannot_start_ends_the_run(settings: Settings) -> None:
         def start(self, run: Any) -> None:
             raise ValueError("log in first")
 
-    run = Run(settings(), callbacks=[NotLoggedIn()])
+    first, last = Recorder(), Recorder()
+    run = Run(settings(), callbacks=[first, NotLoggedIn(), last])
     with pytest.raises(ValueError, match="log in first"):
         next(iter(run.train()))
     assert run.step == 0
+    assert first.heard == [("phase", "reading"), ("start", 0), ("end", 0)]
+    assert last.heard == [("phase", "reading")]
 
 
 def test_a_callback_hears_the_end_of_a_run_that_fails(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from memformer.data import ByteTokenizer
 from memformer.data.segments import Segment
 from memformer.inspection import KINDS, Inspection, MemoryHealth, inspect, kinds, memory_health, plot, slot_diversity
 from memformer.pictures import new_figure
-from memformer.training.life import Moment, _message, life
+from memformer.training.history import Moment, _message, life
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -11,7 +11,7 @@ from ..checks import plural
 from ..data import encode_documents
 from ..inspection import KINDS, Inspection, inspect, kinds, plot
 from ..training import life, plot_life
-from ..training.life import Moment
+from ..training.history import Moment
 from . import models
 from .documents import DocumentOptions
 from .progress import duration

@@ -75,7 +75,7 @@ class Lines(Callback):
             self.unheard = True
             if self._run is not None:
                 self._run.stop()
-        except OSError:  # a terminal that was closed, a full disk: no reason to end a training
+        except (OSError, ValueError):  # a terminal that is gone, a full disk: no reason to end a training
             pass
 
     def start(self, run: Watched) -> None:

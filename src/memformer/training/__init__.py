@@ -5,7 +5,7 @@ from .assemble import assemble
 from .averaging import average
 from .callbacks import Callback
 from .documents import documents_for_test, documents_of
-from .life import life, plot_life
+from .history import life, plot_life
 from .metrics import StepMetrics, read_metrics
 from .parts import Parts
 from .resume import last_settings, saved_settings, settings_of, sized_as

@@ -49,7 +49,8 @@ class Callback:
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """What the run does now: reading, training a BPE, encoding, training, evaluating, sampling, saving.
 
-        It comes again as that goes on; after each step with "training". A total of None is not known.
+        It comes again as that goes on, after each step with "training", and before :meth:`start` already. A total of
+        None is not known.
         """
 
     def start(self, run: Watched) -> None:
@@ -80,8 +81,14 @@ class Callbacks(Callback):
         self._active = list(callbacks)
 
     def start(self, run: Watched) -> None:
-        for callback in self._active:
-            callback.start(run)
+        given, self._active = self._active, []
+        try:
+            for callback in given:
+                callback.start(run)
+                self._active.append(callback)
+        except BaseException:
+            self.end(run)  # of those that had started
+            raise
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         self._tell("phase", name, done, total)

@@ -79,6 +79,7 @@ class WandbLogger(Callback):
             id=_identity(out, "wandb"),
             resume="allow",
             config=_plain(run.settings),
+            allow_val_change=True,  # as of the number of steps
         )
         # Its own count of steps may not go back, as that of a resumed run does.
         self._run.define_metric("step")

@@ -99,8 +99,8 @@ class ByObjective:
     def add(self, tgt: Tensor, losses: Tensor, counted: Tensor) -> None:
         """Targets (rows, tokens), the losses of their tokens, and which of these count."""
         objective = self._starts[tgt[:, 0]]
-        self.sums[0].index_add_(0, objective, losses.detach().float().sum(1))
-        self.sums[1].index_add_(0, objective, counted.float().sum(1))
+        self.sums[0].index_add_(0, objective, losses.detach().sum(1, dtype=self.sums.dtype))
+        self.sums[1].index_add_(0, objective, counted.sum(1, dtype=self.sums.dtype))
 
     def take(self, sums: Tensor) -> dict[str, float | None]:
         """The means by their names in :class:`StepMetrics`, given the sums of all processes; it then starts anew."""
