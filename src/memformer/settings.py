@@ -155,6 +155,8 @@ class RolloutSettings:
     """Steps over which the horizon grows."""
     accumulate: int = 1
     """Rollouts per step, one after the other in the same documents."""
+    spread: bool = True
+    """Cut long documents into stretches, so that the lanes read different text; otherwise each is read by one lane."""
     schedule: str = "every"
     """Which memories replay stores: every; binomial:N, at most N; budget:SIZE (2GB), the fastest way that fits."""
     graphs: int = 1
@@ -418,7 +420,7 @@ def to_plain(settings: DataclassInstance) -> dict[str, object]:
     return plain
 
 
-FORMER: dict[str, dict[str, object]] = {}
+FORMER: dict[str, dict[str, object]] = {"rollout": {"spread": False}}
 """What a field that is newer than a saved run meant before there was one, where that is not its default today."""
 
 

@@ -105,7 +105,9 @@ def _lead(training_run: Run) -> int:
         print(f"refused     {reason}; going on from the one before")
     source = "the Python standard library" if not settings.data else ", ".join(map(str, settings.data))
     training, held_out = (f"{len(d):,} documents ({_size(d)})" for d in (training_run.training, training_run.held_out))
-    print(f"data        {source}: {training} to train on, {held_out} held out")
+    stretches = training_run.parts.stream.stretches
+    cut = "" if stretches in (None, len(training_run.training)) else f" in {stretches:,} stretches"
+    print(f"data        {source}: {training}{cut} to train on, {held_out} held out")
     parameters = sum(p.numel() for p in training_run.model.parameters())
     ranks = training_run.parts.ranks
     where = f"{training_run.parts.device}" + (

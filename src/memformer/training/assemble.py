@@ -120,6 +120,7 @@ def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: T
         rank=ranks.rank,
         world_size=ranks.size,
         objectives=Mixture(tokenizer, **dataclasses.asdict(settings.objective), seed=settings.seed),
+        spread=settings.rollout.spread,
     )
 
 
