@@ -59,7 +59,7 @@ def folder(tmp_path, monkeypatch):
 def test_train_evaluate_generate(folder, capsys):
     assert main(["train", "--data", "text.txt", "--out", "run", *SMALL]) == 0
     printed = capsys.readouterr().out
-    assert "1 documents (1,332 bytes) to train on, 1 documents (28 bytes) held out" in printed
+    assert "1 documents (1,332 bytes) in 2 stretches to train on, 1 documents (28 bytes) held out" in printed
     assert "     4/4  " in printed
     assert "order-2 byte model" in printed
     assert "sample" in printed

@@ -60,6 +60,8 @@ class DocumentSettings:
     """The integer type of a .bin file's tokens."""
     held_out: int = 48
     """Hold out one document in N; of a single document, hold out the last Nth."""
+    end: bool = True
+    """Learn where documents end, as one more target of each; generated text then ends there, too."""
 
     def __post_init__(self) -> None:
         check_count("vocabulary", self.vocabulary)
@@ -420,7 +422,7 @@ def to_plain(settings: DataclassInstance) -> dict[str, object]:
     return plain
 
 
-FORMER: dict[str, dict[str, object]] = {"rollout": {"spread": False}}
+FORMER: dict[str, dict[str, object]] = {"documents": {"end": False}, "rollout": {"spread": False}}
 """What a field that is newer than a saved run meant before there was one, where that is not its default today."""
 
 

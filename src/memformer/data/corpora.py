@@ -149,13 +149,15 @@ class Document:
         content: its UTF-8 bytes (bytes, or an array of uint8), or token ids (a one-dimensional integer array); either
             may be read lazily.
         text: whether the content is text.
+        ends: whether it ends where the document does; the beginning of one does not.
     """
 
     name: str
     content: Tokens
     text: bool = True
+    ends: bool = True
 
-    def __init__(self, name: str, content: Tokens | bytes, text: bool = True):
+    def __init__(self, name: str, content: Tokens | bytes, text: bool = True, ends: bool = True):
         array = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else content
         kind, dimensions = np.uint8 if text else np.integer, getattr(array, "ndim", 1)
         if not np.issubdtype(array.dtype, kind) or dimensions != 1:
@@ -164,6 +166,7 @@ class Document:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "content", array)
         object.__setattr__(self, "text", text)
+        object.__setattr__(self, "ends", ends)
 
     def __len__(self) -> int:
         """Bytes of a text, tokens of an array."""
@@ -183,7 +186,7 @@ class Document:
         start, stop, _ = slice(start, stop).indices(len(self))
         content = self.content
         part = content.part(start, max(start, stop)) if isinstance(content, _Lazy) else content[start:stop]
-        return Document(self.name, part, self.text)
+        return Document(self.name, part, self.text, self.ends and stop == len(self))
 
     def beginning(self, size: int) -> Document:
         """At most ``size`` bytes (or tokens) of the beginning; of a text, up to the end of a character."""
@@ -348,10 +351,16 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Seq
     all text is encoded here and its tokens stay in memory. A token id of the corpus that the vocabulary does not have
     is found when it is read: a ValueError names document, position and id.
 
+    Where the tokenizer has an ``end``, it follows the last token of every document; not that of the beginning of one,
+    whose rest is held out or left unread.
+
     Raises:
         ValueError: text without a tokenizer for it, or token ids where the tokenizer has texts of its own.
     """
-    return _Encoded([_encode(document, tokenizer) for document in documents])
+    contents, end = [_encode(document, tokenizer) for document in documents], tokenizer.end
+    if end is not None:
+        contents = [_Ended(x, end) if d.ends else x for d, x in zip(documents, contents, strict=True)]
+    return _Encoded(contents)
 
 
 def _encode(document: Document, tokenizer: Tokenizer) -> Tokens:
@@ -389,11 +398,38 @@ class _Encoded(Sequence[Tokens]):
     def __getitem__(self, index: int | slice) -> Tokens | Sequence[Tokens]:
         if isinstance(index, slice):
             return _Encoded(self._contents[index])
-        content = self._contents[index]
-        if isinstance(content, np.ndarray):
-            return content
-        # A line is decoded whole.
-        return _Reader(content, len(content) if isinstance(content, _LineText) else _AHEAD)
+        return _reader(self._contents[index])
+
+
+def _reader(content: Tokens) -> Tokens:
+    if isinstance(content, _Ended):
+        return _Ended(_reader(content.content), content.end)
+    if isinstance(content, np.ndarray):
+        return content
+    # A line is decoded whole.
+    return _Reader(content, len(content) if isinstance(content, _LineText) else _AHEAD)
+
+
+class _Ended:
+    """A document's tokens and the one that ends it, without a copy of them."""
+
+    def __init__(self, content: Tokens, end: int):
+        self.content, self.end = content, end
+        self.dtype = np.promote_types(content.dtype, np.min_scalar_type(end))
+
+    def __len__(self) -> int:
+        return len(self.content) + 1
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        wanted = range(len(self))[place]
+        first, last = sorted((wanted[0], wanted[-1])) if wanted else (0, -1)
+        tokens = self.content[first : last + 1].astype(self.dtype)
+        if last == len(self.content):
+            tokens = np.append(tokens, np.array(self.end, self.dtype))
+        return tokens[:: wanted.step]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
 
 
 class _Checked:

@@ -98,16 +98,19 @@ def documents_of(settings: TrainingConfig) -> tuple[list[Document], list[Documen
 
 
 def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Tokenizer:
+    tokenizer: ByteTokenizer | TokenIds | BPETokenizer
     if settings.tokenizer == "bytes":
-        return ByteTokenizer()
-    if settings.tokenizer == "ids":
-        return TokenIds(settings.vocabulary)
-    if settings.tokenizer == "bpe":
+        tokenizer = ByteTokenizer()
+    elif settings.tokenizer == "ids":
+        tokenizer = TokenIds(settings.vocabulary)
+    elif settings.tokenizer == "bpe":
         try:
-            return BPETokenizer.train((bytes(d) for d in training), settings.vocabulary)
+            tokenizer = BPETokenizer.train((bytes(d) for d in training), settings.vocabulary)
         except ValueError as error:
             raise ValueError(f"vocabulary: {error}") from error
-    return BPETokenizer.from_file(Path(settings.tokenizer))
+    else:
+        tokenizer = BPETokenizer.from_file(Path(settings.tokenizer))
+    return tokenizer.with_end() if settings.end else tokenizer
 
 
 def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: Tokenizer, ranks: Ranks) -> Lanes:
