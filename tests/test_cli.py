@@ -275,7 +275,7 @@ def test_torchrun_trains_with_two_processes(folder, parallel):
     done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"2 processes ({parallel})" in done.stdout
-    assert done.stdout.count("held out    28 tokens of 1 documents") == 1
+    assert done.stdout.count("held out    29 tokens of 1 documents") == 1
     assert done.stdout.count("sample") == 1
     assert checkpoints.find(folder / "run").name == "step-000004"
 

@@ -146,8 +146,8 @@ class Sampling(Filters):
             state holds.
         stop: a lane ends with any of these token ids, which is its last. The start token among them is the end of a
             document (a tokenizer's ``end``): what then goes on from the lane's state begins a new one.
-        never: token ids that are not generated. The start token is among them unless ``stop`` has it, and so is what
-            the encoder could not read.
+        never: token ids that are not generated, such as a tokenizer's ``special``. The start token is always among
+            them unless ``stop`` has it, and so is what the encoder could not read.
 
     Raises:
         ValueError: a number is out of range; the message names it.
@@ -193,7 +193,7 @@ class _Choice:
         _check_ids("never", sampling.never, config)
         _check_ids("stop", sampling.stop, config)
         self.sampling, self.readable, self.start = sampling, config.vocabulary, start
-        self.never = [*sampling.never] if start in sampling.stop else [start, *sampling.never]
+        self.never = [x for x in (start, *sampling.never) if x != start or start not in sampling.stop]
         if len(set(self.never)) == self.readable:
             raise ValueError("never: no token is left that may be generated")
 

@@ -141,11 +141,7 @@ def _continue(
         command.max_new_tokens,
         start=tokenizer.start,
         state=state,
-        sampling=Sampling(
-            never=[token for token in tokenizer.special if token != end],
-            stop=[] if end is None else [end],
-            **asdict(command.sampling),
-        ),
+        sampling=Sampling(never=tokenizer.special, stop=[] if end is None else [end], **asdict(command.sampling)),
         generator=generator,
     )
     if command.prompt is not None and not command.interactive:
