@@ -13,6 +13,7 @@ from helpers import training_settings
 from memformer.cli import main
 from memformer.data import (
     ByteTokenizer,
+    Document,
     Lanes,
     Mixture,
     TokenIds,
@@ -31,6 +32,11 @@ START = IDS.start
 def tokens(lengths):
     """Documents whose every token says which one it belongs to and where it stands."""
     return [1000 * (i + 1) + np.arange(length) for i, length in enumerate(lengths)]
+
+
+def ending(lengths):
+    """The same, read from documents whose end is learned."""
+    return encode_documents([Document(f"{i}", x, text=False) for i, x in enumerate(tokens(lengths))], IDS.with_end())
 
 
 def mixture(odds):
@@ -73,40 +79,61 @@ all_odds = st.none() | st.sampled_from([(0.6, 0.3, 0.1), (0, 1, 1), (0, 1, 0)])
 seeds = st.none() | st.integers(0, 3)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
-@given(lengths=lengths, lanes=st.integers(1, 13), length=st.integers(1, 7), seed=seeds, epochs=st.integers(1, 2))
-def test_each_token_is_a_target_once_per_epoch_in_order(lengths, lanes, length, seed, epochs):
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(
+    lengths=lengths,
+    lanes=st.integers(1, 13),
+    length=st.integers(1, 7),
+    seed=seeds,
+    epochs=st.integers(1, 2),
+    ends=st.booleans(),
+)
+def test_each_token_is_a_target_once_per_epoch_in_order(lengths, lanes, length, seed, epochs, ends):
     """Stretches lie side by side and are one document together; each begins with the segment before it."""
-    documents = tokens(lengths)
+    documents = ending(lengths) if ends else tokens(lengths)
     given_ = dict(lanes=lanes, length=length, start=START, seed=seed, epochs=epochs)
     stream = Lanes(documents, **given_, spread=True)
     count, found = stream.stretches, stretches_of(stream)
     assert len(found) == epochs * count
-    share = max(1, math.ceil(sum(lengths) / lanes / length)) * length
-    for number, document in enumerate(documents):
-        its_own = sorted(targets for _, targets in found if targets[0] // 1000 == number + 1)
-        assert sorted(t for targets in its_own for t in targets) == sorted(document.tolist() * epochs)
-        assert all(targets == list(range(targets[0], targets[-1] + 1)) for targets in its_own)
-        segments = [math.ceil(len(targets) / length) for targets in its_own]
-        assert max(segments) - min(segments) <= 1
-        assert max(map(len, its_own)) <= share
-        assert (len(its_own) == epochs) == (len(document) <= share)
+    share = max(1, math.ceil(sum(map(len, documents)) / lanes / length)) * length
+    whole = [document[:].tolist() for document in documents]
+    where = {}  # of each stretch, by its first target; an end alone is told by its source
     for source, targets in found:
-        place = targets[0] % 1000
+        first = targets[0] if targets[0] != START else source[-1] + 1
+        number, place = first // 1000 - 1, first % 1000
+        document = whole[number]
+        assert targets == document[place : place + len(targets)]
         assert place % length == 0
-        before = documents[targets[0] // 1000 - 1][max(place - length, 0) : place].tolist()
-        assert source == (before or [START])
+        assert source == (document[max(place - length, 0) : place] or [START])
+        where.setdefault(number, []).append((place, place + len(targets)))
+    for number, document in enumerate(whole):
+        pieces = sorted(where[number])
+        assert pieces[::epochs] == pieces[epochs - 1 :: epochs]
+        borders = pieces[::epochs]
+        assert [begin for begin, _ in borders] == [0, *(end for _, end in borders[:-1])]
+        assert borders[-1][1] == len(document)
+        segments = [math.ceil((end - begin) / length) for begin, end in borders]
+        assert max(segments) - min(segments) <= 1
+        assert max(end - begin for begin, end in borders) <= share
+        assert (len(borders) == 1) == (len(document) <= share)
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)
-@given(lengths=lengths, lanes=st.integers(1, 9), length=st.integers(2, 7), seed=seeds, odds=all_odds)
-def test_nothing_of_elsewhere_is_in_a_stretch(lengths, lanes, length, seed, odds):
+@given(
+    lengths=lengths,
+    lanes=st.integers(1, 9),
+    length=st.integers(2, 7),
+    seed=seeds,
+    odds=all_odds,
+    ends=st.booleans(),
+)
+def test_nothing_of_elsewhere_is_in_a_stretch(lengths, lanes, length, seed, odds, ends):
     """From a reset to the next one: no token of another document, none from before the stretch but its first source,
     none twice, and under every objective one step for each segment."""
-    documents = tokens(lengths)
+    documents = ending(lengths) if ends else tokens(lengths)
     given_ = dict(lanes=lanes, length=length, start=START, seed=seed, epochs=1, spread=True)
     stream, plain = (Lanes(documents, **given_, objectives=mixture(o)) for o in (odds, None))
-    current: dict[int, int] = {}
+    begun: dict[int, int] = {}
     last: dict[int, int] = {}
     for segment, clean in zip(stream, plain, strict=True):
         assert segment.reset.equal(clean.reset)
@@ -118,13 +145,13 @@ def test_nothing_of_elsewhere_is_in_a_stretch(lengths, lanes, length, seed, odds
             if segment.reset[lane]:
                 assert segment.tgt[lane][0] == START, "the first step continues: nothing else has what it needs"
                 assert segment.src[lane].equal(clean.src[lane])
-                current[lane] = last[lane] = target[0]
-                assert all(t // 1000 == target[0] // 1000 and t < target[0] for t in source)
+                begun[lane] = last[lane] = target[0] if target else source[-1] + 1
+                assert all(t // 1000 == (begun[lane] - 1) // 1000 and t < begun[lane] for t in source)
                 source = []
             for t in (*source, *target):
-                assert t // 1000 == current[lane] // 1000
-                assert t >= current[lane]
-            if segment.tgt[lane][0] == START:
+                assert t // 1000 == begun[lane] // 1000
+                assert t >= begun[lane]
+            if segment.tgt[lane][0] == START and target:
                 assert target[0] >= last[lane]
                 last[lane] = target[-1] + 1
 
@@ -154,11 +181,12 @@ def test_ranks_together_are_one_process(lengths, rows, ranks, seed, odds):
     epochs=st.sampled_from([1, 3, None]),
     seed=seeds,
     odds=all_odds,
+    ends=st.booleans(),
 )
-def test_a_resumed_stream_goes_on_exactly(lengths, before, ranks, epochs, seed, odds):
+def test_a_resumed_stream_goes_on_exactly(lengths, before, ranks, epochs, seed, odds, ends):
     def stream(rank, world_size):
         return Lanes(
-            tokens(lengths), lanes=8, length=4, start=START, seed=seed, epochs=epochs, rank=rank,
+            (ending if ends else tokens)(lengths), lanes=8, length=4, start=START, seed=seed, epochs=epochs, rank=rank,
             world_size=world_size, objectives=mixture(odds), spread=True,
         )  # fmt: skip
 
