@@ -273,6 +273,20 @@ class Lanes:
             return None
         return len(self.documents) if self._cuts is None else len(self._cuts)  # type: ignore[arg-type]
 
+    @property
+    def epochs_read(self) -> float:
+        """How many times the documents were gone through; each stretch counts alike, by the share of it that was read.
+
+        Raises:
+            ValueError: the documents cannot be counted.
+        """
+        count = self.stretches
+        if count is None:
+            raise ValueError("epochs_read: the number of documents that cannot be indexed is not known")
+        reading = [lane for lane in self._lanes if lane.document >= 0]
+        unread = sum((lane.end - lane.position) / (lane.end - lane.begin) for lane in reading)
+        return self._epoch + (self._drawn - unread) / count
+
     def state_dict(self) -> LanesState:
         """Where the stream stands, as numbers alone; the same on every rank."""
         lanes: list[LanePlace] = [{"document": lane.document, "position": lane.position} for lane in self._lanes]

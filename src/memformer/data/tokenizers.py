@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from ..folders import model_in
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -68,6 +70,9 @@ class Tokenizer(Protocol):
     def end(self) -> int | None:
         """The start token, where a document's end is learned as its last target; else None."""
 
+    def with_end(self, end: bool = True) -> Tokenizer:
+        """The same with an ``end``, or without one."""
+
     @property
     def special(self) -> tuple[int, ...]:
         """All special ids."""
@@ -104,14 +109,14 @@ class _SpecialTokens:
     def special(self) -> tuple[int, ...]:
         return (self.start, self.infill, self.recall, self.mask)
 
-    def with_end(self) -> Self:
-        """The same tokenizer for a model that learns where documents end: its ``end`` is the start token.
+    def with_end(self, end: bool = True) -> Self:
+        """The same tokenizer for a model that learns where documents end: its ``end`` is the start token, else None.
 
         >>> ByteTokenizer().end, ByteTokenizer().with_end().end
         (None, 256)
         """
         ending = copy.copy(self)
-        ending.end = ending.start
+        ending.end = ending.start if end else None
         return ending
 
     def _ordinary(self, tokens: Iterable[int]) -> list[int]:
@@ -333,13 +338,13 @@ class _IdDecoder:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that was saved in a folder.
+    """The tokenizer that was saved in a folder, or with a training run's model.
 
     Raises:
         FileNotFoundError: the folder holds none.
         ValueError: it is damaged, or of a kind that this version does not know.
     """
-    folder = Path(folder)
+    folder = model_in(folder)
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG}, so no tokenizer was saved here")
@@ -365,7 +370,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         )
     if end not in (None, tokenizer.start):
         raise ValueError(f"{path}: end: expected null, or {tokenizer.start}, which starts the next document, got {end}")
-    return tokenizer if end is None else tokenizer.with_end()
+    return tokenizer.with_end(end is not None)
 
 
 def _library() -> ModuleType:
