@@ -1,5 +1,6 @@
 """Long documents are cut into stretches, so that lanes read different text; short ones stream as if nothing was cut."""
 
+import itertools
 import json
 import math
 
@@ -272,6 +273,17 @@ def test_nothing_is_read_to_make_stretches(tmp_path):
     assert next(stream).tgt[:, 1].tolist() == [ord("b")] * 4
 
 
+def test_epochs_are_counted_in_stretches():
+    stream = Lanes(tokens([400, 40]), lanes=4, length=10, start=START, seed=0, spread=True)
+    read = [stream.epochs_read]
+    for _ in range(22):
+        next(stream)
+        read.append(stream.epochs_read)
+    assert read[0] == 0
+    assert all(0 < after - before <= 4 / stream.stretches for before, after in itertools.pairwise(read))
+    assert 1.5 < read[-1] < 2.5
+
+
 class Iterable:
     def __iter__(self):
         return iter(tokens([5]))
@@ -362,3 +374,12 @@ def test_the_start_of_a_run_says_how_many_stretches_there_are(book, capsys):
     assert main(["train", "--data", str(settings.data[0]), "--out", str(settings.out), "--steps", "1", "--lanes", "4",
                  "--horizon", "2", "--eval-limit", "50", "--sample-tokens", "0"]) == 0  # fmt: skip
     assert "1 documents (11,251 bytes) in 4 stretches to train on" in capsys.readouterr().out
+
+
+def test_stretches_and_ends_may_change_on_purpose(book):
+    """The documents then begin anew, with the tokenizer that the settings ask for."""
+    list(Run(book(steps=2)).train())
+    run = Run(book(resume=True, spread=False, end=False))
+    assert (run.parts.stream.stretches, run.parts.stream.state_dict()["epoch"], run.tokenizer.end) == (1, 1, None)
+    list(run.train())
+    assert Run(book(resume=True, steps=5)).tokenizer.end == 256
