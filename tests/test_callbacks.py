@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from helpers import training_settings
 from memformer.cli import main
-from memformer.data import ByteTokenizer, Lanes
+from memformer.data import ByteTokenizer, Lanes, encode_documents
 from memformer.data.objectives import Objective
 from memformer.evaluation import HeldOut
 from memformer.model import token_losses
@@ -86,7 +86,8 @@ def test_a_line_at_step_1_and_what_it_says(settings: Settings, tmp_path: Path) -
     assert [m.wall_seconds for m in lines] == sorted(m.wall_seconds for m in lines)
     assert all(m.seconds_left is not None and m.seconds_left > 0 for m in lines[:-1])
     assert lines[-1].seconds_left == 0
-    stream = Lanes([bytes(d) and list(bytes(d)) for d in run.training], lanes=2, length=8, start=256, seed=0)
+    tokens = encode_documents(run.training, run.tokenizer)
+    stream = Lanes(tokens, lanes=2, length=8, start=256, seed=0, spread=True)
     counted = sum(int(segment.tgt_mask[:, 1:].sum()) for segment in stream.rollout(15))
     assert lines[-1].tokens_seen == counted
     assert lines[-1].epoch == pytest.approx(counted / sum(map(len, run.training)), abs=0.2)

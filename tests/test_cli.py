@@ -59,7 +59,7 @@ def folder(tmp_path, monkeypatch):
 def test_train_evaluate_generate(folder, capsys):
     assert main(["train", "--data", "text.txt", "--out", "run", *SMALL]) == 0
     printed = capsys.readouterr().out
-    assert "1 document (1,332 bytes) to train on, 1 document (28 bytes) held out" in printed
+    assert "1 document (1,332 bytes) in 2 stretches to train on, 1 document (28 bytes) held out" in printed
     assert "     4/4  " in printed
     assert "order-2 byte model" in printed
     assert "sample" in printed
@@ -275,7 +275,7 @@ def test_torchrun_trains_with_two_processes(folder, parallel):
     done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"2 processes ({parallel})" in done.stdout
-    assert done.stdout.count("held out    28 tokens of 1 document,") == 1
+    assert done.stdout.count("held out    29 tokens of 1 document,") == 1
     assert done.stdout.count("sample") == 1
     assert checkpoints.find(folder / "run").name == "step-000004"
 

@@ -488,7 +488,7 @@ def test_documents_of_a_token_or_two(settings, tmp_path, length):
         (corpus / f"{i}.txt").write_text("ab"[:length])
     run, metrics = trained(settings(data=(corpus,), steps=2))
     assert math.isfinite(metrics[-1].loss_nats)
-    assert run.evaluate().tokens == sum(len(d) for d in run.held_out)
+    assert run.evaluate().tokens == sum(len(d) + 1 for d in run.held_out)
 
 
 def test_mistakes_are_found_before_the_data_is_read(settings):

@@ -144,9 +144,10 @@ class Sampling(Filters):
             order, after the temperature.
         repetition_penalty: above 1 makes the tokens of the last whole and of the pending segment less likely: what the
             state holds.
-        stop: a lane ends with any of these token ids, which is its last.
-        never: token ids that are not generated. The start token is always among them, and so is what the encoder could
-            not read.
+        stop: a lane ends with any of these token ids, which is its last. The start token among them is the end of a
+            document (a tokenizer's ``end``): what then goes on from the lane's state begins a new one.
+        never: token ids that are not generated, such as a tokenizer's ``special``. The start token is always among
+            them unless ``stop`` has it, and so is what the encoder could not read.
 
     Raises:
         ValueError: a number is out of range; the message names it.
@@ -191,17 +192,21 @@ class _Choice:
     def __init__(self, sampling: Sampling, config: MemformerConfig, start: int):
         _check_ids("never", sampling.never, config)
         _check_ids("stop", sampling.stop, config)
-        self.sampling, self.readable = sampling, config.vocabulary
-        self.never = [start, *sampling.never]
+        self.sampling, self.readable, self.start = sampling, config.vocabulary, start
+        self.never = [x for x in (start, *sampling.never) if x != start or start not in sampling.stop]
         if len(set(self.never)) == self.readable:
             raise ValueError("never: no token is left that may be generated")
 
     def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Logits of what may be generated at all: tokens that the encoder can read, without start and ``never``."""
+        """Logits of what may be generated at all: tokens that the encoder can read, without ``never``."""
         if logits.isnan().any():
             raise ValueError("the model's logits are not numbers (nan): its weights have diverged")
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        logits = self.sampling.penalised(logits, seen)
+        penalised = self.sampling.penalised(logits, seen)
+        if penalised is not logits:
+            # The start token fills up what the state holds, and is no repetition.
+            penalised[..., self.start] = logits[..., self.start]
+        logits = penalised
         return keep_allowed(logits, [*self.never, *range(self.readable, logits.shape[-1])])
 
     def __call__(self, logits: Tensor, seen: Tensor, generator: Generators) -> Tensor:
@@ -338,7 +343,7 @@ class Stream(Iterator[Tensor]):
         ends = torch.isin(tokens, torch.tensor(self._choice.sampling.stop, device=tokens.device))
         if ends.any():
             for i in ends.nonzero()[:, 0].tolist():
-                self._ended[self._lanes[i]] = self._writing.state.select([i])
+                self._ended[self._lanes[i]] = _after(self._writing.state.select([i]), int(tokens[i]))
             going = (~ends).nonzero()[:, 0]
             self._writing.select(going)
             self._lanes = [self._lanes[i] for i in going.tolist()]
@@ -372,8 +377,9 @@ def _beam_search(
         if done.any():
             best = (scores / count.clamp(min=1) ** length_penalty).argmax(1, keepdim=True)
             for lane, row in zip(lanes[done].tolist(), rows.gather(1, best)[done, 0].tolist(), strict=True):
-                tokens = torch.tensor(_tokens(histories[row]), dtype=torch.int64, device=device)
-                found[lane] = tokens, writing.state.select([row])
+                written = _tokens(histories[row])
+                tokens = torch.tensor(written, dtype=torch.int64, device=device)
+                found[lane] = tokens, _after(writing.state.select([row]), *written[-1:])
             lanes, scores, ended, count, rows = (x[~done] for x in (lanes, scores, ended, count, rows))
             writing.select(rows.flatten())
             histories = [histories[row] for row in rows.flatten().tolist()]
@@ -401,6 +407,11 @@ def _beam_search(
         ended = ended | torch.isin(token, stops)
     results = [found[lane] for lane in range(state.batch_size)]
     return Generated([tokens for tokens, _ in results], MemoryState.cat([after for _, after in results]))
+
+
+def _after(state: MemoryState, *last: int) -> MemoryState:
+    """The state of one lane after its last token: the start token has ended a document, and begins the next one."""
+    return state.reset([0]) if last == (state.start,) else state
 
 
 def _tokens(history: _History) -> list[int]:

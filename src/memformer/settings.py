@@ -77,6 +77,8 @@ class DocumentSettings:
     """Files and folders to evaluate on, in place of a part of --data."""
     test_data: tuple[Path, ...] = ()
     """Files and folders that training never looks at; the best checkpoint is measured on them at the end."""
+    end: bool = True
+    """Learn where documents end, as one more target of each; generated text then ends there, too."""
 
     def __post_init__(self) -> None:
         check_count("vocabulary", self.vocabulary)
@@ -181,6 +183,8 @@ class RolloutSettings:
     """Steps over which the horizon grows."""
     accumulate: int = 1
     """Rollouts per step, one after the other in the same documents."""
+    spread: bool = True
+    """Cut long documents into stretches, so that the lanes read different text; otherwise each is read by one lane."""
     schedule: str = "every"
     """Which memories replay stores: every; binomial:N, at most N; budget:SIZE (2GB), the fastest way that fits."""
     graphs: int = 1
@@ -538,7 +542,8 @@ def absolute(settings: T) -> T:
 
 
 FORMER: dict[str, dict[str, object]] = {
-    "documents": {"held_out_by": "name"},
+    "documents": {"held_out_by": "name", "end": False},
+    "rollout": {"spread": False},
     "optimizer": {"decay_of": "matrices"},
 }
 """What a field that is newer than a saved run meant before there was one, where that is not its default today."""

@@ -38,7 +38,7 @@ class GenerateCommand:
     max_new_tokens: int = 300
     """How many tokens to write, after each line if interactive."""
     stop: str | None = None
-    """Stop after this text."""
+    """Stop after this text; a model that learned where documents end stops there by itself."""
     seed: int = 0
     """Seed of the choices; a --state that goes on draws new numbers."""
     device: str = "auto"
@@ -59,7 +59,7 @@ def run(command: GenerateCommand) -> int:
 
 def write(model: Memformer, tokenizer: Tokenizer, command: GenerateCommand) -> None:
     """Print the prompt and its continuation, each character as soon as it is whole."""
-    _continue(model, tokenizer, command, command.prompt or "", None)
+    _continue(model, tokenizer, command, command.prompt or "", None, _generator(model, command, None))
 
 
 def _run(command: GenerateCommand) -> None:
@@ -73,8 +73,9 @@ def _run(command: GenerateCommand) -> None:
             raise ValueError(
                 f"state: expected one lane in {command.state}, got {state.batch_size}; MemoryState.split separates them"
             )
+    generator = _generator(model, command, state)
     for text in _texts(command):
-        state = _continue(model, tokenizer, command, text, state)
+        state = _continue(model, tokenizer, command, text, state, generator)
         if command.state is not None:
             state.save(command.state, model)
 
@@ -118,20 +119,30 @@ def _utf8(name: str, text: bytes) -> str:
         raise ValueError(f"{name}: expected UTF-8 text ({error})") from error
 
 
-def _continue(
-    model: Memformer, tokenizer: Tokenizer, command: GenerateCommand, text: str, state: MemoryState | None
-) -> MemoryState:
-    device = next(model.parameters()).device
+def _generator(model: Memformer, command: GenerateCommand, state: MemoryState | None) -> torch.Generator:
+    """A stream that goes on must not draw the same numbers again."""
     before = 0 if state is None else int(state.position)
+    device = next(model.parameters()).device
+    return torch.Generator(device).manual_seed((command.seed + 1_000_003 * before) % 2**63)
+
+
+def _continue(
+    model: Memformer,
+    tokenizer: Tokenizer,
+    command: GenerateCommand,
+    text: str,
+    state: MemoryState | None,
+    generator: torch.Generator,
+) -> MemoryState:
+    device, end = next(model.parameters()).device, tokenizer.end
     ids = tokenizer.encode(text).tolist() if text else []
     stream = model.eval().stream(
         torch.tensor([ids], dtype=torch.int64, device=device),
         command.max_new_tokens,
         start=tokenizer.start,
         state=state,
-        sampling=Sampling(never=tokenizer.special, **asdict(command.sampling)),
-        # A stream that goes on must not draw the same numbers again.
-        generator=torch.Generator(device).manual_seed((command.seed + 1_000_003 * before) % 2**63),
+        sampling=Sampling(never=tokenizer.special, stop=[] if end is None else [end], **asdict(command.sampling)),
+        generator=generator,
     )
     if command.prompt is not None and not command.interactive:
         sys.stdout.write(text)

@@ -167,7 +167,9 @@ def _introduce(training_run: Run) -> None:
     training, held_out = (
         f"{plural(len(d), 'document')} ({_size(d)})" for d in (training_run.training, training_run.held_out)
     )
-    print(f"data        {training} to train on, {held_out} held out")
+    stretches = training_run.parts.stream.stretches
+    cut = "" if stretches in (None, len(training_run.training)) else f" in {stretches:,} stretches"
+    print(f"data        {training}{cut} to train on, {held_out} held out")
     parameters = sum(p.numel() for p in training_run.model.parameters())
     ranks = training_run.parts.ranks
     where = f"{training_run.parts.device}" + (

@@ -230,15 +230,20 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Seq
     warning. A token id of the corpus that the vocabulary does not have is found when it is read, or by
     :func:`check_documents`: a ValueError names document, position and id.
 
+    Where the tokenizer has an ``end``, it follows the last token of every document; not that of the beginning of one,
+    whose rest is held out or left unread.
+
     Raises:
         ValueError: text without a tokenizer for it, or token ids where the tokenizer has texts of its own; or no
             document becomes a token.
     """
-    encoded, without = [], Tally()
+    encoded: list[Tokens] = []
+    without = Tally()
     for document in documents:
         tokens = _encode(document, tokenizer)
         if len(tokens) or not len(document):
-            encoded.append(tokens)
+            end = tokenizer.end if document.ends and len(tokens) else None
+            encoded.append(tokens if end is None else _Ended(tokens, end))
         else:
             without.add("of which no token is left", document.name)
     if len(without):
@@ -365,11 +370,35 @@ class _Encoded(Sequence[Tokens]):
     def __getitem__(self, index: int | slice) -> Tokens | Sequence[Tokens]:
         if isinstance(index, slice):
             return _Encoded(self._contents[index])
-        content = self._contents[index]
-        if isinstance(content, np.ndarray):
-            return content
-        # A line is decoded whole.
-        return _Reader(content, len(content) if isinstance(content, ParsedText) else _AHEAD)
+        return _reader(self._contents[index])
+
+
+def _reader(content: Tokens) -> Tokens:
+    if isinstance(content, _Ended):
+        return _Ended(_reader(content.content), content.end)
+    if isinstance(content, np.ndarray):
+        return content
+    # A line is decoded whole.
+    return _Reader(content, len(content) if isinstance(content, ParsedText) else _AHEAD)
+
+
+class _Ended:
+    """A document's tokens and the one that ends it, without a copy of them."""
+
+    def __init__(self, content: Tokens, end: int):
+        self.content, self.end = content, end
+        self.dtype = np.promote_types(content.dtype, np.min_scalar_type(end))
+
+    def __len__(self) -> int:
+        return len(self.content) + 1
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        wanted = range(len(self))[place]
+        first, last = sorted((wanted[0], wanted[-1])) if wanted else (0, -1)
+        tokens = self.content[first : last + 1].astype(self.dtype)
+        if last == len(self.content):
+            tokens = np.append(tokens, np.array(self.end, self.dtype))
+        return tokens[:: wanted.step]
 
 
 class _Checked:

@@ -105,13 +105,15 @@ class Document:
         content: its UTF-8 bytes (bytes, or an array of uint8), or token ids (a one-dimensional integer array); either
             may be read lazily.
         text: whether the content is text.
+        ends: whether it ends where the document does; the beginning of one does not.
     """
 
     name: str
     content: Tokens
     text: bool = True
+    ends: bool = True
 
-    def __init__(self, name: str, content: Tokens | bytes, text: bool = True):
+    def __init__(self, name: str, content: Tokens | bytes, text: bool = True, ends: bool = True):
         array = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else content
         if not hasattr(array, "dtype"):
             hint = ": text.encode() makes bytes of a text" if isinstance(content, str) else ""
@@ -123,6 +125,7 @@ class Document:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "content", array)
         object.__setattr__(self, "text", text)
+        object.__setattr__(self, "ends", ends)
 
     def __len__(self) -> int:
         """Bytes of a text, tokens of an array."""
@@ -142,7 +145,7 @@ class Document:
         start, stop, _ = slice(start, stop).indices(len(self))
         content = self.content
         part = content.part(start, max(start, stop)) if isinstance(content, LazyTokens) else content[start:stop]
-        return Document(self.name, part, self.text)
+        return Document(self.name, part, self.text, self.ends and stop == len(self))
 
     def beginning(self, size: int) -> Document:
         """At most ``size`` bytes (or tokens) of the beginning; of a text, up to the end of a character."""

@@ -1,17 +1,19 @@
 """Text to token ids and back. Every tokenizer has the objectives' special tokens after its ordinary vocabulary.
 
 ``start`` begins a document in the encoder, and the decoder for continuation; ``infill`` and ``recall`` start the
-decoder for those objectives; ``mask`` stands for one masked span.
+decoder for those objectives; ``mask`` stands for one masked span. Where ends are learned, ``start`` is a document's
+last target too, as ``end``: one document's end is where the next begins.
 """
 
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -65,6 +67,13 @@ class Tokenizer(Protocol):
     def mask(self) -> int: ...
 
     @property
+    def end(self) -> int | None:
+        """The start token, where a document's end is learned as its last target; else None."""
+
+    def with_end(self, end: bool = True) -> Tokenizer:
+        """The same with an ``end``, or without one."""
+
+    @property
     def special(self) -> tuple[int, ...]:
         """All special ids."""
 
@@ -89,6 +98,7 @@ class _SpecialTokens:
     def __init__(self, ordinary: int):
         self.ordinary = ordinary
         self.start, self.infill, self.recall, self.mask = range(ordinary, ordinary + len(SPECIAL))
+        self.end: int | None = None
         self.dtype = np.min_scalar_type(ordinary - 1)
 
     @property
@@ -99,12 +109,23 @@ class _SpecialTokens:
     def special(self) -> tuple[int, ...]:
         return (self.start, self.infill, self.recall, self.mask)
 
+    def with_end(self, end: bool = True) -> Self:
+        """The same tokenizer for a model that learns where documents end: its ``end`` is the start token, else None.
+
+        >>> ByteTokenizer().end, ByteTokenizer().with_end().end
+        (None, 256)
+        """
+        ending = copy.copy(self)
+        ending.end = ending.start if end else None
+        return ending
+
     def _ordinary(self, tokens: Iterable[int]) -> list[int]:
         return [token for token in map(int, tokens) if token < self.ordinary]
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer_config.json``: the kind, the size and the special ids."""
-        config = {"kind": self.kind, "ordinary": self.ordinary, **dict(zip(SPECIAL, self.special, strict=True))}
+        special = dict(zip(SPECIAL, self.special, strict=True))
+        config = {"kind": self.kind, "ordinary": self.ordinary, **special, "end": self.end}
         (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -330,6 +351,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, ordinary, special = config["kind"], config["ordinary"], tuple(config[name] for name in SPECIAL)
+        end = config.get("end")  # there is none in older files
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     tokenizer: ByteTokenizer | TokenIds | BPETokenizer
@@ -346,7 +368,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{path}: expected {ordinary} ordinary tokens and special ids {special}, got {tokenizer.ordinary} and "
             f"{tokenizer.special}: the files do not belong together"
         )
-    return tokenizer
+    if end not in (None, tokenizer.start):
+        raise ValueError(f"{path}: end: expected null, or {tokenizer.start}, which starts the next document, got {end}")
+    return tokenizer.with_end(end is not None)
 
 
 def _library() -> ModuleType:

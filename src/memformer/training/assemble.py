@@ -79,6 +79,7 @@ def assemble(
     read = evaluated(held_out, settings.evaluation.eval_limit)
     if tokenizer is None:
         tokenizer = _tokenizer(settings.documents, training, report)
+    tokenizer = tokenizer.with_end(settings.documents.end)
     # Before anything that takes long; training texts are encoded below.
     check_documents([*(d for d in training if not d.text or not len(d)), *read, *test], tokenizer)
     model = _model(settings, tokenizer)
@@ -161,6 +162,7 @@ def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: T
         rank=ranks.rank,
         world_size=ranks.size,
         objectives=Mixture(tokenizer, **dataclasses.asdict(settings.objective), seed=settings.seed),
+        spread=settings.rollout.spread,
     )
 
 

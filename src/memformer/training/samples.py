@@ -20,7 +20,7 @@ def sample(model: Memformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> 
     The generators and the model's mode are left as they are.
     """
     device = next(model.parameters()).device
-    ids = tokenizer.encode(prompt).tolist() if prompt else []
+    ids, stop = tokenizer.encode(prompt).tolist() if prompt else [], [] if tokenizer.end is None else [tokenizer.end]
     was_training = model.training
     model.eval()
     try:
@@ -28,7 +28,7 @@ def sample(model: Memformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> 
             torch.tensor([ids], dtype=torch.int64, device=device),
             tokens,
             start=tokenizer.start,
-            sampling=Sampling(temperature=0.9, top_p=0.95, never=tokenizer.special),
+            sampling=Sampling(temperature=0.9, top_p=0.95, never=tokenizer.special, stop=stop),
             generator=torch.Generator(device).manual_seed(0),
         )
         decoder = tokenizer.decoder()
