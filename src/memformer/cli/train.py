@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data import Document, order2_bits_per_byte, xz_bits_per_byte
 from ..data.corpora import limited
-from ..evaluation import HeldOut
+from ..data.folders import shown
+from ..evaluation import HeldOut, evaluate
 from ..parallel import joined
 from ..settings import RECIPES, TrainingConfig, read_yaml
 from ..training import Run, StepMetrics, checkpoints, saved_settings
@@ -96,16 +97,19 @@ def _follow(training_run: Run) -> int:
     with _stopping(training_run):
         for _ in training_run.train():
             pass
-    return 130 if _interrupted(training_run) else 0
+    if _interrupted(training_run):
+        return 130
+    _test(training_run)
+    return 0
 
 
 def _lead(training_run: Run) -> int:
     settings = training_run.settings
     for reason in training_run.parts.refused:
         print(f"refused     {reason}; going on from the one before")
-    source = "the Python standard library" if not settings.data else ", ".join(map(str, settings.data))
+    source = ", ".join(map(shown, settings.data)) or "the Python standard library"
     training, held_out = (f"{len(d):,} documents ({_size(d)})" for d in (training_run.training, training_run.held_out))
-    print(f"data        {source}: {training} to train on, {held_out} held out")
+    print(f"data        {source}: {training} to train on, {held_out} held out{_held_out_of(training_run)}")
     parameters = sum(p.numel() for p in training_run.model.parameters())
     ranks = training_run.parts.ranks
     where = f"{training_run.parts.device}" + (
@@ -131,10 +135,20 @@ def _lead(training_run: Run) -> int:
         best = f"the best evaluation was at step {training_run.best['step']:,}, see {settings.out / 'best'}"
         print(f"\nstopped early at step {training_run.step:,}: {best}")
     _report(training_run, result)
+    _test(training_run)
     prompt = "" if settings.data else " --prompt 'def main('"
     print(f"\ncheckpoint  {checkpoints.newest(settings.out)}. Try:")
     print(f"  memformer generate --checkpoint {settings.out}{prompt}")
     return 0
+
+
+def _held_out_of(training_run: Run) -> str:
+    """Where the held-out documents come from, if not whole from the data."""
+    given = training_run.settings.documents.held_out_data
+    if given:
+        return f" ({', '.join(map(shown, given))})"
+    cut = {d.name for d in training_run.held_out[:1]} & {d.name for d in training_run.training}
+    return f" (the end of {cut.pop()})" if cut and len(training_run.held_out) == 1 else ""
 
 
 def _interrupted(training_run: Run) -> bool:
@@ -162,6 +176,22 @@ def _report(training_run: Run, result: HeldOut) -> None:
         print("\nsample")
         # As it was saved: under FSDP the model at hand is in parts, and the other processes have left.
         write(*models.load(settings.out, str(training_run.parts.device)), sample)
+
+
+def _test(training_run: Run) -> None:
+    """How well the best checkpoint does on what training never looked at; all processes read it together."""
+    if not training_run.parts.test:
+        return
+    folder = training_run.settings.out
+    best = folder / "best" if (folder / "best").is_dir() else folder
+    model, tokenizer = models.load(best, str(training_run.parts.device))
+    result = evaluate(model, training_run.parts.test, tokenizer)
+    per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits per byte, "
+    if not training_run.parts.ranks.rank:
+        print(
+            f"\ntest        {result.tokens:,} tokens of {result.documents} documents: {per_byte}"
+            f"{result.perplexity:.3f} perplexity, by {best}"
+        )
 
 
 @contextlib.contextmanager

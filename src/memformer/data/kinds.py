@@ -486,7 +486,7 @@ def _wider(tokens: FileTokens) -> str | None:
             continue
         lower, higher, *rest = (max(int(part[i::factor].max(initial=0)) for part in sample) for i in range(factor))
         nearly = size == 2 and lower >= 1024 and higher <= 3
-        if not any(rest) and ((lower and not higher) or nearly or (size == 1 and factor == 4 and higher)):
+        if not any(rest) and ((lower and not higher) or nearly):
             return {2: "uint16", 4: "uint32", 8: "int64"}[size * factor]
     return None
 
