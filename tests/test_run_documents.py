@@ -148,9 +148,9 @@ def test_documents_made_in_python(make: Make) -> None:
         assemble(again, documents=(held_out, training))
     assert Run(again, assemble(again, documents=(training, held_out))).step == 1
     with pytest.raises(ValueError, match="documents: given beside the settings' data"):
-        assemble(make(), documents=(training, held_out))
+        assemble(make(out=settings.out / "new"), documents=(training, held_out))
     with pytest.raises(ValueError, match="documents: expected some to train on and some held out, got 100 and 0"):
-        assemble(settings, documents=(rows, []))
+        assemble(again, documents=(rows, []))
 
 
 def test_a_runs_own_files_are_no_data(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,15 +176,14 @@ def test_how_much_is_held_out_is_as_it_was_for_saved_runs() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--data", "--held-out-data", "--test-data", "--include", "--exclude"])
-@pytest.mark.parametrize("after", [[], ["--steps", "1"]])
+@pytest.mark.parametrize("after", [[], ["--seed", "1"]])
 def test_an_unset_variable_is_not_the_default_data(
     flag: str, after: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in ``--data $UNSET``."""
-    assert cli.main(["train", "--out", str(tmp_path / "run"), flag, *after]) == 2
-    assert f"{flag}: expected something after it, got nothing" in capsys.readouterr().err
-    assert cli.main(["train", "--out", str(tmp_path / "run"), f"{flag}=", *after]) == 2
-    capsys.readouterr()
+    for given in (flag, f"{flag}="):
+        assert cli.main(["train", "--out", str(tmp_path / "run"), "--steps", "1", given, *after]) == 2
+        assert f"{flag}: expected something after it, got nothing" in capsys.readouterr().err
 
 
 def test_paths_of_settings(tmp_path: Path) -> None:
@@ -195,9 +194,6 @@ def test_paths_of_settings(tmp_path: Path) -> None:
         assert read_yaml(tmp_path / "a.yaml", TrainingConfig()) == settings
     with pytest.raises(ValueError, match="data: expected a path, or a list of paths, got int"):
         TrainingConfig(data=3)  # type: ignore[arg-type]
-    (tmp_path / "a.yaml").write_text("data: ['']")
-    with pytest.raises(ValueError, match="data: expected a path, got an empty one"):
-        read_yaml(tmp_path / "a.yaml", TrainingConfig())
     with pytest.raises(ValueError, match=r"include: expected a list of patterns such as '\*\.txt', got '\*\.md'"):
         DocumentSettings(include="*.md")  # type: ignore[arg-type]
 

@@ -66,8 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check_lists(arguments: list[str]) -> None:
     """A flag for paths with none after it would otherwise mean no data, and so the default data."""
     for flag, after in zip(arguments, [*arguments[1:], "--"], strict=True):
-        if flag in ("--data", "--held-out-data", "--test-data", "--include", "--exclude") and after.startswith("--"):
-            raise ValueError(f"{flag}: expected something after it, got nothing: is a variable of the shell not set?")
+        name, equals, value = flag.partition("=")
+        empty = not value if equals else after.startswith("--")
+        if name in ("--data", "--held-out-data", "--test-data", "--include", "--exclude") and empty:
+            raise ValueError(f"{name}: expected something after it, got nothing: is a variable of the shell not set?")
 
 
 def _refuse(error: Exception) -> int:
