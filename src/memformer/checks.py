@@ -23,6 +23,7 @@ __all__ = [
     "has_values",
     "ignored_as_masked",
     "is_tensor",
+    "plural",
 ]
 
 IGNORED = -100
@@ -129,3 +130,8 @@ def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
             f"{name}: expected torch.bool of its tokens' shape {tuple(like.shape)}, True for tokens that exist, "
             f"got {describe(mask)}"
         )
+
+
+def plural(count: int, noun: str) -> str:
+    """A number with its noun, for a message: "1 document", "1,332 bytes"."""
+    return f"{count:,} {noun}" + "s" * (count != 1)

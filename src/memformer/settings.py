@@ -32,9 +32,11 @@ __all__ = [
     "OutputSettings",
     "RolloutSettings",
     "TrainingConfig",
+    "absolute",
     "build",
     "read_saved",
     "read_yaml",
+    "to_flat",
     "to_plain",
     "to_yaml",
 ]
@@ -294,15 +296,22 @@ class OutputSettings:
     """Steps between checkpoints."""
     keep: int = 2
     """How many of the newest checkpoints to keep."""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also send the metrics there: tensorboard (OUT/tensorboard), wandb (Weights & Biases), trackio."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, in OUT/tensorboard."""
+    """The same as --loggers tensorboard."""
     sample_tokens: int = 300
-    """Tokens of the sample that is shown at the end; 0: none."""
+    """Tokens of a sample of the model's writing, which is shown at the end; 0: none."""
+    sample_every: int = 0
+    """Steps between samples while training, into OUT/samples.jsonl and the loggers; 0: only at the end."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
             check_count(name, getattr(self, name))
-        _check_not_negative("sample_tokens", self.sample_tokens)
+        for name in ("sample_tokens", "sample_every"):
+            _check_not_negative(name, getattr(self, name))
+        if self.sample_every and not self.sample_tokens:
+            raise ValueError(f"sample_every: {self.sample_every} asks for samples, but sample_tokens is 0: set it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +328,13 @@ class TrainingConfig:
     seed: int = 0
     """Decides the initial weights, dropout, objectives and the order of documents."""
     resume: bool = False
-    """Go on from the newest undamaged checkpoint in --out, with the settings saved there; --steps may be raised."""
+    """Go on from the newest undamaged checkpoint in --out, with the settings saved there and the flags given here."""
+    auto_resume: bool = False
+    """Go on if --out holds a run, else start one: the same command each time, for machines that may be taken away."""
+    new_data: bool = False
+    """Go on with other documents than before. They are read from their start; weights and optimizer stay."""
+    init_from: Path | None = None
+    """Start a new run with the weights and the tokenizer of this model, or of this run's best checkpoint."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 
@@ -440,6 +455,32 @@ def to_plain(settings: DataclassInstance) -> dict[str, object]:
             value = [str(part) for part in value]
         plain[f.name] = value
     return plain
+
+
+def to_flat(settings: DataclassInstance) -> dict[str, object]:
+    """Settings by dotted names, as "model.dim"."""
+    return _flat(to_plain(settings), "")
+
+
+def _flat(plain: Mapping[str, object], where: str) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in plain.items():
+        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
+    return flat
+
+
+def absolute(settings: T) -> T:
+    """Settings whose paths of what is read do not depend on the working directory; ``out`` stays as it is."""
+    changes: dict[str, object] = {}
+    for f in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = absolute(value)
+        elif isinstance(value, Path) and f.name != "out":
+            changes[f.name] = value.absolute()
+        elif isinstance(value, tuple):
+            changes[f.name] = tuple(part.absolute() if isinstance(part, Path) else part for part in value)
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
 FORMER: dict[str, dict[str, object]] = {"documents": {"held_out_by": "name"}}

@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import Document, fingerprint, read_documents
+from ..data import Document, read_documents
 from ..training import checkpoints, documents_for_test, documents_of, settings_of
+from ..training.resume import check_documents_of
 
 __all__ = ["DocumentOptions"]
 
@@ -58,23 +59,13 @@ class DocumentOptions:
         folder = checkpoints.find(self.checkpoint)
         if not (folder / "training.json").is_file():
             raise ValueError(f"{folder}: not of a run, which would have held documents out; give --data")
-        settings, saved = settings_of(folder), checkpoints.load_state(folder)[0]
+        settings = settings_of(folder)
         if self.test:
             documents = documents_for_test(settings)
             if not documents:
                 raise ValueError(f"test: the run in {folder.parent} had no --test-data; give --data")
-            _check_same("test", documents, saved.get("test"), folder)
+            check_documents_of(folder, test=documents)
             return documents
         training, held_out = documents_of(settings)
-        _check_same("training", training, saved["documents"], folder)
-        _check_same("held-out", held_out, saved.get("held_out"), folder)
+        check_documents_of(folder, documents=training, held_out=held_out)
         return held_out
-
-
-def _check_same(what: str, documents: list[Document], known: object, folder: Path) -> None:
-    """Compare with the fingerprint that was saved; older checkpoints have but that of the training documents."""
-    if known is not None and fingerprint(documents) != known:
-        raise ValueError(
-            f"the {what} documents are no longer those of {folder}, so what it held out cannot be told from what it "
-            "was trained on: was the data changed, or is this another working directory? Give --data"
-        )

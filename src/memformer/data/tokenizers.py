@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..folders import model_in
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -315,13 +317,13 @@ class _IdDecoder:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that was saved in a folder.
+    """The tokenizer that was saved in a folder, or with a training run's model.
 
     Raises:
         FileNotFoundError: the folder holds none.
         ValueError: it is damaged, or of a kind that this version does not know.
     """
-    folder = Path(folder)
+    folder = model_in(folder)
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG}, so no tokenizer was saved here")

@@ -27,42 +27,65 @@ from ..data import (
 from ..device import choose_device, choose_precision
 from ..model import Memformer
 from ..parallel import Ranks, shard
-from ..settings import DocumentSettings, OptimizerSettings, TrainingConfig
-from . import resume
+from ..settings import DocumentSettings, TrainingConfig
+from . import checkpoints, resume
+from .callbacks import Report, nothing
 from .documents import documents_for_test, documents_of, evaluated
+from .optimizers import make_optimizer
 from .parts import Parts, Progress, RolloutLoss
 
 __all__ = ["assemble", "documents_of"]
 
 
-def assemble(settings: TrainingConfig, documents: tuple[Sequence[Document], Sequence[Document]] | None = None) -> Parts:
+def assemble(
+    settings: TrainingConfig,
+    report: Report = nothing,
+    documents: tuple[Sequence[Document], Sequence[Document]] | None = None,
+) -> Parts:
     """The parts of the run that settings describe; under torch.distributed, those of this process.
 
     Args:
+        report: is told what takes time: reading, training a BPE, encoding.
         documents: ``(training, held_out)``, made in Python, in place of ``settings.data``.
 
     Raises:
         ValueError: the settings do not fit together, or not the checkpoint that is to be resumed.
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
         FileNotFoundError: ``resume`` is set, and there is no checkpoint; or there is no such data.
+        BlockingIOError: another process trains in the folder.
+        OSError: the folder cannot be written.
     """
+    # Before anything that takes time.
     ranks, device = Ranks(), choose_device(settings.device)
     precision = choose_precision(settings.compute.precision, device)
     if settings.rollout.lanes % ranks.size:
         raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
-    settings.model.config(1, settings.rollout.segment_length)  # before anything that takes time
+    settings.model.config(1, settings.rollout.segment_length)
     checkpoint, refused = resume.find_checkpoint(settings, ranks)
+    if not ranks.rank:
+        checkpoints.check_folder(settings.out)
+    initial = None if checkpoint else resume.load_initial(settings)
+    report("reading")
     training, held_out = documents_of(settings) if documents is None else _given(settings, documents)
     test = documents_for_test(settings)
-    known = fingerprint(training)
+    known, known_held_out = fingerprint(training), fingerprint(held_out)
     read = evaluated(held_out, settings.evaluation.eval_limit)
-    tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, training)
+    tokenizer = load_tokenizer(checkpoint) if checkpoint else initial and initial[1]
+    if tokenizer is None:
+        if settings.documents.tokenizer == "bpe":
+            report("training a BPE")
+        tokenizer = _tokenizer(settings.documents, training)
     # Before anything that takes long; training texts are encoded below.
     check_documents([*(d for d in training if not d.text or not len(d)), *read, *test], tokenizer)
-    model = _model(settings, tokenizer).to(device)
-    saved = None if checkpoint is None else resume.load(checkpoint, settings, known, model)
+    model = _model(settings, tokenizer)
+    if initial is not None:
+        _start_from(model, initial[0])
+    model = model.to(device)
+    saved = None if checkpoint is None else resume.load(checkpoint, settings, known, known_held_out, model)
     rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
     average: dict[str, Tensor] = {}
+    if not isinstance(tokenizer, ByteTokenizer | TokenIds):  # theirs are read while they stream
+        report("encoding")
     if settings.optimizer.ema:
         average = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts = Parts(
@@ -73,17 +96,18 @@ def assemble(settings: TrainingConfig, documents: tuple[Sequence[Document], Sequ
         held_out=read,
         test=test,
         fingerprint=known,
-        held_out_fingerprint=fingerprint(held_out),
+        held_out_fingerprint=known_held_out,
         test_fingerprint=fingerprint(test),
         tokenizer=tokenizer,
         stream=_stream(settings, training, tokenizer, ranks),
         model=model,
         average=average,
         rollouts=rollouts,
-        optimizer=_optimizer(model, settings.optimizer),
+        optimizer=make_optimizer(model, settings.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
         progress=Progress(),
         refused=refused,
+        changes=[] if saved is None else saved.changes,
     )
     if saved is not None:
         resume.restore(parts, saved, settings)
@@ -138,6 +162,14 @@ def _model(settings: TrainingConfig, tokenizer: Tokenizer) -> Memformer:
         return Memformer(**config.to_dict())
 
 
+def _start_from(model: Memformer, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError where the weights are of another vocabulary."""
+    rows, here = (w["encoder.embedding.weight"].shape[0] for w in (weights, model.state_dict()))
+    if rows != here:
+        raise ValueError(f"init_from: its model has {rows} tokens, and the tokenizer has {here}")
+    model.load_state_dict(weights)
+
+
 def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks) -> nn.Module:
     """The module whose call is a rollout, compiled and shared among the processes as the settings say."""
     if settings.compute.compile:
@@ -150,17 +182,3 @@ def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks) -> nn.Mo
     if ranks.size > 1 and settings.compute.parallel == "ddp":
         return DistributedDataParallel(rollouts)
     return rollouts
-
-
-def _optimizer(model: Memformer, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Decay is for matrices alone: vectors are biases, scales and the like."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups: list[dict[str, object]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
