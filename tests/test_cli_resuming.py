@@ -16,9 +16,6 @@ from memformer.training import Run, checkpoints, saved_settings
 MODEL = dict(dim=8, slots=2, enc_depth=1, dec_depth=1, heads=2, segment_length=8)
 HOW = dict(lanes=2, horizon=2, log_every=2, sample_tokens=3, warmup=1, device="cpu")
 SMALL = [part for name, value in {**MODEL, **HOW}.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    *MODEL,
-    *["--lanes", "2", "--horizon", "2", "--log-every", "2", "--sample-tokens", "3", "--warmup", "1", "--device", "cpu"],
-]
 
 
 @pytest.fixture
