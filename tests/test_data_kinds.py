@@ -195,8 +195,8 @@ def test_a_container_is_never_text(tmp_path: Path, name: str) -> None:
 
 
 BEGINNINGS = {
-    b"PK\x03\x04": "a zip archive", b"%PDF-1.7": "a PDF", b"\x1f\x8b\x08": "ends in .gz", b"PAR1": "ends in .parquet",
-    b"SQLite format 3\0": "a database", b"{\\rtf1": "rich text", b"\x93NUMPY": "ends in .npy", b"GIF89a": "an image",
+    b"PK\x03\x04": "a zip archive", b"%PDF-1.7": "a PDF", b"\x1f\x8b\x08": "ends in .gz",
+    b"SQLite format 3\0": "a database", b"{\\rtf1": "rich text", b"\x93NUMPY": "ends in .npy", b"\x89PNG": "an image",
 }  # fmt: skip
 
 
@@ -206,6 +206,12 @@ def test_a_container_under_another_name(tmp_path: Path, beginning: bytes, name: 
     (tmp_path / name).write_bytes(beginning + b" and so on")
     with pytest.raises(ValueError, match=rf"{name}: not text but .*{BEGINNINGS[beginning]}"):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("beginning", ["PAR1", "GIF8", "BZh9", "Rar!", "PK", "SQLite format 3", "ARROW1"])
+def test_a_text_may_begin_as_it_likes(tmp_path: Path, beginning: str) -> None:
+    (tmp_path / "a.txt").write_text(f"{beginning} is a text")
+    assert read(tmp_path) == [f"{beginning} is a text".encode()]
 
 
 def test_a_zero_byte_is_no_text(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ IDS = np.random.default_rng(0).integers(0, 50_000, 500)
         ("<i8", "uint16"),
         ("<i8", "uint32"),
         ("<u2", "uint8"),
-        ("<u4", "uint8"),
         ("<i8", "int32"),
     ],
 )

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if "" in arguments[1:] and arguments[0] != "generate":
                 raise ValueError("an argument is empty: is a variable of the shell not set?")
+            _check_lists(arguments)
             command = _parse(arguments)
             status = _RUN[type(command)](command)
             sys.stdout.flush()
@@ -62,6 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 130
         finally:
             let_go()
+
+
+def _check_lists(arguments: list[str]) -> None:
+    """A flag for paths with none after it would otherwise mean no data, and so the default data."""
+    for flag, after in zip(arguments, [*arguments[1:], "--"], strict=True):
+        name, equals, value = flag.partition("=")
+        empty = not value if equals else after.startswith("--")
+        if name in ("--data", "--held-out-data", "--test-data", "--include", "--exclude") and empty:
+            raise ValueError(f"{name}: expected something after it, got nothing: is a variable of the shell not set?")
 
 
 def _refuse(error: Exception) -> int:

@@ -15,9 +15,9 @@ from types import FrameType
 from typing import Literal
 
 from ..checks import plural
-from ..data import Document, order2_bits_per_byte, xz_bits_per_byte
+from ..data import Document, folders, order2_bits_per_byte, xz_bits_per_byte
 from ..data.corpora import limited
-from ..evaluation import HeldOut
+from ..evaluation import HeldOut, evaluate
 from ..parallel import Ranks, joined
 from ..settings import RECIPES, TrainingConfig, build, read_yaml, to_plain
 from ..training import Run, checkpoints, last_settings, sized_as
@@ -117,12 +117,15 @@ def _follow(command: TrainCommand) -> int:
     with _stopping(training_run):
         for _ in training_run.train():
             pass
-    return 130 if _interrupted(training_run) else 0
+    if _interrupted(training_run):
+        return 130
+    _tested(training_run)
+    return 0
 
 
 def _lead(command: TrainCommand) -> int:
     settings = command.settings()
-    source = "the Python standard library" if not settings.data else ", ".join(map(str, settings.data))
+    source = ", ".join(map(folders.shown, settings.data)) or "the Python standard library"
     print(f"reading     {source}", flush=True)
     with shown(settings.steps) as display:
         training_run = Run(settings, callbacks=[display])
@@ -141,7 +144,7 @@ def _lead(command: TrainCommand) -> int:
             return 0
         display.phase("comparing")
         with contextlib.suppress(BrokenPipeError):  # the training is done and saved, whoever listens
-            report = _report(training_run, result)
+            report = [*_report(training_run, result), *_tested(training_run)]
     with contextlib.suppress(BrokenPipeError):
         print("\n".join(report), flush=True)
         _show_sample(training_run)
@@ -169,7 +172,7 @@ def _introduce(training_run: Run) -> None:
     )
     stretches = training_run.parts.stream.stretches
     cut = "" if stretches in (None, len(training_run.training)) else f" in {stretches:,} stretches"
-    print(f"data        {training}{cut} to train on, {held_out} held out")
+    print(f"data        {training}{cut} to train on, {held_out} held out{_held_out_of(training_run)}")
     parameters = sum(p.numel() for p in training_run.model.parameters())
     ranks = training_run.parts.ranks
     where = f"{training_run.parts.device}" + (
@@ -198,6 +201,15 @@ def _stopped(training_run: Run, unheard: bool) -> int:
         return 141
     print(f"\n{again}")
     return 130
+
+
+def _held_out_of(training_run: Run) -> str:
+    """Where the held-out documents come from, if not whole from the data."""
+    given = training_run.settings.documents.held_out_data
+    if given:
+        return f" ({', '.join(map(folders.shown, given))})"
+    cut = {d.name for d in training_run.held_out[:1]} & {d.name for d in training_run.training}
+    return f" (the end of {cut.pop()})" if cut and len(training_run.held_out) == 1 else ""
 
 
 def _best(training_run: Run, result: HeldOut) -> HeldOut:
@@ -263,6 +275,20 @@ def _what_next(training_run: Run) -> list[str]:
         f"checkpoint  {models.described(settings.out, checkpoints.find(settings.out))}. Try:",
         f"  memformer generate --checkpoint {shlex.quote(str(settings.out))}{prompt}",
     ]
+
+
+def _tested(training_run: Run) -> list[str]:
+    """How well the best checkpoint does on what training never looked at; all processes read it together."""
+    if not training_run.parts.test:
+        return []
+    out = training_run.settings.out
+    folder = checkpoints.find(out)
+    model, tokenizer = models.load(folder, str(training_run.parts.device))
+    result = evaluate(model, training_run.parts.test, tokenizer)
+    per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits per byte, "
+    read = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
+    numbers = f"{per_byte}{result.perplexity:.3f} perplexity, by {models.described(out, folder)}"
+    return ["", f"test        {read}: {numbers}"]
 
 
 @contextlib.contextmanager

@@ -109,22 +109,19 @@ _MAGIC: dict[bytes, str] = {
     b"%PDF": "a PDF: save its text",
     b"\x1f\x8b": "compressed by gzip: give it a name that ends in .gz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: give it a name that ends in .zst",
-    b"BZh": "compressed by bzip2: give it a name that ends in .bz2",
     b"\xfd7zXZ\x00": "compressed by xz: give it a name that ends in .xz",
     b"7z\xbc\xaf": "a 7z archive: unpack it",
-    b"Rar!": "a rar archive: unpack it",
-    b"PAR1": "Parquet: give it a name that ends in .parquet",
-    b"ARROW1": "Arrow: give it a name that ends in .arrow",
+    b"Rar!\x1a\x07": "a rar archive: unpack it",
+    b"ARROW1\0": "Arrow: give it a name that ends in .arrow",
     b"\x93NUMPY": "a numpy array: give it a name that ends in .npy",
     b"{\\rtf": "rich text: save it as plain text",
-    b"SQLite format 3": "a database: write its texts into JSON Lines",
+    b"SQLite format 3\0": "a database: write its texts into JSON Lines",
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
-    b"GIF8": "an image",
     b"\x7fELF": "a program",
     b"\xd0\xcf\x11\xe0": "an office document: save its text",
 }
-"""What is not text, by its first bytes."""
+"""What is not text, by its first bytes, none of which a text could begin with."""
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -486,7 +483,7 @@ def _wider(tokens: FileTokens) -> str | None:
             continue
         lower, higher, *rest = (max(int(part[i::factor].max(initial=0)) for part in sample) for i in range(factor))
         nearly = size == 2 and lower >= 1024 and higher <= 3
-        if not any(rest) and ((lower and not higher) or nearly or (size == 1 and factor == 4 and higher)):
+        if not any(rest) and ((lower and not higher) or nearly):
             return {2: "uint16", 4: "uint32", 8: "int64"}[size * factor]
     return None
 
