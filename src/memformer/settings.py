@@ -9,16 +9,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
 from . import replay
-from .config import MemformerConfig, Positions, Writer, check_count
+from .config import MemformerConfig, Positions, Typed, Writer, check_count, convert
 
 __all__ = [
     "RECIPES",
@@ -45,7 +44,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentSettings:
+class DocumentSettings(Typed):
     """How documents are read."""
 
     tokenizer: str = "bytes"
@@ -62,6 +61,7 @@ class DocumentSettings:
     """Hold out one document in N; of a single document, hold out the last Nth."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("vocabulary", self.vocabulary)
         if not isinstance(self.held_out, int) or self.held_out < 2:
             raise ValueError(f"held_out: expected a whole number of at least 2, got {self.held_out!r}")
@@ -70,7 +70,7 @@ class DocumentSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class ModelSettings(Typed):
     """Sizes of the model. Its vocabulary comes from the tokenizer."""
 
     dim: int = 64
@@ -99,6 +99,7 @@ class ModelSettings:
     """One matrix for both embeddings and the output projection."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("dim", "slots", "enc_depth", "dec_depth", "heads", "mem_updates"):
             check_count(name, getattr(self, name))
         check_count("dec_overlap", self.dec_overlap, least=0)
@@ -122,7 +123,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveSettings:
+class ObjectiveSettings(Typed):
     """The odds of the paper's objectives (v1, section 2.3), drawn for each lane and segment."""
 
     continuation: float = 1.0
@@ -133,6 +134,7 @@ class ObjectiveSettings:
     """Read a segment, write the one before it, which only the memory knows."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("continuation", "infilling", "recall"):
             _check_not_negative(name, getattr(self, name), whole=False)
         if self.continuation + self.infilling + self.recall <= 0:
@@ -140,7 +142,7 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutSettings:
+class RolloutSettings(Typed):
     """What a step reads, how far its gradients go back, and how they travel."""
 
     lanes: int = 12
@@ -163,6 +165,7 @@ class RolloutSettings:
     """Where stored memories are kept: cpu, or a folder on a disk; by default on the device."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lanes", "segment_length", "horizon", "horizon_steps", "accumulate"):
             check_count(name, getattr(self, name))
         check_count("graphs", self.graphs, least=0)
@@ -208,7 +211,7 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
+class OptimizerSettings(Typed):
     """AdamW; the learning rate rises along a line, then falls to zero along a cosine."""
 
     learning_rate: float = 3e-3
@@ -223,6 +226,7 @@ class OptimizerSettings:
     """Decay of a moving average of the weights, which is then evaluated and saved as the model; 0: none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
         for name in ("weight_decay", "clip"):
@@ -233,7 +237,7 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeSettings:
+class ComputeSettings(Typed):
     """Precision and processes. Under torchrun the lanes are divided among the processes."""
 
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
@@ -245,7 +249,7 @@ class ComputeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
+class EvaluationSettings(Typed):
     """Evaluation on held-out documents, read whole with the memory carried on; the best checkpoint is kept."""
 
     eval_every: int = 0
@@ -256,6 +260,7 @@ class EvaluationSettings:
     """Read at most this many held-out bytes (or ids); 0: all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("eval_every", "patience", "eval_limit"):
             _check_not_negative(name, getattr(self, name))
         if self.patience and not self.eval_every:
@@ -263,7 +268,7 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputSettings:
+class OutputSettings(Typed):
     """What is written and shown, and when."""
 
     log_every: int = 50
@@ -278,13 +283,14 @@ class OutputSettings:
     """Tokens of the sample that is shown at the end; 0: none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("log_every", "save_every", "keep"):
             check_count(name, getattr(self, name))
         _check_not_negative("sample_tokens", self.sample_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Typed):
     """The settings of a training run: memory replay over long documents, its memory carried from rollout to rollout."""
 
     data: tuple[Path, ...] = ()
@@ -310,6 +316,7 @@ class TrainingConfig:
     output: OutputSettings = field(default_factory=OutputSettings)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("steps", self.steps)
         _check_not_negative("seed", self.seed)
         if self.seed >= 2**63:
@@ -449,7 +456,7 @@ def build(cls: type[T], values: object, *, base: T | None = None, where: str = "
         if dataclasses.is_dataclass(hints[name]):
             given[name] = build(hints[name], value, base=None if base is None else getattr(base, name), where=path)
         else:
-            given[name] = _convert(path, hints[name], value)
+            given[name] = convert(path, hints[name], value, text=True)
     return cls(**given) if base is None else dataclasses.replace(base, **given)  # type: ignore[type-var]
 
 
@@ -468,36 +475,3 @@ def _paths(cls: type[DataclassInstance], where: str) -> list[tuple[str, str]]:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found += _paths(hint, f"{name}.")
     return found
-
-
-def _convert(name: str, kind: Any, value: object) -> object:
-    """A value of YAML or JSON as the type of its field."""
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
-        return value
-    if get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{name}: expected a list, got {value!r}")
-        return tuple(_convert(name, get_args(kind)[0], item) for item in items)
-    if get_origin(kind) in (Union, types.UnionType):
-        (inner,) = (k for k in get_args(kind) if k is not type(None))
-        return None if value is None else _convert(name, inner, value)
-    if kind in (int, float) and not isinstance(value, bool):
-        if isinstance(value, kind):
-            return value
-        try:
-            number = float(str(value))  # YAML takes 3e-4 for a string
-        except ValueError:
-            number = float("nan")
-        if kind is float and number == number:
-            return number
-        if kind is int and number == number and number.is_integer():
-            return int(number)
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-    raise ValueError(f"{name}: expected {expected[kind]}, got {value!r}")
