@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from memformer import Memformer, MemformerConfig
+from memformer import Memformer, MemformerConfig, MemoryState, generation, memory_replay_backprop
 from memformer.config import Typed
+from memformer.data import ByteTokenizer, Document
+from memformer.evaluation import evaluate
 from memformer.settings import (
     ComputeSettings,
     DocumentSettings,
@@ -23,6 +29,7 @@ from memformer.settings import (
     TrainingConfig,
     to_yaml,
 )
+from memformer.state import fingerprint
 
 SETTINGS = [
     ComputeSettings,
@@ -97,3 +104,172 @@ def test_a_model_of_numpys_integers_can_be_saved(tmp_path: Path) -> None:
     model = Memformer(**{name: np.int32(x) for name, x in SMALL.items()})
     model.save_pretrained(tmp_path)
     assert Memformer.from_pretrained(tmp_path).config == MemformerConfig(**SMALL) == model.config
+
+
+# --- Token ids --------------------------------------------------------------------------------------------------------
+
+IDS = [[3, 1, 4, 1], [5, 9, 2, 6]]
+KINDS: dict[str, Callable[[list[list[int]]], Any]] = {
+    "lists": lambda ids: ids,
+    "uint8 array": lambda ids: np.array(ids, np.uint8),
+    "uint16 array": lambda ids: np.array(ids, np.uint16),
+    "big-endian array": lambda ids: np.array(ids, ">u4"),
+    "read-only array": lambda ids: np.frombuffer(np.array(ids, np.uint8).tobytes(), np.uint8).reshape(2, 4),
+    "uint8 tensor": lambda ids: torch.tensor(ids, dtype=torch.uint8),
+    "int16 tensor": lambda ids: torch.tensor(ids, dtype=torch.int16),
+    "uint16 tensor": lambda ids: torch.tensor(ids, dtype=torch.uint16),
+    "int32 tensor": lambda ids: torch.tensor(ids, dtype=torch.int32),
+}
+
+
+@pytest.fixture
+def model() -> Memformer:
+    return Memformer(**SMALL).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_of_every_kind_are_the_same_ids(model: Memformer, kind: str) -> None:
+    given, ids = KINDS[kind](IDS), torch.tensor(IDS)
+    assert torch.equal(model(given, given).dec_out, model(ids, ids).dec_out)
+    assert torch.equal(model.encode(given).mem, model.encode(ids).mem)
+    encoded = model.encode(ids).enc_out
+    assert torch.equal(model.decode(given, encoded, src=given), model.decode(ids, encoded, src=ids))
+    for target in ([given], *([] if kind == "lists" else [given])):  # a list has one target for each segment
+        assert memory_replay_backprop(model, given, target)[0] == memory_replay_backprop(model, ids, ids)[0]
+    state = model.read(ids, start=256)
+    assert torch.equal(model.read(given, start=np.int64(256)).memory, state.memory)
+    how = dict(start=256, temperature=0)
+    tokens = torch.stack(model.generate(ids, 3, **how).tokens)
+    assert torch.equal(torch.stack(model.generate(given, np.int64(3), **how).tokens), tokens)
+    assert torch.equal(torch.stack(list(model.stream(list(given), 3, **how)), 1), tokens)
+
+
+def test_masks_may_be_arrays_too(model: Memformer) -> None:
+    ids, kept = np.array(IDS, np.uint8), np.array([[1, 1, 0, 0], [1, 1, 1, 1]])
+    expected = model(ids, ids, None, torch.tensor(kept).bool(), torch.tensor(kept).bool(), torch.tensor([True, False]))
+    for mask in (kept, kept.tolist(), kept.astype(bool)):
+        assert torch.equal(model(ids, ids, None, mask, mask, np.array([1, 0])).dec_out, expected.dec_out)
+
+
+def test_what_the_tokenizer_gives_is_one_lane(model: Memformer) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode("caf\u00e9")
+    how = dict(start=tokenizer.start, never=np.array(tokenizer.special), stop=np.array([7]), temperature=0)
+    whole = torch.tensor([list("caf\u00e9".encode())])
+    expected = model.generate(whole, 5, **{**how, "never": tokenizer.special, "stop": [7]})
+    for given in (ids, ids.tolist(), torch.from_numpy(ids.copy()), [ids], [ids.tolist()]):
+        found = model.generate(given, 5, **how)
+        assert torch.equal(found.tokens[0], expected.tokens[0])
+    assert model.read(tokenizer.encode(""), start=256).batch_size == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.array(IDS, float), torch.tensor(IDS).float(), torch.tensor(IDS) > 2, [[True, False]], [[0.5, 1.5]], [[-1, 2]],
+     [[2**70, 1]], "text", b"text", 3, [["a"]], [[1, 2], [None]], np.int64(3), {"a": 1}],
+    ids=str,
+)  # fmt: skip
+def test_what_are_no_ids_is_refused(model: Memformer, wrong: Any) -> None:
+    with pytest.raises(ValueError, match="src: "):
+        model(wrong)
+    with pytest.raises(ValueError, match="src: "):
+        memory_replay_backprop(model, wrong, torch.tensor(IDS))
+    for use in (model.read, lambda ids, start: model.generate(ids, 2, start=start)):
+        with pytest.raises(ValueError, match="tokens: "):
+            use(wrong, start=256)
+
+
+def test_lanes_of_a_state_are_named_by_integers_or_booleans(model: Memformer) -> None:
+    state = model.read([[1, 2, 3], [4, 5, 6], [7, 8, 9]], start=256)
+    for lanes in ([2, 0], np.array([2, 0], np.uint8), torch.tensor([2, 0], dtype=torch.int16), [np.int64(2), 0]):
+        assert torch.equal(state.select(lanes).pending, state.pending[[2, 0]])
+        assert torch.equal(state.reset(lanes).position, torch.tensor([0, 3, 0]))
+    for chosen in ([True, False, True], np.array([True, False, True]), torch.tensor([True, False, True])):
+        assert torch.equal(state.select(chosen).pending, state.pending[[0, 2]])
+    assert torch.equal(state.reorder(np.array([2, 1, 1])).pending, state.pending[[2, 1, 1]])
+    assert [part.batch_size for part in state.split(np.int64(2))] == [2, 1]
+    for wrong in ([0.5], "a", None, [3], [-1], [[0]], [True]):
+        with pytest.raises(ValueError, match="lanes: expected indices from 0 to 2"):
+            state.select(wrong)
+    for wrong in (0, -1, 3.5, True, [1, 1], "a", None):
+        with pytest.raises(ValueError, match="split: expected"):
+            state.split(wrong)
+
+
+# --- Models that are wrapped, compiled or quantised -------------------------------------------------------------------
+
+
+def wrappers() -> dict[str, Callable[[Memformer], nn.Module]]:
+    def inside(model: Memformer) -> nn.Module:
+        model = copy.deepcopy(model)
+        model.encoder = torch.compile(model.encoder, backend="eager")
+        return model
+
+    return {
+        "compiled": lambda model: torch.compile(model, backend="eager"),
+        "compiled inside": inside,
+        "data parallel": nn.DataParallel,
+        "averaged": torch.optim.swa_utils.AveragedModel,
+        "twice": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    }
+
+
+@pytest.mark.parametrize("wrapper", wrappers())
+def test_a_wrapped_model_is_the_one_inside(model: Memformer, tmp_path: Path, wrapper: str) -> None:
+    wrapped = wrappers()[wrapper](model)
+    assert fingerprint(wrapped) == fingerprint(model)
+    state = model.read(IDS, start=256)
+    state.save(tmp_path / "by-model", model)
+    state.save(tmp_path / "by-wrapped", wrapped)
+    for file in ("by-model", "by-wrapped"):
+        assert torch.equal(MemoryState.load(tmp_path / file, model).pending, state.pending)
+    assert torch.equal(MemoryState.load(tmp_path / "by-model", wrapped).memory, state.memory)
+    assert torch.equal(generation.read(wrapped, IDS, start=256).memory, state.memory)
+    found, expected = (generation.generate(m, IDS, 5, start=256, temperature=0) for m in (wrapped, model))
+    assert torch.equal(torch.stack(found.tokens), torch.stack(expected.tokens))
+
+
+def test_a_model_with_a_compiled_part_is_saved_under_its_own_names(model: Memformer, tmp_path: Path) -> None:
+    wrappers()["compiled inside"](model).save_pretrained(tmp_path / "compiled")
+    model.save_pretrained(tmp_path / "plain")
+    files = [tmp_path / name / "model.safetensors" for name in ("compiled", "plain")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_model_generates_evaluates_and_has_states(model: Memformer, tmp_path: Path) -> None:
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("no int8 here")
+    small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert fingerprint(small) == fingerprint(copy.deepcopy(small)) != fingerprint(model)
+    _, state = small.generate(IDS, 5, start=256, temperature=0)
+    state.save(tmp_path / "talk", small)
+    assert torch.equal(MemoryState.load(tmp_path / "talk", small).memory, state.memory)
+    with pytest.raises(ValueError, match="written with another model"):
+        MemoryState.load(tmp_path / "talk", model)
+    with pytest.raises(ValueError, match="save_pretrained: this model is quantised"):
+        small.save_pretrained(tmp_path / "model")
+    tokenizer, documents = ByteTokenizer(), [Document("a", b"to read is to remember " * 3)]
+    model = Memformer(**{**SMALL, "enc_num_tokens": tokenizer.vocabulary, "dec_num_tokens": tokenizer.vocabulary})
+    small = torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear})
+    whole, part = (evaluate(m, documents, tokenizer).bits_per_byte for m in (model, small))
+    assert part == pytest.approx(whole, rel=0.05)
+
+
+def test_a_memory_that_is_not_finite_is_not_saved(model: Memformer, tmp_path: Path) -> None:
+    state = model.read(IDS, start=256)
+    state.memory[1, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="memory: holds numbers that are not finite"):
+        state.save(tmp_path / "talk", model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["", None, 3, [], b"x"])
+def test_a_path_is_a_path(model: Memformer, path: Any) -> None:
+    state = model.read(IDS, start=256)
+    for use in (lambda: state.save(path, model), lambda: MemoryState.load(path, model)):
+        with pytest.raises(ValueError, match="path: expected a path"):
+            use()
+    for use in (lambda: model.save_pretrained(path), lambda: Memformer.from_pretrained(path)):
+        with pytest.raises(ValueError, match="folder: expected a path"):
+            use()

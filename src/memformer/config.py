@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["MemformerConfig", "Positions", "Typed", "Writer", "check_count", "convert", "is_count"]
+__all__ = ["MemformerConfig", "Positions", "Typed", "Writer", "a_path", "check_count", "convert", "is_count"]
 
 Positions = Literal["rotary", "relative", "bucketed"]
 """How attention knows positions: rotated queries and keys, learned encodings of distances, or learned biases."""
@@ -141,6 +141,13 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise ValueError unless ``value`` is a whole number of at least ``least``; the message begins with ``name``."""
     if not is_count(value, least):
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def a_path(name: str, value: object) -> Path:
+    """A path as one. Raises ValueError, which begins with ``name``, for anything else and for an empty one."""
+    path = convert(name, Path, value)
+    assert isinstance(path, Path)
+    return path
 
 
 def is_count(value: object, least: int) -> bool:

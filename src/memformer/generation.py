@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .checks import as_mask, describe, is_tensor
+from .checks import as_mask, as_tokens, describe, is_tensor
 from .config import MemformerConfig, check_count, is_count
 from .network import Network
+from .pretrained import unwrapped
 from .state import MemoryState
 
 __all__ = [
@@ -158,7 +161,21 @@ class Sampling(Filters):
     """Token ids that must not be written."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < math.inf:
+        for name in ("stop", "never"):
+            ids = getattr(self, name)
+            if isinstance(ids, np.ndarray | Tensor):
+                object.__setattr__(self, name, ids.tolist())
+        for name in ("top_p", "min_p", "repetition_penalty"):
+            number = getattr(self, name)
+            if number is None and name != "repetition_penalty":
+                continue
+            if isinstance(number, bool) or not isinstance(number, numbers.Real):
+                raise ValueError(f"{name}: expected a number, got {number!r}")
+        if (
+            isinstance(self.temperature, bool)
+            or not isinstance(self.temperature, numbers.Real)
+            or not 0 <= self.temperature < math.inf
+        ):
             raise ValueError(
                 f"temperature: expected a finite number of at least 0 (0 takes the likeliest), got {self.temperature}"
             )
@@ -433,8 +450,9 @@ def read(
     tensor([6])
 
     Args:
-        model: one that was trained to continue text.
-        tokens: (batch, tokens) token ids, none at all included, or a list with one (tokens,) per lane.
+        model: one that was trained to continue text; a compiled or wrapped one is the model inside.
+        tokens: (batch, tokens) token ids, none at all included, or a list with one (tokens,) per lane; one (tokens,) by
+            itself is of one lane. Tensors, arrays (as ``tokenizer.encode`` gives them) or lists of integers.
         state: from earlier tokens; it stays as it is. None begins a document in every lane.
         start: the token that started documents and decoder in training; a given state knows it.
         mask: like ``tokens``, boolean or integer, True or 1 for tokens that exist, wherever they stand.
@@ -442,6 +460,7 @@ def read(
     Raises:
         ValueError: an argument does not fit the model or the others; the message says what was expected.
     """
+    model = _network(model)
     lanes, state = _begin(model, tokens, state, start, mask)
     return _read(model, lanes, state)
 
@@ -482,7 +501,7 @@ def stream(
         ValueError: as :func:`read`, and where the model has no decoder.
         TypeError: a keyword is unknown.
     """
-    choice = Sampling.of(sampling, keywords)
+    model, choice = _network(model), Sampling.of(sampling, keywords)
     lanes, state = _begin(model, prompt, state, start, prompt_mask)
     _check_writing(model, max_new_tokens)
     each = generator if isinstance(generator, Sequence) else [generator] * len(lanes)
@@ -532,7 +551,7 @@ def generate(
         ValueError: as :func:`stream`, and for anything that samples beside ``beams``.
         TypeError: a keyword is unknown.
     """
-    sampling = Sampling.of(sampling, keywords)
+    model, sampling = _network(model), Sampling.of(sampling, keywords)
     if beams is None:
         steps = []
         tokens = stream(
@@ -559,7 +578,7 @@ def generate(
             "beside it"
         )
     check_count("beams", beams, 1)
-    if not math.isfinite(length_penalty):
+    if not isinstance(length_penalty, numbers.Real) or not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
     lanes, state = _begin(model, prompt, state, start, prompt_mask)
     _check_writing(model, max_new_tokens)
@@ -570,16 +589,28 @@ def generate(
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
+def _network(model: nn.Module) -> Network:
+    return cast(Network, unwrapped(model))
+
+
 def _begin(
     model: Network, tokens: Tokens | None, state: MemoryState | None, start: int | None, mask: Tensor | None
 ) -> tuple[list[Tensor], MemoryState]:
     """Each lane's tokens, and the state before them."""
+    if state is not None and not isinstance(state, MemoryState):
+        raise ValueError(f"state: expected a MemoryState, got {type(state).__name__}")
     if tokens is None and state is not None:
         tokens = state.pending.new_empty(state.batch_size, 0)
+    if isinstance(tokens, np.ndarray) or (isinstance(tokens, Sequence) and len(tokens)):
+        tokens = as_tokens(tokens)
+    if isinstance(tokens, Tensor) and tokens.dim() == 1 and mask is None:
+        tokens = tokens[None]  # of one lane, as tokenizer.encode gives them
+    if isinstance(tokens, str | bytes):
+        raise ValueError("tokens: expected token ids, got text: tokenizer.encode makes ids of it")
     if not isinstance(tokens, Tensor | Sequence) or (isinstance(tokens, Tensor) and tokens.dim() == 0):
         raise ValueError(
             "tokens: expected token ids (batch, tokens), a list with one (tokens,) per lane, or None to go on from a "
-            f"state, got {type(tokens).__name__}"
+            f"state, got {describe(tokens)}"
         )
     like, length, batch = model.get_initial_mem(1)[0], model.config.segment_length, len(tokens)
     if not batch:
@@ -588,7 +619,7 @@ def _begin(
         if start is None:
             raise ValueError("start: expected the token that started documents in training, or a state that knows it")
         _check_ids("start", [start], model.config)
-        state = MemoryState.new(batch, length, start, like)
+        state = MemoryState.new(batch, length, int(start), like)
     elif start not in (None, state.start):
         raise ValueError(f"start: expected {state.start}, that of the state, got {start}")
     sizes = (batch, *like.shape), (batch, length), like.dtype, like.device
@@ -598,14 +629,14 @@ def _begin(
         raise ValueError(
             f"state: expected {names} {_words(sizes)} for this model and these tokens, got {_words(given)}"
         )
-    mask = as_mask("mask", mask)
+    mask = as_mask("mask", mask, None if not isinstance(tokens, Tensor) else tokens.device)
     if mask is not None and not (isinstance(tokens, Tensor) and is_tensor(mask, tuple(tokens.shape), torch.bool)):
         raise ValueError(
             "mask: expected torch.bool of the tokens' shape (batch, tokens), True for tokens that exist, "
             f"got {describe(mask)}"
         )
     lanes = []
-    for i, lane in enumerate(tokens):
+    for i, lane in enumerate(map(as_tokens, tokens)):
         if not isinstance(lane, Tensor) or lane.dim() != 1 or lane.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 "tokens: expected token ids, torch.int64 or int32 of shape (batch, tokens), or a list with one "

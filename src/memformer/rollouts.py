@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import replay
-from .checks import as_mask, ignored_as_masked
+from .checks import as_mask, as_tokens, ignored_as_masked
 from .data.segments import Segment, Targets, cut
 from .model import Memformer, token_losses
 from .replay.inputs import Cell, Readout, weight_list
@@ -123,7 +123,9 @@ def memory_replay_backprop(
         raise ValueError(
             "readout_segments: says how many segments the decoder gets at once, but loss_fn gets one by one"
         )
-    src_mask = as_mask("src_mask", src_mask)
+    device = model.encoder.embedding.weight.device
+    src, src_mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
+    tgt, tgt_mask, reset = (_each_as_tokens(x, device) for x in (tgt, tgt_mask, reset))
     model.check_source(src, mems, src_mask, None, max_len=sys.maxsize)
     segments = [
         _checked(model, i, s)
@@ -137,6 +139,14 @@ def memory_replay_backprop(
     outcome = rollout(model, segments, mems, options=options)
     outcome.loss.backward()
     return outcome.loss.detach(), outcome.memory.detach()
+
+
+def _each_as_tokens(given: Targets, device: torch.device) -> Targets:
+    """One for one segment, or one for each: see :func:`~memformer.checks.as_tokens`."""
+    if isinstance(given, (list, tuple)):
+        return [as_tokens(x, device) for x in given]
+    converted: Targets = as_tokens(given, device)
+    return converted
 
 
 def _checked(model: Memformer, index: int, segment: Segment) -> Segment:
