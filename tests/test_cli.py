@@ -80,6 +80,44 @@ def test_train_evaluate_generate(folder, capsys):
     assert capsys.readouterr().out == first
 
 
+def test_evaluate_reads_a_limit_and_speaks_json(folder, capsys, monkeypatch):
+    assert main(["train", "--data", "text.txt", "--out", "run", *SMALL]) == 0
+    capsys.readouterr()
+    command = ["evaluate", "--checkpoint", "run", "--data", "text.txt"]
+    assert main([*command, "--json", "--limit", "100"]) == 0
+    printed, errors = capsys.readouterr()
+    found = json.loads(printed)
+    assert errors == ""
+    assert list(found) == ["checkpoint", "precision", "memory_on", "memory_off", "xz"]
+    assert (found["precision"], found["memory_on"]["tokens"], found["xz"]["bytes"]) == ("float32", 100, 100)
+    depths = found["memory_off"]["by_depth"]
+    assert depths[0] == {"first": 1, "last": 1, "tokens": 8, "bits_per_token": depths[0]["bits_per_token"]}
+    assert main([*command, "--memory", "on", "--limit", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert f"memory on   {found['memory_on']['bits_per_byte']:.4f} bits per byte" in printed
+    assert main([*command, "--memory", "on", "--json", "--precision", "bf16", "--limit", "100"]) == 0
+    rounded = json.loads(capsys.readouterr().out)
+    assert rounded["precision"] == "bfloat16"
+    assert rounded["memory_on"]["loss_nats"] != found["memory_on"]["loss_nats"]
+    assert rounded["memory_on"]["loss_nats"] == pytest.approx(found["memory_on"]["loss_nats"], rel=0.02)
+    monkeypatch.setattr("memformer.cli.evaluate.XZ_BYTES", 50)
+    assert main([*command, "--memory", "on"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("bits per byte (the first 50 bytes)")
+    assert main([*command, "--limit", "-1"]) == 2
+    assert "limit: expected a number of bytes of at least 0 (0: all), got -1" in capsys.readouterr().err
+
+
+def test_evaluate_says_on_a_terminal_how_far_it_is(folder, capsys, monkeypatch):
+    assert main(["train", "--data", "text.txt", "--out", "run", *SMALL]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(["evaluate", "--checkpoint", "run", "--data", "text.txt", "--json"]) == 0
+    printed, errors = capsys.readouterr()
+    json.loads(printed)
+    assert "of 1,360 tokens" in errors
+    assert errors.endswith("\r\x1b[K")
+
+
 def test_a_run_is_resumed_with_the_settings_it_had(folder, capsys):
     assert main(["train", "--data", "text.txt", "--out", "run", *SMALL]) == 0
     assert main(["train", "--resume", "--out", "run", "--steps", "6"]) == 0
