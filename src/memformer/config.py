@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import numbers
 import os
@@ -24,7 +23,7 @@ class Typed:
     """Settings whose values have the types of their fields: what Python gives is converted, or refused by name."""
 
     def __post_init__(self) -> None:
-        for name, kind in _hints(type(self)).items():
+        for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, convert(name, kind, getattr(self, name)))
 
 
@@ -153,11 +152,6 @@ def a_path(name: str, value: object) -> Path:
 def is_count(value: object, least: int) -> bool:
     """Whether a value is a whole number (True and False are not) of at least ``least``."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return {f.name: get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
 
 
 def convert(name: str, kind: Any, value: object, text: bool = False) -> object:
