@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from torch import nn
 
 from memformer import Memformer, MemformerConfig, MemoryState, generation, memory_replay_backprop
 from memformer.config import Typed
-from memformer.data import ByteTokenizer, Document
+from memformer.data import ByteTokenizer, Document, TokenIds, load_tokenizer, xz_bits_per_byte
+from memformer.device import choose_device
 from memformer.evaluation import evaluate
+from memformer.export import export
+from memformer.inspection import inspect, plot
 from memformer.settings import (
     ComputeSettings,
     DocumentSettings,
@@ -30,6 +34,7 @@ from memformer.settings import (
     to_yaml,
 )
 from memformer.state import fingerprint
+from memformer.training import Run
 
 SETTINGS = [
     ComputeSettings,
@@ -273,3 +278,94 @@ def test_a_path_is_a_path(model: Memformer, path: Any) -> None:
     for use in (lambda: model.save_pretrained(path), lambda: Memformer.from_pretrained(path)):
         with pytest.raises(ValueError, match="folder: expected a path"):
             use()
+
+
+# --- Every argument of every public function --------------------------------------------------------------------------
+
+WRONG: list[Any] = [None, "", -1, 0, 3.5, True, np.int64(3), []]
+
+
+def calls(folder: Path) -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
+    """Public functions, each with arguments that are right."""
+    model, ids = Memformer(**SMALL).eval(), torch.tensor(IDS)
+    state = model.read(ids, start=256)
+    state.save(folder / "state", model)
+    model.save_pretrained(folder / "model")
+    ByteTokenizer().save(folder)
+    logits, seen, encoded = torch.randn(2, 300), ids, model.encode(ids).enc_out
+    documents = [Document("a", b"to read is to remember " * 3), Document("b", b"and to write")]
+    bytes_model = Memformer(**{**SMALL, "enc_num_tokens": 260, "dec_num_tokens": 260})
+    found = inspect(model, [np.arange(40)], start=256, segments=3)
+    read = dict(tokens=ids, state=None, start=256, mask=None)
+    write = dict(prompt=ids, max_new_tokens=2, start=256, prompt_mask=None, state=None, sampling=None, generator=None)
+    filters = dict(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop=(), never=())
+    return {
+        "Memformer": (Memformer, SMALL),
+        "forward": (model, dict(src=ids, tgt=ids, mems=None, src_mask=None, tgt_mask=None, reset=None)),
+        "encode": (model.encode, dict(src=ids, mems=None, src_mask=None, reset=None)),
+        "decode": (model.decode, dict(tgt=ids, enc_out=encoded, src_mask=None, tgt_mask=None, src=ids)),
+        "resize_memory": (copy.deepcopy(model).resize_memory, dict(num_memory_slots=3)),
+        "resize_mems": (model.resize_mems, dict(mems=model.get_initial_mem(2))),
+        "save_pretrained": (model.save_pretrained, dict(folder=folder / "model")),
+        "from_pretrained": (Memformer.from_pretrained, dict(folder=folder / "model")),
+        "memory_replay_backprop": (
+            functools.partial(memory_replay_backprop, model),
+            dict(src=ids, tgt=ids, src_mask=None, tgt_mask=None, reset=None, mems=None),
+        ),
+        "read": (generation.read, dict(model=model, **read)),
+        "stream": (generation.stream, dict(model=model, **write)),
+        "generate": (generation.generate, dict(model=model, **write, beams=None)),
+        "beams": (generation.generate, dict(model=model, **write, beams=2, length_penalty=1.0)),
+        "Sampling": (generation.Sampling, filters),
+        "sampled": (functools.partial(model.generate, ids, 2, start=256), filters),
+        "keep_top_k": (functools.partial(generation.keep_top_k, logits), dict(k=3)),
+        "keep_top_p": (functools.partial(generation.keep_top_p, logits), dict(p=0.5)),
+        "keep_min_p": (functools.partial(generation.keep_min_p, logits), dict(p=0.5)),
+        "penalise_repetition": (functools.partial(generation.penalise_repetition, logits, seen), dict(penalty=1.1)),
+        "state.save": (state.save, dict(path=folder / "state", model=model)),
+        "state.load": (MemoryState.load, dict(path=folder / "state", model=model)),
+        "state.select": (state.select, dict(lanes=[0])),
+        "state.reset": (state.reset, dict(lanes=[0])),
+        "state.reorder": (state.reorder, dict(parents=[0, 0])),
+        "state.cat": (MemoryState.cat, dict(states=[state])),
+        "state.split": (state.split, dict(sizes=1)),
+        "state.pad_to": (state.pad_to, dict(batch_size=3)),
+        "fingerprint": (fingerprint, dict(model=model)),
+        "evaluate": (evaluate, dict(model=bytes_model, documents=documents, tokenizer=ByteTokenizer(), lanes=2)),
+        "load_tokenizer": (load_tokenizer, dict(folder=folder)),
+        "TokenIds": (TokenIds, dict(size=3)),
+        "xz": (xz_bits_per_byte, dict(held_out=[b"abc"], most=None)),
+        "inspect": (inspect, dict(model=model, documents=[np.arange(40)], start=256, segments=3)),
+        "plot": (functools.partial(plot, found), dict(path=folder / "plot.png")),
+        "export": (functools.partial(export, model), dict(folder=folder / "exported", format="torch")),
+        "choose_device": (choose_device, dict(name="cpu")),
+        "Run": (Run, dict(settings=TrainingConfig(data=(folder / "nothing",)))),
+    }  # fmt: skip
+
+
+NAMES = [
+    *("Memformer", "forward", "encode", "decode", "resize_memory", "resize_mems", "save_pretrained"),
+    *("from_pretrained", "memory_replay_backprop", "read", "stream", "generate", "beams", "Sampling", "sampled"),
+    *("keep_top_k", "keep_top_p", "keep_min_p", "penalise_repetition", "state.save", "state.load", "state.select"),
+    *("state.reset", "state.reorder", "state.cat", "state.split", "state.pad_to", "fingerprint", "evaluate"),
+    *("load_tokenizer", "TokenIds", "xz", "inspect", "plot", "export", "choose_device", "Run"),
+]
+"""Not among them: filters' logits (pure functions of tensors), tasks, corpora, lanes and objectives."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_argument_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whatever an argument is, it is taken or refused: no error from inside."""
+    monkeypatch.chdir(tmp_path)
+    function, right = calls(tmp_path)[name]
+    inside = []
+    for argument in right:
+        for wrong in WRONG:
+            try:
+                function(**{**right, argument: wrong})
+            except (ValueError, OSError):
+                pass
+            except Exception as error:
+                inside.append(f"{argument}={wrong!r}: {error!r}")
+    assert inside == []

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["MemformerConfig", "Positions", "Typed", "Writer", "a_path", "check_count", "convert", "is_count"]
+__all__ = [
+    "MemformerConfig",
+    "Positions",
+    "Typed",
+    "Writer",
+    "a_path",
+    "check_count",
+    "check_number",
+    "convert",
+    "is_count",
+]
 
 Positions = Literal["rotary", "relative", "bucketed"]
 """How attention knows positions: rotated queries and keys, learned encodings of distances, or learned biases."""
@@ -140,6 +150,12 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise ValueError unless ``value`` is a whole number of at least ``least``; the message begins with ``name``."""
     if not is_count(value, least):
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError, which begins with ``name``, unless ``value`` is a number (True and False are none)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
 
 
 def a_path(name: str, value: object) -> Path:

@@ -119,6 +119,8 @@ def evaluate(
         raise ValueError(f"documents: expected a list of Document, got {type(documents).__name__}")
     if not documents:
         raise ValueError("documents: expected at least one, got none")
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer: expected one with encode, decode and its ids, got {type(tokenizer).__name__}")
     for name in ("enc_num_tokens", "dec_num_tokens"):
         if getattr(model.config, name) != tokenizer.vocabulary:
             raise ValueError(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .checks import as_mask, as_tokens, describe, is_tensor
-from .config import MemformerConfig, check_count, is_count
+from .config import MemformerConfig, check_count, check_number, is_count
 from .network import Network
 from .pretrained import unwrapped
 from .state import MemoryState
@@ -72,6 +72,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """The smallest set of most likely tokens whose probabilities reach ``p`` (nucleus sampling)."""
+    check_number("top_p", p)
     if not 0 < p <= 1:
         raise ValueError(f"top_p: expected a share in (0, 1], got {p}")
     ordered, order = logits.sort(descending=True)
@@ -82,6 +83,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """Tokens at least ``p`` times as likely as the likeliest."""
+    check_number("min_p", p)
     if not 0 < p <= 1:
         raise ValueError(f"min_p: expected a share in (0, 1], got {p}")
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), float("-inf"))
@@ -94,6 +96,7 @@ def keep_allowed(logits: Tensor, never: Sequence[int]) -> Tensor:
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Tokens in ``seen`` (batch, any number) become less likely for a ``penalty`` above 1 (Keskar et al., 2019)."""
+    check_number("repetition_penalty", penalty)
     if not 0 < penalty < math.inf:
         raise ValueError(f"repetition_penalty: expected a finite number above 0, got {penalty}")
     at_seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, seen, True)
@@ -167,10 +170,8 @@ class Sampling(Filters):
                 object.__setattr__(self, name, ids.tolist())
         for name in ("top_p", "min_p", "repetition_penalty"):
             number = getattr(self, name)
-            if number is None and name != "repetition_penalty":
-                continue
-            if isinstance(number, bool) or not isinstance(number, numbers.Real):
-                raise ValueError(f"{name}: expected a number, got {number!r}")
+            if number is not None or name == "repetition_penalty":
+                check_number(name, number)
         if (
             isinstance(self.temperature, bool)
             or not isinstance(self.temperature, numbers.Real)
@@ -187,6 +188,8 @@ class Sampling(Filters):
     @classmethod
     def of(cls, sampling: Sampling | None, keywords: SamplingKeywords) -> Sampling:
         """``sampling``, changed by the keywords. Raises TypeError, which names it, for an unknown one."""
+        if not isinstance(sampling, Sampling | None):
+            raise ValueError(f"sampling: expected a Sampling, got {sampling!r}")
         return dataclasses.replace(sampling or cls(), **keywords)
 
 
@@ -583,7 +586,7 @@ def generate(
     lanes, state = _begin(model, prompt, state, start, prompt_mask)
     _check_writing(model, max_new_tokens)
     choice = _Choice(sampling, model.config, state.start)
-    return _beam_search(model, _read(model, lanes, state), max_new_tokens, choice, beams, length_penalty)
+    return _beam_search(model, _read(model, lanes, state), int(max_new_tokens), choice, beams, length_penalty)
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------

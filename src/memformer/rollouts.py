@@ -125,7 +125,9 @@ def memory_replay_backprop(
         )
     device = model.encoder.embedding.weight.device
     src, src_mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
-    tgt, tgt_mask, reset = (_each_as_tokens(x, device) for x in (tgt, tgt_mask, reset))
+    tgt, tgt_mask, reset = (
+        _each_as_tokens(name, x, device) for name, x in (("tgt", tgt), ("tgt_mask", tgt_mask), ("reset", reset))
+    )
     model.check_source(src, mems, src_mask, None, max_len=sys.maxsize)
     segments = [
         _checked(model, i, s)
@@ -141,11 +143,13 @@ def memory_replay_backprop(
     return outcome.loss.detach(), outcome.memory.detach()
 
 
-def _each_as_tokens(given: Targets, device: torch.device) -> Targets:
+def _each_as_tokens(name: str, given: Targets, device: torch.device) -> Targets:
     """One for one segment, or one for each: see :func:`~memformer.checks.as_tokens`."""
     if isinstance(given, (list, tuple)):
         return [as_tokens(x, device) for x in given]
     converted: Targets = as_tokens(given, device)
+    if converted is not None and not isinstance(converted, Tensor):
+        raise ValueError(f"{name}: expected one for one segment, or a list with one (or None) for each, got {given!r}")
     return converted
 
 

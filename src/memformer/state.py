@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -221,17 +222,19 @@ class MemoryState:
         return MemoryState(**{name: function(x) for name, x in self._tensors().items()}, start=self.start)
 
     def _indices(self, lanes: Tensor | Sequence[int]) -> Tensor:
-        given, lanes = lanes, as_tokens(lanes, self.position.device)
-        if isinstance(lanes, Tensor) and lanes.dtype == torch.bool and lanes.shape == (self.batch_size,):
-            return lanes.nonzero()[:, 0]
-        integers = isinstance(lanes, Tensor) and lanes.dim() == 1 and lanes.dtype in (torch.int64, torch.int32)
-        if not integers or ((lanes < 0) | (lanes >= self.batch_size)).any():
-            got = f"{describe(lanes)}: {lanes.tolist()}" if isinstance(lanes, Tensor) else repr(given)
-            raise ValueError(
-                f"lanes: expected indices from 0 to {self.batch_size - 1}, or torch.bool of shape "
-                f"({self.batch_size},), got {got}"
-            )
-        return lanes
+        given: Any = lanes
+        found: Any = as_tokens(given, self.position.device)
+        if isinstance(found, Tensor) and found.dtype == torch.bool and found.shape == (self.batch_size,):
+            return found.nonzero()[:, 0]
+        integers = isinstance(found, Tensor) and found.dim() == 1 and found.dtype in (torch.int64, torch.int32)
+        if integers and not ((found < 0) | (found >= self.batch_size)).any():
+            indices: Tensor = found
+            return indices
+        got = f"{describe(found)}: {found.tolist()}" if isinstance(found, Tensor) else repr(given)
+        raise ValueError(
+            f"lanes: expected indices from 0 to {self.batch_size - 1}, or torch.bool of shape "
+            f"({self.batch_size},), got {got}"
+        )
 
 
 def fingerprint(model: nn.Module) -> str:

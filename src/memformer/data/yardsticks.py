@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ..config import check_count
+
 __all__ = ["order2_bits_per_byte", "xz_bits_per_byte"]
 
 _PART = 1 << 20
@@ -63,6 +65,10 @@ def xz_bits_per_byte(held_out: Iterable[bytes | _Text], most: int | None = None)
     Raises:
         ValueError: there is no text.
     """
+    if not isinstance(held_out, Iterable) or isinstance(held_out, (str, bytes)):
+        raise ValueError(f"held_out: expected documents, or texts as bytes, got {type(held_out).__name__}")
+    if most is not None:
+        check_count("most", most)
     compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
     count = size = 0
     for piece in _pieces(held_out, sys.maxsize if most is None else most):

@@ -64,6 +64,8 @@ class Run:
     """
 
     def __init__(self, settings: TrainingConfig, parts: Parts | None = None):
+        if not isinstance(settings, TrainingConfig):
+            raise ValueError(f"settings: expected a TrainingConfig, got {settings!r}")
         self.settings = settings
         self.parts = parts = assemble(settings) if parts is None else parts
         self.training, self.held_out = parts.training, parts.held_out
