@@ -23,7 +23,8 @@ import pytest
 import tyro
 from benchmarks import __main__ as benchmarks
 
-from memformer import cli, replay, settings
+from memformer import replay, settings
+from memformer.cli import parsing
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -169,7 +170,7 @@ def parses(arguments: list[str]) -> bool:
             tyro.cli(benchmarks._Command, args=arguments[1:], config=CONFIG)
         else:
             # What a run left behind cannot be looked up here: the flags are parsed against the defaults.
-            cli._parse([word for word in arguments if word != "--resume"])
+            parsing.parse([word for word in arguments if word != "--resume"])
     except (SystemExit, ValueError):
         return False
     return True

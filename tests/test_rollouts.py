@@ -538,7 +538,7 @@ def test_the_live_graph_of_plain_bptt_does_grow() -> None:
         ),
         ({"src": tokens(2, 7).float(), "tgt": tokens(2, 4)}, r"src: expected token ids"),
         ({"src": tokens(2, 7)[0], "tgt": tokens(2, 4)}, r"src: expected token ids"),
-        ({"src": [[1, 2]], "tgt": tokens(2, 4)}, r"src: expected token ids, .* got list"),
+        ({"src": [[1.5, 2]], "tgt": tokens(2, 4)}, r"src: expected token ids, .* got float64"),
         ({"src": tokens(2, 7) + VOCABULARY, "tgt": tokens(2, 4)}, r"src: token id \d+ is outside the table"),
         ({"loss_fn": lambda i, x: None}, r"loss_fn: returned no loss that requires a gradient"),
         ({"loss_fn": lambda i, x: x.detach().sum()}, r"loss_fn: returned no loss that requires a gradient"),

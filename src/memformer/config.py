@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
+import os
+import types
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["MemformerConfig", "Positions", "Writer", "check_count", "is_count"]
+__all__ = [
+    "MemformerConfig",
+    "Positions",
+    "Typed",
+    "Writer",
+    "a_path",
+    "check_count",
+    "check_number",
+    "convert",
+    "is_count",
+]
 
 Positions = Literal["rotary", "relative", "bucketed"]
 """How attention knows positions: rotated queries and keys, learned encodings of distances, or learned biases."""
@@ -14,8 +29,16 @@ Writer = Literal["normalised", "gated"]
 """How slots are written: added and normalised (paper v2), or through a gate (paper v1)."""
 
 
+class Typed:
+    """Settings whose values have the types of their fields: what Python gives is converted, or refused by name."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, convert(name, kind, getattr(self, name)))
+
+
 @dataclass(frozen=True, kw_only=True)
-class MemformerConfig:
+class MemformerConfig(Typed):
     """Every setting of a :class:`~memformer.Memformer`; its keywords are these fields, and are described there.
 
     Raises:
@@ -70,9 +93,9 @@ class MemformerConfig:
                         f"{getattr(self, name)} = {self.dim // getattr(self, name)}. Change dim or the heads, or use "
                         "positions='relative'"
                     )
-        if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
+        if not (isinstance(self.dropout, numbers.Real) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
-        if not (isinstance(self.write_temperature, (int, float)) and self.write_temperature > 0):
+        if not (isinstance(self.write_temperature, numbers.Real) and self.write_temperature > 0):
             raise ValueError(f"write_temperature: expected a number above 0, got {self.write_temperature!r}")
         if self.tie_embeddings and not self.encoder_only and self.enc_num_tokens != self.dec_num_tokens:
             raise ValueError(
@@ -81,6 +104,7 @@ class MemformerConfig:
             )
         if self.tie_embeddings and self.encoder_only:
             raise ValueError("tie_embeddings: there is nothing to tie in an encoder-only model")
+        super().__post_init__()  # last, for the messages above say more
 
     def _check_overlap(self) -> None:
         overlap = self.dec_overlap
@@ -128,6 +152,62 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError, which begins with ``name``, unless ``value`` is a number (True and False are none)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+
+
+def a_path(name: str, value: object) -> Path:
+    """A path as one. Raises ValueError, which begins with ``name``, for anything else and for an empty one."""
+    path = convert(name, Path, value)
+    assert isinstance(path, Path)
+    return path
+
+
 def is_count(value: object, least: int) -> bool:
     """Whether a value is a whole number (True and False are not) of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def convert(name: str, kind: Any, value: object, text: bool = False) -> object:
+    """A value as the type of its field; from a file that is ``text`` a number may be a string (3e-4 is one in YAML)."""
+    if get_origin(kind) is Literal:
+        if not isinstance(value, str) or value not in get_args(kind):
+            raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
+        return str(value)
+    if get_origin(kind) is tuple:
+        items = [value] if isinstance(value, (str, os.PathLike)) else value
+        if not isinstance(items, (list, tuple)):
+            raise ValueError(f"{name}: expected a list, got {value!r}")
+        return tuple(convert(name, get_args(kind)[0], item, text) for item in items)
+    if get_origin(kind) in (Union, types.UnionType):
+        (inner,) = (k for k in get_args(kind) if k is not type(None))
+        return None if value is None else convert(name, inner, value, text)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        raise ValueError(f"{name}: expected {kind.__name__}(...), got {value!r}")
+    if kind in (int, float):
+        number = None if isinstance(value, bool) else _number(value, text)
+        if number is not None and (kind is float or number == int(number)):
+            return number if kind is float else int(number)
+    elif kind is Path and isinstance(value, (str, os.PathLike)) and str(value):
+        return Path(value)
+    elif isinstance(value, kind):
+        return value
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    raise ValueError(f"{name}: expected {expected[kind]}, got {value!r}")
+
+
+def _number(value: object, text: bool) -> int | float | None:
+    """A number of Python's, of numpy's or in text; None if it is none, or not finite."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if not isinstance(value, numbers.Real) and not (text and isinstance(value, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -13,6 +13,8 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: torch does not know the device, or it is not there.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"device: expected a name such as cpu, cuda or auto, got {name!r}")
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")

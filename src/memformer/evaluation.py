@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .config import is_count
 from .data import Document, Lanes, Tokenizer, encode_documents
 from .data.segments import Segment
 from .model import Memformer, token_losses
 from .parallel import Ranks
+from .pretrained import unwrapped
 
 __all__ = ["ByDepth", "Depth", "DepthSum", "HeldOut", "evaluate"]
 
@@ -91,7 +93,7 @@ def evaluate(
     memory: bool = True,
     step: int = 0,
     device: torch.device | None = None,
-    report: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> HeldOut:
     """Read documents whole, at most ``lanes`` side by side, and count every token once.
 
@@ -102,15 +104,23 @@ def evaluate(
             sees one segment back.
         step: of the training run, for the record.
         device: of the model; by default that of its first parameter.
-        report: called with how many bytes (or ids) were read so far, of how many; documents count by their shares.
+        progress: called now and then with how many tokens were read in this process, and how many all documents have.
 
     Raises:
         ValueError: no document, or the model has another vocabulary than the tokenizer.
     """
-    if lanes < 1:
-        raise ValueError(f"lanes: expected at least 1, got {lanes}")
+    inner = unwrapped(model)
+    if not isinstance(inner, Memformer):
+        raise ValueError(f"model: expected a Memformer, got {type(inner).__name__}")
+    model = inner
+    if not is_count(lanes, 1):
+        raise ValueError(f"lanes: expected at least 1, got {lanes!r}")
+    if not isinstance(documents, Sequence) or not all(isinstance(d, Document) for d in documents):
+        raise ValueError(f"documents: expected a list of Document, got {type(documents).__name__}")
     if not documents:
         raise ValueError("documents: expected at least one, got none")
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer: expected one with encode, decode and its ids, got {type(tokenizer).__name__}")
     for name in ("enc_num_tokens", "dec_num_tokens"):
         if getattr(model.config, name) != tokenizer.vocabulary:
             raise ValueError(
@@ -118,18 +128,20 @@ def evaluate(
                 f"{getattr(model.config, name)}"
             )
     began, ranks = time.perf_counter(), Ranks()
-    stream = _stream(documents, tokenizer, model.config.segment_length, lanes, ranks)
-    was_training = model.training
+    stream, total = _stream(documents, tokenizer, model.config.segment_length, lanes, ranks)
+    was_training, read = model.training, 0
+
+    def report(tokens: int) -> None:
+        nonlocal read
+        read += tokens
+        if progress is not None:
+            progress(read, total)
+
     model.eval()
-    total = sum(map(len, documents))
-
-    def read_so_far() -> None:
-        if report is not None:
-            report(round(stream.epochs_read * total), total)
-
-    read_so_far()
-    by_depth = _read(model, stream, memory, device or next(model.parameters()).device, read_so_far)
-    model.train(was_training)
+    try:
+        by_depth = _read(model, stream, memory, device or next(model.parameters()).device, report)
+    finally:
+        model.train(was_training)
     by_depth.sums = ranks.sum(by_depth.sums).cpu()
     nats, tokens = by_depth.sums.sum(1).tolist()
     sizes = [document.num_bytes for document in documents]
@@ -150,13 +162,19 @@ def evaluate(
     )
 
 
-def _stream(documents: Sequence[Document], tokenizer: Tokenizer, length: int, lanes: int, ranks: Ranks) -> Lanes:
-    """The longest document first, in no more lanes than stay busy until it ends: an idle lane costs as much."""
+def _stream(
+    documents: Sequence[Document], tokenizer: Tokenizer, length: int, lanes: int, ranks: Ranks
+) -> tuple[Lanes, int]:
+    """The longest document first, in no more lanes than stay busy until it ends: an idle lane costs as much.
+
+    And how many tokens there are.
+    """
     ordered = sorted(documents, key=lambda document: -len(document))
     sequences = encode_documents(ordered, tokenizer)
-    busy = max(1, sum(map(len, sequences)) // max(map(len, sequences)))
+    total = sum(map(len, sequences))
+    busy = max(1, total // max(map(len, sequences)))
     lanes = math.ceil(min(lanes, busy) / ranks.size) * ranks.size
-    return Lanes(
+    stream = Lanes(
         sequences,
         lanes=lanes,
         length=length,
@@ -165,10 +183,15 @@ def _stream(documents: Sequence[Document], tokenizer: Tokenizer, length: int, la
         rank=ranks.rank,
         world_size=ranks.size,
     )
+    return stream, total
 
 
 def _read(
-    model: Memformer, stream: Lanes, memory: bool, device: torch.device, after_each: Callable[[], None]
+    model: Memformer,
+    stream: Lanes,
+    memory: bool,
+    device: torch.device,
+    report: Callable[[int], object],
 ) -> ByDepth:
     """Nats and tokens by depth, for this process's lanes to their end."""
     vocabulary = model.config.dec_num_tokens
@@ -177,7 +200,9 @@ def _read(
     at_once = max(1, LOGITS_AT_ONCE // (stream.rows * stream.length * vocabulary))
     mems, depth = None, torch.zeros(stream.rows, dtype=torch.long)
     by_depth = ByDepth(device)
-    while segments := [segment.to(device) for segment in stream.rollout(at_once)]:
+    while segments := stream.rollout(at_once):
+        report(sum(int(s.tgt_mask[:, 1:].sum()) for s in segments if s.tgt_mask is not None))
+        segments = [segment.to(device) for segment in segments]
         outputs, depths = [], []
         for segment in segments:
             assert segment.reset is not None
@@ -190,7 +215,6 @@ def _read(
         src, src_mask, tgt, tgt_mask = (_joined(segments, name) for name in ("src", "src_mask", "tgt", "tgt_mask"))
         losses, counted = token_losses(model.decoder, tgt, torch.cat(outputs), src_mask, tgt_mask, src)
         by_depth.add(torch.cat(depths).clamp(min=1), losses.double().sum(1), counted.double().sum(1))
-        after_each()
     return by_depth
 
 

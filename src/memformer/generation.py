@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .checks import as_mask, describe, is_tensor
-from .config import MemformerConfig, check_count, is_count
+from .checks import as_mask, as_tokens, describe, is_tensor
+from .config import MemformerConfig, check_count, check_number, is_count
 from .network import Network
+from .pretrained import unwrapped
 from .state import MemoryState
 
 __all__ = [
@@ -69,6 +72,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """The smallest set of most likely tokens whose probabilities reach ``p`` (nucleus sampling)."""
+    check_number("top_p", p)
     if not 0 < p <= 1:
         raise ValueError(f"top_p: expected a share in (0, 1], got {p}")
     ordered, order = logits.sort(descending=True)
@@ -79,6 +83,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """Tokens at least ``p`` times as likely as the likeliest."""
+    check_number("min_p", p)
     if not 0 < p <= 1:
         raise ValueError(f"min_p: expected a share in (0, 1], got {p}")
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), float("-inf"))
@@ -91,6 +96,7 @@ def keep_allowed(logits: Tensor, never: Sequence[int]) -> Tensor:
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Tokens in ``seen`` (batch, any number) become less likely for a ``penalty`` above 1 (Keskar et al., 2019)."""
+    check_number("repetition_penalty", penalty)
     if not 0 < penalty < math.inf:
         raise ValueError(f"repetition_penalty: expected a finite number above 0, got {penalty}")
     at_seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, seen, True)
@@ -159,7 +165,19 @@ class Sampling(Filters):
     """Token ids that must not be written."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < math.inf:
+        for name in ("stop", "never"):
+            ids = getattr(self, name)
+            if isinstance(ids, np.ndarray | Tensor):
+                object.__setattr__(self, name, ids.tolist())
+        for name in ("top_p", "min_p", "repetition_penalty"):
+            number = getattr(self, name)
+            if number is not None or name == "repetition_penalty":
+                check_number(name, number)
+        if (
+            isinstance(self.temperature, bool)
+            or not isinstance(self.temperature, numbers.Real)
+            or not 0 <= self.temperature < math.inf
+        ):
             raise ValueError(
                 f"temperature: expected a finite number of at least 0 (0 takes the likeliest), got {self.temperature}"
             )
@@ -171,6 +189,8 @@ class Sampling(Filters):
     @classmethod
     def of(cls, sampling: Sampling | None, keywords: SamplingKeywords) -> Sampling:
         """``sampling``, changed by the keywords. Raises TypeError, which names it, for an unknown one."""
+        if not isinstance(sampling, Sampling | None):
+            raise ValueError(f"sampling: expected a Sampling, got {sampling!r}")
         return dataclasses.replace(sampling or cls(), **keywords)
 
 
@@ -444,8 +464,9 @@ def read(
     tensor([6])
 
     Args:
-        model: one that was trained to continue text.
-        tokens: (batch, tokens) token ids, none at all included, or a list with one (tokens,) per lane.
+        model: one that was trained to continue text; a compiled or wrapped one is the model inside.
+        tokens: (batch, tokens) token ids, none at all included, or a list with one (tokens,) per lane; one (tokens,) by
+            itself is of one lane. Tensors, arrays (as ``tokenizer.encode`` gives them) or lists of integers.
         state: from earlier tokens; it stays as it is. None begins a document in every lane.
         start: the token that started documents and decoder in training; a given state knows it.
         mask: like ``tokens``, boolean or integer, True or 1 for tokens that exist, wherever they stand.
@@ -453,6 +474,7 @@ def read(
     Raises:
         ValueError: an argument does not fit the model or the others; the message says what was expected.
     """
+    model = _network(model)
     lanes, state = _begin(model, tokens, state, start, mask)
     return _read(model, lanes, state)
 
@@ -493,7 +515,7 @@ def stream(
         ValueError: as :func:`read`, and where the model has no decoder.
         TypeError: a keyword is unknown.
     """
-    choice = Sampling.of(sampling, keywords)
+    model, choice = _network(model), Sampling.of(sampling, keywords)
     lanes, state = _begin(model, prompt, state, start, prompt_mask)
     _check_writing(model, max_new_tokens)
     each = generator if isinstance(generator, Sequence) else [generator] * len(lanes)
@@ -543,7 +565,7 @@ def generate(
         ValueError: as :func:`stream`, and for anything that samples beside ``beams``.
         TypeError: a keyword is unknown.
     """
-    sampling = Sampling.of(sampling, keywords)
+    model, sampling = _network(model), Sampling.of(sampling, keywords)
     if beams is None:
         steps = []
         tokens = stream(
@@ -570,27 +592,39 @@ def generate(
             "beside it"
         )
     check_count("beams", beams, 1)
-    if not math.isfinite(length_penalty):
+    if not isinstance(length_penalty, numbers.Real) or not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
     lanes, state = _begin(model, prompt, state, start, prompt_mask)
     _check_writing(model, max_new_tokens)
     choice = _Choice(sampling, model.config, state.start)
-    return _beam_search(model, _read(model, lanes, state), max_new_tokens, choice, beams, length_penalty)
+    return _beam_search(model, _read(model, lanes, state), int(max_new_tokens), choice, beams, length_penalty)
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def _network(model: nn.Module) -> Network:
+    return cast(Network, unwrapped(model))
 
 
 def _begin(
     model: Network, tokens: Tokens | None, state: MemoryState | None, start: int | None, mask: Tensor | None
 ) -> tuple[list[Tensor], MemoryState]:
     """Each lane's tokens, and the state before them."""
+    if state is not None and not isinstance(state, MemoryState):
+        raise ValueError(f"state: expected a MemoryState, got {type(state).__name__}")
     if tokens is None and state is not None:
         tokens = state.pending.new_empty(state.batch_size, 0)
+    if isinstance(tokens, np.ndarray) or (isinstance(tokens, Sequence) and len(tokens)):
+        tokens = as_tokens(tokens)
+    if isinstance(tokens, Tensor) and tokens.dim() == 1 and mask is None:
+        tokens = tokens[None]  # of one lane, as tokenizer.encode gives them
+    if isinstance(tokens, str | bytes):
+        raise ValueError("tokens: expected token ids, got text: tokenizer.encode makes ids of it")
     if not isinstance(tokens, Tensor | Sequence) or (isinstance(tokens, Tensor) and tokens.dim() == 0):
         raise ValueError(
             "tokens: expected token ids (batch, tokens), a list with one (tokens,) per lane, or None to go on from a "
-            f"state, got {type(tokens).__name__}"
+            f"state, got {describe(tokens)}"
         )
     like, length, batch = model.get_initial_mem(1)[0], model.config.segment_length, len(tokens)
     if not batch:
@@ -599,7 +633,7 @@ def _begin(
         if start is None:
             raise ValueError("start: expected the token that started documents in training, or a state that knows it")
         _check_ids("start", [start], model.config)
-        state = MemoryState.new(batch, length, start, like)
+        state = MemoryState.new(batch, length, int(start), like)
     elif start not in (None, state.start):
         raise ValueError(f"start: expected {state.start}, that of the state, got {start}")
     sizes = (batch, *like.shape), (batch, length), like.dtype, like.device
@@ -609,14 +643,14 @@ def _begin(
         raise ValueError(
             f"state: expected {names} {_words(sizes)} for this model and these tokens, got {_words(given)}"
         )
-    mask = as_mask("mask", mask)
+    mask = as_mask("mask", mask, None if not isinstance(tokens, Tensor) else tokens.device)
     if mask is not None and not (isinstance(tokens, Tensor) and is_tensor(mask, tuple(tokens.shape), torch.bool)):
         raise ValueError(
             "mask: expected torch.bool of the tokens' shape (batch, tokens), True for tokens that exist, "
             f"got {describe(mask)}"
         )
     lanes = []
-    for i, lane in enumerate(tokens):
+    for i, lane in enumerate(map(as_tokens, tokens)):
         if not isinstance(lane, Tensor) or lane.dim() != 1 or lane.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 "tokens: expected token ids, torch.int64 or int32 of shape (batch, tokens), or a list with one "

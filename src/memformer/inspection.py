@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from . import replay
 from .checks import plural
+from .config import a_path, is_count
 from .data import Lanes, Tokens
 from .data.segments import Segment
 from .model import Memformer
 from .pictures import new_figure
+from .pretrained import unwrapped
 from .rollouts import rollout
 
 __all__ = ["KINDS", "Inspection", "MemoryHealth", "inspect", "kinds", "memory_health", "plot", "slot_diversity"]
@@ -115,10 +117,16 @@ def inspect(model: Memformer, documents: Sequence[Tokens], *, start: int, segmen
     Raises:
         ValueError: no document, one of fewer than two whole segments, or with ids that the model does not have.
     """
-    if segments < 2:
-        raise ValueError(f"segments: expected at least 2, for a gradient to reach back, got {segments}")
-    if not documents:
-        raise ValueError("documents: expected at least one, got none")
+    inner = unwrapped(model)
+    if not isinstance(inner, Memformer):
+        raise ValueError(f"model: expected a Memformer, got {type(inner).__name__}")
+    model = inner
+    if not is_count(segments, 2):
+        raise ValueError(f"segments: expected at least 2, for a gradient to reach back, got {segments!r}")
+    if not isinstance(documents, Sequence) or not documents:
+        raise ValueError(f"documents: expected at least one, got {'none' if documents == [] else repr(documents)}")
+    if not is_count(start, 0) or start >= model.config.vocabulary:
+        raise ValueError(f"start: expected a token id from 0 to {model.config.vocabulary - 1}, got {start!r}")
     if model.decoder is None:
         raise ValueError("model: expected one with a decoder, for there is no loss without one; see memory_health")
     length = model.config.segment_length
@@ -230,7 +238,7 @@ def plot(inspection: Inspection, path: str | Path) -> None:
     count = [kind.count(i) for i in range(len(KINDS))]
     kinds_of_slots = ", ".join(f"{n} {name}" for n, name in zip(count, KINDS, strict=True) if n)
     figure.suptitle(f"When they are written, {plural(slots, 'slot')} attend: {kinds_of_slots}")
-    figure.savefig(path)
+    figure.savefig(a_path("path", path))
 
 
 def slot_diversity(memory: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         Per layer two of (batch, heads, tokens + overlap, head_dim): the overlap stands between the first target and the
         second.
         """
-        like = self.to_logits.weight
+        like = self.embedding.weight  # the output projection may be quantised
         heads = self.context_projection.heads
         shape = (batch_size, heads, tokens + self.overlap, self.embedding.embedding_dim // heads)
         return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import replay
-from .checks import as_mask, describe, ignored_as_masked
+from .checks import as_mask, as_tokens, describe, ignored_as_masked
 from .data.segments import Segment, Targets, cut
 from .model import Memformer, token_losses
 from .network import counted_targets
@@ -148,7 +148,11 @@ def memory_replay_backprop(
             f"scale: expected a function of the loss, such as scaler.scale, got {describe(scale)}; for a number s, "
             "lambda loss: s * loss"
         )
-    src_mask = as_mask("src_mask", src_mask)
+    device = model.encoder.embedding.weight.device
+    src, src_mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
+    tgt, tgt_mask, reset = (
+        _each_as_tokens(name, x, device) for name, x in (("tgt", tgt), ("tgt_mask", tgt_mask), ("reset", reset))
+    )
     model.check_source(src, mems, src_mask, None, max_len=sys.maxsize)
     segments = [
         _checked(model, i, s)
@@ -162,6 +166,16 @@ def memory_replay_backprop(
     outcome = rollout(model, segments, mems, divisor=_divisor(segments, reduction), options=options)
     (outcome.loss if scale is None else scale(outcome.loss)).backward()
     return outcome.loss.detach(), outcome.memory.detach()
+
+
+def _each_as_tokens(name: str, given: Targets, device: torch.device) -> Targets:
+    """One for one segment, or one for each: see :func:`~memformer.checks.as_tokens`."""
+    if isinstance(given, (list, tuple)):
+        return [as_tokens(x, device) for x in given]
+    converted: Targets = as_tokens(given, device)
+    if converted is not None and not isinstance(converted, Tensor):
+        raise ValueError(f"{name}: expected one for one segment, or a list with one (or None) for each, got {given!r}")
+    return converted
 
 
 def _checked(model: Memformer, index: int, segment: Segment) -> Segment:

@@ -10,17 +10,16 @@ import dataclasses
 import difflib
 import math
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
 from . import replay
 from .checks import as_paths
-from .config import MemformerConfig, Positions, Writer, check_count
+from .config import MemformerConfig, Positions, Typed, Writer, check_count, convert
 from .learning_rate import warmup_constant, warmup_cosine, warmup_stable_decay
 
 __all__ = [
@@ -50,7 +49,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentSettings:
+class DocumentSettings(Typed):
     """How documents are read."""
 
     tokenizer: str = "bytes"
@@ -81,6 +80,7 @@ class DocumentSettings:
     """Learn where documents end, as one more target of each; generated text then ends there, too."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("vocabulary", self.vocabulary)
         if not isinstance(self.held_out, int) or self.held_out < 2:
             raise ValueError(f"held_out: expected a whole number of at least 2, got {self.held_out!r}")
@@ -98,7 +98,7 @@ class DocumentSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class ModelSettings(Typed):
     """Sizes of the model. Its vocabulary comes from the tokenizer."""
 
     dim: int = 64
@@ -127,6 +127,7 @@ class ModelSettings:
     """One matrix for both embeddings and the output projection."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("dim", "slots", "enc_depth", "dec_depth", "heads", "mem_updates"):
             check_count(name, getattr(self, name))
         check_count("dec_overlap", self.dec_overlap, least=0)
@@ -150,7 +151,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveSettings:
+class ObjectiveSettings(Typed):
     """The odds of the paper's objectives (v1, section 2.3), drawn for each lane and segment."""
 
     continuation: float = 1.0
@@ -161,6 +162,7 @@ class ObjectiveSettings:
     """Read a segment, write the one before it, which only the memory knows."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("continuation", "infilling", "recall"):
             _check_not_negative(name, getattr(self, name), whole=False)
         if self.continuation + self.infilling + self.recall <= 0:
@@ -168,7 +170,7 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutSettings:
+class RolloutSettings(Typed):
     """What a step reads, how far its gradients go back, and how they travel."""
 
     lanes: int = 12
@@ -193,6 +195,7 @@ class RolloutSettings:
     """Where stored memories are kept: cpu, or a folder on a disk; by default on the device."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lanes", "segment_length", "horizon", "horizon_steps", "accumulate"):
             check_count(name, getattr(self, name))
         check_count("graphs", self.graphs, least=0)
@@ -238,7 +241,7 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
+class OptimizerSettings(Typed):
     """How a step changes the weights, and the learning rate's curve: a line up, then as its schedule says."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -271,20 +274,14 @@ class OptimizerSettings:
     """Leave out a step whose gradient is not finite, at most this many in a row; 0: that is an error."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for name in ("optimizer", "learning_rate_schedule", "decay_of"):
-            if getattr(self, name) not in get_args(hints[name]):
-                known = ", ".join(get_args(hints[name]))
-                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
+        if self.clip == math.inf:  # one value for one meaning, which JSON has
+            object.__setattr__(self, "clip", 0.0)
+        super().__post_init__()
         for name in ("learning_rate", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "clip"):
             _check_not_negative(name, getattr(self, name), whole=False)
-        if self.clip == math.inf:  # one value for one meaning, which JSON has
-            object.__setattr__(self, "clip", 0.0)
-        if self.weight_decay == math.inf:
-            raise ValueError("weight_decay: expected a finite number, got inf")
         for name in ("warmup", "skip_non_finite"):
             _check_not_negative(name, getattr(self, name))
         for name in ("beta1", "beta2", "ema"):
@@ -313,7 +310,7 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeSettings:
+class ComputeSettings(Typed):
     """Precision and processes. Under torchrun the lanes are divided among the processes."""
 
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
@@ -325,7 +322,7 @@ class ComputeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
+class EvaluationSettings(Typed):
     """Evaluation on held-out documents, read whole with the memory carried on; the best checkpoint is kept."""
 
     eval_every: int = 0
@@ -336,6 +333,7 @@ class EvaluationSettings:
     """Read at most this many held-out bytes (or ids); 0: all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("eval_every", "patience", "eval_limit"):
             _check_not_negative(name, getattr(self, name))
         if self.patience and not self.eval_every:
@@ -343,7 +341,7 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputSettings:
+class OutputSettings(Typed):
     """What is written and shown, and when."""
 
     log_every: int = 50
@@ -362,6 +360,7 @@ class OutputSettings:
     """Steps between samples while training, into OUT/samples.jsonl and the loggers; 0: only at the end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("log_every", "save_every", "keep"):
             check_count(name, getattr(self, name))
         for name in ("sample_tokens", "sample_every"):
@@ -371,7 +370,7 @@ class OutputSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Typed):
     """The settings of a training run: memory replay over long documents, its memory carried from rollout to rollout."""
 
     data: tuple[Path, ...] = ()
@@ -405,6 +404,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", as_paths("data", self.data))
+        super().__post_init__()
         check_count("steps", self.steps)
         _check_not_negative("seed", self.seed)
         if self.seed >= 2**63:
@@ -576,7 +576,7 @@ def build(cls: type[T], values: object, *, base: T | None = None, where: str = "
         if dataclasses.is_dataclass(hints[name]):
             given[name] = build(hints[name], value, base=None if base is None else getattr(base, name), where=path)
         else:
-            given[name] = _convert(path, hints[name], value)
+            given[name] = convert(path, hints[name], value, text=True)
     return cls(**given) if base is None else dataclasses.replace(base, **given)  # type: ignore[type-var]
 
 
@@ -595,36 +595,3 @@ def _paths(cls: type[DataclassInstance], where: str) -> list[tuple[str, str]]:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found += _paths(hint, f"{name}.")
     return found
-
-
-def _convert(name: str, kind: Any, value: object) -> object:
-    """A value of YAML or JSON as the type of its field."""
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
-        return value
-    if get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{name}: expected a list, got {value!r}")
-        return tuple(_convert(name, get_args(kind)[0], item) for item in items)
-    if get_origin(kind) in (Union, types.UnionType):
-        (inner,) = (k for k in get_args(kind) if k is not type(None))
-        return None if value is None else _convert(name, inner, value)
-    if kind in (int, float) and not isinstance(value, bool):
-        if isinstance(value, kind):
-            return value
-        try:
-            number = float(str(value))  # YAML takes 3e-4 for a string
-        except ValueError:
-            number = float("nan")
-        if kind is float and number == number:
-            return number
-        if kind is int and number == number and number.is_integer():
-            return int(number)
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-    raise ValueError(f"{name}: expected {expected[kind]}, got {value!r}")

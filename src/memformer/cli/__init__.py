@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
 
 import torch
-import tyro
 
 from .._installation import __version__
-from . import average, bench, evaluate, export, generate, inspect, train
 from .output import let_go, make_safe
+from .parsing import parse
 
 __all__ = ["main"]
-
-_RUN: dict[type, Callable[[Any], int]] = {
-    train.TrainCommand: train.run,
-    evaluate.EvaluateCommand: evaluate.run,
-    generate.GenerateCommand: generate.run,
-    inspect.InspectCommand: inspect.run,
-    export.ExportCommand: export.run,
-    average.AverageCommand: average.run,
-    bench.BenchCommand: bench.run,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,18 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     make_safe()
-    if arguments[:1] == ["--version"]:
-        print(f"memformer {__version__}")
-        return 0
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         warnings.showwarning = lambda message, *_, **__: print(f"memformer: warning: {message}", file=sys.stderr)
         try:
-            if "" in arguments[1:] and arguments[0] != "generate":
-                raise ValueError("an argument is empty: is a variable of the shell not set?")
-            _check_lists(arguments)
-            command = _parse(arguments)
-            status = _RUN[type(command)](command)
+            if arguments[:1] == ["--version"]:
+                print(f"memformer {__version__}")
+                return 0
+            run, command = parse(arguments)
+            status = run(command)
             sys.stdout.flush()
             return status
         except BrokenPipeError:
@@ -65,56 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             let_go()
 
 
-def _check_lists(arguments: list[str]) -> None:
-    """A flag for paths with none after it would otherwise mean no data, and so the default data."""
-    for flag, after in zip(arguments, [*arguments[1:], "--"], strict=True):
-        name, equals, value = flag.partition("=")
-        empty = not value if equals else after.startswith("--")
-        if name in ("--data", "--held-out-data", "--test-data", "--include", "--exclude") and empty:
-            raise ValueError(f"{name}: expected something after it, got nothing: is a variable of the shell not set?")
-
-
 def _refuse(error: Exception) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
     print(f"memformer: error: {text}", file=sys.stderr)
     return 2
-
-
-def _parse(arguments: list[str]) -> Any:
-    defaults = train.defaults(arguments[1:]) if arguments[:1] == ["train"] else train.TrainCommand()
-    commands = (
-        Annotated[train.TrainCommand, tyro.conf.subcommand("train", default=defaults)]
-        | Annotated[evaluate.EvaluateCommand, tyro.conf.subcommand("evaluate")]
-        | Annotated[generate.GenerateCommand, tyro.conf.subcommand("generate")]
-        | Annotated[inspect.InspectCommand, tyro.conf.subcommand("inspect")]
-        | Annotated[export.ExportCommand, tyro.conf.subcommand("export")]
-        | Annotated[average.AverageCommand, tyro.conf.subcommand("average")]
-        | Annotated[bench.BenchCommand, tyro.conf.subcommand("bench")]
-    )
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(
-                commands,
-                prog="memformer",
-                description="Train and use models that read sequences of any length with a memory of fixed size. "
-                "memformer --version prints the version.",
-                args=arguments,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-            )
-    except SystemExit as stop:
-        if (refusal := _refused_by_settings(stop)) is not None:
-            raise refusal from None
-        sys.stderr.write(printed.getvalue())
-        raise
-
-
-def _refused_by_settings(stop: SystemExit) -> ValueError | None:
-    """The error of a settings class of ours that made tyro stop: it says all, without the name that tyro gives it."""
-    error: BaseException | None = stop
-    while error is not None:
-        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if isinstance(error, ValueError) and raised_in[-1:] and raised_in[-1].startswith("memformer."):
-            return error
-        error = error.__cause__ or error.__context__
-    return None

@@ -22,6 +22,8 @@ from ..folders import model_in
 if TYPE_CHECKING:
     import tokenizers
 
+from ..config import a_path, is_count
+
 __all__ = ["BPETokenizer", "ByteTokenizer", "TextDecoder", "TokenIds", "Tokenizer", "load_tokenizer"]
 
 CONFIG = "tokenizer_config.json"
@@ -306,9 +308,9 @@ class TokenIds(_SpecialTokens):
     kind = "ids"
 
     def __init__(self, size: int):
-        if size < 1:
-            raise ValueError(f"size: expected at least 1 token, got {size}")
-        super().__init__(size)
+        if not is_count(size, 1):
+            raise ValueError(f"size: expected at least 1 token, got {size!r}")
+        super().__init__(int(size))
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Raises ValueError: there is no text form."""
@@ -344,7 +346,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         FileNotFoundError: the folder holds none.
         ValueError: it is damaged, or of a kind that this version does not know.
     """
-    folder = model_in(folder)
+    folder = model_in(a_path("folder", folder))
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG}, so no tokenizer was saved here")

@@ -75,6 +75,8 @@ class Run:
     """
 
     def __init__(self, settings: TrainingConfig, parts: Parts | None = None, callbacks: Sequence[Callback] = ()):
+        if not isinstance(settings, TrainingConfig):
+            raise ValueError(f"settings: expected a TrainingConfig, got {settings!r}")
         self.settings = settings
         # Before anything that takes time: what they need may not be installed.
         self._callbacks = Callbacks([] if Ranks().rank else [*loggers(settings), *callbacks])
@@ -396,7 +398,7 @@ class Run:
         with self.averaged() as model, self._autocast():
             device = self.parts.device
             return evaluate(
-                model, self.held_out, self.tokenizer, step=self.step, device=device, report=self._evaluating
+                model, self.held_out, self.tokenizer, step=self.step, device=device, progress=self._evaluating
             )
 
     def _evaluating(self, done: int, total: int) -> None:
