@@ -28,8 +28,11 @@ __all__ = [
 ]
 
 CHECKSUMS = "checksums.json"
+"""In a checkpoint: the checksums of its other files."""
 NUMBERS = "training.json"
+"""In a checkpoint: the step, the settings and whatever else of the run's state is no tensor."""
 BEST = "best"
+"""In a run: what leads to the checkpoint of its best evaluation."""
 
 
 def checkpoint(out: Path, step: int) -> Path:

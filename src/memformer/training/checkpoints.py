@@ -8,13 +8,13 @@ systems that have no links for everybody. ``folders.py`` finds them again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def after_divergence(out: Path, rate: float) -> str:
     return f"Lower --learning-rate; the newest checkpoint, from before, is {sound}. Go on with: {command}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
     """Hold a run's folder for this process, where its file system has locks; else a warning says so.
 
@@ -205,12 +205,15 @@ def check_folder(out: Path) -> None:
                 probe.rmdir()
             except OSError as error:
                 raise OSError(f"{out}: cannot be written ({error}); choose another --out") from error
+    except BlockingIOError:
+        missing = []  # another process has made them by now
+        raise
     finally:
-        if missing:
-            (out / ".lock").unlink(missing_ok=True)
-        for folder in missing:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        with contextlib.suppress(OSError):
+            if missing:
+                (out / ".lock").unlink(missing_ok=True)
+            for folder in missing:
+                folder.rmdir()  # which is empty, or stays
 
 
 def load_numbers(folder: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class ByObjective:
         starts = torch.zeros(tokenizer.vocabulary, dtype=torch.long)
         starts[tokenizer.infill], starts[tokenizer.recall] = Objective.INFILLING, Objective.RECALL
         self._starts = starts.to(device)
-        self.sums = torch.zeros(2, len(Objective), device=device)
+        self.sums = torch.zeros(2, len(Objective), dtype=torch.float32, device=device)
 
     def add(self, tgt: Tensor, losses: Tensor, counted: Tensor) -> None:
         """Targets (rows, tokens), the losses of their tokens, and which of these count."""

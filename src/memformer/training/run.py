@@ -411,7 +411,6 @@ class Run:
             return
         if self._saved != self.step:
             self._save()
-        self._callbacks.phase("evaluating")
         result = self._evaluate_or_explain()
         best, since = progress.best, progress.evaluations_since_best + 1
         if math.isfinite(result.loss_nats) and (best is None or result.loss_nats < best["loss_nats"]):
