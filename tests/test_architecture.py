@@ -26,6 +26,7 @@ LAYERS = [
         "files",
         "learning_rate",
         "device",
+        "data.pieces",
     },
     {
         "replay.storage",

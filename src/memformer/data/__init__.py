@@ -11,7 +11,15 @@ from .corpora import (
 )
 from .lanes import Lanes
 from .objectives import Mixture, Objective
-from .tokenizers import BPETokenizer, ByteTokenizer, TextDecoder, TokenIds, Tokenizer, load_tokenizer
+from .tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    TextDecoder,
+    TokenIds,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from .yardsticks import order2_bits_per_byte, xz_bits_per_byte
 
 __all__ = [
@@ -32,5 +40,6 @@ __all__ = [
     "order2_bits_per_byte",
     "read_documents",
     "standard_library",
+    "tokenizer_fingerprint",
     "xz_bits_per_byte",
 ]
