@@ -206,8 +206,8 @@ LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-PARTS = ["a", "the", "The ", " memory", "read.", "\n", "\n\n", "\r\n", " ", "  ", "\t", " \n ", "é", "e\u0301", "🙂", "中文",
-         "中", "1", "12345", "...", "'s", "'ll", "<|end|>", "\u00a0", "\u2028", "ﬁ", "ab", "aaaa", "    "]  # fmt: skip
+PARTS = ["a", "the", "The ", " memory", "read.", "\n", "\n\n", "\r\n", " ", "  ", "\t", " \n ", "é", "e\u0301", "🙂",
+         "中文", "中", "1", "12345", "...", "'s", "'ll", "<|end|>", "\u00a0", "\u2028", "ﬁ", "ab", "aaaa", "    "]  # fmt: skip
 STYLES = ["bpe", "gpt2", "llama3", "qwen", "llama2", "t5", "metaspace", "bert"]
 
 
@@ -324,7 +324,7 @@ def test_a_word_without_end_is_cut_with_a_warning(small_blocks):
 
 
 def test_no_file_is_encoded_in_one_call(small_blocks, style):
-    """Neither a text of many lines nor one of a single line; today's tokenizers (a Sequence) made one call of either."""
+    """Neither a text of many lines nor one of a single line, as it was with a Sequence of pre-tokenizers."""
     _, tokenizer = style
     seen, encode = [], tokenizer._encode
     tokenizer._encode = lambda text: seen.append(len(text)) or encode(text)

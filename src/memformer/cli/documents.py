@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import Document, read_documents
+from ..data.tokenfiles import read_any
 from ..training import checkpoints, documents_of, settings_of
 
 __all__ = ["DocumentOptions"]
@@ -18,7 +20,7 @@ class DocumentOptions:
     checkpoint: Path
     """A run's folder, or one checkpoint in it (RUN/best is that of the best evaluation)."""
     data: tuple[Path, ...] = ()
-    """Files and folders of UTF-8 text, .jsonl, .npy or .bin; by default the documents that the run held out."""
+    """Files and folders of UTF-8 text, .jsonl, .npy or .bin, or what memformer encode wrote; by default the documents that the run held out."""
     text_field: str = "text"
     """The field of a .jsonl file's lines that holds the text."""
     separator: int | None = None
@@ -29,9 +31,8 @@ class DocumentOptions:
     def documents(self) -> list[Document]:
         """Raises ValueError or FileNotFoundError as :func:`~memformer.data.read_documents`."""
         if self.data:
-            return read_documents(
-                self.data, text_field=self.text_field, separator=self.separator, bin_dtype=self.bin_dtype
-            )
+            how = {"text_field": self.text_field, "separator": self.separator, "bin_dtype": self.bin_dtype}
+            return read_any(self.data, functools.partial(read_documents, **how), check=True)
         folder = checkpoints.find(self.checkpoint)
         if not (folder / "training.json").is_file():
             raise ValueError(f"{folder}: not of a run, which would have held documents out; give --data")

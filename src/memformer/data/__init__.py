@@ -11,6 +11,7 @@ from .corpora import (
 )
 from .lanes import Lanes
 from .objectives import Mixture, Objective
+from .tokenfiles import TokenFiles, open_tokens, write_tokens
 from .tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -30,6 +31,7 @@ __all__ = [
     "Mixture",
     "Objective",
     "TextDecoder",
+    "TokenFiles",
     "TokenIds",
     "Tokenizer",
     "Tokens",
@@ -37,9 +39,11 @@ __all__ = [
     "fingerprint",
     "held_out_split",
     "load_tokenizer",
+    "open_tokens",
     "order2_bits_per_byte",
     "read_documents",
     "standard_library",
     "tokenizer_fingerprint",
+    "write_tokens",
     "xz_bits_per_byte",
 ]

@@ -19,7 +19,7 @@ from typing import Protocol, overload
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .tokenizers import ByteTokenizer, Tokenizer
+from .tokenizers import ByteTokenizer, Tokenizer, tokenizer_fingerprint
 
 __all__ = [
     "Document",
@@ -175,8 +175,8 @@ class Document:
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of the text; None for token ids."""
-        return len(self.content) if self.text else None
+        """Bytes of the text, also of one that was encoded ahead; None for other token ids."""
+        return len(self.content) if self.text else getattr(self.content, "num_bytes", None)
 
     def part(self, start: int, stop: int) -> Document:
         """Bytes (or tokens) ``start`` to ``stop``, under the same name, without reading them."""
@@ -355,6 +355,11 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Seq
 
 
 def _encode(document: Document, tokenizer: Tokenizer) -> Tokens:
+    made_by = getattr(document.content, "tokenizer", None)  # where it was encoded ahead, see tokenfiles
+    if made_by is not None and made_by == tokenizer_fingerprint(tokenizer):
+        return document.content.tokens  # type: ignore[attr-defined, no-any-return]
+    if made_by is not None and not document.text:
+        raise ValueError(f"{document.name}: was encoded by another tokenizer than this one, so its ids mean other text")
     if not document.text:
         if isinstance(tokenizer, ByteTokenizer):
             raise ValueError(

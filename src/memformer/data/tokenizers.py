@@ -111,6 +111,11 @@ class _SpecialTokens:
     def special(self) -> tuple[int, ...]:
         return (self.start, self.infill, self.recall, self.mask)
 
+    @property
+    def fingerprint(self) -> str:
+        """See :func:`tokenizer_fingerprint`."""
+        return hashlib.sha256(f"{self.kind}\0{self.ordinary}".encode()).hexdigest()
+
     def _ordinary(self, tokens: Iterable[int]) -> list[int]:
         return [token for token in map(int, tokens) if token < self.ordinary]
 
@@ -177,9 +182,9 @@ class BPETokenizer(_SpecialTokens):
         super().__init__(max(vocabulary.values()) + 1)
         self._tokenizer = tokenizer
         description = json.loads(tokenizer.to_str())
-        self._byte_level = "ByteLevel" in json.dumps(description["pre_tokenizer"])
+        self.byte_level = "ByteLevel" in json.dumps(description["pre_tokenizer"])
         self._cuts_words = description["model"]["type"] == "BPE"
-        self._unknown = None if self._byte_level else _unknown_id(description["model"], vocabulary)
+        self._unknown = None if self.byte_level else _unknown_id(description["model"], vocabulary)
 
     @classmethod
     def train(cls, texts: Iterable[str | bytes], size: int) -> BPETokenizer:
@@ -404,7 +409,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     It covers the kind, the number of ids and the vocabulary's file. Another version of the ``tokenizers`` library may
     write that file otherwise, so it is compared within one run, or with a file that can be made anew.
     """
-    if isinstance(tokenizer, BPETokenizer):
+    if isinstance(tokenizer, _SpecialTokens):
         return tokenizer.fingerprint
     digest = hashlib.sha256(f"{tokenizer.ordinary}\0".encode())
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """Training on documents: ``Run(settings).train()`` yields metrics and leaves checkpoints that resume exactly."""
 
 from ..device import choose_device
-from .assemble import assemble, documents_of
+from .assemble import assemble
+from .corpus import documents_of
 from .metrics import StepMetrics
 from .parts import Parts
 from .resume import saved_settings, settings_of

@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import replay
-from ..data import (
-    BPETokenizer,
-    ByteTokenizer,
-    Document,
-    Lanes,
-    Mixture,
-    TokenIds,
-    Tokenizer,
-    encode_documents,
-    fingerprint,
-    held_out_split,
-    load_tokenizer,
-    read_documents,
-    standard_library,
-)
-from ..data.corpora import limited
+from ..data import Document, Lanes, Mixture, Tokenizer, encode_documents
 from ..device import choose_device, choose_precision
 from ..model import Memformer
 from ..parallel import Ranks, shard
-from ..settings import DocumentSettings, OptimizerSettings, TrainingConfig
+from ..settings import OptimizerSettings, TrainingConfig
 from . import resume
+from .corpus import corpus_of
 from .parts import Parts, Progress, RolloutLoss
 
-__all__ = ["assemble", "documents_of"]
+__all__ = ["assemble"]
 
 
 def assemble(settings: TrainingConfig) -> Parts:
@@ -51,11 +36,9 @@ def assemble(settings: TrainingConfig) -> Parts:
         raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
     settings.model.config(1, settings.rollout.segment_length)  # before anything that takes time
     checkpoint, refused = resume.find_checkpoint(settings, ranks)
-    training, held_out = documents_of(settings)
-    documents = fingerprint(training)
-    tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, training)
+    training, held_out, known, tokenizer = corpus_of(settings, ranks, checkpoint)
     model = _model(settings, tokenizer).to(device)
-    saved = None if checkpoint is None else resume.load(checkpoint, settings, documents, model)
+    saved = None if checkpoint is None else resume.load(checkpoint, settings, known, model)
     rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
     average: dict[str, Tensor] = {}
     if settings.optimizer.ema:
@@ -65,8 +48,8 @@ def assemble(settings: TrainingConfig) -> Parts:
         device=device,
         precision=precision,
         training=training,
-        held_out=limited(held_out, settings.evaluation.eval_limit),
-        fingerprint=documents,
+        held_out=held_out,
+        fingerprint=known,
         tokenizer=tokenizer,
         stream=_stream(settings, training, tokenizer, ranks),
         model=model,
@@ -80,34 +63,6 @@ def assemble(settings: TrainingConfig) -> Parts:
     if saved is not None:
         resume.restore(parts, saved, settings)
     return parts
-
-
-def documents_of(settings: TrainingConfig) -> tuple[list[Document], list[Document]]:
-    """``(training, held_out)``, the documents of a run.
-
-    Raises:
-        ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`.
-    """
-    how = settings.documents
-    if not settings.data:
-        return held_out_split(standard_library(), how.held_out)
-    documents = read_documents(
-        settings.data, text_field=how.text_field, separator=how.separator, bin_dtype=how.bin_dtype
-    )
-    return held_out_split(documents, how.held_out)
-
-
-def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Tokenizer:
-    if settings.tokenizer == "bytes":
-        return ByteTokenizer()
-    if settings.tokenizer == "ids":
-        return TokenIds(settings.vocabulary)
-    if settings.tokenizer == "bpe":
-        try:
-            return BPETokenizer.train((bytes(d) for d in training), settings.vocabulary)
-        except ValueError as error:
-            raise ValueError(f"vocabulary: {error}") from error
-    return BPETokenizer.from_file(Path(settings.tokenizer))
 
 
 def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: Tokenizer, ranks: Ranks) -> Lanes:

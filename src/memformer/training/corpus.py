@@ -1,0 +1,207 @@
+"""What a run reads: its documents, the tokenizer that it has or trains, and their ids, which are made once.
+
+``OUT/tokens`` keeps them: a folder of :mod:`memformer.data.tokenfiles` for the training documents and one for those
+held out, named after the fingerprints of the documents and of the tokenizer, so that whatever changed is made anew. The
+first process writes, all of them read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..data import (
+    BPETokenizer,
+    ByteTokenizer,
+    Document,
+    TokenIds,
+    Tokenizer,
+    fingerprint,
+    held_out_split,
+    load_tokenizer,
+    open_tokens,
+    read_documents,
+    standard_library,
+    tokenizer_fingerprint,
+    write_tokens,
+)
+from ..data.corpora import limited
+from ..data.tokenfiles import is_token_folder, read_any, with_tokens
+from ..data.tokenizers import text_blocks
+from ..parallel import Ranks
+from ..settings import TrainingConfig
+
+__all__ = ["Corpus", "corpus_of", "documents_of", "train_bpe"]
+
+_BLOCK = 1 << 20
+
+
+class Corpus(NamedTuple):
+    """The documents of a run, encoded where the tokenizer is not of bytes.
+
+    Attributes:
+        held_out: those that are evaluated.
+        fingerprint: of the training documents.
+    """
+
+    training: Sequence[Document]
+    held_out: Sequence[Document]
+    fingerprint: str
+    tokenizer: Tokenizer
+
+
+def corpus_of(settings: TrainingConfig, ranks: Ranks, checkpoint: Path | None) -> Corpus:
+    """The documents and the tokenizer of a run; the tokenizer is the checkpoint's, where there is one.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`; the tokenizer does not fit the
+            documents; or the processes do not have the same.
+    """
+    folders = [path for path in settings.data if is_token_folder(path)]
+    ranks.first(lambda: [open_tokens(folder, check=True).num_tokens for folder in folders])
+    training, held_out = documents_of(settings)
+    held_out, known = limited(held_out, settings.evaluation.eval_limit), fingerprint(training)
+    ranks.check_same("data", known)
+    tokenizer = _tokenizer(settings, training, ranks) if checkpoint is None else load_tokenizer(checkpoint)
+    ranks.check_same("tokenizer", tokenizer_fingerprint(tokenizer))
+    place = settings.out / "tokens"
+    return Corpus(
+        _encoded(training, tokenizer, place, "training", ranks),
+        _encoded(held_out, tokenizer, place, "held-out", ranks),
+        known,
+        tokenizer,
+    )
+
+
+def documents_of(settings: TrainingConfig) -> tuple[list[Document], list[Document]]:
+    """``(training, held_out)``, the documents of a run.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`.
+    """
+    how = settings.documents
+    if not settings.data:
+        return held_out_split(standard_library(), how.held_out)
+    read = functools.partial(
+        read_documents, text_field=how.text_field, separator=how.separator, bin_dtype=how.bin_dtype
+    )
+    return held_out_split(read_any(settings.data, read), how.held_out)
+
+
+# --- The tokenizer
+
+
+def _tokenizer(settings: TrainingConfig, training: Sequence[Document], ranks: Ranks) -> Tokenizer:
+    """The tokenizer of a new run."""
+    how, place = settings.documents, settings.out / "tokens"
+    if folders := [path for path in settings.data if is_token_folder(path)]:
+        return _tokenizer_of(folders, how.tokenizer)
+    if how.tokenizer == "bytes":
+        return ByteTokenizer()
+    if how.tokenizer == "ids":
+        return TokenIds(how.vocabulary)
+    if how.tokenizer != "bpe":
+        return BPETokenizer.from_file(how.tokenizer)
+    # Without a checkpoint there may be one nevertheless, of a run that ended before its first.
+    folder = place / f"bpe-{_key(fingerprint(training), str(how.vocabulary))}"
+
+    def train() -> None:
+        if not folder.is_dir():
+            tokenizer = train_bpe(training, how.vocabulary)
+            unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.unfinished")
+            unfinished.mkdir(parents=True)
+            tokenizer.save(unfinished)
+            os.replace(unfinished, folder)
+
+    ranks.first(train)
+    return load_tokenizer(folder)
+
+
+def train_bpe(documents: Sequence[Document], size: int) -> BPETokenizer:
+    """A byte-level BPE of the documents, none of which is held whole.
+
+    Raises:
+        ValueError: the size is below 256, or there are token ids among them.
+    """
+    if ids := next((document for document in documents if not document.text), None):
+        raise ValueError(
+            f"tokenizer: bpe is trained on text, and {ids.name} holds token ids: give the tokenizer.json that made "
+            "them, or ids with their number as the vocabulary"
+        )
+
+    def parts(document: Document) -> Iterator[bytes]:
+        return (document.content[i : i + _BLOCK].tobytes() for i in range(0, len(document), _BLOCK))
+
+    try:
+        return BPETokenizer.train((block for d in documents for block in text_blocks(parts(d))), size)
+    except ValueError as error:
+        raise ValueError(f"vocabulary: {error}") from error
+
+
+def _tokenizer_of(folders: Sequence[Path], named: str) -> Tokenizer:
+    """The one that made all the token files, which must be the one that the settings name, if they name any."""
+    tokenizer = load_tokenizer(folders[0])
+    known = tokenizer_fingerprint(tokenizer)
+    for folder in folders[1:]:
+        if tokenizer_fingerprint(load_tokenizer(folder)) != known:
+            raise ValueError(f"data: {folder} was encoded by another tokenizer than {folders[0]}; use one for both")
+    same = named == "bytes" or (
+        named not in ("bpe", "ids") and tokenizer_fingerprint(BPETokenizer.from_file(named)) == known
+    )
+    if not same:  # bytes is the default
+        raise ValueError(
+            f"tokenizer: {folders[0]} was encoded by the tokenizer that lies in it, got {named}: leave it out, or "
+            "encode the texts anew"
+        )
+    return tokenizer
+
+
+# --- The ids
+
+
+def _encoded(
+    documents: Sequence[Document], tokenizer: Tokenizer, place: Path, what: str, ranks: Ranks
+) -> list[Document]:
+    """The documents, with the ids of those that are text in a folder of token files."""
+    texts = [document for document in documents if document.text]
+    if not texts or isinstance(tokenizer, ByteTokenizer | TokenIds):
+        return list(documents)
+    data, made_by = fingerprint(texts), tokenizer_fingerprint(tokenizer)
+    folder = place / f"{what}-{_key(data, made_by)}"
+
+    def make() -> None:
+        if folder.is_dir():
+            try:
+                found = open_tokens(folder, check=True)
+                if (found.data_fingerprint, found.tokenizer_fingerprint) == (data, made_by):
+                    return
+                problem = f"{folder}: of other documents or another tokenizer"
+            except (ValueError, FileNotFoundError) as error:
+                problem = str(error)
+            warnings.warn(f"{problem}; the documents are encoded anew", stacklevel=2)
+            shutil.rmtree(folder)
+        write_tokens(texts, tokenizer, folder)
+
+    ranks.first(make)
+    ready = dict(zip(map(id, texts), with_tokens(texts, open_tokens(folder)), strict=True))
+    lost = [text.name for text in texts if ready[id(text)] is None]
+    if len(lost) == len(texts):
+        raise ValueError(f"tokenizer: it makes no token of any of the {len(texts)} {what} documents, such as {lost[0]}")
+    if lost and not ranks.rank:
+        warnings.warn(
+            f"{len(lost)} documents, such as {lost[0]}, are left out: this tokenizer makes no token of them",
+            stacklevel=2,
+        )
+    known = [ready.get(id(document), document) for document in documents]
+    return [document for document in known if document is not None]
+
+
+def _key(*fingerprints: str) -> str:
+    return hashlib.sha256("\0".join(fingerprints).encode()).hexdigest()[:16]
