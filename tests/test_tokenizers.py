@@ -207,7 +207,8 @@ LLAMA3 = (
 )
 QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 PARTS = ["a", "the", "The ", " memory", "read.", "\n", "\n\n", "\r\n", " ", "  ", "\t", " \n ", "é", "e\u0301", "🙂",
-         "中文", "中", "1", "12345", "...", "'s", "'ll", "<|end|>", "\u00a0", "\u2028", "ﬁ", "ab", "aaaa", "    "]  # fmt: skip
+         "中文", "中", "1", "12345", "...", "'s", "'ll", "<|end|>", "\u00a0", "\u2028", "ﬁ", "ab", "aaaa",
+         "    "]  # fmt: skip
 STYLES = ["bpe", "gpt2", "llama3", "qwen", "llama2", "t5", "metaspace", "bert"]
 
 

@@ -62,7 +62,7 @@ class Ranks:
         """
         if self.size == 1:
             return work()
-        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        group = dist.new_group(backend="gloo" if dist.is_gloo_available() else None, timeout=_PATIENCE)
         outcome: list[tuple[T | None, str]] = [(None, "")]
         failed: Exception | None = None
         if not self.rank:

@@ -288,7 +288,7 @@ class TrainingConfig:
     """The settings of a training run: memory replay over long documents, its memory carried from rollout to rollout."""
 
     data: tuple[Path, ...] = ()
-    """Files, folders: text, .jsonl, .npy or .bin arrays of ids; by default the Python standard library's sources."""
+    """Files, folders: text, .jsonl, .npy or .bin arrays of ids, or of memformer encode; by default Python's library."""
     out: Path = Path("runs/default")
     """Folder for checkpoints and metrics.jsonl."""
     steps: int = 1200

@@ -15,12 +15,13 @@ import torch
 import tyro
 
 from .._installation import __version__
-from . import bench, evaluate, export, generate, inspect, train
+from . import bench, encode, evaluate, export, generate, inspect, train
 
 __all__ = ["main"]
 
 _RUN: dict[type, Callable[[Any], int]] = {
     train.TrainCommand: train.run,
+    encode.EncodeCommand: encode.run,
     evaluate.EvaluateCommand: evaluate.run,
     generate.GenerateCommand: generate.run,
     inspect.InspectCommand: inspect.run,
@@ -72,6 +73,7 @@ def _parse(arguments: list[str]) -> Any:
     defaults = train.defaults(arguments[1:]) if arguments[:1] == ["train"] else train.TrainCommand()
     commands = (
         Annotated[train.TrainCommand, tyro.conf.subcommand("train", default=defaults)]
+        | Annotated[encode.EncodeCommand, tyro.conf.subcommand("encode")]
         | Annotated[evaluate.EvaluateCommand, tyro.conf.subcommand("evaluate")]
         | Annotated[generate.GenerateCommand, tyro.conf.subcommand("generate")]
         | Annotated[inspect.InspectCommand, tyro.conf.subcommand("inspect")]

@@ -20,7 +20,7 @@ class DocumentOptions:
     checkpoint: Path
     """A run's folder, or one checkpoint in it (RUN/best is that of the best evaluation)."""
     data: tuple[Path, ...] = ()
-    """Files and folders of UTF-8 text, .jsonl, .npy or .bin, or what memformer encode wrote; by default the documents that the run held out."""
+    """Files and folders of UTF-8 text, .jsonl, .npy or .bin, or of memformer encode; by default those held out."""
     text_field: str = "text"
     """The field of a .jsonl file's lines that holds the text."""
     separator: int | None = None

@@ -147,6 +147,8 @@ def _report(training_run: Run, result: HeldOut) -> None:
     print(f"\nheld out    {result.tokens:,} tokens of {result.documents} documents")
     if result.bits_per_byte is None:
         print(f"  this model          {result.perplexity:.3f} perplexity, {result.bits_per_token:.3f} bits per token")
+    elif not all(document.text for document in training_run.held_out):  # encoded ahead
+        print(f"  this model          {result.bits_per_byte:.3f} bits per byte, {result.bits_per_token:.3f} per token")
     else:
         texts = [bytes(document) for document in training_run.held_out]
         counted = limited(training_run.training, ORDER2_BYTES)
