@@ -31,8 +31,10 @@ class DocumentOptions:
     def documents(self) -> list[Document]:
         """Raises ValueError or FileNotFoundError as :func:`~memformer.data.read_documents`."""
         if self.data:
-            how = {"text_field": self.text_field, "separator": self.separator, "bin_dtype": self.bin_dtype}
-            return read_any(self.data, functools.partial(read_documents, **how), check=True)
+            read = functools.partial(
+                read_documents, text_field=self.text_field, separator=self.separator, bin_dtype=self.bin_dtype
+            )
+            return read_any(self.data, read, check=True)
         folder = checkpoints.find(self.checkpoint)
         if not (folder / "training.json").is_file():
             raise ValueError(f"{folder}: not of a run, which would have held documents out; give --data")

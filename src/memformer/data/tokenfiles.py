@@ -164,7 +164,8 @@ def read_any(
     paths: Iterable[str | Path], read: Callable[[Sequence[str | Path]], Sequence[Document]], *, check: bool = False
 ) -> list[Document]:
     """The documents of folders of token files, and what ``read`` makes of the other paths."""
-    folders, others = [], []
+    folders: list[str | Path] = []
+    others: list[str | Path] = []
     for path in paths:
         (folders if is_token_folder(path) else others).append(path)
     documents = [document for folder in folders for document in open_tokens(folder, check=check).documents]
