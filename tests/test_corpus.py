@@ -123,14 +123,14 @@ def test_a_document_without_a_token_is_left_out_of_a_run(folder):
     assert len(run.training) + len(run.held_out) == 5
     for i in range(6):
         (folder / "texts" / f"{i}.txt").write_text("   \n")
-    with pytest.raises(ValueError, match="it makes no token of any of the 5 training documents"):
+    with pytest.raises(ValueError, match="it makes no token of any of the . (training|held-out) documents"):
         Run(settings_for(folder, **how))
 
 
 def test_a_bpe_is_not_trained_on_ids(folder):
     np.save(folder / "texts" / "ids.npy", np.arange(100, dtype=np.uint16))
-    for place in ("texts/ids.npy", "texts"):
-        settings = settings_for(folder, data=(folder / place,), held_out=10)
+    for places in (["ids.npy"], ["ids.npy", "0.txt", "1.txt"]):  # in a folder they are left out with a warning
+        settings = settings_for(folder, data=tuple(folder / "texts" / name for name in places), held_out=10)
         with pytest.raises(ValueError, match=r"bpe is trained on text, and ids\.npy holds token ids: give the tok"):
             Run(settings)
 

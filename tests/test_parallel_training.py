@@ -59,7 +59,7 @@ def work(rank, settings, stop_after=None):
 
 def state(out):
     """Everything in a run's newest checkpoint."""
-    folder = checkpoints.find(Path(out))
+    folder = checkpoints.newest(Path(out))
     return dict(Memformer.from_pretrained(folder).state_dict()), *reversed(checkpoints.load_state(folder))
 
 
@@ -93,7 +93,7 @@ def test_a_run_goes_on_with_another_number_of_processes(settings, tmp_path, para
     list(Run(settings(out=tmp_path / "alone", **options)).train())
     together = settings(parallel=parallel, **options)
     two_processes(work, tmp_path, together, 1)
-    assert checkpoints.find(tmp_path / "run").name == "step-000002"
+    assert checkpoints.newest(tmp_path / "run").name == "step-000002"
     alone = Run(settings(resume=True, **options))
     for metrics in alone.train():
         if metrics.step == 3:

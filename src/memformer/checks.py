@@ -5,6 +5,10 @@ Imports torch alone. Values are not read where there are none: in traced code, i
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,12 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 __all__ = [
     "IGNORED",
     "as_mask",
+    "as_paths",
     "check_mask",
     "check_tokens",
     "describe",
     "has_values",
     "ignored_as_masked",
     "is_tensor",
+    "plural",
 ]
 
 IGNORED = -100
@@ -37,6 +43,23 @@ def is_tensor(x: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 def has_values(x: Tensor) -> bool:
     """Whether Python may look at the values: a tensor that is traced, on the meta device or fake has none to show."""
     return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+
+
+def as_paths(name: str, paths: object) -> tuple[Path, ...]:
+    """One path or several, each text or a path, as a tuple of paths; ``name`` is what the message calls them.
+
+    Raises:
+        ValueError: something else, or an empty path, which would be the working directory.
+    """
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    if isinstance(given, Iterable) and not isinstance(given, (bytes, dict)):
+        given = list(given)
+        if all(isinstance(path, (str, os.PathLike)) for path in given):
+            if any(os.fspath(path) == "" for path in given):
+                raise ValueError(f"{name}: expected a path, got an empty one: is a variable of the shell not set?")
+            return tuple(Path(path) for path in given)
+    got = [type(path).__name__ for path in given] if isinstance(given, list) else type(paths).__name__
+    raise ValueError(f"{name}: expected a path, or a list of paths, got {got}")
 
 
 def as_mask(name: str, mask: Tensor | None) -> Tensor | None:
@@ -107,3 +130,8 @@ def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
             f"{name}: expected torch.bool of its tokens' shape {tuple(like.shape)}, True for tokens that exist, "
             f"got {describe(mask)}"
         )
+
+
+def plural(count: int, noun: str) -> str:
+    """A number with its noun, for a message: "1 document", "1,332 bytes"."""
+    return f"{count:,} {noun}" + "s" * (count != 1)

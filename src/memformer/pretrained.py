@@ -15,6 +15,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from .config import MemformerConfig
+from .folders import model_in
 
 __all__ = ["Pretrained"]
 
@@ -51,11 +52,14 @@ class Pretrained(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Self:
         """The model that :meth:`save_pretrained` wrote, on the CPU, in its dtype.
 
+        Of a training run's folder its best checkpoint if it evaluates on its way, else its newest.
+
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged or does not fit the other.
         """
-        config_file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+        folder = model_in(folder)
+        config_file, weights = folder / "config.json", folder / "model.safetensors"
         for file in (config_file, weights):
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: not found; a model's folder holds config.json and model.safetensors")

@@ -22,10 +22,13 @@ from .model import Memformer, token_losses
 from .replay.inputs import Cell, Readout, weight_list
 from .replay.options import OptionKeywords
 
-__all__ = ["memory_replay_backprop", "rollout", "verify_rollout"]
+__all__ = ["Tally", "memory_replay_backprop", "rollout", "verify_rollout"]
 
 READOUT_TOKENS = 1024
 """Targets per call of the decoder in a rollout: enough for a matrix product to run at its full rate."""
+
+Tally = Callable[[Tensor, Tensor, Tensor], None]
+"""Given targets (rows, tokens), their tokens' losses and which of them count, to add up what it likes of them."""
 
 
 def rollout(
@@ -36,6 +39,7 @@ def rollout(
     divisor: Tensor | float | None = None,
     method: replay.Method = replay.memory_replay,
     options: replay.Options | None = None,
+    tally: Tally | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> replay.Rollout:
     """Run a model with a decoder over segments that were checked already, and add up their losses.
@@ -48,11 +52,12 @@ def rollout(
             :func:`~memformer.replay.accumulate`.
         options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too. Without
             ``readout_segments`` a call of the decoder takes as many segments as have READOUT_TOKENS targets.
+        tally: called with the losses of each call of the decoder; twice in float16, where that runs twice.
     """
     options = replay.Options.of(options, keywords)
     if options.readout_segments is None:
         options = dataclasses.replace(options, readout_segments=_readout_segments(segments))
-    cell, readout = _cell_and_readout(model, divisor, summed=options.segment_weights is None)
+    cell, readout = _cell_and_readout(model, divisor, summed=options.segment_weights is None, tally=tally)
     return method(cell, segments, mems, readout, options=options)
 
 
@@ -185,10 +190,10 @@ def _readout_segments(segments: Sequence[Segment]) -> int:
 
 
 def _cell_and_readout(
-    model: Memformer, divisor: Tensor | float | None = None, *, summed: bool = True
+    model: Memformer, divisor: Tensor | float | None = None, *, summed: bool = True, tally: Tally | None = None
 ) -> tuple[Cell, Readout]:
     """What the engine is given: the encoder with its memory, and the decoder's loss, one or one for each segment."""
-    readout: Readout = functools.partial(_losses, model, divisor)
+    readout: Readout = functools.partial(_losses, model, divisor, tally)
     return functools.partial(_encode, model), functools.partial(_summed, readout) if summed else readout
 
 
@@ -197,7 +202,11 @@ def _encode(model: Memformer, segment: Segment, memory: Tensor | None) -> tuple[
 
 
 def _losses(
-    model: Memformer, divisor: Tensor | float | None, outputs: list[Tensor], segments: list[Segment]
+    model: Memformer,
+    divisor: Tensor | float | None,
+    tally: Tally | None,
+    outputs: list[Tensor],
+    segments: list[Segment],
 ) -> Tensor | None:
     """The decoder's loss on each of several segments, in one call; 0 for those without a target."""
     kept = [i for i, s in enumerate(segments) if s.tgt is not None]
@@ -209,6 +218,8 @@ def _losses(
     src, _ = _concatenate([segments[i].src for i in kept], src_masks)
     tgt, tgt_mask = _concatenate([s.tgt for s in segments if s.tgt is not None], [segments[i].tgt_mask for i in kept])
     losses, counted = token_losses(model.decoder, tgt, enc_out, src_mask, tgt_mask, src)
+    if tally is not None:
+        tally(tgt, losses, counted)
     per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
         divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)

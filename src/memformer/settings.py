@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import yaml
 
 from . import replay
+from .checks import as_paths
 from .config import MemformerConfig, Positions, Writer, check_count
 
 __all__ = [
@@ -31,9 +32,11 @@ __all__ = [
     "OutputSettings",
     "RolloutSettings",
     "TrainingConfig",
+    "absolute",
     "build",
     "read_saved",
     "read_yaml",
+    "to_flat",
     "to_plain",
     "to_yaml",
 ]
@@ -52,19 +55,40 @@ class DocumentSettings:
     """bytes; bpe, trained on the training documents; ids, for .npy and .bin arrays; or the path of a tokenizer.json."""
     vocabulary: int = 2048
     """The most tokens of a bpe that is trained here; with ids, how many ids there are."""
+    include: tuple[str, ...] = ()
+    """Of folders, read only what matches one of these patterns, such as '*.txt' or 'books/*'."""
+    exclude: tuple[str, ...] = ()
+    """Of folders, leave out what matches one of these patterns."""
+    strict: bool = False
+    """Refuse what is otherwise left out with a warning: unreadable files in folders, rows without a text."""
     text_field: str = "text"
-    """The field of a .jsonl file's lines that holds the text."""
+    """The field that holds the text, in rows of .jsonl, .json, .csv, .parquet and the like."""
     separator: int | None = None
     """The id that ends a document inside a .npy or .bin array; without it, each array is one document."""
     bin_dtype: str = "uint16"
     """The integer type of a .bin file's tokens."""
     held_out: int = 48
-    """Hold out one document in N; of a single document, hold out the last Nth."""
+    """Hold out one Nth of the data: whole documents, or the end of one where their sizes allow no such choice."""
+    held_out_by: Literal["size", "name"] = "size"
+    """size looks at how large the documents are; name at the hashes of their names alone, as earlier versions did."""
+    held_out_data: tuple[Path, ...] = ()
+    """Files and folders to evaluate on, in place of a part of --data."""
+    test_data: tuple[Path, ...] = ()
+    """Files and folders that training never looks at; the best checkpoint is measured on them at the end."""
 
     def __post_init__(self) -> None:
         check_count("vocabulary", self.vocabulary)
         if not isinstance(self.held_out, int) or self.held_out < 2:
             raise ValueError(f"held_out: expected a whole number of at least 2, got {self.held_out!r}")
+        for name in ("held_out_data", "test_data"):
+            object.__setattr__(self, name, as_paths(name, getattr(self, name)))
+        if self.held_out_data and self.held_out != 48:
+            raise ValueError(f"held_out: {self.held_out} has no meaning beside held_out_data; leave one of them out")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+                raise ValueError(f"{name}: expected a list of patterns such as '*.txt', got {patterns!r}")
+            object.__setattr__(self, name, tuple(patterns))
         if self.separator is not None:
             _check_not_negative("separator", self.separator)
 
@@ -272,15 +296,22 @@ class OutputSettings:
     """Steps between checkpoints."""
     keep: int = 2
     """How many of the newest checkpoints to keep."""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also send the metrics there: tensorboard (OUT/tensorboard), wandb (Weights & Biases), trackio."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, in OUT/tensorboard."""
+    """The same as --loggers tensorboard."""
     sample_tokens: int = 300
-    """Tokens of the sample that is shown at the end; 0: none."""
+    """Tokens of a sample of the model's writing, which is shown at the end; 0: none."""
+    sample_every: int = 0
+    """Steps between samples while training, into OUT/samples.jsonl and the loggers; 0: only at the end."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
             check_count(name, getattr(self, name))
-        _check_not_negative("sample_tokens", self.sample_tokens)
+        for name in ("sample_tokens", "sample_every"):
+            _check_not_negative(name, getattr(self, name))
+        if self.sample_every and not self.sample_tokens:
+            raise ValueError(f"sample_every: {self.sample_every} asks for samples, but sample_tokens is 0: set it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +319,8 @@ class TrainingConfig:
     """The settings of a training run: memory replay over long documents, its memory carried from rollout to rollout."""
 
     data: tuple[Path, ...] = ()
-    """Files, folders: text, .jsonl, .npy or .bin arrays of ids, or of memformer encode; by default Python's library."""
+    """Files, folders: text, rows (.jsonl, .csv, .parquet, ...), ids (.npy, .bin), each also .gz, .bz2, .xz or .zst; or
+    what memformer encode wrote; by default the Python standard library's sources."""
     out: Path = Path("runs/default")
     """Folder for checkpoints and metrics.jsonl."""
     steps: int = 1200
@@ -296,7 +328,13 @@ class TrainingConfig:
     seed: int = 0
     """Decides the initial weights, dropout, objectives and the order of documents."""
     resume: bool = False
-    """Go on from the newest undamaged checkpoint in --out, with the settings saved there; --steps may be raised."""
+    """Go on from the newest undamaged checkpoint in --out, with the settings saved there and the flags given here."""
+    auto_resume: bool = False
+    """Go on if --out holds a run, else start one: the same command each time, for machines that may be taken away."""
+    new_data: bool = False
+    """Go on with other documents than before. They are read from their start; weights and optimizer stay."""
+    init_from: Path | None = None
+    """Start a new run with the weights and the tokenizer of this model, or of this run's best checkpoint."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 
@@ -310,6 +348,7 @@ class TrainingConfig:
     output: OutputSettings = field(default_factory=OutputSettings)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", as_paths("data", self.data))
         check_count("steps", self.steps)
         _check_not_negative("seed", self.seed)
         if self.seed >= 2**63:
@@ -418,7 +457,33 @@ def to_plain(settings: DataclassInstance) -> dict[str, object]:
     return plain
 
 
-FORMER: dict[str, dict[str, object]] = {}
+def to_flat(settings: DataclassInstance) -> dict[str, object]:
+    """Settings by dotted names, as "model.dim"."""
+    return _flat(to_plain(settings), "")
+
+
+def _flat(plain: Mapping[str, object], where: str) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in plain.items():
+        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
+    return flat
+
+
+def absolute(settings: T) -> T:
+    """Settings whose paths of what is read do not depend on the working directory; ``out`` stays as it is."""
+    changes: dict[str, object] = {}
+    for f in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = absolute(value)
+        elif isinstance(value, Path) and f.name != "out":
+            changes[f.name] = value.absolute()
+        elif isinstance(value, tuple):
+            changes[f.name] = tuple(part.absolute() if isinstance(part, Path) else part for part in value)
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
+
+
+FORMER: dict[str, dict[str, object]] = {"documents": {"held_out_by": "name"}}
 """What a field that is newer than a saved run meant before there was one, where that is not its default today."""
 
 

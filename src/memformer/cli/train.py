@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,8 +19,9 @@ from ..data import Document, order2_bits_per_byte, xz_bits_per_byte
 from ..data.corpora import limited
 from ..evaluation import HeldOut
 from ..parallel import joined
-from ..settings import RECIPES, TrainingConfig, read_yaml
-from ..training import Run, StepMetrics, checkpoints, saved_settings
+from ..settings import RECIPES, TrainingConfig, build, read_yaml, to_plain
+from ..training import Run, StepMetrics, checkpoints, last_settings, sized_as
+from ..training.metrics import held_out_at
 from . import models
 from .evaluate import describe
 from .generate import GenerateCommand, write
@@ -55,23 +56,46 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--out", type=Path, default=TrainingConfig.out)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--auto-resume", "--auto_resume", action="store_true")
+    parser.add_argument("--init-from", "--init_from", type=Path)
     try:
         given, _ = parser.parse_known_args(arguments)
     except argparse.ArgumentError:
         return TrainCommand()  # the real parser says what is wrong
     if {"-h", "--help"} & set(arguments) or given.recipe not in RECIPES:
         return TrainCommand()
+    if given.resume and (given.config is not None or given.recipe != "tiny"):
+        raise ValueError("--resume goes on with the settings saved in --out: leave --config and --recipe out")
     settings = RECIPES[given.recipe]
+    if given.init_from is not None and not given.resume:
+        settings = sized_as(settings, given.init_from)
     if given.config is not None:
         settings = read_yaml(given.config, settings)
-    if given.resume:
-        if given.config is not None or given.recipe != "tiny":
-            raise ValueError("--resume goes on with the settings saved in --out: leave --config and --recipe out")
-        settings = dataclasses.replace(saved_settings(given.out), out=given.out)
+    out = given.out or settings.out
+    if given.resume or (given.auto_resume and checkpoints.newest(out) is not None):
+        # What is given again, the recipe and the file included, is what was given on purpose.
+        recipe = _differences(to_plain(RECIPES["tiny"]), to_plain(RECIPES[given.recipe]))
+        settings = build(TrainingConfig, recipe, base=last_settings(out))
+        if given.config is not None:
+            settings = read_yaml(given.config, settings)
+        settings = dataclasses.replace(settings, out=out)
     values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    return TrainCommand(**{**values, "resume": False}, recipe=given.recipe, config=given.config)
+    for_one_start = {"resume": False, "auto_resume": False, "new_data": False}
+    return TrainCommand(**{**values, **for_one_start}, recipe=given.recipe, config=given.config)
+
+
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, object]:
+    """What is another value in ``now``, nested as they are."""
+    found: dict[str, object] = {}
+    for name, value in now.items():
+        old = before[name]
+        if isinstance(value, dict) and isinstance(old, dict):
+            found[name] = _differences(old, value)
+        elif value != old:
+            found[name] = value
+    return found
 
 
 def run(command: TrainCommand) -> int:
@@ -103,6 +127,8 @@ def _lead(training_run: Run) -> int:
     settings = training_run.settings
     for reason in training_run.parts.refused:
         print(f"refused     {reason}; going on from the one before")
+    for change in training_run.parts.changes:
+        print(f"changed     {change} from step {training_run.step:,} on")
     source = "the Python standard library" if not settings.data else ", ".join(map(str, settings.data))
     training, held_out = (f"{len(d):,} documents ({_size(d)})" for d in (training_run.training, training_run.held_out))
     print(f"data        {source}: {training} to train on, {held_out} held out")
@@ -116,25 +142,37 @@ def _lead(training_run: Run) -> int:
     shape = settings.rollout
     rollouts = f"{shape.lanes} lanes x {shape.horizon} segments x {shape.segment_length} tokens"
     start = f", from step {training_run.step:,}" if training_run.step else ""
+    if training_run.parts.changes:
+        start += f" at a learning rate of {training_run.learning_rate(training_run.step):.1e}"
     print(f"training    {settings.steps:,} steps of {rollouts}{start}; metrics in {settings.out / 'metrics.jsonl'}")
+    result: HeldOut | None = None
     with _stopping(training_run), _progress(settings, training_run.step) as show:
         for metrics in training_run.train():
             show(metrics)
             if isinstance(metrics, HeldOut):
-                result = metrics
+                result = _best(training_run, metrics)
     if _interrupted(training_run):
         again = f"memformer train --resume --out {settings.out}"
         print(f"\nstopped and saved at step {training_run.step:,}. Go on with:\n  {again}")
         return 130
+    if result is None:
+        print(f"\nfinished    at step {training_run.step:,} already; more --steps go on")
+        return 0
     if training_run.stopped_early:
-        assert training_run.best is not None
-        best = f"the best evaluation was at step {training_run.best['step']:,}, see {settings.out / 'best'}"
-        print(f"\nstopped early at step {training_run.step:,}: {best}")
+        print(f"\nstopped early at step {training_run.step:,}")
     _report(training_run, result)
     prompt = "" if settings.data else " --prompt 'def main('"
-    print(f"\ncheckpoint  {checkpoints.newest(settings.out)}. Try:")
+    print(f"\ncheckpoint  {models.described(settings.out, checkpoints.find(settings.out))}. Try:")
     print(f"  memformer generate --checkpoint {settings.out}{prompt}")
     return 0
+
+
+def _best(training_run: Run, result: HeldOut) -> HeldOut:
+    """The evaluation of the model that a user of the run's folder gets: of the best one, or else the newest."""
+    settings, best = training_run.settings, training_run.best
+    if not settings.evaluation.eval_every or best is None or best["step"] == result.step:
+        return result
+    return held_out_at(settings.out, best["step"]) or result
 
 
 def _interrupted(training_run: Run) -> bool:
@@ -144,7 +182,8 @@ def _interrupted(training_run: Run) -> bool:
 def _report(training_run: Run, result: HeldOut) -> None:
     """How well the model does on held-out documents, beside two yardsticks where they are text; and a sample."""
     settings = training_run.settings
-    print(f"\nheld out    {result.tokens:,} tokens of {result.documents} documents")
+    which = "" if result.step == training_run.step else f", after step {result.step:,}, the best evaluation"
+    print(f"\nheld out    {result.tokens:,} tokens of {result.documents} documents{which}")
     if result.bits_per_byte is None:
         print(f"  this model          {result.perplexity:.3f} perplexity, {result.bits_per_token:.3f} bits per token")
     elif not all(document.text for document in training_run.held_out):  # encoded ahead

@@ -233,6 +233,19 @@ class Lanes:
         """How many of the lanes are this rank's: the batch size of its segments."""
         return len(self._own)
 
+    @property
+    def epochs_read(self) -> float:
+        """How many times the documents were gone through; each counts alike, by the share of it that was read.
+
+        Raises:
+            ValueError: the documents cannot be counted.
+        """
+        if not self._indexed:
+            raise ValueError("epochs_read: the number of documents that cannot be indexed is not known")
+        count = len(self.documents)  # type: ignore[arg-type]
+        unread = sum(1 - lane.position / lane.length for lane in self._lanes if lane.document >= 0)
+        return self._epoch + (self._drawn - unread) / count
+
     def state_dict(self) -> LanesState:
         """Where the stream stands, as numbers alone; the same on every rank."""
         lanes: list[LanePlace] = [{"document": lane.document, "position": lane.position} for lane in self._lanes]

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from ..files import flush_to_disk
-from .corpora import Document, Tokens, _encode, _FileTokens, _Lazy, fingerprint
+from .corpora import _encode, fingerprint
+from .documents import Document, FileTokens, LazyTokens, Tokens
 from .tokenizers import BPETokenizer, Tokenizer, load_tokenizer, tokenizer_fingerprint
 
 __all__ = ["HEADER", "TokenFiles", "is_token_folder", "open_tokens", "read_any", "with_tokens", "write_tokens"]
@@ -84,7 +85,7 @@ class TokenFiles:
         return len(self.tokenizer.decode(ids).encode()) if sizes is None else int(sizes[ids].sum())
 
 
-class _StoredTokens(_FileTokens):
+class _StoredTokens(FileTokens):
     """Ids in a folder of token files, that know which tokenizer made them and of how many bytes."""
 
     def __init__(self, files: TokenFiles, dtype: np.dtype, start: int, stop: int, size: int | None, whole: bool = True):
@@ -109,10 +110,10 @@ class _StoredTokens(_FileTokens):
 
     def part(self, start: int, stop: int) -> _StoredTokens:
         whole = self._whole and (start, stop) == (0, len(self))
-        return _StoredTokens(self._files, self.dtype, self._start + start, self._start + stop, self._size, whole)
+        return _StoredTokens(self._files, self.dtype, self.start + start, self.start + stop, self._size, whole)
 
 
-class _TextWithTokens(_Lazy):
+class _TextWithTokens(LazyTokens):
     """The bytes of a text whose ids stand in a folder of token files."""
 
     dtype = np.dtype(np.uint8)
@@ -124,12 +125,12 @@ class _TextWithTokens(_Lazy):
     def _read(self, start: int, count: int) -> np.ndarray:
         return self._text[start : start + count]
 
-    def part(self, start: int, stop: int) -> _Lazy:
+    def part(self, start: int, stop: int) -> LazyTokens:
         """Text alone: which tokens are a part's is for its tokenizer to say."""
         return _Slice(self._text, start, stop)
 
 
-class _Slice(_Lazy):
+class _Slice(LazyTokens):
     dtype = np.dtype(np.uint8)
 
     def __init__(self, text: Tokens, start: int, stop: int):
@@ -140,7 +141,7 @@ class _Slice(_Lazy):
         return self._text[start : start + count]
 
     def part(self, start: int, stop: int) -> _Slice:
-        return _Slice(self._text, self._start + start, self._start + stop)
+        return _Slice(self._text, self.start + start, self.start + stop)
 
 
 def with_tokens(documents: Sequence[Document], files: TokenFiles) -> list[Document | None]:

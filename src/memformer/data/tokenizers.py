@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..folders import model_in
 from .pieces import Encoded, encode_in_pieces
 
 if TYPE_CHECKING:
@@ -371,13 +372,13 @@ class _IdDecoder:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that was saved in a folder.
+    """The tokenizer that was saved in a folder, or with a training run's model.
 
     Raises:
         FileNotFoundError: the folder holds none.
         ValueError: it is damaged, or of a kind that this version does not know.
     """
-    folder = _path(folder)
+    folder = model_in(_path(folder))
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG}, so no tokenizer was saved here")

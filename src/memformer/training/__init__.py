@@ -2,19 +2,25 @@
 
 from ..device import choose_device
 from .assemble import assemble
-from .corpus import documents_of
-from .metrics import StepMetrics
+from .callbacks import Callback
+from .documents import documents_for_test, documents_of
+from .metrics import StepMetrics, read_metrics
 from .parts import Parts
-from .resume import saved_settings, settings_of
+from .resume import last_settings, saved_settings, settings_of, sized_as
 from .run import Run
 
 __all__ = [
+    "Callback",
     "Parts",
     "Run",
     "StepMetrics",
     "assemble",
     "choose_device",
+    "documents_for_test",
     "documents_of",
+    "last_settings",
+    "read_metrics",
     "saved_settings",
     "settings_of",
+    "sized_as",
 ]

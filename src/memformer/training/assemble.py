@@ -14,31 +14,53 @@ from ..data import Document, Lanes, Mixture, Tokenizer, encode_documents
 from ..device import choose_device, choose_precision
 from ..model import Memformer
 from ..parallel import Ranks, shard
-from ..settings import OptimizerSettings, TrainingConfig
-from . import resume
+from ..settings import TrainingConfig
+from . import checkpoints, resume
+from .callbacks import Report, nothing
 from .corpus import corpus_of
+from .optimizers import make_optimizer
 from .parts import Parts, Progress, RolloutLoss
 
 __all__ = ["assemble"]
 
 
-def assemble(settings: TrainingConfig) -> Parts:
+def assemble(
+    settings: TrainingConfig,
+    report: Report = nothing,
+    documents: tuple[Sequence[Document], Sequence[Document]] | None = None,
+) -> Parts:
     """The parts of the run that settings describe; under torch.distributed, those of this process.
+
+    Args:
+        report: is told what takes time: reading, training a BPE, encoding.
+        documents: ``(training, held_out)``, made in Python, in place of ``settings.data``.
 
     Raises:
         ValueError: the settings do not fit together, or not the checkpoint that is to be resumed.
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
         FileNotFoundError: ``resume`` is set, and there is no checkpoint; or there is no such data.
+        BlockingIOError: another process trains in the folder.
+        OSError: the folder cannot be written.
     """
+    # Before anything that takes time.
     ranks, device = Ranks(), choose_device(settings.device)
     precision = choose_precision(settings.compute.precision, device)
     if settings.rollout.lanes % ranks.size:
         raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
-    settings.model.config(1, settings.rollout.segment_length)  # before anything that takes time
+    settings.model.config(1, settings.rollout.segment_length)
     checkpoint, refused = resume.find_checkpoint(settings, ranks)
-    training, held_out, known, tokenizer = corpus_of(settings, ranks, checkpoint)
-    model = _model(settings, tokenizer).to(device)
-    saved = None if checkpoint is None else resume.load(checkpoint, settings, known, model)
+    if not ranks.rank:
+        checkpoints.check_folder(settings.out)
+    initial = None if checkpoint else resume.load_initial(settings)
+    corpus = corpus_of(settings, ranks, checkpoint, initial and initial[1], report, documents)
+    tokenizer = corpus.tokenizer
+    model = _model(settings, tokenizer)
+    if initial is not None:
+        _start_from(model, initial[0])
+    model = model.to(device)
+    saved = None
+    if checkpoint is not None:
+        saved = resume.load(checkpoint, settings, corpus.fingerprint, corpus.held_out_fingerprint, model)
     rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
     average: dict[str, Tensor] = {}
     if settings.optimizer.ema:
@@ -47,18 +69,22 @@ def assemble(settings: TrainingConfig) -> Parts:
         ranks=ranks,
         device=device,
         precision=precision,
-        training=training,
-        held_out=held_out,
-        fingerprint=known,
+        training=corpus.training,
+        held_out=corpus.held_out,
+        test=corpus.test,
+        fingerprint=corpus.fingerprint,
+        held_out_fingerprint=corpus.held_out_fingerprint,
+        test_fingerprint=corpus.test_fingerprint,
         tokenizer=tokenizer,
-        stream=_stream(settings, training, tokenizer, ranks),
+        stream=_stream(settings, corpus.training, tokenizer, ranks),
         model=model,
         average=average,
         rollouts=rollouts,
-        optimizer=_optimizer(model, settings.optimizer),
+        optimizer=make_optimizer(model, settings.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
         progress=Progress(),
         refused=refused,
+        changes=[] if saved is None else saved.changes,
     )
     if saved is not None:
         resume.restore(parts, saved, settings)
@@ -86,6 +112,14 @@ def _model(settings: TrainingConfig, tokenizer: Tokenizer) -> Memformer:
         return Memformer(**config.to_dict())
 
 
+def _start_from(model: Memformer, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError where the weights are of another vocabulary."""
+    rows, here = (w["encoder.embedding.weight"].shape[0] for w in (weights, model.state_dict()))
+    if rows != here:
+        raise ValueError(f"init_from: its model has {rows} tokens, and the tokenizer has {here}")
+    model.load_state_dict(weights)
+
+
 def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks) -> nn.Module:
     """The module whose call is a rollout, compiled and shared among the processes as the settings say."""
     if settings.compute.compile:
@@ -98,17 +132,3 @@ def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks) -> nn.Mo
     if ranks.size > 1 and settings.compute.parallel == "ddp":
         return DistributedDataParallel(rollouts)
     return rollouts
-
-
-def _optimizer(model: Memformer, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Decay is for matrices alone: vectors are biases, scales and the like."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups: list[dict[str, object]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )

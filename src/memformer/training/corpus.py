@@ -7,7 +7,6 @@ first process writes, all of them read.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import shutil
@@ -23,22 +22,21 @@ from ..data import (
     Document,
     TokenIds,
     Tokenizer,
+    check_documents,
     fingerprint,
-    held_out_split,
     load_tokenizer,
     open_tokens,
-    read_documents,
-    standard_library,
     tokenizer_fingerprint,
     write_tokens,
 )
-from ..data.corpora import limited
-from ..data.tokenfiles import is_token_folder, read_any, with_tokens
+from ..data.tokenfiles import is_token_folder, with_tokens
 from ..data.tokenizers import text_blocks
 from ..parallel import Ranks
 from ..settings import TrainingConfig
+from .callbacks import Report, nothing
+from .documents import documents_for_test, documents_of, evaluated
 
-__all__ = ["Corpus", "corpus_of", "documents_of", "train_bpe"]
+__all__ = ["Corpus", "corpus_of", "train_bpe"]
 
 _BLOCK = 1 << 20
 
@@ -49,56 +47,91 @@ class Corpus(NamedTuple):
     Attributes:
         held_out: those that are evaluated.
         fingerprint: of the training documents.
+        held_out_fingerprint: of all that are held out.
     """
 
     training: Sequence[Document]
     held_out: Sequence[Document]
+    test: Sequence[Document]
     fingerprint: str
+    held_out_fingerprint: str
+    test_fingerprint: str
     tokenizer: Tokenizer
 
 
-def corpus_of(settings: TrainingConfig, ranks: Ranks, checkpoint: Path | None) -> Corpus:
-    """The documents and the tokenizer of a run; the tokenizer is the checkpoint's, where there is one.
+def corpus_of(
+    settings: TrainingConfig,
+    ranks: Ranks,
+    checkpoint: Path | None,
+    initial: Tokenizer | None = None,
+    report: Report = nothing,
+    documents: tuple[Sequence[Document], Sequence[Document]] | None = None,
+) -> Corpus:
+    """The documents and the tokenizer of a run.
+
+    Args:
+        checkpoint: whose tokenizer it is, where there is one.
+        initial: the tokenizer of the model that a new run begins with.
+        report: is told what takes time: reading, training a BPE, encoding.
+        documents: ``(training, held_out)``, made in Python, in place of ``settings.data``.
 
     Raises:
         ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`; the tokenizer does not fit the
             documents; or the processes do not have the same.
     """
+    report("reading")
     folders = [path for path in settings.data if is_token_folder(path)]
     ranks.first(lambda: [open_tokens(folder, check=True).num_tokens for folder in folders])
-    training, held_out = documents_of(settings)
-    held_out, known = limited(held_out, settings.evaluation.eval_limit), fingerprint(training)
-    ranks.check_same("data", known)
-    tokenizer = _tokenizer(settings, training, ranks) if checkpoint is None else load_tokenizer(checkpoint)
+    training, held_out = documents_of(settings) if documents is None else _given(settings, documents)
+    test = documents_for_test(settings)
+    known = [fingerprint(part) for part in (training, held_out, test)]
+    read = evaluated(held_out, settings.evaluation.eval_limit)
+    ranks.check_same("data", " ".join(known))
+    tokenizer = initial if checkpoint is None else load_tokenizer(checkpoint)
+    if tokenizer is None:
+        if settings.documents.tokenizer == "bpe" and not folders:
+            _check_texts([*training, *held_out, *test])
+        tokenizer = _tokenizer(settings, training, ranks, report)
     ranks.check_same("tokenizer", tokenizer_fingerprint(tokenizer))
     place = settings.out / "tokens"
+    if not isinstance(tokenizer, ByteTokenizer | TokenIds):  # theirs are read while they stream
+        report("encoding")
+    # What is evaluated is checked before anything that takes long.
+    read, test, training = (
+        _encoded(part, tokenizer, place, what, ranks)
+        for part, what in ((read, "held-out"), (test, "test"), (training, "training"))
+    )
+    empty = [d for d in training if not d.text or not len(d)]
+    check_documents([*empty, *read, *test], tokenizer)
     return Corpus(
-        _encoded(training, tokenizer, place, "training", ranks),
-        _encoded(held_out, tokenizer, place, "held-out", ranks),
-        known,
-        tokenizer,
+        training=training,
+        held_out=read,
+        test=test,
+        fingerprint=known[0],
+        held_out_fingerprint=known[1],
+        test_fingerprint=known[2],
+        tokenizer=tokenizer,
     )
 
 
-def documents_of(settings: TrainingConfig) -> tuple[list[Document], list[Document]]:
-    """``(training, held_out)``, the documents of a run.
-
-    Raises:
-        ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`.
-    """
-    how = settings.documents
-    if not settings.data:
-        return held_out_split(standard_library(), how.held_out)
-    read = functools.partial(
-        read_documents, text_field=how.text_field, separator=how.separator, bin_dtype=how.bin_dtype
-    )
-    return held_out_split(read_any(settings.data, read), how.held_out)
+def _given(
+    settings: TrainingConfig, documents: tuple[Sequence[Document], Sequence[Document]]
+) -> tuple[Sequence[Document], Sequence[Document]]:
+    training, held_out = documents
+    if settings.data or settings.documents.held_out_data:
+        raise ValueError("documents: given beside the settings' data or held_out_data; leave one of them out")
+    if not training or not held_out:
+        raise ValueError(
+            f"documents: expected some to train on and some held out, got {len(training)} and {len(held_out)}; "
+            "held_out_split divides them"
+        )
+    return training, held_out
 
 
 # --- The tokenizer
 
 
-def _tokenizer(settings: TrainingConfig, training: Sequence[Document], ranks: Ranks) -> Tokenizer:
+def _tokenizer(settings: TrainingConfig, training: Sequence[Document], ranks: Ranks, report: Report) -> Tokenizer:
     """The tokenizer of a new run."""
     how, place = settings.documents, settings.out / "tokens"
     if folders := [path for path in settings.data if is_token_folder(path)]:
@@ -120,6 +153,7 @@ def _tokenizer(settings: TrainingConfig, training: Sequence[Document], ranks: Ra
             tokenizer.save(unfinished)
             os.replace(unfinished, folder)
 
+    report("training a BPE")
     ranks.first(train)
     return load_tokenizer(folder)
 
@@ -130,11 +164,7 @@ def train_bpe(documents: Sequence[Document], size: int) -> BPETokenizer:
     Raises:
         ValueError: the size is below 256, or there are token ids among them.
     """
-    if ids := next((document for document in documents if not document.text), None):
-        raise ValueError(
-            f"tokenizer: bpe is trained on text, and {ids.name} holds token ids: give the tokenizer.json that made "
-            "them, or ids with their number as the vocabulary"
-        )
+    _check_texts(documents)
 
     def parts(document: Document) -> Iterator[bytes]:
         return (document.content[i : i + _BLOCK].tobytes() for i in range(0, len(document), _BLOCK))
@@ -143,6 +173,14 @@ def train_bpe(documents: Sequence[Document], size: int) -> BPETokenizer:
         return BPETokenizer.train((block for d in documents for block in text_blocks(parts(d))), size)
     except ValueError as error:
         raise ValueError(f"vocabulary: {error}") from error
+
+
+def _check_texts(documents: Sequence[Document]) -> None:
+    if ids := next((document for document in documents if not document.text), None):
+        raise ValueError(
+            f"tokenizer: bpe is trained on text, and {ids.name} holds token ids: give the tokenizer.json that made "
+            "them, or ids with their number as the vocabulary"
+        )
 
 
 def _tokenizer_of(folders: Sequence[Path], named: str) -> Tokenizer:
