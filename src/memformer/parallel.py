@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 from .model import Memformer
 
 __all__ = ["Ranks", "full", "gradient_sync", "joined", "like", "shard"]
+
+T = TypeVar("T")
+
+_PATIENCE = datetime.timedelta(days=7)
+"""The processes wait so long for what the first one does alone; elsewhere torch gives up after minutes."""
 
 
 class Ranks:
@@ -47,6 +53,42 @@ class Ranks:
         """Until all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives in the first process, which alone does it, in all of them; however long it takes.
+
+        Raises:
+            whatever it raises there; in the others a ValueError with the same sentence.
+        """
+        if self.size == 1:
+            return work()
+        group = dist.new_group(backend="gloo" if dist.is_gloo_available() else None, timeout=_PATIENCE)
+        outcome: list[tuple[T | None, str]] = [(None, "")]
+        failed: Exception | None = None
+        if not self.rank:
+            try:
+                outcome = [(work(), "")]
+            except Exception as error:
+                failed, outcome = error, [(None, str(error) or type(error).__name__)]
+        dist.broadcast_object_list(outcome, src=0, group=group)
+        dist.destroy_process_group(group)
+        result, message = outcome[0]
+        if failed is not None:
+            raise failed
+        if message:
+            raise ValueError(message)
+        return cast(T, result)
+
+    def check_same(self, what: str, known: str) -> None:
+        """Raise ValueError in all processes unless all of them know the same."""
+        everyone = [known] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyone, known)
+        if other := [rank for rank, known in enumerate(everyone) if known != everyone[0]]:
+            raise ValueError(
+                f"{what}: process {other[0]} has another than process 0; all must read the same files, of which each "
+                "machine may have its own copy"
+            )
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..data import Document, read_documents
+from ..data.tokenfiles import read_any
 from ..training import checkpoints, documents_for_test, documents_of, settings_of
 from ..training.resume import check_documents_of
 
@@ -49,7 +52,8 @@ class DocumentOptions:
         if self.data:
             if self.test:
                 raise ValueError("test: reads the run's --test-data; leave --data out")
-            return read_documents(self.data, **{name: getattr(self, name) for name in reading})
+            how: dict[str, Any] = {name: getattr(self, name) for name in reading}
+            return read_any(self.data, functools.partial(read_documents, **how), check=True)
         for name, f in reading.items():
             if getattr(self, name) != f.default:
                 raise ValueError(f"{name}: says how --data is read, and none was given")

@@ -20,6 +20,7 @@ __all__ = ["COMMANDS", "parse"]
 
 COMMANDS = {
     "train": "TrainCommand",
+    "encode": "EncodeCommand",
     "evaluate": "EvaluateCommand",
     "generate": "GenerateCommand",
     "inspect": "InspectCommand",

@@ -235,6 +235,9 @@ def _report(training_run: Run, result: HeldOut) -> list[str]:
     if result.bits_per_byte is None:
         numbers = f"{result.perplexity:.3f} perplexity, {result.bits_per_token:.3f} bits per token"
         lines.append(f"  this model          {numbers}")
+    elif not all(document.text for document in training_run.held_out):  # encoded ahead
+        numbers = f"{result.bits_per_byte:.3f} bits per byte, {result.bits_per_token:.3f} per token"
+        lines.append(f"  this model          {numbers}")
     else:
         texts = [bytes(document) for document in training_run.held_out]
         counted = limited(training_run.training, ORDER2_BYTES)

@@ -17,7 +17,7 @@ from .documents import Document, FileTokens, ParsedText, Tokens, limited
 from .folders import Tally, find_files, shown
 from .held_out import HELD_OUT_SHARE, held_out_split
 from .kinds import Reading, UnreadableError, integer_type, read_file, read_rows, read_text, row_text
-from .tokenizers import ByteTokenizer, Tokenizer
+from .tokenizers import ByteTokenizer, Tokenizer, tokenizer_fingerprint
 from .unpacked import TextStore
 
 __all__ = [
@@ -254,6 +254,11 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Seq
 
 
 def _encode(document: Document, tokenizer: Tokenizer) -> Tokens:
+    made_by = getattr(document.content, "tokenizer", None)  # where it was encoded ahead, see tokenfiles
+    if made_by is not None and made_by == tokenizer_fingerprint(tokenizer):
+        return document.content.tokens  # type: ignore[attr-defined, no-any-return]
+    if made_by is not None and not document.text:
+        raise ValueError(f"{document.name}: was encoded by another tokenizer than this one, so its ids mean other text")
     if not document.text:
         _check_kind(document, tokenizer)
         return _Checked(document, tokenizer.ordinary)

@@ -137,8 +137,8 @@ class Document:
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of the text; None for token ids."""
-        return len(self.content) if self.text else None
+        """Bytes of the text, also of one that was encoded ahead; None for other token ids."""
+        return len(self.content) if self.text else getattr(self.content, "num_bytes", None)
 
     def part(self, start: int, stop: int) -> Document:
         """Bytes (or tokens) ``start`` to ``stop``, under the same name, without reading them."""

@@ -13,7 +13,7 @@ from .unpacked import COMPRESSED
 
 __all__ = ["Found", "Tally", "find_files", "shown"]
 
-_OF_A_RUN = re.compile(r"run\.yaml|metrics\.jsonl|best|tensorboard|step-\d+")
+_OF_A_RUN = re.compile(r"run\.yaml|metrics\.jsonl|best|tensorboard|tokens|step-\d+")
 """What a run writes into its folder."""
 
 

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import replay
-from ..data import (
-    BPETokenizer,
-    ByteTokenizer,
-    Document,
-    Lanes,
-    Mixture,
-    TokenIds,
-    Tokenizer,
-    check_documents,
-    encode_documents,
-    fingerprint,
-    load_tokenizer,
-)
+from ..data import Document, Lanes, Mixture, Tokenizer, encode_documents
 from ..device import choose_device, choose_precision
 from ..model import Memformer
 from ..parallel import Ranks, shard
-from ..settings import DocumentSettings, TrainingConfig
+from ..settings import TrainingConfig
 from . import checkpoints, resume
 from .callbacks import Report, nothing
-from .documents import documents_for_test, documents_of, evaluated
+from .corpus import corpus_of
 from .optimizers import make_optimizer
 from .parts import Parts, Progress, RolloutLoss
 
-__all__ = ["assemble", "documents_of"]
+__all__ = ["assemble"]
 
 
 def assemble(
@@ -66,45 +52,31 @@ def assemble(
     if not ranks.rank:
         checkpoints.check_folder(settings.out)
     initial = None if checkpoint else resume.load_initial(settings)
-    tokenizer = load_tokenizer(checkpoint) if checkpoint else initial and initial[1]
-    trains = tokenizer is None and settings.documents.tokenizer == "bpe"
-    if trains and importlib.util.find_spec("tokenizers") is None:
-        raise ImportError("tokenizer: a bpe needs the tokenizers library: pip install 'memformer-replay[bpe]'")
-    if tokenizer is None and not trains:
-        tokenizer = _tokenizer(settings.documents, [], report)
-    report("reading")
-    training, held_out = documents_of(settings) if documents is None else _given(settings, documents)
-    test = documents_for_test(settings)
-    known, known_held_out = fingerprint(training), fingerprint(held_out)
-    read = evaluated(held_out, settings.evaluation.eval_limit)
-    if tokenizer is None:
-        tokenizer = _tokenizer(settings.documents, training, report)
-    tokenizer = tokenizer.with_end(settings.documents.end)
-    # Before anything that takes long; training texts are encoded below.
-    check_documents([*(d for d in training if not d.text or not len(d)), *read, *test], tokenizer)
+    corpus = corpus_of(settings, ranks, checkpoint, initial and initial[1], report, documents)
+    tokenizer = corpus.tokenizer
     model = _model(settings, tokenizer)
     if initial is not None:
         _start_from(model, initial[0])
     model = model.to(device)
-    saved = None if checkpoint is None else resume.load(checkpoint, settings, known, known_held_out, model)
+    saved = None
+    if checkpoint is not None:
+        saved = resume.load(checkpoint, settings, corpus.fingerprint, corpus.held_out_fingerprint, model)
     rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
     average: dict[str, Tensor] = {}
-    if not isinstance(tokenizer, ByteTokenizer | TokenIds):  # theirs are read while they stream
-        report("encoding")
     if settings.optimizer.ema:
         average = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts = Parts(
         ranks=ranks,
         device=device,
         precision=precision,
-        training=training,
-        held_out=read,
-        test=test,
-        fingerprint=known,
-        held_out_fingerprint=known_held_out,
-        test_fingerprint=fingerprint(test),
+        training=corpus.training,
+        held_out=corpus.held_out,
+        test=corpus.test,
+        fingerprint=corpus.fingerprint,
+        held_out_fingerprint=corpus.held_out_fingerprint,
+        test_fingerprint=corpus.test_fingerprint,
         tokenizer=tokenizer,
-        stream=_stream(settings, training, tokenizer, ranks),
+        stream=_stream(settings, corpus.training, tokenizer, ranks),
         model=model,
         average=average,
         rollouts=rollouts,
@@ -117,39 +89,6 @@ def assemble(
     if saved is not None:
         resume.restore(parts, saved, settings)
     return parts
-
-
-def _given(
-    settings: TrainingConfig, documents: tuple[Sequence[Document], Sequence[Document]]
-) -> tuple[Sequence[Document], Sequence[Document]]:
-    training, held_out = documents
-    if settings.data or settings.documents.held_out_data:
-        raise ValueError("documents: given beside the settings' data or held_out_data; leave one of them out")
-    if not training or not held_out:
-        raise ValueError(
-            f"documents: expected some to train on and some held out, got {len(training)} and {len(held_out)}; "
-            "held_out_split divides them"
-        )
-    return training, held_out
-
-
-def _tokenizer(settings: DocumentSettings, training: Sequence[Document], report: Report) -> Tokenizer:
-    if settings.tokenizer == "bytes":
-        return ByteTokenizer()
-    if settings.tokenizer == "ids":
-        return TokenIds(settings.vocabulary)
-    if settings.tokenizer == "bpe":
-        try:
-            return BPETokenizer.train(_read_aloud(training, report), settings.vocabulary)
-        except ValueError as error:
-            raise ValueError(f"vocabulary: {error}") from error
-    return BPETokenizer.from_file(Path(settings.tokenizer))
-
-
-def _read_aloud(training: Sequence[Document], report: Report) -> Iterator[bytes]:
-    for done, document in enumerate(training):
-        report("training a BPE", done, len(training))
-        yield bytes(document)
 
 
 def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: Tokenizer, ranks: Ranks) -> Lanes:

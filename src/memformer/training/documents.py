@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from ..data import Document, held_out_split, read_documents, standard_library
 from ..data.documents import limited
 from ..data.folders import Tally, find_files, shown
+from ..data.tokenfiles import read_any
 from ..settings import TrainingConfig
 
 __all__ = ["documents_for_test", "documents_of", "evaluated"]
@@ -56,8 +58,8 @@ def evaluated(held_out: Sequence[Document], limit: int) -> list[Document]:
 
 def _read(settings: TrainingConfig, paths: Sequence[Path], all_match: bool = True) -> list[Document]:
     how = settings.documents
-    return read_documents(
-        paths,
+    read = functools.partial(
+        read_documents,
         text_field=how.text_field,
         separator=how.separator,
         bin_dtype=how.bin_dtype,
@@ -68,6 +70,7 @@ def _read(settings: TrainingConfig, paths: Sequence[Path], all_match: bool = Tru
         out=settings.out,
         all_match=all_match,
     )
+    return read_any(paths, read)
 
 
 def _check_apart(settings: TrainingConfig) -> None:
