@@ -52,6 +52,7 @@ LAYERS = [
     {"evaluation"},
     {"inspection"},
     {"training.parts", "training.metrics"},
+    {"training.shards"},
     {"training.resume"},
     {"training.assemble"},
     {"training.run"},

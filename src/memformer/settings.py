@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "read_saved",
     "read_yaml",
+    "to_flat",
     "to_plain",
     "to_yaml",
 ]
@@ -242,6 +243,12 @@ class ComputeSettings:
     """Compile encoder and decoder with torch.compile: a slow start, then faster steps."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a copy of the model in each process, or its parameters divided among them."""
+    timeout: float = 30.0
+    """Minutes after which a process that waits for another one gives up."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"timeout: expected a number of minutes above 0, got {self.timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,6 +423,18 @@ def to_plain(settings: DataclassInstance) -> dict[str, object]:
             value = [str(part) for part in value]
         plain[f.name] = value
     return plain
+
+
+def to_flat(settings: DataclassInstance) -> dict[str, object]:
+    """Settings by dotted names, as "model.dim"."""
+    return _flat(to_plain(settings), "")
+
+
+def _flat(plain: Mapping[str, object], where: str) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in plain.items():
+        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
+    return flat
 
 
 FORMER: dict[str, dict[str, object]] = {}

@@ -20,7 +20,7 @@ from ..data.corpora import limited
 from ..evaluation import HeldOut
 from ..parallel import joined
 from ..settings import RECIPES, TrainingConfig, read_yaml
-from ..training import Run, StepMetrics, checkpoints, saved_settings
+from ..training import Run, StepMetrics, checkpoints, saved_settings, shards
 from . import models
 from .evaluate import describe
 from .generate import GenerateCommand, write
@@ -76,7 +76,7 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
 
 def run(command: TrainCommand) -> int:
     """Train, or go on training; returns the exit status, 130 for a run that was stopped and saved."""
-    with joined():
+    with joined(command.device, command.compute.timeout):
         training_run = Run(command.settings())
         if command.verify:
             _verify(training_run)
@@ -156,7 +156,8 @@ def _report(training_run: Run, result: HeldOut) -> None:
         print(f"  order-2 byte model  {order2:.3f}   (counts over {over} training documents)")
         print(f"  xz                  {xz_bits_per_byte(texts):.3f}   (the held-out documents in one stream)")
     print(describe(result))
-    if settings.output.sample_tokens:
+    # A model that is divided among processes may be too large for one.
+    if settings.output.sample_tokens and not shards.divided(training_run.parts):
         prompt, length = "" if settings.data else "def ", settings.output.sample_tokens
         sample = GenerateCommand(checkpoint=settings.out, prompt=prompt, max_new_tokens=length, device=settings.device)
         print("\nsample")

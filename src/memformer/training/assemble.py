@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import replay
+from .._installation import __version__
 from ..data import (
     BPETokenizer,
     ByteTokenizer,
@@ -27,11 +30,11 @@ from ..data import (
     standard_library,
 )
 from ..data.corpora import limited
-from ..device import choose_device, choose_precision
+from ..device import check_compiler, choose_device, choose_precision
 from ..model import Memformer
 from ..parallel import Ranks, shard
-from ..settings import DocumentSettings, OptimizerSettings, TrainingConfig
-from . import resume
+from ..settings import DocumentSettings, OptimizerSettings, TrainingConfig, to_flat
+from . import resume, shards
 from .parts import Parts, Progress, RolloutLoss
 
 __all__ = ["assemble", "documents_of"]
@@ -49,14 +52,28 @@ def assemble(settings: TrainingConfig) -> Parts:
     precision = choose_precision(settings.compute.precision, device)
     if settings.rollout.lanes % ranks.size:
         raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
+    ranks.agree(_at_the_start(settings))
     settings.model.config(1, settings.rollout.segment_length)  # before anything that takes time
+    if settings.compute.compile:
+        check_compiler(device)
     checkpoint, refused = resume.find_checkpoint(settings, ranks)
     training, held_out = documents_of(settings)
     documents = fingerprint(training)
     tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, training)
-    model = _model(settings, tokenizer).to(device)
+    if ranks.size > 1:
+        ranks.agree(
+            {
+                "training text": documents,
+                "held-out text": fingerprint(held_out),
+                "tokenizer": _tokenizer_fingerprint(tokenizer),
+                "checkpoint": str(checkpoint and checkpoint.name),
+            }
+        )
+    divided = ranks.size > 1 and settings.compute.parallel == "fsdp"
+    # None of the processes makes the whole model only to put in what each then reads a part of.
+    model = _model(settings, tokenizer, "meta" if divided and checkpoint and shards.found_in(checkpoint) else "cpu")
     saved = None if checkpoint is None else resume.load(checkpoint, settings, documents, model)
-    rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
+    rollouts = _parallel(model, settings, ranks, device)  # from here on FSDP has divided the parameters
     average: dict[str, Tensor] = {}
     if settings.optimizer.ema:
         average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -80,6 +97,25 @@ def assemble(settings: TrainingConfig) -> Parts:
     if saved is not None:
         resume.restore(parts, saved, settings)
     return parts
+
+
+def _at_the_start(settings: TrainingConfig) -> dict[str, str]:
+    """What the processes of a run must have in common, and what can be told before anything is read."""
+    own = {"data", "device"}  # they may lie elsewhere
+    return {
+        "version of memformer": __version__,
+        "version of torch": torch.__version__,
+        **{f"setting {name}": str(value) for name, value in to_flat(settings).items() if name not in own},
+    }
+
+
+def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        for file in sorted(Path(folder).iterdir()):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def documents_of(settings: TrainingConfig) -> tuple[list[Document], list[Document]]:
@@ -123,22 +159,24 @@ def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: T
     )
 
 
-def _model(settings: TrainingConfig, tokenizer: Tokenizer) -> Memformer:
-    """With the seed's initial weights."""
-    with torch.random.fork_rng():
+def _model(settings: TrainingConfig, tokenizer: Tokenizer, device: str) -> Memformer:
+    """With the seed's initial weights; on "meta" without any."""
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(settings.seed)
         config = settings.model.config(tokenizer.vocabulary, settings.rollout.segment_length)
         return Memformer(**config.to_dict())
 
 
-def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks) -> nn.Module:
-    """The module whose call is a rollout, compiled and shared among the processes as the settings say."""
+def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+    """The module whose call is a rollout: on its device, compiled and shared among processes as the settings say."""
     if settings.compute.compile:
         assert model.decoder is not None
         model.encoder.compile()
         model.decoder.compile()
     if ranks.size > 1 and settings.compute.parallel == "fsdp":
-        shard(model)
+        shard(model, device)
+    else:
+        model.to(device)
     rollouts = RolloutLoss(model, replay.Options(schedule=settings.rollout.replay_schedule()))
     if ranks.size > 1 and settings.compute.parallel == "ddp":
         return DistributedDataParallel(rollouts)

@@ -58,9 +58,10 @@ def save(
         write_model(unfinished)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / "training.safetensors")
         (unfinished / "training.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        sums = {file.name: _checksum(file) for file in sorted(unfinished.iterdir())}
+        files = sorted(file for file in unfinished.rglob("*") if file.is_file())
+        sums = {file.relative_to(unfinished).as_posix(): _checksum(file) for file in files}
         (unfinished / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-        for file in [*unfinished.iterdir(), unfinished]:
+        for file in [*unfinished.rglob("*"), unfinished]:
             flush_to_disk(file)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)

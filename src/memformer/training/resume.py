@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypedDict, cast
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ..data.lanes import LanesState
 from ..model import Memformer
-from ..parallel import Ranks, full, like
-from ..settings import TrainingConfig, read_saved, to_plain
-from . import checkpoints
+from ..parallel import Ranks, like
+from ..settings import TrainingConfig, read_saved, to_flat, to_plain
+from . import checkpoints, shards
 from .parts import Best, Parts
 
 __all__ = ["find_checkpoint", "load", "restore", "save", "saved_settings", "settings_of", "stopped_early"]
 
 _FREE_ON_RESUME = {
-    "steps", "out", "data", "resume", "device", "output", "compute.parallel", "evaluation.eval_every",
-    "evaluation.patience", "rollout.schedule", "rollout.graphs", "rollout.offload",
+    "steps", "out", "data", "resume", "device", "output", "compute.parallel", "compute.timeout",
+    "evaluation.eval_every", "evaluation.patience", "rollout.schedule", "rollout.graphs", "rollout.offload",
 }  # fmt: skip
 """Settings that may differ from the saved run's: they change no number of a run that ends at the same step. The data
 may have moved, but must be the same documents."""
@@ -44,6 +44,8 @@ class Saved(NamedTuple):
 
     numbers: _Numbers
     tensors: dict[str, Tensor]
+    parts: Path | None = None
+    """A checkpoint that several processes wrote a part of each: its tensors are read when the model is divided."""
 
 
 # --- Which checkpoint, and does it fit
@@ -101,33 +103,62 @@ def stopped_early(parts: Parts, settings: TrainingConfig) -> bool:
 
 
 def _check_settings(before: TrainingConfig, now: TrainingConfig) -> None:
-    saved, given = _flat(to_plain(before)), _flat(to_plain(now))
+    saved, given = to_flat(before), to_flat(now)
     for name in saved:
         if name not in _FREE_ON_RESUME and name.split(".")[0] not in _FREE_ON_RESUME and saved[name] != given[name]:
             raise ValueError(f"{name}: the run in {now.out} has {saved[name]}, got {given[name]}; it cannot change")
-
-
-def _flat(plain: Mapping[str, object], where: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in plain.items():
-        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
-    return flat
 
 
 # --- The state, written and read
 
 
 def save(parts: Parts, settings: TrainingConfig) -> None:
-    """Write a checkpoint: whole tensors, gathered from all processes and written by the first."""
-    progress = parts.progress
-    weights = {name: full(p.detach()).cpu() for name, p in parts.model.named_parameters()}
-    average = {name: full(p).cpu() for name, p in parts.average.items()}
+    """Write a checkpoint: whole tensors by the first process or, where FSDP divides the model, each process its part.
+
+    Raises:
+        OSError: it cannot be written; all processes raise it, and the checkpoints before are untouched.
+    """
+    if shards.divided(parts):
+        _save_in_parts(parts, settings)
+    else:
+        _save_whole(parts, settings)
+
+
+def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
+    weights = {name: p.detach().cpu() for name, p in parts.model.named_parameters()}
+    average = {name: p.cpu() for name, p in parts.average.items()}
     tensors = {f"weights/{name}": p for name, p in weights.items()} if average else {}
     for name, parameter in parts.model.named_parameters():
         for key, value in parts.optimizer.state[parameter].items():
-            tensors[f"optimizer/{name}/{key}"] = full(value).cpu()
-    assert progress.memory is not None
-    tensors["memory"] = parts.ranks.gather(progress.memory).cpu()
+            tensors[f"optimizer/{name}/{key}"] = value.cpu()
+    assert parts.progress.memory is not None
+    tensors["memory"] = parts.ranks.gather(parts.progress.memory).cpu()
+    with parts.ranks.together():
+        if not parts.ranks.rank:
+            with torch.random.fork_rng():
+                plain = Memformer(**parts.model.config.to_dict())
+            plain.load_state_dict(average or weights, strict=False)
+            _write(parts, settings, plain.save_pretrained, tensors)
+
+
+def _save_in_parts(parts: Parts, settings: TrainingConfig) -> None:
+    written = settings.out / f".unfinished-{parts.progress.step:06d}-{shards.SHARDS}"
+    shards.write(parts, written)
+
+    def write_model(folder: Path) -> None:
+        written.rename(folder / shards.SHARDS)
+        parts.model.write_config(folder)
+
+    with parts.ranks.together():
+        if not parts.ranks.rank:
+            _write(parts, settings, write_model, {})
+
+
+def _write(
+    parts: Parts, settings: TrainingConfig, write_model: Callable[[Path], None], tensors: dict[str, Tensor]
+) -> None:
+    """What one process writes: the folder with everything in it."""
+    progress = parts.progress
     numbers: _Numbers = {
         "step": progress.step,
         "settings": to_plain(settings),
@@ -138,19 +169,14 @@ def save(parts: Parts, settings: TrainingConfig) -> None:
         "evaluations_since_best": progress.evaluations_since_best,
         "torch": torch.__version__,
     }
-    if not parts.ranks.rank:
-        with torch.random.fork_rng():
-            plain = Memformer(**parts.model.config.to_dict())
-        plain.load_state_dict(average or weights, strict=False)
 
-        def write_model(folder: Path) -> None:
-            plain.save_pretrained(folder)
-            parts.tokenizer.save(folder)
+    def write_folder(folder: Path) -> None:
+        write_model(folder)
+        parts.tokenizer.save(folder)
 
-        best = None if progress.best is None else progress.best["step"]
-        keep = settings.output.keep
-        checkpoints.save(settings.out, progress.step, write_model, numbers, tensors, keep=keep, best=best)
-    parts.ranks.wait()
+    best = None if progress.best is None else progress.best["step"]
+    keep = settings.output.keep
+    checkpoints.save(settings.out, progress.step, write_folder, numbers, tensors, keep=keep, best=best)
 
 
 def load(checkpoint: Path, settings: TrainingConfig, documents: str, model: Memformer) -> Saved:
@@ -166,9 +192,12 @@ def load(checkpoint: Path, settings: TrainingConfig, documents: str, model: Memf
     _check_settings(read_saved(numbers["settings"]), settings)
     if numbers["documents"] != documents:
         raise ValueError(f"the training documents are not those of {settings.out}: was the data changed?")
+    config = Memformer.saved_config(checkpoint)
+    if config != model.config:
+        raise ValueError(f"{checkpoint}: its model is {config}, expected {model.config}")
+    if shards.found_in(checkpoint):
+        return Saved(cast(_Numbers, numbers), tensors, checkpoint)
     loaded = Memformer.from_pretrained(checkpoint)
-    if loaded.config != model.config:
-        raise ValueError(f"{checkpoint}: its model is {loaded.config}, expected {model.config}")
     model.load_state_dict(loaded.state_dict())
     averages = {f"average/{name}": parameter.detach() for name, parameter in loaded.named_parameters()}
     weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
@@ -183,8 +212,10 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
     Raises:
         ValueError: the run is at its end already.
     """
-    numbers, tensors = saved
-    for name, parameter in parts.model.named_parameters():
+    numbers, tensors, in_parts = saved
+    if in_parts is not None:
+        shards.load(parts, in_parts)
+    for name, parameter in parts.model.named_parameters() if in_parts is None else ():
         prefix = f"optimizer/{name}/"
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         # AdamW keeps its step count on the CPU.
@@ -194,7 +225,8 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
     parts.stream.load_state_dict(numbers["stream"])
     parts.scaler.load_state_dict(numbers["scaler"])
     progress = parts.progress
-    progress.memory = parts.ranks.own(tensors["memory"]).to(parts.device)
+    if in_parts is None:
+        progress.memory = parts.ranks.own(tensors["memory"]).to(parts.device)
     progress.step, progress.best = numbers["step"], numbers["best"]
     progress.evaluations_since_best = numbers["evaluations_since_best"]
     if progress.step >= settings.steps:
