@@ -173,9 +173,9 @@ def free_port():
 def start(folder, *flags, **environment):
     """One process of the command, without torchrun; its messages go to a file."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    said = (folder / f"said-{environment['RANK']}").open("w")
     command = [sys.executable, "-m", "memformer", "train", "--data", "corpus", "--out", "run", *FLAGS, *flags]
-    return subprocess.Popen(command, cwd=folder, stdout=said, stderr=subprocess.STDOUT, env=environment)
+    with (folder / f"said-{environment['RANK']}").open("w") as said:
+        return subprocess.Popen(command, cwd=folder, stdout=said, stderr=subprocess.STDOUT, env=environment)
 
 
 def started(folder, *flags, changes=()):
@@ -215,6 +215,7 @@ def test_a_process_that_is_killed_ends_the_other_with_a_sentence_and_the_run_goe
         assert first.poll() is None, said(folder)
         time.sleep(0.05)
     second.kill()
+    second.wait()
     began = time.monotonic()
     assert first.wait(timeout=100) == 2
     assert time.monotonic() - began < 70
@@ -226,7 +227,9 @@ def test_a_process_that_is_killed_ends_the_other_with_a_sentence_and_the_run_goe
     while "training" not in said(folder)[0]:
         assert first.poll() is None, said(folder)
         time.sleep(0.05)
-    second.send_signal(signal.SIGTERM)  # one alone is told to stop: both do, after the same step
+    for _ in range(2):  # one alone is told to stop, by SLURM and by torchrun: both do, after the same step
+        second.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
     assert [first.wait(timeout=100), second.wait(timeout=100)] == [130, 130], said(folder)
     assert int(checkpoints.newest(folder / "run").name[5:]) >= int(step.name[5:])
     assert "stopped and saved at step" in said(folder)[0]
@@ -244,12 +247,9 @@ def test_two_machines_meet_by_torchrun_and_stop_together(folder):
             "-m", "memformer", "train", "--data", "corpus", "--out", "run", *FLAGS, "--steps", "100000",
             "--parallel", "fsdp", "--no-tie-embeddings", "--save-every", "2",
         ]  # fmt: skip
-        groups.append(
-            subprocess.Popen(
-                command, cwd=folder, stdout=(folder / f"said-{node}").open("w"), stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        )  # fmt: skip
+        with (folder / f"said-{node}").open("w") as told:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            groups.append(subprocess.Popen(command, cwd=folder, stdout=told, stderr=subprocess.STDOUT, env=environment))
     while checkpoints.newest(folder / "run") is None:
         assert all(group.poll() is None for group in groups), said(folder)
         time.sleep(0.1)

@@ -86,7 +86,8 @@ class Pretrained(nn.Module):
             ValueError: a file is damaged or does not fit the other.
         """
         folder = Path(folder)
-        model = cls(**cls.saved_config(folder).to_dict())
+        with torch.device("cpu"):  # whatever the default device is
+            model = cls(**cls.saved_config(folder).to_dict())
         weights, in_parts = folder / "model.safetensors", (folder / SHARDS).is_dir()
         if not weights.is_file() and not in_parts:
             raise FileNotFoundError(f"{weights}: not found; a model's folder holds config.json and model.safetensors")

@@ -111,7 +111,7 @@ class MemoryState:
         """
         if len(parents) != self.batch_size:
             raise ValueError(f"reorder: expected {self.batch_size} lanes, as many as there are, got {len(parents)}")
-        return self.select(torch.as_tensor(parents, dtype=torch.int64))
+        return self.select(torch.as_tensor(parents, dtype=torch.int64, device=self.position.device))
 
     @staticmethod
     def cat(states: Sequence[MemoryState]) -> MemoryState:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from .evaluate import describe
 from .generate import GenerateCommand, write
 
 __all__ = ["TrainCommand", "defaults", "run"]
+
+HANDED_ON_SECONDS = 10
+"""A signal that comes again within so many seconds is the same one, handed on by a launcher."""
 
 ORDER2_BYTES = 50_000_000
 """The order-2 model counts over at most this much training text."""
@@ -167,11 +171,19 @@ def _report(training_run: Run, result: HeldOut) -> None:
 
 @contextlib.contextmanager
 def _stopping(training_run: Run) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) finishes and saves the step under way; a second one interrupts at once."""
+    """The first Ctrl-C (or SIGTERM) finishes and saves the step under way; a second one interrupts at once.
+
+    A launcher hands its signals on to the processes, which a terminal or SLURM has told already: that is one signal.
+    """
+    told: dict[int, float] = {}
 
     def stop(number: int, frame: FrameType | None) -> None:
         training_run.stop()
-        signal.signal(number, signal.default_int_handler)
+        first = told.setdefault(number, time.monotonic())
+        if training_run.parts.ranks.size == 1:
+            signal.signal(number, signal.default_int_handler)
+        elif time.monotonic() - first > HANDED_ON_SECONDS:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -135,7 +135,7 @@ def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
     tensors["memory"] = parts.ranks.gather(parts.progress.memory).cpu()
     with parts.ranks.together():
         if not parts.ranks.rank:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), torch.device("cpu"):
                 plain = Memformer(**parts.model.config.to_dict())
             plain.load_state_dict(average or weights, strict=False)
             _write(parts, settings, plain.save_pretrained, tensors)
