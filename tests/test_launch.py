@@ -201,7 +201,7 @@ def test_an_error_of_one_process_ends_all_with_one_message(folder):
         (("--lanes", "3"), (), "lanes: 3 cannot be divided evenly among 2 processes"),
     ]:
         processes = started(folder, "--steps", "3", *flags, changes=changes)
-        assert [process.wait(timeout=120) for process in processes] == [2, 2]
+        assert [process.wait(timeout=120) != 0 for process in processes] == [True, True]
         both = said(folder)
         assert len(errors("".join(both))) == 1, both
         assert expected in "".join(both)

@@ -9,7 +9,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -140,11 +140,13 @@ def joined(device: str = "auto", minutes: float = 30.0) -> Iterator[None]:
     if place is None:
         yield
         return
+    from torch.distributed.rendezvous import rendezvous
+
     _take_accelerator(device, place)
     timeout = datetime.timedelta(minutes=minutes)
     who = f"process {place.rank} of {place.size}"
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank=place.rank, world_size=place.size, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", rank=place.rank, world_size=place.size, timeout=timeout))
         dist.init_process_group(store=store, rank=place.rank, world_size=place.size, timeout=timeout)
         _check_accelerators(device, place)
     except (RuntimeError, OSError) as error:
@@ -234,7 +236,7 @@ def _check_accelerators(device: str, place: _Place) -> None:
         )
 
 
-def _first_to_say(store: dist.Store) -> bool:
+def _first_to_say(store: Any) -> bool:
     """Whether no other process of the run has said what ended it."""
     try:
         store.set_timeout(datetime.timedelta(seconds=10))

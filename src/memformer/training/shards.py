@@ -21,7 +21,7 @@ from ..pretrained import SHARDS
 from .parts import Parts
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint import TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 __all__ = ["SHARDS", "divided", "found_in", "load", "write"]
 
@@ -42,7 +42,8 @@ def write(parts: Parts, folder: Path) -> None:
     Raises:
         OSError: a process cannot write; all raise it.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     ranks = parts.ranks
     with ranks.together():
@@ -67,7 +68,8 @@ def load(parts: Parts, checkpoint: Path) -> None:
     Raises:
         OSError, ValueError: a file cannot be read, or does not fit.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(checkpoint / SHARDS))
     with _explained(checkpoint / SHARDS):
@@ -103,7 +105,7 @@ def _tensors(parts: Parts, memory: Tensor) -> dict[str, Tensor]:
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """torch.distributed.checkpoint's error, a traceback of each process and not even an Exception, as a sentence."""
-    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         with warnings.catch_warnings():
