@@ -32,12 +32,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-_WITHOUT_FLOAT64 = {"mps"}
-
-
 def summing_device(device: torch.device) -> torch.device:
     """Where float64 sums are kept: on the device, or on the CPU where it has no such numbers (Apple's GPUs)."""
-    return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def check_compiler(device: torch.device) -> None:
