@@ -123,6 +123,17 @@ def test_what_compiling_lacks_is_named(tmp_path):
     assert last.endswith("install what is missing, or leave --compile out")
 
 
+@pytest.mark.slow
+def test_a_model_that_cannot_be_compiled_is_refused_with_a_sentence(settings):
+    def backend(graph, inputs):
+        raise OSError("no such instruction")
+
+    run = Run(settings())
+    run.model.encoder.compile(backend=backend)
+    with pytest.raises(ValueError, match=r"^compile: OSError: no such instruction. Leave --compile out"):
+        list(run.train())
+
+
 def test_without_a_compiler_nothing_is_trained(settings, monkeypatch, tmp_path):
     def missing(function):
         raise OSError("No working compiler.\nAnd more")

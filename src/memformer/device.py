@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["check_compiler", "choose_device", "choose_precision", "summing_device"]
+__all__ = ["check_compiler", "choose_device", "choose_precision", "compile_error", "summing_device"]
 
 
 def choose_device(name: str) -> torch.device:
