@@ -254,5 +254,5 @@ def test_one_process_trains_and_encodes_and_all_read(folder):
     assert (first[1], second[1]) == (2, 0)  # the second time the size is refused
     assert first[2:] == second[2:]
     different, refused = first[3]
-    assert different.startswith("data: process 1 has another than process 0; all must read the same files")
+    assert re.match(r"process 1 \(on .*\) has another training text than process 0", different)
     assert refused.startswith("vocabulary: size: expected a whole number of at least 256")

@@ -14,6 +14,7 @@ from torch import Tensor
 from .config import is_count
 from .data import Document, Lanes, Tokenizer, encode_documents
 from .data.segments import Segment
+from .device import summing_device
 from .model import Memformer, token_losses
 from .parallel import Ranks
 from .pretrained import unwrapped
@@ -47,10 +48,14 @@ class ByDepth:
 
     Attributes:
         sums: (2, 64), the losses and what they are counted per (tokens or bytes), by the depth's power of two.
+
+    Args:
+        device: of what is added; the CPU by default.
     """
 
     def __init__(self, device: torch.device | None = None):
-        self.sums = torch.zeros(2, 64, dtype=torch.float64, device=device)
+        place = summing_device(device or torch.device("cpu"))
+        self.sums = torch.zeros(2, 64, dtype=torch.float64, device=place)
 
     def add(self, depth: Tensor, losses: Tensor, counted: Tensor) -> None:
         """Three tensors (n,), the sums in float64; a document's first segment has the depth 1."""
@@ -198,7 +203,7 @@ def _read(
     assert model.decoder is not None
     assert vocabulary is not None
     at_once = max(1, LOGITS_AT_ONCE // (stream.rows * stream.length * vocabulary))
-    mems, depth = None, torch.zeros(stream.rows, dtype=torch.long)
+    mems, depth = None, torch.zeros(stream.rows, dtype=torch.long, device="cpu")
     by_depth = ByDepth(device)
     while segments := stream.rollout(at_once):
         report(sum(int(s.tgt_mask[:, 1:].sum()) for s in segments if s.tgt_mask is not None))
@@ -214,7 +219,8 @@ def _read(
         # The decoder reads all of them in one call: (segments * rows, ...).
         src, src_mask, tgt, tgt_mask = (_joined(segments, name) for name in ("src", "src_mask", "tgt", "tgt_mask"))
         losses, counted = token_losses(model.decoder, tgt, torch.cat(outputs), src_mask, tgt_mask, src)
-        by_depth.add(torch.cat(depths).clamp(min=1), losses.double().sum(1), counted.double().sum(1))
+        sums = (x.to(by_depth.sums.device).double().sum(1) for x in (losses, counted))
+        by_depth.add(torch.cat(depths).clamp(min=1), *sums)
     return by_depth
 
 

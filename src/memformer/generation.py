@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .checks import as_mask, as_tokens, describe, is_tensor
 from .config import MemformerConfig, check_count, check_number, is_count
+from .device import summing_device
 from .network import Network
 from .pretrained import unwrapped
 from .state import MemoryState
@@ -182,7 +183,8 @@ class Sampling(Filters):
                 f"temperature: expected a finite number of at least 0 (0 takes the likeliest), got {self.temperature}"
             )
         # Each filter checks its own number.
-        logits, seen = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+        logits = torch.zeros(1, 1, device="cpu")
+        seen = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
         self.penalised(logits, seen)
         self.kept(logits)
 
@@ -383,16 +385,17 @@ def _beam_search(
 ) -> Generated:
     """The likeliest ``beams`` hypotheses are kept, ended ones among them; a lane is done when all of its have ended."""
     writing, device = _Writing(model, state), state.position.device
-    lanes = torch.arange(state.batch_size, device=device)
+    place = summing_device(device)  # of what is known of hypotheses; the model's own is on its device
+    lanes = torch.arange(state.batch_size, device=place)
     found: dict[int, tuple[Tensor, MemoryState]] = {}
     # These are (lanes, width), width growing to ``beams``; writing and histories have a row for each, lane by lane.
-    scores = torch.zeros(state.batch_size, 1, dtype=torch.float64, device=device)
+    scores = torch.zeros(state.batch_size, 1, dtype=torch.float64, device=place)
     ended, count = torch.zeros_like(scores, dtype=torch.bool), torch.zeros_like(scores)
     histories: list[_History] = [None] * state.batch_size
-    stops = torch.tensor(choice.sampling.stop, dtype=torch.int64, device=device)
+    stops = torch.tensor(choice.sampling.stop, dtype=torch.int64, device=place)
 
     for step in range(max_new_tokens + 1):
-        rows = torch.arange(scores.numel(), device=device).view_as(scores)
+        rows = torch.arange(scores.numel(), device=place).view_as(scores)
         done = ended.all(1) | (step == max_new_tokens)
         if done.any():
             best = (scores / count.clamp(min=1) ** length_penalty).argmax(1, keepdim=True)
@@ -401,15 +404,15 @@ def _beam_search(
                 tokens = torch.tensor(written, dtype=torch.int64, device=device)
                 found[lane] = tokens, _after(writing.state.select([row]), *written[-1:])
             lanes, scores, ended, count, rows = (x[~done] for x in (lanes, scores, ended, count, rows))
-            writing.select(rows.flatten())
+            writing.select(rows.flatten().to(device))
             histories = [histories[row] for row in rows.flatten().tolist()]
-            rows = torch.arange(scores.numel(), device=device).view_as(scores)
+            rows = torch.arange(scores.numel(), device=place).view_as(scores)
         if not len(lanes):
             break
-        gains = choice.scores(writing.logits(), writing.seen()).double().log_softmax(-1)
+        gains = choice.scores(writing.logits(), writing.seen()).to(place).double().log_softmax(-1)
         vocabulary = gains.shape[-1]
         # A hypothesis that has ended has one continuation, itself: the first column, for nothing.
-        stays = torch.where(torch.arange(vocabulary, device=device) == 0, 0.0, -math.inf).double()
+        stays = torch.where(torch.arange(vocabulary, device=place) == 0, 0.0, -math.inf).double()
         gains = torch.where(ended[..., None], stays, gains.unflatten(0, scores.shape))
         scores, best = (scores[..., None] + gains).flatten(1).topk(min(beams, scores.shape[1] * vocabulary))
         parent, token = best // vocabulary, best % vocabulary
@@ -417,9 +420,9 @@ def _beam_search(
         ended = ended.gather(1, parent) | scores.isneginf()
         count = count.gather(1, parent) + ~ended
         rows = rows.gather(1, parent).flatten()
-        writing.select(rows)
+        writing.select(rows.to(device))
         going = (~ended).flatten().nonzero()[:, 0]
-        writing.append(going.tolist(), token.flatten()[going])
+        writing.append(going.tolist(), token.flatten()[going].to(device))
         histories = [
             histories[row] if over else (new, histories[row])
             for row, new, over in zip(rows.tolist(), token.flatten().tolist(), ended.flatten().tolist(), strict=True)

@@ -99,7 +99,7 @@ class Inspection:
     @property
     def shares_of_kinds(self) -> Tensor:
         """(segments, 3): the share of slots that are of each of the :data:`KINDS`."""
-        kind = kinds(self.self_attention)[..., None] == torch.arange(len(KINDS))
+        kind = kinds(self.self_attention)[..., None] == torch.arange(len(KINDS), device=self.self_attention.device)
         return kind.float().mean((0, 2))
 
 
@@ -169,7 +169,7 @@ def _gradient_reach(model: Memformer, segments: list[Segment], length: int) -> T
             memory_gradients=norms,
         )
         torch.autograd.grad(outcome.loss, initial)
-    return torch.tensor(norms.norms[-2::-1]) / math.sqrt(lanes)
+    return torch.tensor(norms.norms[-2::-1], device="cpu") / math.sqrt(lanes)
 
 
 def kinds(self_attention: Tensor) -> Tensor:

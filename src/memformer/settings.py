@@ -319,6 +319,12 @@ class ComputeSettings(Typed):
     """Compile encoder and decoder with torch.compile: a slow start, then faster steps."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a copy of the model in each process, or its parameters divided among them."""
+    timeout: float = 30.0
+    """Minutes after which a process that waits for another one gives up."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"timeout: expected a number of minutes above 0, got {self.timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)

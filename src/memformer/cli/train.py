@@ -8,6 +8,7 @@ import dataclasses
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..data.corpora import limited
 from ..evaluation import HeldOut, evaluate
 from ..parallel import Ranks, joined
 from ..settings import RECIPES, TrainingConfig, build, read_yaml, to_plain
-from ..training import Run, checkpoints, last_settings, sized_as
+from ..training import Run, checkpoints, last_settings, shards, sized_as
 from ..training.metrics import held_out_at
 from . import models
 from .evaluate import describe
@@ -29,6 +30,9 @@ from .output import let_go
 from .progress import duration, shown
 
 __all__ = ["TrainCommand", "defaults", "run"]
+
+HANDED_ON_SECONDS = 10
+"""A signal that comes again within so many seconds is the same one, handed on by a launcher."""
 
 ORDER2_BYTES = 50_000_000
 """The order-2 model counts over at most this much training text."""
@@ -105,7 +109,7 @@ def run(command: TrainCommand) -> int:
 
     130: a run that was stopped and saved; 141: the same, because whoever read the output has left.
     """
-    with joined():
+    with joined(command.device, command.compute.timeout):
         return _follow(command) if Ranks().rank else _lead(command)
 
 
@@ -255,7 +259,8 @@ def _report(training_run: Run, result: HeldOut) -> list[str]:
 def _show_sample(training_run: Run) -> None:
     """What the model writes. Where it cannot, the training is done all the same."""
     settings = training_run.settings
-    if not settings.output.sample_tokens:
+    # A model that is divided among processes may be too large for one.
+    if not settings.output.sample_tokens or shards.divided(training_run.parts):
         return
     prompt, length = "" if settings.data else "def ", settings.output.sample_tokens
     sample = GenerateCommand(checkpoint=settings.out, prompt=prompt, max_new_tokens=length, device=settings.device)
@@ -298,12 +303,18 @@ def _tested(training_run: Run) -> list[str]:
 def _stopping(training_run: Run) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) finishes and saves the step under way; a second one interrupts at once.
 
-    So does a terminal that is closed, unless nohup was to keep it from that.
+    So does a terminal that is closed, unless nohup was to keep it from that. A launcher hands its signals on to the
+    processes, which a terminal or SLURM has told already: that is one signal.
     """
+    told: dict[int, float] = {}
 
     def stop(number: int, frame: FrameType | None) -> None:
         training_run.stop()
-        signal.signal(number, signal.default_int_handler)
+        first = told.setdefault(number, time.monotonic())
+        if training_run.parts.ranks.size == 1:
+            signal.signal(number, signal.default_int_handler)
+        elif time.monotonic() - first > HANDED_ON_SECONDS:
+            raise KeyboardInterrupt
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:

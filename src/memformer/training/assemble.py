@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import replay
+from .._installation import __version__
 from ..data import Document, Lanes, Mixture, Tokenizer, encode_documents
-from ..device import choose_device, choose_precision
+from ..device import check_compiler, choose_device, choose_precision
 from ..model import Memformer
 from ..parallel import Ranks, shard
-from ..settings import TrainingConfig
-from . import checkpoints, resume
+from ..settings import TrainingConfig, to_flat
+from . import checkpoints, resume, shards
 from .callbacks import Report, nothing
 from .corpus import corpus_of
 from .optimizers import make_optimizer
@@ -47,21 +48,27 @@ def assemble(
     precision = choose_precision(settings.compute.precision, device)
     if settings.rollout.lanes % ranks.size:
         raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
+    ranks.agree(_at_the_start(settings))
     settings.model.config(1, settings.rollout.segment_length)
-    checkpoint, refused = resume.find_checkpoint(settings, ranks)
-    if not ranks.rank:
-        checkpoints.check_folder(settings.out)
+    if settings.compute.compile:
+        check_compiler(device)
+    checkpoint, refused = resume.find_checkpoint(settings)
+    with ranks.together():
+        if not ranks.rank:
+            checkpoints.check_folder(settings.out)
+    ranks.agree({"checkpoint": str(checkpoint and checkpoint.name)})
     initial = None if checkpoint else resume.load_initial(settings)
     corpus = corpus_of(settings, ranks, checkpoint, initial and initial[1], report, documents)
     tokenizer = corpus.tokenizer
-    model = _model(settings, tokenizer)
+    divided = ranks.size > 1 and settings.compute.parallel == "fsdp"
+    # None of the processes makes the whole model only to put in what each then reads a part of.
+    model = _model(settings, tokenizer, "meta" if divided and checkpoint and shards.found_in(checkpoint) else "cpu")
     if initial is not None:
         _start_from(model, initial[0])
-    model = model.to(device)
     saved = None
     if checkpoint is not None:
         saved = resume.load(checkpoint, settings, corpus.fingerprint, corpus.held_out_fingerprint, model)
-    rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
+    rollouts = _parallel(model, settings, ranks, device)  # from here on FSDP has divided the parameters
     average: dict[str, Tensor] = {}
     if settings.optimizer.ema:
         average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -91,6 +98,16 @@ def assemble(
     return parts
 
 
+def _at_the_start(settings: TrainingConfig) -> dict[str, str]:
+    """What the processes of a run must have in common, and what can be told before anything is read."""
+    own = {"data", "device"}  # they may lie elsewhere
+    return {
+        "version of memformer": __version__,
+        "version of torch": torch.__version__,
+        **{f"setting {name}": str(value) for name, value in to_flat(settings).items() if name not in own},
+    }
+
+
 def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: Tokenizer, ranks: Ranks) -> Lanes:
     return Lanes(
         encode_documents(training, tokenizer),
@@ -105,9 +122,9 @@ def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: T
     )
 
 
-def _model(settings: TrainingConfig, tokenizer: Tokenizer) -> Memformer:
-    """With the seed's initial weights."""
-    with torch.random.fork_rng():
+def _model(settings: TrainingConfig, tokenizer: Tokenizer, device: str) -> Memformer:
+    """With the seed's initial weights; on "meta" without any."""
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(settings.seed)
         config = settings.model.config(tokenizer.vocabulary, settings.rollout.segment_length)
         return Memformer(**config.to_dict())
@@ -121,14 +138,16 @@ def _start_from(model: Memformer, weights: dict[str, Tensor]) -> None:
     model.load_state_dict(weights)
 
 
-def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks) -> nn.Module:
-    """The module whose call is a rollout, compiled and shared among the processes as the settings say."""
+def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+    """The module whose call is a rollout: on its device, compiled and shared among processes as the settings say."""
     if settings.compute.compile:
         assert model.decoder is not None
         model.encoder.compile()
         model.decoder.compile()
     if ranks.size > 1 and settings.compute.parallel == "fsdp":
-        shard(model)
+        shard(model, device)
+    else:
+        model.to(device)
     rollouts = RolloutLoss(model, replay.Options(schedule=settings.rollout.replay_schedule()))
     if ranks.size > 1 and settings.compute.parallel == "ddp":
         return DistributedDataParallel(rollouts)

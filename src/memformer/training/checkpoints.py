@@ -83,9 +83,10 @@ def save(
         write_model(unfinished)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / "training.safetensors")
         (unfinished / NUMBERS).write_text(_json(numbers), encoding="utf-8")
-        sums = {file.name: checksum(file) for file in sorted(unfinished.iterdir())}
+        files = sorted(file for file in unfinished.rglob("*") if file.is_file())
+        sums = {file.relative_to(unfinished).as_posix(): checksum(file) for file in files}
         (unfinished / CHECKSUMS).write_text(_json(sums), encoding="utf-8")
-        for file in [*unfinished.iterdir(), unfinished]:
+        for file in [*unfinished.rglob("*"), unfinished]:
             flush_to_disk(file)
         if folder.exists():
             delete_folder(folder)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import replay
 from ..data import Document, Lanes, Tokenizer
 from ..data.segments import Segment
+from ..device import compile_error
 from ..model import Memformer
 from ..parallel import Ranks, gradient_sync
 from ..rollouts import Tally, rollout
@@ -159,5 +160,10 @@ class RolloutLoss(nn.Module):
 
             method = functools.partial(replay.accumulate, sync=sync)
         options = dataclasses.replace(self.options, memory_gradients=watch)
-        outcome = rollout(self.model, segments, mems, divisor=divisor, method=method, options=options, tally=tally)
+        try:
+            outcome = rollout(self.model, segments, mems, divisor=divisor, method=method, options=options, tally=tally)
+        except RuntimeError as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise ValueError(f"compile: {compile_error(error)}. Leave --compile out to train without it") from error
+            raise
         return outcome.loss, outcome.memory

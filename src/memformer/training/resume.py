@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, NotRequired, TypedDict, cast
 
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import folders
-from ..config import MemformerConfig
 from ..data import Document, Tokenizer, fingerprint
 from ..data.lanes import LanesState
 from ..model import Memformer
-from ..parallel import Ranks, full, like
+from ..parallel import like
 from ..settings import ModelSettings, TrainingConfig, absolute, read_saved, read_yaml, to_flat, to_plain
-from . import checkpoints
+from . import checkpoints, shards
 from .parts import Best, Change, Parts, only_finite
 
 __all__ = [
@@ -97,6 +96,8 @@ class Saved(NamedTuple):
     tensors: dict[str, Tensor]
     changes: list[Change]
     kinds: set[Kind]
+    parts: Path | None = None
+    """A checkpoint that several processes wrote a part of each: its tensors are read when the model is divided."""
 
 
 # --- Which checkpoint, and does it fit
@@ -139,7 +140,7 @@ def as_kept(settings: TrainingConfig) -> TrainingConfig:
     return absolute(dataclasses.replace(settings, resume=False, auto_resume=False, new_data=False))
 
 
-def find_checkpoint(settings: TrainingConfig, ranks: Ranks) -> tuple[Path | None, list[str]]:
+def find_checkpoint(settings: TrainingConfig) -> tuple[Path | None, list[str]]:
     """``(checkpoint, refused)``: the one to go on from, and what is wrong with newer ones.
 
     Raises:
@@ -158,7 +159,6 @@ def find_checkpoint(settings: TrainingConfig, ranks: Ranks) -> tuple[Path | None
     checkpoint, refused = checkpoints.newest_sound(settings.out)
     if checkpoint is None:
         raise FileNotFoundError(f"{settings.out}: no checkpoint to resume")
-    ranks.wait()  # all have looked before one changes what there is
     return checkpoint, refused
 
 
@@ -267,24 +267,58 @@ def _kind(tokenizer: Tokenizer) -> str:
 
 
 def save(parts: Parts, settings: TrainingConfig) -> None:
-    """Write a checkpoint: whole tensors, gathered from all processes and written by the first.
+    """Write a checkpoint: whole tensors by the first process or, where FSDP divides the model, each process its part.
 
     Raises:
-        OSError: it cannot be written; the former ones are untouched.
+        OSError: it cannot be written; all processes raise it, and the checkpoints before are untouched.
         FloatingPointError: a weight is not finite, so the former checkpoints are better.
     """
-    progress = parts.progress
-    weights = {name: full(p.detach()).cpu() for name, p in parts.model.named_parameters()}
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise FloatingPointError(f"step {progress.step}: {name} is not finite, so nothing is saved")
-    average = {name: full(p).cpu() for name, p in parts.average.items()}
+    with parts.ranks.together():
+        for name, parameter in parts.model.named_parameters():
+            own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if not own.isfinite().all():
+                raise FloatingPointError(f"step {parts.progress.step}: {name} is not finite, so nothing is saved")
+    if shards.divided(parts):
+        _save_in_parts(parts, settings)
+    else:
+        _save_whole(parts, settings)
+
+
+def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
+    weights = {name: p.detach().cpu() for name, p in parts.model.named_parameters()}
+    average = {name: p.cpu() for name, p in parts.average.items()}
     tensors = {f"weights/{name}": p for name, p in weights.items()} if average else {}
     for name, parameter in parts.model.named_parameters():
         for key, value in parts.optimizer.state[parameter].items():
-            tensors[f"optimizer/{name}/{key}"] = full(value).cpu()
-    assert progress.memory is not None
-    tensors["memory"] = parts.ranks.gather(progress.memory).cpu()
+            tensors[f"optimizer/{name}/{key}"] = value.cpu()
+    assert parts.progress.memory is not None
+    tensors["memory"] = parts.ranks.gather(parts.progress.memory).cpu()
+    with parts.ranks.together():
+        if not parts.ranks.rank:
+            with torch.random.fork_rng(), torch.device("cpu"):
+                plain = Memformer(**parts.model.config.to_dict())
+            plain.load_state_dict(average or weights, strict=False)
+            _write(parts, settings, plain.save_pretrained, tensors)
+
+
+def _save_in_parts(parts: Parts, settings: TrainingConfig) -> None:
+    written = settings.out / f".unfinished-{parts.progress.step:06d}-{shards.SHARDS}"
+    shards.write(parts, written)
+
+    def write_model(folder: Path) -> None:
+        written.rename(folder / shards.SHARDS)
+        parts.model.write_config(folder)
+
+    with parts.ranks.together():
+        if not parts.ranks.rank:
+            _write(parts, settings, write_model, {})
+
+
+def _write(
+    parts: Parts, settings: TrainingConfig, write_model: Callable[[Path], None], tensors: dict[str, Tensor]
+) -> None:
+    """What one process writes: the folder with everything in it."""
+    progress = parts.progress
     numbers: _Numbers = {
         "step": progress.step,
         "settings": to_plain(as_kept(settings)),
@@ -304,19 +338,14 @@ def save(parts: Parts, settings: TrainingConfig) -> None:
         numbers["skipped"] = (progress.skipped, progress.skipped_in_a_row)
     if progress.due:
         numbers["due"] = True
-    if not parts.ranks.rank:
-        with torch.random.fork_rng():
-            plain = Memformer(**parts.model.config.to_dict())
-        plain.load_state_dict(average or weights, strict=False)
 
-        def write_model(folder: Path) -> None:
-            plain.save_pretrained(folder)
-            parts.tokenizer.save(folder)
+    def write_folder(folder: Path) -> None:
+        write_model(folder)
+        parts.tokenizer.save(folder)
 
-        best = None if progress.best is None else progress.best["step"]
-        keep = settings.output.keep
-        checkpoints.save(settings.out, progress.step, write_model, numbers, tensors, keep=keep, best=best)
-    parts.ranks.wait()
+    best = None if progress.best is None else progress.best["step"]
+    keep = settings.output.keep
+    checkpoints.save(settings.out, progress.step, write_folder, numbers, tensors, keep=keep, best=best)
 
 
 def record_evaluation(parts: Parts, settings: TrainingConfig) -> None:
@@ -325,14 +354,15 @@ def record_evaluation(parts: Parts, settings: TrainingConfig) -> None:
     A run that is killed before makes the evaluation again.
     """
     progress = parts.progress
-    if not parts.ranks.rank:
+    with parts.ranks.together():
+        if parts.ranks.rank:
+            return
         folder = folders.checkpoint(settings.out, progress.step)
         numbers = checkpoints.load_numbers(folder)
         numbers.pop("due", None)
         found = {"best": progress.best, "evaluations_since_best": progress.evaluations_since_best}
         checkpoints.record(folder, {**numbers, **found})
         checkpoints.keep_only(settings.out, settings.output.keep, progress.best and progress.best["step"])
-    parts.ranks.wait()
 
 
 def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str, model: Memformer) -> Saved:
@@ -359,10 +389,12 @@ def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: s
             )
         changes.append(Change(f"{what} documents", "", "", follows))
         kinds.add(cast(Kind, kind))
+    config, expected = Memformer.saved_config(checkpoint), model.config
+    if dataclasses.replace(config, dropout=expected.dropout) != expected:
+        raise ValueError(f"{checkpoint}: its model is {config}, expected {expected}")
+    if shards.found_in(checkpoint):
+        return Saved(cast(_Numbers, numbers), tensors, changes, kinds, checkpoint)
     loaded = Memformer.from_pretrained(checkpoint)
-    expected: MemformerConfig = model.config
-    if dataclasses.replace(loaded.config, dropout=expected.dropout) != expected:
-        raise ValueError(f"{checkpoint}: its model is {loaded.config}, expected {expected}")
     model.load_state_dict(loaded.state_dict())
     averages = {f"average/{name}": parameter.detach() for name, parameter in loaded.named_parameters()}
     weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
@@ -377,18 +409,25 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
     Raises:
         ValueError: the run is at its end already.
     """
-    numbers, tensors, _, kinds = saved
-    _restore_optimizer(parts, tensors)
-    for name, parameter in parts.model.named_parameters():
+    numbers, tensors, _, kinds, in_parts = saved
+    if in_parts is not None:
+        shards.load(parts, in_parts)
+    else:
+        _restore_optimizer(parts, tensors)
+    for name, parameter in parts.model.named_parameters() if in_parts is None else ():
         if parts.average:
             parts.average[name] = like(tensors[f"average/{name}"], parameter)
     progress = parts.progress
+    if in_parts is None:
+        progress.memory = parts.ranks.own(tensors["memory"]).to(parts.device)
     if "stream" in kinds:
+        progress.memory = None
         state, before = parts.stream.state_dict(), numbers["stream"]
         parts.stream.load_state_dict({**state, "step": before["step"], "epoch": before["epoch"] + 1})
     else:
         parts.stream.load_state_dict(numbers["stream"])
-        progress.memory, _ = only_finite(parts.ranks.own(tensors["memory"]).to(parts.device))
+        assert progress.memory is not None
+        progress.memory, _ = only_finite(progress.memory)
     if numbers["scaler"]:  # else it was trained in another precision
         parts.scaler.load_state_dict(numbers["scaler"])
     progress.step, progress.best = numbers["step"], numbers["best"]

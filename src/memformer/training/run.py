@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import folders, replay
 from ..data.lanes import LanesState
 from ..data.segments import Segment
+from ..device import summing_device
 from ..evaluation import HeldOut, evaluate
 from ..files import replace_file
 from ..inspection import memory_health
@@ -358,7 +359,7 @@ class Run:
         norms = [] if watch is None else watch.norms[1:-1]  # the boundaries inside the rollout
         if len(norms) < 2:
             return None
-        ends = torch.tensor([norms[0], norms[-1]], dtype=torch.float64, device=self.parts.device)
+        ends = torch.tensor([norms[0], norms[-1]], dtype=torch.float64, device=summing_device(self.parts.device))
         first, last = self.parts.ranks.sum(ends.square()).sqrt().tolist()
         return first / last if last else None
 
@@ -366,7 +367,7 @@ class Run:
         """``(self_attention, slot_diversity)``, the mean over processes."""
         health, ranks = memory_health(self.model, segment, memory), self.parts.ranks
         own = [health.self_attention, health.slot_diversity]
-        shares = torch.tensor(own, dtype=torch.float64, device=self.parts.device)
+        shares = torch.tensor(own, dtype=torch.float64, device=summing_device(self.parts.device))
         self_attention, diversity = (ranks.sum(shares) / ranks.size).tolist()
         return self_attention, diversity
 
