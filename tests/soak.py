@@ -34,17 +34,16 @@ from memformer.training import checkpoints
 
 SETTINGS = """
 data: [corpus]
-steps: {steps}
-model: {{dim: 32, slots: 4, enc_depth: 1, dec_depth: 1, heads: 2, dropout: 0.1}}
-documents: {{tokenizer: bpe, vocabulary: 512}}
-objective: {{continuation: 0.6, infilling: 0.3, recall: 0.1}}
-rollout: {{lanes: 4, segment_length: 16, horizon: 4}}
-optimizer: {{ema: 0.9}}
-evaluation: {{eval_every: 100, eval_limit: 20000}}
-output: {{log_every: 10, save_every: 20, sample_tokens: 0}}
+steps: 1000000
+model: {dim: 32, slots: 4, enc_depth: 1, dec_depth: 1, heads: 2, dropout: 0.1}
+documents: {tokenizer: bpe, vocabulary: 512}
+objective: {continuation: 0.6, infilling: 0.3, recall: 0.1}
+rollout: {lanes: 4, segment_length: 16, horizon: 4}
+optimizer: {ema: 0.9, learning_rate_schedule: constant}
+evaluation: {eval_every: 100, eval_limit: 20000}
+output: {log_every: 10, save_every: 20, sample_tokens: 0}
 device: cpu
 """
-CALIBRATION_STEPS = 100
 DISK_MB = 48
 
 
@@ -113,15 +112,16 @@ def corpus(folder: Path) -> None:
         (folder / f"{module.stem}.txt").write_text(text, encoding="utf-8")
 
 
-def command(out: str, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "memformer", "train", "--config", "settings.yaml", "--out", out, *flags]
-
-
-def start(folder: Path, out: str, log: Path) -> subprocess.Popen[str]:
+def start(folder: Path, out: str, log: Path, *flags: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a", encoding="utf-8") as output:
         return subprocess.Popen(
-            command(out, "--auto-resume"), cwd=folder, env=environment, stdout=output, stderr=subprocess.PIPE, text=True
+            command(out, "--auto-resume", *flags),
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
 
@@ -161,14 +161,15 @@ class Soak:
             return False
         return True
 
-    def once(self, pause: tuple[float, float]) -> bool:
-        """Start, let something happen, and write down what was said; returns whether the training came to its end."""
-        event = self.draw.choice(self.events)
+    def once(self, pause: tuple[float, float]) -> None:
+        """Start, let something happen after some of so many seconds, and write down what was said."""
+        saved = step_of(self.run) > 0
+        event = self.draw.choice(self.events if saved else ["kill"])
         changed = self.folder / "corpus" / "book.txt"
         if event == "data changed":
             before = changed.read_bytes()
             changed.write_bytes(before.replace(b"def ", b"fed ", 1))
-        elif event == "damage" and step_of(self.run) > 0:
+        elif event == "damage":
             damage(self.run, self.draw)
         process = start(self.folder, str(self.run.relative_to(self.folder)), self.folder / "soaked.log")
         ended = self.wait(process, self.draw.uniform(*pause))
@@ -191,7 +192,6 @@ class Soak:
             f"{self.outcomes[-1].step:>8}  {event:<14} {process.returncode:>4}  {self.outcomes[-1].last_words}",
             flush=True,
         )
-        return process.returncode == 0
 
 
 def main() -> None:
@@ -201,26 +201,28 @@ def main() -> None:
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     corpus(folder / "corpus")
-    (folder / "settings.yaml").write_text(SETTINGS.format(steps=CALIBRATION_STEPS))
-    subprocess.run(command("calibration"), cwd=folder, check=True, capture_output=True)
-    began = time.perf_counter()
-    (folder / "settings.yaml").write_text(SETTINGS.format(steps=4 * CALIBRATION_STEPS))
-    subprocess.run(command("longer"), cwd=folder, check=True, capture_output=True)
-    rate = 3 * CALIBRATION_STEPS / (time.perf_counter() - began)
-    steps = max(500, int(rate * given.minutes * 60 * 0.5))  # starting anew, again and again, takes the other half
-    (folder / "settings.yaml").write_text(SETTINGS.format(steps=steps))
-    print(f"{steps:,} steps, in {folder}; the newest checkpoint after each event, its exit status and last words:")
+    (folder / "settings.yaml").write_text(SETTINGS)
+    print(f"in {folder}; the newest checkpoint after each event, its exit status and last words:")
+    ends = time.monotonic() + 60 * given.minutes
     alone = start(folder, "alone", folder / "alone.log")
     disk = Disk(folder / "disk", folder / "mounted") if Disk.possible() else None
     if disk is None:
         print("left out: the full disk and the lost folder (they need Linux, root and bindfs)")
     with disk.mounted() if disk else open(os.devnull):
         soak = Soak(folder, disk, given.seed)
-        while not soak.once((5.0, 60.0 * max(given.minutes, 6) / 60)):
-            pass
+        while time.monotonic() < ends:
+            soak.once((5.0, 60.0))
+        alone.send_signal(signal.SIGTERM)
         _, errors = alone.communicate()
-        assert alone.returncode == 0, errors
-        (a, b) = (checkpoints.newest(run) for run in (soak.run, folder / "alone"))
+        assert alone.returncode == 130, errors
+        # The learning rate is constant, so whoever is behind can catch up.
+        runs = soak.run, folder / "alone"
+        steps = max(map(step_of, runs))
+        for run in runs:
+            last = start(folder, str(run.relative_to(folder)), folder / "last.log", "--steps", str(steps))
+            _, errors = last.communicate()
+            assert last.returncode == 0, errors
+        (a, b) = map(checkpoints.newest, runs)
         assert a is not None
         assert b is not None
         assert a.name == b.name == f"step-{steps:06d}", (a, b)
@@ -229,7 +231,7 @@ def main() -> None:
         (_, tensors), (_, other) = (checkpoints.load_state(f) for f in (a, b))
         assert_close(tensors, other, rtol=0, atol=0)
     counts = ", ".join(f"{count} x {event}" for event, count in Counter(o.event for o in soak.outcomes).items())
-    print(f"equal to the bit after {len(soak.outcomes)} starts: {counts}")
+    print(f"equal to the bit at step {steps:,}, after {len(soak.outcomes)} starts: {counts}")
     shutil.rmtree(folder)
 
 
