@@ -114,14 +114,10 @@ def corpus(folder: Path) -> None:
 
 def start(folder: Path, out: str, log: Path, *flags: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    train = [sys.executable, "-m", "memformer", "train", "--config", "settings.yaml", "--out", out, "--auto-resume"]
     with log.open("a", encoding="utf-8") as output:
         return subprocess.Popen(
-            command(out, "--auto-resume", *flags),
-            cwd=folder,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*train, *flags], cwd=folder, env=environment, stdout=output, stderr=subprocess.PIPE, text=True
         )
 
 
