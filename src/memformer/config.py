@@ -82,9 +82,6 @@ class MemformerConfig(Typed):
         for name in [*stack_heads, "mem_update_attn_heads"]:
             if self.dim % getattr(self, name):
                 raise ValueError(f"{name}: must divide dim, got {getattr(self, name)} heads for dim {self.dim}")
-        for name, choices in (("memory_writer", get_args(Writer)), ("positions", get_args(Positions))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.positions == "rotary":
             for name in stack_heads:
                 if self.dim // getattr(self, name) % 2:
@@ -196,7 +193,8 @@ def convert(name: str, kind: Any, value: object, text: bool = False) -> object:
         return Path(value)
     elif isinstance(value, kind):
         return value
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    finite = "a finite number" if isinstance(value, float) else "a number"
+    expected = {int: "a whole number", float: finite, bool: "true or false", str: "text", Path: "a path"}
     raise ValueError(f"{name}: expected {expected[kind]}, got {value!r}")
 
 

@@ -49,7 +49,6 @@ def assemble(
     if settings.rollout.lanes % ranks.size:
         raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
     ranks.agree(_at_the_start(settings))
-    settings.model.config(1, settings.rollout.segment_length)
     if settings.compute.compile:
         check_compiler(device)
     checkpoint, refused = resume.find_checkpoint(settings)

@@ -21,7 +21,17 @@ from ..data.tokenizers import Tokenizer
 from ..evaluation import Depth, HeldOut
 from ..files import replace_file
 
-__all__ = ["ByObjective", "Changed", "MetricsLog", "Pace", "StepMetrics", "held_out_at", "read_metrics", "scalars"]
+__all__ = [
+    "ByObjective",
+    "Changed",
+    "MetricsLog",
+    "Pace",
+    "StepMetrics",
+    "as_json",
+    "held_out_at",
+    "read_metrics",
+    "scalars",
+]
 
 
 @dataclass(frozen=True)
@@ -151,13 +161,13 @@ class MetricsLog:
                 for line in _lines(self._file)
                 if line["step"] < step or (line["step"] == step and line.get("event") not in again)
             ]
-            replace_file(self._file, "".join(_json(line) for line in kept))
+            replace_file(self._file, "".join(as_json(line) for line in kept))
 
     def write(self, event: str, metrics: StepMetrics | HeldOut | Changed) -> None:
         """One more line, of an event such as "step"."""
         try:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(_json({"event": event, **dataclasses.asdict(metrics)}))
+                file.write(as_json({"event": event, **dataclasses.asdict(metrics)}))
         except OSError as error:
             raise OSError(f"{self._file}: cannot be written ({error}); the checkpoints are untouched") from error
 
@@ -202,7 +212,8 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _json(values: dict[str, Any]) -> str:
+def as_json(values: dict[str, Any]) -> str:
+    """A line of JSON that any program reads: null for a number that is not finite."""
     return json.dumps(_finite(values), allow_nan=False) + "\n"
 
 
