@@ -68,7 +68,7 @@ LAYERS = [
     {"training.parts", "training.metrics", "training.optimizers"},
     {"training.callbacks", "training.documents", "training.history", "training.shards"},
     {"training.averaging", "training.resume", "training.update"},
-    {"training.corpus", "training.loggers", "training.samples"},
+    {"training.corpus", "training.loggers", "training.samples", "training.step"},
     {"training.assemble"},
     {"training.run"},
     {"training", "bench"},

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import replay
 from .._installation import __version__
 from ..data import Document, Lanes, Mixture, Tokenizer, encode_documents
-from ..device import check_compiler, choose_device, choose_precision
+from ..device import check_compiler, choose_device, choose_precision, seeded
 from ..model import Memformer
 from ..parallel import Ranks, shard
 from ..settings import TrainingConfig, to_flat
@@ -124,8 +124,7 @@ def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: T
 
 def _model(settings: TrainingConfig, tokenizer: Tokenizer, device: str) -> Memformer:
     """With the seed's initial weights; on "meta" without any."""
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed, torch.device(device)), torch.device(device):
         config = settings.model.config(tokenizer.vocabulary, settings.rollout.segment_length)
         return Memformer(**config.to_dict())
 

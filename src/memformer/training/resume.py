@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import folders
 from ..data import Document, Tokenizer, fingerprint
 from ..data.lanes import LanesState
+from ..device import seeded
 from ..model import Memformer
 from ..parallel import like
 from ..settings import ModelSettings, TrainingConfig, absolute, read_saved, read_yaml, to_flat, to_plain
@@ -295,7 +296,7 @@ def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
     tensors["memory"] = parts.ranks.gather(parts.progress.memory).cpu()
     with parts.ranks.together():
         if not parts.ranks.rank:
-            with torch.random.fork_rng(), torch.device("cpu"):
+            with seeded(0, cpu := torch.device("cpu")), cpu:
                 plain = Memformer(**parts.model.config.to_dict())
             plain.load_state_dict(average or weights, strict=False)
             _write(parts, settings, plain.save_pretrained, tensors)
