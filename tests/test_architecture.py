@@ -66,7 +66,7 @@ LAYERS = [
     {"evaluation"},
     {"inspection"},
     {"training.parts", "training.metrics", "training.optimizers"},
-    {"training.callbacks", "training.documents", "training.history", "training.shards"},
+    {"training.callbacks", "training.documents", "training.history", "training.initial", "training.shards"},
     {"training.averaging", "training.resume", "training.update"},
     {"training.corpus", "training.loggers", "training.samples", "training.step"},
     {"training.assemble"},

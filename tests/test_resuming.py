@@ -24,7 +24,7 @@ from memformer.data import load_tokenizer
 from memformer.data.segments import Segment
 from memformer.evaluation import HeldOut
 from memformer.settings import TrainingConfig, to_flat
-from memformer.training import Run, StepMetrics, checkpoints, resume, saved_settings, settings_of
+from memformer.training import Run, StepMetrics, checkpoints, resume, saved_settings, settings_of, sized_as
 from memformer.training.optimizers import make_optimizer
 from memformer.training.parts import begun_anew, only_finite
 from memformer.training.update import Update
@@ -451,7 +451,7 @@ def test_a_run_starts_with_the_weights_of_another(settings: Settings, tmp_path: 
     fresh = settings(out=tmp_path / "second", dim=32, data=(tmp_path / "corpus" / "5.txt",), seed=5)
     with pytest.raises(ValueError, match=r"documents\.tokenizer: the model in .* has a tokenizer of bpe, got bytes"):
         Run(dataclasses.replace(fresh, init_from=tmp_path / "run"))
-    sized = resume.sized_as(fresh, tmp_path / "run")
+    sized = sized_as(fresh, tmp_path / "run")
     second = Run(sized)
     assert second.step == 0
     assert_close(dict(second.model.state_dict()), dict(best.state_dict()), rtol=0, atol=0)

@@ -19,6 +19,7 @@ from ..settings import TrainingConfig, to_flat
 from . import checkpoints, resume, shards
 from .callbacks import Report, nothing
 from .corpus import corpus_of
+from .initial import load_initial
 from .optimizers import make_optimizer
 from .parts import Parts, Progress, RolloutLoss
 
@@ -57,7 +58,7 @@ def assemble(
         if not ranks.rank:
             checkpoints.check_folder(settings.out)
     ranks.agree({"checkpoint": str(checkpoint and checkpoint.name)})
-    initial = None if checkpoint else resume.load_initial(settings)
+    initial = None if checkpoint else load_initial(settings)
     corpus = corpus_of(settings, ranks, checkpoint, initial and initial[1], report, documents)
     tokenizer = corpus.tokenizer
     divided = ranks.size > 1 and settings.compute.parallel == "fsdp"
