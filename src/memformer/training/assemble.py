@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -44,20 +45,9 @@ def assemble(
         BlockingIOError: another process trains in the folder.
         OSError: the folder cannot be written.
     """
-    # Before anything that takes time.
     ranks, device = Ranks(), choose_device(settings.device)
     precision = choose_precision(settings.compute.precision, device)
-    if settings.rollout.lanes % ranks.size:
-        raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
-    ranks.agree(_at_the_start(settings))
-    settings.model.config(1, settings.rollout.segment_length)
-    if settings.compute.compile:
-        check_compiler(device)
-    checkpoint, refused = resume.find_checkpoint(settings)
-    with ranks.together():
-        if not ranks.rank:
-            checkpoints.check_folder(settings.out)
-    ranks.agree({"checkpoint": str(checkpoint and checkpoint.name)})
+    checkpoint, refused = _begun(settings, ranks, device)
     initial = None if checkpoint else load_initial(settings)
     corpus = corpus_of(settings, ranks, checkpoint, initial and initial[1], report, documents)
     tokenizer = corpus.tokenizer
@@ -70,9 +60,7 @@ def assemble(
     if checkpoint is not None:
         saved = resume.load(checkpoint, settings, corpus.fingerprint, corpus.held_out_fingerprint, model)
     rollouts = _parallel(model, settings, ranks, device)  # from here on FSDP has divided the parameters
-    average: dict[str, Tensor] = {}
-    if settings.optimizer.ema:
-        average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    averaged = model.named_parameters() if settings.optimizer.ema else ()
     parts = Parts(
         ranks=ranks,
         device=device,
@@ -86,7 +74,7 @@ def assemble(
         tokenizer=tokenizer,
         stream=_stream(settings, corpus.training, tokenizer, ranks),
         model=model,
-        average=average,
+        average={name: p.detach().clone() for name, p in averaged},
         rollouts=rollouts,
         optimizer=make_optimizer(model, settings.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
@@ -97,6 +85,22 @@ def assemble(
     if saved is not None:
         resume.restore(parts, saved, settings)
     return parts
+
+
+def _begun(settings: TrainingConfig, ranks: Ranks, device: torch.device) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what is refused; all is checked that can be before anything takes time."""
+    if settings.rollout.lanes % ranks.size:
+        raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
+    ranks.agree(_at_the_start(settings))
+    settings.model.config(1, settings.rollout.segment_length)
+    if settings.compute.compile:
+        check_compiler(device)
+    checkpoint, refused = resume.find_checkpoint(settings)
+    with ranks.together():
+        if not ranks.rank:
+            checkpoints.check_folder(settings.out)
+    ranks.agree({"checkpoint": str(checkpoint and checkpoint.name)})
+    return checkpoint, refused
 
 
 def _at_the_start(settings: TrainingConfig) -> dict[str, str]:
