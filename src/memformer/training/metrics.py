@@ -96,6 +96,8 @@ def scalars(metrics: StepMetrics | HeldOut) -> dict[str, float]:
 class ByObjective:
     """The loss of each :class:`~memformer.data.objectives.Objective`, added up on the device, without waiting for it.
 
+    Those of a step are kept at its end, or they are not: see :meth:`end_step`.
+
     Args:
         tokenizer: whose special tokens begin the objectives' targets.
     """
@@ -105,12 +107,19 @@ class ByObjective:
         starts[tokenizer.infill], starts[tokenizer.recall] = Objective.INFILLING, Objective.RECALL
         self._starts = starts.to(device)
         self.sums = torch.zeros(2, len(Objective), dtype=torch.float32, device=device)
+        self._step = torch.zeros_like(self.sums)
 
     def add(self, tgt: Tensor, losses: Tensor, counted: Tensor) -> None:
         """Targets (rows, tokens), the losses of their tokens, and which of these count."""
         objective = self._starts[tgt[:, 0]]
-        self.sums[0].index_add_(0, objective, losses.detach().sum(1, dtype=self.sums.dtype))
-        self.sums[1].index_add_(0, objective, counted.sum(1, dtype=self.sums.dtype))
+        self._step[0].index_add_(0, objective, losses.detach().sum(1, dtype=self._step.dtype))
+        self._step[1].index_add_(0, objective, counted.sum(1, dtype=self._step.dtype))
+
+    def end_step(self, counts: bool) -> None:
+        """Keep what was added since the step before, where it counts."""
+        if counts:
+            self.sums += self._step
+        self._step = torch.zeros_like(self._step)
 
     def take(self, sums: Tensor) -> dict[str, float | None]:
         """The means by their names in :class:`StepMetrics`, given the sums of all processes; it then starts anew."""

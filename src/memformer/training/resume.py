@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import folders
-from ..data import Document, Tokenizer, fingerprint
+from ..data import Document, fingerprint
 from ..data.lanes import LanesState
+from ..device import seeded
 from ..model import Memformer
 from ..parallel import like
-from ..settings import ModelSettings, TrainingConfig, absolute, read_saved, read_yaml, to_flat, to_plain
+from ..settings import TrainingConfig, absolute, read_saved, read_yaml, to_flat, to_plain
 from . import checkpoints, shards
 from .parts import Best, Change, Parts, only_finite
 
@@ -26,14 +27,12 @@ __all__ = [
     "find_checkpoint",
     "last_settings",
     "load",
-    "load_initial",
     "on_resuming",
     "record_evaluation",
     "restore",
     "save",
     "saved_settings",
     "settings_of",
-    "sized_as",
     "stopped_early",
 ]
 
@@ -188,81 +187,6 @@ def _changes(before: TrainingConfig, now: TrainingConfig) -> tuple[list[Change],
     return changes, kinds
 
 
-# --- Another run's weights
-
-
-def sized_as(settings: TrainingConfig, path: str | Path) -> TrainingConfig:
-    """Settings of a new run that starts with the weights of a model: with its sizes and its tokenizer.
-
-    Args:
-        path: the folder of a model or of a run, which becomes ``init_from``.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no model, or it is damaged.
-    """
-    folder = folders.find(path)
-    model, tokenizer = Memformer.from_pretrained(folder).config, _tokenizer_in(folder)
-    documents = settings.documents
-    if tokenizer is not None:
-        documents = dataclasses.replace(documents, tokenizer=_kind(tokenizer), vocabulary=tokenizer.ordinary)
-    return dataclasses.replace(
-        settings,
-        init_from=Path(path),
-        documents=documents,
-        model=ModelSettings(
-            slots=model.num_memory_slots,
-            heads=model.enc_heads,
-            mem_updates=model.num_mem_updates,
-            dropout=settings.model.dropout,
-            **{name: getattr(model, name) for name in _SAME},
-        ),
-        rollout=dataclasses.replace(settings.rollout, segment_length=model.enc_max_seq_len),
-    )
-
-
-_SAME = ("dim", "enc_depth", "dec_depth", "dec_overlap", "memory_writer", "write_temperature", "positions",
-         "tie_embeddings")  # fmt: skip
-
-
-def load_initial(settings: TrainingConfig) -> tuple[dict[str, Tensor], Tokenizer | None] | None:
-    """The weights and, where it has one, the tokenizer of ``init_from``; None where there is no such setting.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no model, it is damaged, or not of the settings' sizes.
-    """
-    if settings.init_from is None:
-        return None
-    folder = folders.find(settings.init_from)
-    model, tokenizer = Memformer.from_pretrained(folder), _tokenizer_in(folder)
-    there, found = model.config.to_dict(), settings.documents.tokenizer
-    if tokenizer is not None and found != _kind(tokenizer):
-        raise ValueError(
-            f"documents.tokenizer: the model in {folder} has a tokenizer of {_kind(tokenizer)}, got {found}; leave it "
-            "out, or take the settings from training.sized_as"
-        )
-    given = settings.model.config(model.config.enc_num_tokens, settings.rollout.segment_length).to_dict()
-    for name, value in given.items():
-        if name != "dropout" and there[name] != value:
-            raise ValueError(
-                f"{name}: the model in {folder} has {there[name]}, got {value}; sizes come with the weights, so leave "
-                "them out, or take the settings from training.sized_as"
-            )
-    return dict(model.state_dict()), tokenizer
-
-
-def _tokenizer_in(folder: Path) -> Tokenizer | None:
-    from ..data import load_tokenizer
-
-    try:
-        return load_tokenizer(folder)
-    except FileNotFoundError:
-        return None  # of a model that was not trained here
-
-
-def _kind(tokenizer: Tokenizer) -> str:
-    return str(getattr(tokenizer, "kind", type(tokenizer).__name__))
-
-
 # --- The state, written and read
 
 
@@ -295,7 +219,7 @@ def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
     tensors["memory"] = parts.ranks.gather(parts.progress.memory).cpu()
     with parts.ranks.together():
         if not parts.ranks.rank:
-            with torch.random.fork_rng(), torch.device("cpu"):
+            with seeded(0, cpu := torch.device("cpu")), cpu:
                 plain = Memformer(**parts.model.config.to_dict())
             plain.load_state_dict(average or weights, strict=False)
             _write(parts, settings, plain.save_pretrained, tensors)
@@ -410,16 +334,14 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
         ValueError: the run is at its end already.
     """
     numbers, tensors, _, kinds, in_parts = saved
+    progress = parts.progress
     if in_parts is not None:
         shards.load(parts, in_parts)
     else:
         _restore_optimizer(parts, tensors)
-    for name, parameter in parts.model.named_parameters() if in_parts is None else ():
-        if parts.average:
-            parts.average[name] = like(tensors[f"average/{name}"], parameter)
-    progress = parts.progress
-    if in_parts is None:
         progress.memory = parts.ranks.own(tensors["memory"]).to(parts.device)
+        for name, parameter in parts.model.named_parameters() if parts.average else ():
+            parts.average[name] = like(tensors[f"average/{name}"], parameter)
     if "stream" in kinds:
         progress.memory = None
         state, before = parts.stream.state_dict(), numbers["stream"]
