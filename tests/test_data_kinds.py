@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import bz2
 import csv
 import gzip
 import json
 import lzma
+import os
 import pickle
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from memformer.data import Document, from_rows, read_documents, unpacked
 
@@ -112,8 +116,45 @@ def test_unpacked_files_are_read_in_pieces_and_go_with_the_process(tmp_path: Pat
     (document,) = read_documents(tmp_path)
     assert bytes(document.part(2, 5)) == b"234"
     assert bytes(pickle.loads(pickle.dumps(document))) == b"0123456789"
-    folder = Path(unpacked._folder().name)
-    assert [file for file in folder.iterdir() if file.read_bytes() == b"0123456789"]
+    assert [file for file in unpacked._folder().iterdir() if file.read_bytes() == b"0123456789"]
+
+
+PROGRAM = """
+import os, sys, tempfile
+from memformer.data import read_documents
+tempfile.tempdir = sys.argv[2]
+(document,) = read_documents(sys.argv[1])
+print(sorted(os.listdir(tempfile.tempdir)))
+if sys.argv[3] == "fork" and not os.fork():
+    sys.exit()
+if sys.argv[3] == "fork":
+    os.wait()
+    assert bytes(document) == b"0123456789"
+if sys.argv[3] == "killed":
+    os._exit(9)
+"""
+
+
+def test_what_a_killed_process_unpacked_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    """Or each start of a run that is stopped often would leave a copy of its data."""
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"0123456789"))
+    (tmp_path / "here").mkdir()
+
+    def started(how: str) -> list[str]:
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "a.txt.gz"), str(tmp_path / "here"), how]
+        return ast.literal_eval(subprocess.run(command, stdout=subprocess.PIPE, check=how != "killed").stdout.decode())
+
+    (left,) = started("killed")
+    lock = tmp_path / "here" / left / ".lock"
+    unpacked._remove_abandoned(lock)
+    assert lock.exists(), "it is young, and may not be locked yet"
+    with FileLock(lock):
+        os.utime(lock, (0, 0))
+        unpacked._remove_abandoned(lock)
+        assert lock.exists(), "another process reads there"
+    os.utime(lock, (0, 0))
+    assert left not in started("fork" if hasattr(os, "fork") else "ends")
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
