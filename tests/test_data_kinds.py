@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import bz2
 import csv
 import gzip
@@ -10,8 +9,8 @@ import json
 import lzma
 import os
 import pickle
-import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from memformer.data import Document, from_rows, read_documents, unpacked
 
@@ -119,42 +118,26 @@ def test_unpacked_files_are_read_in_pieces_and_go_with_the_process(tmp_path: Pat
     assert [file for file in unpacked._folder().iterdir() if file.read_bytes() == b"0123456789"]
 
 
-PROGRAM = """
-import os, sys, tempfile
-from memformer.data import read_documents
-tempfile.tempdir = sys.argv[2]
-(document,) = read_documents(sys.argv[1])
-print(sorted(os.listdir(tempfile.tempdir)))
-if sys.argv[3] == "fork" and not os.fork():
-    sys.exit()
-if sys.argv[3] == "fork":
-    os.wait()
-    assert bytes(document) == b"0123456789"
-if sys.argv[3] == "killed":
-    os._exit(9)
-"""
-
-
-def test_what_a_killed_process_unpacked_is_removed_by_the_next_one(tmp_path: Path) -> None:
+def test_what_a_killed_process_unpacked_is_removed_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or each start of a run that is stopped often would leave a copy of its data."""
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"0123456789"))
-    (tmp_path / "here").mkdir()
-
-    def started(how: str) -> list[str]:
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "a.txt.gz"), str(tmp_path / "here"), how]
-        return ast.literal_eval(subprocess.run(command, stdout=subprocess.PIPE, check=how != "killed").stdout.decode())
-
-    (left,) = started("killed")
-    lock = tmp_path / "here" / left / ".lock"
-    unpacked._remove_abandoned(lock)
-    assert lock.exists(), "it is young, and may not be locked yet"
-    with FileLock(lock):
-        os.utime(lock, (0, 0))
-        unpacked._remove_abandoned(lock)
-        assert lock.exists(), "another process reads there"
-    os.utime(lock, (0, 0))
-    assert left not in started("fork" if hasattr(os, "fork") else "ends")
-    assert list((tmp_path / "here").iterdir()) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("killed", "held", "young"):
+        (tmp_path / f"memformer-{name}").mkdir()
+        (tmp_path / f"memformer-{name}" / ".lock").touch()
+        (tmp_path / f"memformer-{name}" / "content").touch()
+    with FileLock(tmp_path / "memformer-held" / ".lock"):
+        for name in ("killed", "held"):
+            os.utime(tmp_path / f"memformer-{name}" / ".lock", (0, 0))
+        folder = unpacked._folder.__wrapped__()
+        assert sorted(tmp_path.iterdir()) == sorted([folder, tmp_path / "memformer-held", tmp_path / "memformer-young"])
+    with pytest.raises(Timeout):
+        FileLock(folder / ".lock", timeout=0).acquire()
+    unpacked._remove(folder, FileLock(folder / ".lock"), os.getpid() + 1)
+    assert folder.exists(), "a process that was forked ends"
+    unpacked._remove(folder, FileLock(folder / ".lock"), os.getpid())
+    assert not folder.exists()
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
