@@ -166,6 +166,23 @@ def test_a_part_is_read_only_where_it_is_sliced(tmp_path):
         bytes(part)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ('{"text": "o"}\n{"text": "t"}\n', r"a\.jsonl, line 1: was changed since it was opened: not JSON"),
+        ('{"tex": "one"}  \n' * 2, r"a\.jsonl, line 1: was changed since it was opened: .* got fields \['tex'\]"),
+        ('{"text": "o"}  \n' * 2, "a text has become shorter since it was opened"),
+    ],
+)
+def test_rows_that_are_changed_while_they_are_read(tmp_path, changed, message):
+    """A text that is quietly shorter would be another one under the same fingerprint."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (one, _) = read_documents([tmp_path])
+    (tmp_path / "a.jsonl").write_text(changed)
+    with pytest.raises(ValueError, match=message):
+        bytes(one)
+
+
 def test_documents_check_themselves():
     assert len(Document("a", b"abc")) == 3
     with pytest.raises(ValueError, match="a: expected bytes or one dimension of uint8, got int64"):

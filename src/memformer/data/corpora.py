@@ -206,7 +206,7 @@ def from_rows(
     items = (rows[i] for i in range(len(rows))) if indexed else iter(rows)  # type: ignore[index, arg-type]
     found = ((i, functools.partial(row_text, row, text_field)) for i, row in enumerate(items))
     documents = []
-    for i, _, text in read_rows(found, name, "row", how):
+    for i, text in read_rows(found, name, "row", how):
         lazy = (
             ParsedText(functools.partial(_row_text, rows, i, text_field), 0, len(text)) if indexed else store.add(text)
         )

@@ -90,7 +90,10 @@ class ParsedText(LazyTokens):
         self._text = text
 
     def _read(self, start: int, count: int) -> np.ndarray:
-        return np.frombuffer(self._text().encode(), np.uint8)[start : start + count]
+        items = np.frombuffer(self._text().encode(), np.uint8)[start : start + count]
+        if len(items) < count:
+            raise ValueError("a text has become shorter since it was opened: was its file or data set changed?")
+        return items
 
     def part(self, start: int, stop: int) -> ParsedText:
         return ParsedText(self._text, self.start + start, self.start + stop)

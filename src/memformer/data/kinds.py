@@ -206,8 +206,8 @@ def _utf8(text: str) -> bytes:
 
 def read_rows(
     texts: Iterable[_Row], where: str, unit: str, how: Reading, single: bool = False
-) -> Iterator[tuple[int, Callable[[], str], bytes]]:
-    """Number, source and bytes of each row's text; empty ones are left out, wrong ones are passed over and counted.
+) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each row's text; empty ones are left out, wrong ones are passed over and counted.
 
     Args:
         where, unit: the file and what its rows are called, for messages.
@@ -230,7 +230,7 @@ def read_rows(
         else:
             fine += 1
             if encoded:
-                yield number, text, encoded
+                yield number, encoded
     if len(wrong) and not fine:
         raise UnreadableError(
             f"without text in field {how.text_field!r}",
@@ -244,7 +244,7 @@ def _stored(rows: Iterable[_Row], source: _Source, unit: str, how: Reading) -> I
     """Rows that cannot be read at random places: their texts are kept in a temporary file."""
     store = TextStore(source.path)
     try:
-        for number, _, text in read_rows(rows, str(source), unit, how):
+        for number, text in read_rows(rows, str(source), unit, how):
             yield Document(f"{source.name}:{number}", store.add(text))
     finally:
         store.close()
@@ -258,29 +258,33 @@ def _of_line(line: bytes, field: str) -> str:
     return row_text(row, field)
 
 
-def _read_line(path: Path, field: str, offset: int, size: int) -> str:
+def _read_line(source: _Source, number: int, field: str, offset: int, size: int) -> str:
     """The text in a line that lies in these bytes of a file."""
-    return _of_line(FileTokens(path, np.dtype(np.uint8), offset, 0, size)[:].tobytes(), field)
+    line = FileTokens(source.content, np.dtype(np.uint8), offset, 0, size)[:].tobytes()
+    try:
+        return _of_line(line, field)
+    except _RowError as fault:
+        raise ValueError(f"{source}, line {number}: was changed since it was opened: {fault}") from fault
 
 
 def _lines(source: _Source, how: Reading, single: bool = False) -> Iterator[Document]:
     """JSON Lines, read in place: a line is parsed again where its text is needed."""
-    begin = _start(source)
-    places: dict[int, tuple[int, int]] = {}
+    offset = size = 0
 
     def rows() -> Iterator[_Row]:
-        offset = begin
+        nonlocal offset, size
+        offset = _start(source)
         with source.content.open("rb") as lines:
-            lines.seek(begin)
+            lines.seek(offset)
             for number, line in enumerate(lines, 1):
-                start, offset = offset, offset + len(line)
+                size = len(line)
                 if line.strip():
-                    places.clear()  # of those before, for the row's place is asked for at once
-                    places[number] = start, len(line)
                     yield number, functools.partial(_of_line, line, how.text_field)
+                offset += size
 
-    for number, _, text in read_rows(rows(), str(source), "line", how, single):
-        parse = functools.partial(_read_line, source.content, how.text_field, *places[number])
+    for number, text in read_rows(rows(), str(source), "line", how, single):
+        # Where the row is that was read last.
+        parse = functools.partial(_read_line, source, number, how.text_field, offset, size)
         yield Document(f"{source.name}:{number}", ParsedText(parse, 0, len(text)))
 
 
