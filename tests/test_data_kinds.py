@@ -35,7 +35,7 @@ def read(path: Path, **how: Any) -> list[bytes]:
     return texts(read_documents(path, **how))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.JSONL", "a.Json", "a.NDJSON"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonlines", "a.json", "a.JSONL", "a.Json", "a.NDJSON"])
 def test_lines_of_json_under_all_their_names(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(LINES)
     documents = read_documents(tmp_path / name)
@@ -78,6 +78,15 @@ def test_a_table(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("id;text\n1;a\n")
     with pytest.raises(ValueError, match=r"b\.csv, line 2: expected an object .* got fields \['id;text'\]"):
         read(tmp_path / "b.csv")
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_quote_that_is_never_closed(tmp_path: Path, name: str, separator: str) -> None:
+    """It would make one text of all rows that follow."""
+    rows = ["id,text", '1,one "word" in it', '2,"two', "3,three", ""]
+    (tmp_path / name).write_text("\n".join(rows).replace(",", separator))
+    with pytest.raises(ValueError, match=rf"{name}, after line 2: not a table \(unexpected end of data\)"):
+        read(tmp_path / name)
 
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -204,7 +213,7 @@ CONTAINERS = {
     "a.pdf": "not plain text: save its text", "a.docx": "not plain text",
     "a.html": "markup, not text", "a.safetensors": "holds arrays, not text", "a.pt": "holds arrays",
     "a.npz": "holds arrays, not text; one array of token ids can be a .npy file", "a.idx": "the index of a token file",
-    "a.png": "not text", "a.sqlite": "a database",
+    "a.ipynb": "a notebook: save its text", "a.png": "not text", "a.sqlite": "a database",
 }  # fmt: skip
 
 
@@ -232,7 +241,15 @@ def test_a_container_under_another_name(tmp_path: Path, beginning: bytes, name: 
         read(tmp_path / name)
 
 
-@pytest.mark.parametrize("beginning", ["PAR1", "GIF8", "BZh9", "Rar!", "PK", "SQLite format 3", "ARROW1"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jl", "a.log", "noname"])
+def test_rows_under_another_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(LINES)
+    with pytest.raises(ValueError, match=rf"{name}: JSON Lines, not text: give it a name that ends in \.jsonl"):
+        read(tmp_path / name)
+    assert read(tmp_path / name, text_field="body") == [LINES.encode()], "lines of something else are text"
+
+
+@pytest.mark.parametrize("beginning", ["PAR1", "GIF8", "{", '{"text"', "[1]", "BZh9", "Rar!", "PK", "SQLite format 3", "ARROW1"])
 def test_a_text_may_begin_as_it_likes(tmp_path: Path, beginning: str) -> None:
     (tmp_path / "a.txt").write_text(f"{beginning} is a text")
     assert read(tmp_path) == [f"{beginning} is a text".encode()]

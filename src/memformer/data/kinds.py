@@ -162,8 +162,18 @@ def _text(source: _Source, how: Reading) -> Iterator[Document]:
         if b"\0" in block:
             place = begin + start + block.index(b"\0")
             raise UnreadableError("not text", f"{source}: not text, byte {place} is 0")
+        if not start and _is_row(block, how.text_field):
+            raise UnreadableError("not text", f"{source}: JSON Lines, not text: give it a name that ends in .jsonl")
     if len(content):
         yield Document(source.name, content)
+
+
+def _is_row(block: bytes, field: str) -> bool:
+    """Whether the first line is an object of JSON that has the field."""
+    try:
+        return block.startswith(b"{") and field in json.loads(block.partition(b"\n")[0])
+    except (ValueError, RecursionError):
+        return False
 
 
 # --- Rows
@@ -341,13 +351,16 @@ def _csv(source: _Source, how: Reading, delimiter: str = ",") -> Iterator[Docume
         before = csv.field_size_limit(2**31 - 1)
         try:
             with source.content.open(encoding="utf-8-sig", newline="") as file:
-                table = csv.DictReader(file, delimiter=delimiter)
+                table = csv.DictReader(file, delimiter=delimiter, strict=True)
                 for row in table:
                     yield table.line_num, functools.partial(row_text, row, how.text_field)
         except UnicodeDecodeError as error:
             raise UnreadableError("not UTF-8 text", f"{source}: not UTF-8 text ({error.reason})") from error
         except csv.Error as error:
-            raise UnreadableError("damaged tables", f"{source}: not a table ({error})") from error
+            # Such as a quote that is never closed, and would take all rows after it into one text.
+            raise UnreadableError(
+                "damaged tables", f"{source}, after line {table.line_num}: not a table ({error})"
+            ) from error
         finally:
             csv.field_size_limit(before)
 
@@ -466,7 +479,7 @@ def _bin(source: _Source, how: Reading) -> Iterator[Document]:
     if (likely := _wider(tokens)) is not None:
         raise ValueError(
             f"{source}: read as {kind}, every second token or more is 0 or next to it, as in a file of {likely}: is "
-            f"its --bin-dtype {likely}?"
+            f"its --bin-dtype {likely}? If it is {kind} indeed, save it as a .npy file"
         )
     return _cut(tokens, source.name, how.separator)
 
@@ -510,7 +523,7 @@ def _cut(tokens: FileTokens, name: str, separator: int | None) -> Iterator[Docum
 
 
 KINDS: dict[str, _Reader] = {
-    ".jsonl": _lines, ".ndjson": _lines, ".json": _json, ".csv": _csv,
+    ".jsonl": _lines, ".ndjson": _lines, ".jsonlines": _lines, ".json": _json, ".csv": _csv,
     ".tsv": functools.partial(_csv, delimiter="\t"),
     ".parquet": _parquet, ".arrow": _arrow, ".feather": _arrow, ".npy": _npy, ".bin": _bin,
 }  # fmt: skip
@@ -530,6 +543,7 @@ def _refused() -> dict[str, tuple[str, str]]:
             "markup",
             "markup, not text: save its text; to learn the markup itself, give its folder with --include '*.html'",
         ): " ".join(_MARKUP),
+        ("notebooks", "a notebook: save its text, as jupyter nbconvert --to script does"): ".ipynb",
         ("weights", "holds arrays, not text; one array of token ids can be a .npy file"): (
             ".safetensors .pt .pth .ckpt .onnx .gguf .h5 .hdf5 .npz .pkl .pickle .msgpack"
         ),
