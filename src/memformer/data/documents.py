@@ -6,7 +6,7 @@ read (the pages of a map count as resident).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["Document", "FileTokens", "LazyTokens", "ParsedText", "Tokens", "limited"]
+__all__ = ["Document", "FileTokens", "LazyTokens", "ParsedText", "Tokens", "blocks", "limited"]
 
 
 class Tokens(Protocol):
@@ -24,6 +24,11 @@ class Tokens(Protocol):
     def dtype(self) -> np.dtype: ...
     def __len__(self) -> int: ...
     def __getitem__(self, place: slice, /) -> np.ndarray: ...
+
+
+def blocks(tokens: Tokens, size: int) -> Iterator[np.ndarray]:
+    """All of them, ``size`` at once."""
+    return (tokens[start : start + size] for start in range(0, len(tokens), size))
 
 
 class LazyTokens:

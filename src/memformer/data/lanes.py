@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 import numpy as np
 import torch
 
-from .corpora import Document, Tokens
+from .documents import Document, Tokens
 from .objectives import Mixture, Objective
 from .segments import Segment
 
