@@ -8,7 +8,9 @@ where it was none), and whether it ends where the document does. Beside them are
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import glob
 import hashlib
 import json
 import shutil
@@ -191,9 +193,7 @@ def write_tokens(
     if folder.exists() and not is_token_folder(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: holds something else than token files; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for other in folder.parent.glob(f".{folder.name}.*.unfinished"):
-        if time.time() - max(f.stat().st_mtime for f in [other, *other.iterdir()]) > _ABANDONED:
-            shutil.rmtree(other, ignore_errors=True)
+    _remove_abandoned(folder)
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.unfinished")
     try:
         unfinished.mkdir()
@@ -207,6 +207,14 @@ def write_tokens(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return open_tokens(folder)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What was left of the folder by processes that were killed while they wrote it, or replaced it."""
+    for other in folder.parent.glob(f".{glob.escape(folder.name)}.*.unfinished*"):
+        with contextlib.suppress(OSError):  # another process may be faster
+            if time.time() - max(f.stat().st_mtime for f in [other, *other.iterdir()]) > _ABANDONED:
+                shutil.rmtree(other)
 
 
 def _fill(folder: Path, documents: Sequence[Document], tokenizer: Tokenizer, progress: Callable[[int], None]) -> None:
