@@ -92,12 +92,12 @@ def read_documents(
 
     - ``.jsonl``, ``.ndjson``, ``.json`` (lines, an array or an object), ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``:
       one document per row, its field ``text_field``; empty texts are left out;
-    - ``.npy``: token ids, one-dimensional; ``.bin``: token ids of type ``bin_dtype`` without a header, or with that of
-      llm.c. Either is one document, or as many as ``separator`` cuts it into (the separator itself is in none of them);
+    - ``.npy`` (one-dimensional) and ``.bin`` (of type ``bin_dtype``, or with llm.c's header): token ids, one document,
+      or those between the tokens ``separator``;
     - anything else: UTF-8 text, one document. Archives, office documents, images and the like are no text.
 
-    Of a folder hidden files and what a run of this library wrote are never read. What cannot be read in it, and rows
-    without a text, are left out, and one warning counts them and names the first. A file that is named itself must be
+    Of a folder, hidden files and what a run of this library wrote are never read. What cannot be read in it, and rows
+    without a text, are left out; one warning counts them and names the first. A file that is named itself must be
     readable.
 
     Args:
@@ -273,7 +273,7 @@ def _check_kind(document: Document, tokenizer: Tokenizer) -> None:
     if isinstance(tokenizer, ByteTokenizer):
         raise ValueError(
             f"{document.name}: holds token ids, and the tokenizer is of bytes: choose the tokenizer that made them, or "
-            "TokenIds(size)"
+            "TokenIds(size) (--tokenizer ids)"
         )
 
 

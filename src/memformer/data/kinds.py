@@ -7,6 +7,7 @@ told by its name or by its first bytes.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import functools
 import importlib
@@ -423,13 +424,10 @@ def _check_column(source: _Source, how: Reading, names: list[str]) -> None:
 
 def integer_type(name: str) -> np.dtype:
     """The type of a .bin file's tokens. Raises ValueError: it is no type of integers."""
-    try:
-        kind = np.dtype(name)
-    except TypeError as error:
-        raise ValueError(f"bin_dtype: expected a type of integers such as uint16 or uint32, got {name!r}") from error
-    if not np.issubdtype(kind, np.integer):
-        raise ValueError(f"bin_dtype: expected a type of integers such as uint16 or uint32, got {name!r}")
-    return kind
+    with contextlib.suppress(TypeError):
+        if np.issubdtype(kind := np.dtype(name), np.integer):
+            return kind
+    raise ValueError(f"bin_dtype: expected a type of integers such as uint16 or uint32, got {name!r}")
 
 
 def _npy(source: _Source, how: Reading) -> Iterator[Document]:
@@ -532,30 +530,20 @@ KINDS: dict[str, _Reader] = {
 _MARKUP = {".html", ".htm", ".xhtml"}
 
 
-def _refused() -> dict[str, tuple[str, str]]:
-    of = {
-        ("archives", "an archive: unpack it first"): ".zip .tar .tgz .tbz2 .txz .7z .rar .jar .whl .egg",
-        (
-            "office documents",
-            "not plain text: save its text",
-        ): ".pdf .doc .docx .odt .rtf .epub .mobi .xls .xlsx .ppt .pptx",
-        (
-            "markup",
-            "markup, not text: save its text; to learn the markup itself, give its folder with --include '*.html'",
-        ): " ".join(_MARKUP),
-        ("notebooks", "a notebook: save its text, as jupyter nbconvert --to script does"): ".ipynb",
-        ("weights", "holds arrays, not text; one array of token ids can be a .npy file"): (
-            ".safetensors .pt .pth .ckpt .onnx .gguf .h5 .hdf5 .npz .pkl .pickle .msgpack"
-        ),
-        ("indices", "the index of a token file, not data; see --data's .bin"): ".idx",
-        ("databases", "a database: write its texts into JSON Lines"): ".db .sqlite .sqlite3 .lmdb .mdb",
-        ("images and sounds", "not text"): (
-            ".png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .mp3 .wav .flac .ogg .mp4 .avi .mkv .mov .woff .woff2 .ttf"
-        ),
-        ("programs", "not text"): ".exe .dll .so .dylib .o .a .pyc .class",
-    }
-    return {suffix: said for said, suffixes in of.items() for suffix in suffixes.split()}
-
-
-_REFUSED = _refused()
+_NO_TEXT = [
+    ("archives", "an archive: unpack it first", ".zip .tar .tgz .tbz2 .txz .7z .rar .jar .whl .egg"),
+    ("office documents", "not plain text: save its text",
+     ".pdf .doc .docx .odt .rtf .epub .mobi .xls .xlsx .ppt .pptx"),
+    ("markup", "markup, not text: save its text; to learn the markup itself, give its folder with --include '*.html'",
+     " ".join(_MARKUP)),
+    ("notebooks", "a notebook: save its text, as jupyter nbconvert --to script does", ".ipynb"),
+    ("weights", "holds arrays, not text; one array of token ids can be a .npy file",
+     ".safetensors .pt .pth .ckpt .onnx .gguf .h5 .hdf5 .npz .pkl .pickle .msgpack"),
+    ("indices", "the index of a token file, not data; see --data's .bin", ".idx"),
+    ("databases", "a database: write its texts into JSON Lines", ".db .sqlite .sqlite3 .lmdb .mdb"),
+    ("images and sounds", "not text",
+     ".png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .mp3 .wav .flac .ogg .mp4 .avi .mkv .mov .woff .woff2 .ttf"),
+    ("programs", "not text", ".exe .dll .so .dylib .o .a .pyc .class"),
+]  # fmt: skip
+_REFUSED = {suffix: (kind, remedy) for kind, remedy, suffixes in _NO_TEXT for suffix in suffixes.split()}
 """``(kind, what to do)`` of what is never text, by the end of its name."""
