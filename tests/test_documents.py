@@ -1,5 +1,7 @@
 """Documents: what is read from files, piece by piece; what is held out; what is refused, and how."""
 
+import errno
+import io
 import json
 
 import numpy as np
@@ -13,6 +15,7 @@ from memformer.data import (
     Document,
     Lanes,
     TokenIds,
+    documents,
     encode_documents,
     fingerprint,
     kinds,
@@ -181,6 +184,18 @@ def test_rows_that_are_changed_while_they_are_read(tmp_path, changed, message):
     (tmp_path / "a.jsonl").write_text(changed)
     with pytest.raises(ValueError, match=message):
         bytes(one)
+
+
+def test_a_disk_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    class Broken(io.FileIO):
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "a.txt").write_text("one")
+    (document,) = read_documents([tmp_path])
+    monkeypatch.setattr(documents, "open", lambda path, *_, **__: Broken(path), raising=False)
+    with pytest.raises(OSError, match=r"Input/output error: '.*a\.txt'"):
+        bytes(document)
 
 
 def test_documents_check_themselves():

@@ -67,13 +67,17 @@ class FileTokens(LazyTokens):
     def _read(self, start: int, count: int) -> np.ndarray:
         items = np.empty(count, self.dtype)
         rest = items.view(np.uint8).data
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset + start * self.dtype.itemsize)
-            while len(rest):
-                count = file.readinto(rest)
-                if not count:
-                    raise ValueError(f"{self.path}: has become shorter since it was opened")
-                rest = rest[count:]
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.offset + start * self.dtype.itemsize)
+                while len(rest):
+                    count = file.readinto(rest)
+                    if not count:
+                        raise ValueError(f"{self.path}: has become shorter since it was opened")
+                    rest = rest[count:]
+        except OSError as error:  # of a broken disk, or a network folder that is gone, which does not say where
+            error.filename = error.filename or str(self.path)
+            raise
         return items
 
     def part(self, start: int, stop: int) -> FileTokens:
