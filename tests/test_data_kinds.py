@@ -246,6 +246,9 @@ def test_rows_under_another_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(LINES)
     with pytest.raises(ValueError, match=rf"{name}: JSON Lines, not text: give it a name that ends in \.jsonl"):
         read(tmp_path / name)
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.warns(UserWarning, match=rf"^files left out: 1 JSON Lines under another name \(.*{name}\)$"):
+        assert read(tmp_path) == [b"text"]
     assert read(tmp_path / name, text_field="body") == [LINES.encode()], "lines of something else are text"
 
 

@@ -164,7 +164,9 @@ def _text(source: _Source, how: Reading) -> Iterator[Document]:
             place = begin + start + block.index(b"\0")
             raise UnreadableError("not text", f"{source}: not text, byte {place} is 0")
         if not start and _is_row(block, how.text_field):
-            raise UnreadableError("not text", f"{source}: JSON Lines, not text: give it a name that ends in .jsonl")
+            raise UnreadableError(
+                "JSON Lines under another name", f"{source}: JSON Lines, not text: give it a name that ends in .jsonl"
+            )
     if len(content):
         yield Document(source.name, content)
 
