@@ -14,7 +14,7 @@ import torch
 
 from ..checks import plural
 from ..data import xz_bits_per_byte
-from ..data.corpora import limited
+from ..data.documents import limited
 from ..device import choose_precision
 from ..evaluation import HeldOut, evaluate
 from ..training.metrics import as_json

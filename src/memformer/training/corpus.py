@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from ..data import (
     tokenizer_fingerprint,
     write_tokens,
 )
+from ..data.documents import blocks
 from ..data.tokenfiles import is_token_folder, with_tokens
 from ..data.tokenizers import text_blocks
 from ..parallel import Ranks
@@ -177,12 +178,9 @@ def train_bpe(documents: Sequence[Document], size: int) -> BPETokenizer:
         ValueError: the size is below 256, or there are token ids among them.
     """
     _check_texts(documents)
-
-    def parts(document: Document) -> Iterator[bytes]:
-        return (document.content[i : i + _BLOCK].tobytes() for i in range(0, len(document), _BLOCK))
-
+    texts = ((block.tobytes() for block in blocks(document.content, _BLOCK)) for document in documents)
     try:
-        return BPETokenizer.train((block for d in documents for block in text_blocks(parts(d))), size)
+        return BPETokenizer.train((block for text in texts for block in text_blocks(text)), size)
     except ValueError as error:
         raise ValueError(f"vocabulary: {error}") from error
 
