@@ -37,6 +37,7 @@ from ..parallel import Ranks
 from ..settings import TrainingConfig
 from .callbacks import Report, nothing
 from .documents import documents_for_test, documents_of, evaluated
+from .resume import changes_since
 
 __all__ = ["Corpus", "corpus_of", "train_bpe"]
 
@@ -92,6 +93,8 @@ def corpus_of(
     known = [fingerprint(part) for part in (training, held_out, test)]
     read = evaluated(held_out, settings.evaluation.eval_limit)
     ranks.agree(dict(zip(("training text", "held-out text", "text for the test"), known, strict=True)))
+    if checkpoint is not None:
+        changes_since(checkpoint, settings, known[0], known[1])  # before other documents are encoded
     if tokenizer is None:
         _check_texts([*training, *held_out, *test])
         tokenizer = _trained(settings, training, ranks, report)

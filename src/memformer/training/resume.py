@@ -23,6 +23,7 @@ from .parts import Best, Change, Parts, only_finite
 __all__ = [
     "ON_RESUMING",
     "as_kept",
+    "changes_since",
     "check_documents_of",
     "find_checkpoint",
     "last_settings",
@@ -289,16 +290,18 @@ def record_evaluation(parts: Parts, settings: TrainingConfig) -> None:
         checkpoints.keep_only(settings.out, settings.output.keep, progress.best and progress.best["step"])
 
 
-def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str, model: Memformer) -> Saved:
-    """Check that a checkpoint is of this run, and take its weights into the model; returns the rest of its state.
+def changes_since(
+    checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str
+) -> tuple[list[Change], set[Kind]]:
+    """What is another setting, or are other documents, than in a checkpoint, and of which kinds that is.
 
     Args:
         documents, held_out: the fingerprints of the documents.
 
     Raises:
-        ValueError: a setting differs that must not, the documents or the model are not the same, or it is damaged.
+        ValueError: a setting differs that must not, or the documents are not the same.
     """
-    numbers, tensors = checkpoints.load_state(checkpoint)
+    numbers = checkpoints.load_numbers(checkpoint)
     changes, kinds = _changes(read_saved(numbers["settings"]), settings)
     for name, kind, now in (("documents", "stream", documents), ("held_out", "best", held_out)):
         before = numbers.get(name, now)  # older runs do not know what they held out
@@ -313,6 +316,20 @@ def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: s
             )
         changes.append(Change(f"{what} documents", "", "", follows))
         kinds.add(cast(Kind, kind))
+    return changes, kinds
+
+
+def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str, model: Memformer) -> Saved:
+    """Check that a checkpoint is of this run, and take its weights into the model; returns the rest of its state.
+
+    Args:
+        documents, held_out: the fingerprints of the documents.
+
+    Raises:
+        ValueError: a setting differs that must not, the documents or the model are not the same, or it is damaged.
+    """
+    numbers, tensors = checkpoints.load_state(checkpoint)
+    changes, kinds = changes_since(checkpoint, settings, documents, held_out)
     config, expected = Memformer.saved_config(checkpoint), model.config
     if dataclasses.replace(config, dropout=expected.dropout) != expected:
         raise ValueError(f"{checkpoint}: its model is {config}, expected {expected}")
