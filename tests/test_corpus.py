@@ -70,7 +70,7 @@ def test_other_documents_are_refused_before_they_are_encoded(folder, encodings):
     before, kept = len(encodings), sorted((folder / "run" / "tokens").iterdir())
     for file in (folder / "texts").iterdir():
         file.write_text(file.read_text(encoding="utf-8") + "And more.", encoding="utf-8")
-    with pytest.raises(ValueError, match="documents are not those of .* add --new-data"):
+    with pytest.raises(ValueError, match=r"documents are not those of .* add --new-data"):
         Run(settings_for(folder, steps=4, resume=True))
     assert len(encodings) == before
     assert sorted((folder / "run" / "tokens").iterdir()) == kept
