@@ -17,7 +17,7 @@ from .documents import Document, FileTokens, ParsedText, Tokens, limited
 from .folders import Tally, find_files, shown
 from .held_out import HELD_OUT_SHARE, held_out_split
 from .kinds import Reading, UnreadableError, integer_type, read_file, read_rows, read_text, row_text
-from .tokenizers import ByteTokenizer, Tokenizer, tokenizer_fingerprint
+from .tokenizers import ByteTokenizer, TokenIds, Tokenizer, tokenizer_fingerprint
 from .unpacked import TextStore
 
 __all__ = [
@@ -159,8 +159,20 @@ def read_documents(
         )
     if separator is not None and all(document.text for document in documents):
         raise ValueError(f"separator: {separator} cuts .npy and .bin arrays, and there are none")
+    arrays = [cast(FileTokens, document.content) for document in documents if not document.text]
+    if separator is not None and all(map(_is_whole, arrays)):
+        warnings.warn(
+            f"separator: {separator} is nowhere in the arrays, such as {shown(arrays[0].path.name)}, so each is one "
+            "document; is it the id that ends a text?",
+            stacklevel=2,
+        )
     _report(left_out, rows, strict)
     return documents
+
+
+def _is_whole(tokens: FileTokens) -> bool:
+    """Whether they are all there are in their file."""
+    return tokens.start == 0 and tokens.offset + tokens.stop * tokens.dtype.itemsize == tokens.path.stat().st_size
 
 
 def _of_one_kind(
@@ -273,8 +285,8 @@ def _encode(document: Document, tokenizer: Tokenizer) -> Tokens:
 def _check_kind(document: Document, tokenizer: Tokenizer) -> None:
     if isinstance(tokenizer, ByteTokenizer):
         raise ValueError(
-            f"{document.name}: holds token ids, and the tokenizer is of bytes: choose the tokenizer that made them, or "
-            "TokenIds(size)"
+            f"{document.name}: holds token ids, and the tokenizer is of bytes: choose the tokenizer.json that made them "
+            "(--tokenizer tokenizer.json), or ids without a text (--tokenizer ids --vocabulary N; in Python TokenIds(N))"
         )
 
 
@@ -309,11 +321,12 @@ def check_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> None
             for start in range(0, len(document), _BLOCK):
                 checked[start : start + _BLOCK]
     for together in files.values():
-        _check_file(together, tokenizer.ordinary)
+        _check_file(together, tokenizer)
 
 
-def _check_file(documents: list[Document], vocabulary: int) -> None:
+def _check_file(documents: list[Document], tokenizer: Tokenizer) -> None:
     """Those of one file, which is read through once: there may be more documents than blocks."""
+    vocabulary = tokenizer.ordinary
     contents = [cast(FileTokens, document.content) for document in documents]
     starts, stops = np.array([c.start for c in contents]), np.array([c.stop for c in contents])
     order = np.argsort(starts)
@@ -331,7 +344,7 @@ def _check_file(documents: list[Document], vocabulary: int) -> None:
         if len(inside):
             document = documents[order[nearest[inside[0]]]]
             position = int(places[inside[0]] - starts[nearest[inside[0]]])
-            hint = _likely_type(contents[0], vocabulary)
+            hint = _likely_type(contents[0], vocabulary) or _likely_vocabulary(whole, tokenizer)
             raise ValueError(
                 _out_of_range(document, int(whole[places[inside[0]] - first :][:1][0]), position, vocabulary) + hint
             )
@@ -349,7 +362,14 @@ def _likely_type(tokens: FileTokens, vocabulary: int) -> str:
         told = vocabulary <= np.iinfo(kind).max and not size % kind.itemsize and len(sample)
         if kind != tokens.dtype and told and (sample.view(kind) < vocabulary).all() and (sample.view(kind) >= 0).all():
             return f"; as {name} its ids are in range: is its --bin-dtype {name}?"
-    return "; is --vocabulary larger?"
+    return ""
+
+
+def _likely_vocabulary(tokens: FileTokens, tokenizer: Tokenizer) -> str:
+    if not isinstance(tokenizer, TokenIds):
+        return "; did another tokenizer make them?"
+    largest = max(int(tokens[start : start + _BLOCK].max()) for start in range(0, len(tokens), _BLOCK))
+    return f"; is --vocabulary larger? The largest id in this file is {largest}"
 
 
 def _out_of_range(document: Document, token: int, position: int, vocabulary: int) -> str:

@@ -245,9 +245,9 @@ class BPETokenizer(_SpecialTokens):
         """
         path = a_path("path", path)
         if path.is_dir():
-            raise ValueError(
-                f"{path}: expected a tokenizer.json, got a folder; load_tokenizer reads a saved tokenizer's"
-            )
+            inside = path / VOCABULARY_FILE
+            hint = f"give {inside}" if inside.is_file() else "load_tokenizer reads a saved tokenizer's"
+            raise ValueError(f"{path}: expected a tokenizer.json, got a folder; {hint}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; expected a tokenizer.json")
         library = _library()
@@ -311,6 +311,11 @@ class BPETokenizer(_SpecialTokens):
         # Such a vocabulary writes every byte as one character.
         return np.array([len(self._tokenizer.id_to_token(token) or "") for token in range(self.ordinary)])
 
+    @property
+    def separators(self) -> list[int]:
+        """The ids of the vocabulary's own special tokens, which stand between texts."""
+        return [token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special]
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """See :func:`tokenizer_fingerprint`."""
@@ -355,7 +360,7 @@ class _PieceDecoder:
 
 
 class TokenIds(_SpecialTokens):
-    """For a corpus that is token ids already, 0 to ``size - 1``, without a text; they are shown as numbers."""
+    """For a corpus that is token ids already, 0 to ``size - 1``, without a text; they are written as numbers."""
 
     kind = "ids"
 
@@ -365,8 +370,15 @@ class TokenIds(_SpecialTokens):
         super().__init__(int(size))
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Raises ValueError: there is no text form."""
-        raise ValueError("this vocabulary is token ids without a text form: text needs bytes, or a BPE")
+        """The numbers that a text consists of, as :meth:`decode` writes them: a prompt. Raises ValueError: it is other text."""
+        _check_text(text)
+        words = (text if isinstance(text, str) else text.decode("utf-8", errors="replace")).split()
+        if not all(word.isascii() and word.isdigit() and int(word) < self.ordinary for word in words):
+            raise ValueError(
+                "this vocabulary is token ids without a text form: text needs bytes, or a BPE; ids are written as "
+                f"numbers from 0 to {self.ordinary - 1} with spaces between them"
+            )
+        return np.array([int(word) for word in words], self.dtype)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The ordinary ids, separated by spaces."""
