@@ -155,5 +155,5 @@ def test_the_check_looks_at_texts_too() -> None:
     for documents in ([Document("none", b"")], [fine, Document("none", b"")]):
         with pytest.raises(ValueError, match="none: an empty document"):
             check_documents(documents, ByteTokenizer())
-    with pytest.raises(ValueError, match="ids: holds token ids, and the tokenizer is of bytes.*--tokenizer ids"):
+    with pytest.raises(ValueError, match=r"ids: holds token ids, and the tokenizer is of bytes.*--tokenizer ids"):
         check_documents([Document("ids", IDS, text=False)], ByteTokenizer())

@@ -285,8 +285,8 @@ def _encode(document: Document, tokenizer: Tokenizer) -> Tokens:
 def _check_kind(document: Document, tokenizer: Tokenizer) -> None:
     if isinstance(tokenizer, ByteTokenizer):
         raise ValueError(
-            f"{document.name}: holds token ids, and the tokenizer is of bytes: choose the tokenizer.json that made them "
-            "(--tokenizer tokenizer.json), or ids without a text (--tokenizer ids --vocabulary N; in Python TokenIds(N))"
+            f"{document.name}: holds token ids, and the tokenizer is of bytes: choose the tokenizer.json that made "
+            "them, or ids without a text (--tokenizer ids --vocabulary N; in Python TokenIds(N))"
         )
 
 

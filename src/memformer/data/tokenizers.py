@@ -139,7 +139,15 @@ class _SpecialTokens:
         return hashlib.sha256(f"{self.kind}\0{self.ordinary}".encode()).hexdigest()
 
     def _ordinary(self, tokens: Iterable[int]) -> list[int]:
-        return [token for token in map(int, tokens) if token < self.ordinary]
+        try:
+            ids = list(map(int, tokens))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"tokens: expected the ids of one text ({error}); of several lanes decode each, as "
+                "[tokenizer.decode(lane) for lane in tokens]"
+            ) from error
+        # A lane that has ended streams -1.
+        return [token for token in ids if 0 <= token < self.ordinary]
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer_config.json``: the kind, the size and the special ids."""
@@ -370,7 +378,11 @@ class TokenIds(_SpecialTokens):
         super().__init__(int(size))
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """The numbers that a text consists of, as :meth:`decode` writes them: a prompt. Raises ValueError: it is other text."""
+        """The ids of a text that is nothing but their numbers, as :meth:`decode` writes them.
+
+        Raises:
+            ValueError: it is another text.
+        """
         _check_text(text)
         words = (text if isinstance(text, str) else text.decode("utf-8", errors="replace")).split()
         if not all(word.isascii() and word.isdigit() and int(word) < self.ordinary for word in words):
