@@ -220,6 +220,11 @@ def test_other_kinds_of_data(folder, capsys, kind):
     assert main(["evaluate", "--checkpoint", "run", "--memory", "on"]) == 0
     held_out = "tokens of 1 document," if kind == "lines" else "tokens of 2 documents"
     assert held_out in capsys.readouterr().out
+    if kind == "ids":  # a prompt is written as ids are shown
+        assert main(["generate", "--checkpoint", "run", "--prompt", "1 2", "--max-new-tokens", "3"]) == 0
+        printed = capsys.readouterr().out.splitlines()[-1].split()
+        assert printed[:2] == ["1", "2"]
+        assert set(printed) <= set("01234")
 
 
 def test_a_flag_is_repeated_on_resuming(folder, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,33 @@ def test_the_likely_type_is_named(tmp_path: Path, written: str, read: str) -> No
     with pytest.raises(ValueError, match=rf"as {written} its ids are in range: is its --bin-dtype {written}\?"):
         check_documents(documents, TokenIds(1000))
     (IDS + 1000).astype(read).tofile(tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=r"position 0 is not in the vocabulary of 1000 .*; is --vocabulary larger\?"):
+    largest = int(IDS.max()) + 1000
+    larger = (
+        rf"position 0 is not in the vocabulary of 1000 .*; is --vocabulary larger\? The largest id .* is {largest}$"
+    )
+    with pytest.raises(ValueError, match=larger):
         check_documents(read_documents(tmp_path, bin_dtype=read), TokenIds(1000))
+
+
+def test_a_separator_that_is_nowhere_is_told(tmp_path: Path) -> None:
+    """One that is wrong would silently make one document of all texts."""
+    IDS.astype(np.uint16).tofile(tmp_path / "a.bin")
+    with pytest.warns(UserWarning, match=r"separator: 60000 is nowhere in the arrays, such as a\.bin, so each is one"):
+        assert len(read_documents(tmp_path, separator=60000)) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_documents(tmp_path, separator=int(IDS[-1]))
+
+
+def test_ids_beyond_the_vocabulary_of_a_file_are_not_said_to_want_another_size(tmp_path: Path) -> None:
+    """--vocabulary does nothing beside a tokenizer.json."""
+    pytest.importorskip("tokenizers")
+    np.save(tmp_path / "a.npy", np.array([1, 2, 50256]))
+    bpe = BPETokenizer.train(["a text"], 256)
+    with pytest.raises(ValueError, match=r"token 50256 at position 2 .*; did another tokenizer make them\?"):
+        check_documents(read_documents(tmp_path), bpe)
+    with pytest.raises(ValueError, match=r"is --vocabulary larger\? The largest id in this file is 50256"):
+        check_documents(read_documents(tmp_path), TokenIds(256))
 
 
 def test_the_check_looks_at_texts_too() -> None:
@@ -129,5 +155,5 @@ def test_the_check_looks_at_texts_too() -> None:
     for documents in ([Document("none", b"")], [fine, Document("none", b"")]):
         with pytest.raises(ValueError, match="none: an empty document"):
             check_documents(documents, ByteTokenizer())
-    with pytest.raises(ValueError, match="ids: holds token ids, and the tokenizer is of bytes"):
+    with pytest.raises(ValueError, match=r"ids: holds token ids, and the tokenizer is of bytes.*--tokenizer ids"):
         check_documents([Document("ids", IDS, text=False)], ByteTokenizer())

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from memformer import Memformer
-from memformer.data import ByteTokenizer, Document, TokenIds, xz_bits_per_byte
+from memformer.data import BPETokenizer, ByteTokenizer, Document, TokenIds, xz_bits_per_byte
 from memformer.evaluation import evaluate
 
 WORDS = b"the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
@@ -72,6 +72,23 @@ def test_bits_per_byte_needs_text(model):
     with pytest.raises(ValueError, match="model: expected enc_num_tokens of 104"):
         evaluate(model, [ids], TokenIds(100))
     assert evaluate(model, [ids], TokenIds(256)).bits_per_byte is None
+
+
+def test_ids_of_a_byte_level_vocabulary_have_bits_per_byte(model):
+    """Those of a train.bin beside its tokenizer.json. Its <|endoftext|> is no text, but costs bits."""
+    library = pytest.importorskip("tokenizers")
+    letters = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*letters[:253], "th"])}
+    made = library.Tokenizer(library.models.BPE(vocabulary, [("t", "h")]))
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<|endoftext|>"])
+    made.add_tokens(["naïve"])
+    bpe = BPETokenizer(made)
+    assert bpe.vocabulary == TOKENIZER.vocabulary
+    ids = np.append(bpe.encode("the path"), [bpe.ordinary - 2, bpe.ordinary - 2])
+    result = evaluate(model, [Document("ids", ids, text=False)], bpe)
+    assert result.tokens == 8
+    assert result.bits_per_byte == pytest.approx(result.bits_per_token * 8 / len(b"the path"), rel=1e-6)
 
 
 def test_the_models_mode_is_kept_and_dropout_is_off(model):

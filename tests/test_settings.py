@@ -17,6 +17,7 @@ from memformer.settings import (
     OutputSettings,
     RolloutSettings,
     TrainingConfig,
+    absolute,
     build,
     read_yaml,
     to_plain,
@@ -24,6 +25,13 @@ from memformer.settings import (
 )
 
 UNTIED = ModelSettings(tie_embeddings=False)
+
+
+def test_the_path_of_a_tokenizer_is_found_from_any_folder_as_data_is(tmp_path, monkeypatch):
+    """Else a run is refused its own tokenizer, under another spelling of the path."""
+    monkeypatch.chdir(tmp_path)
+    for given, kept in [("t/tokenizer.json", str(tmp_path / "t/tokenizer.json")), ("bpe", "bpe"), ("ids", "ids")]:
+        assert absolute(TrainingConfig(documents=DocumentSettings(tokenizer=given))).documents.tokenizer == kept
 
 
 def test_what_is_written_is_what_is_read(tmp_path):

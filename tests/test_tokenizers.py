@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -165,15 +166,33 @@ def test_a_word_that_is_the_unknown_token_is_not_refused(bpe, tmp_path):
     assert len(BPETokenizer.from_file(tmp_path / "named.json").encode("e"))
 
 
-def test_token_ids_are_shown_as_numbers_and_take_no_text():
+def test_token_ids_are_written_as_numbers_and_take_no_other_text():
     ids = TokenIds(10)
+    assert ids.encode("3 9\n0").tolist() == ids.encode(b"3 9\n0").tolist() == [3, 9, 0]
+    assert len(ids.encode("")) == 0
     assert ids.decode([3, ids.start, 9]) == "3 9"
     decoder = ids.decoder()
     assert "".join(decoder.decode([i]) for i in (3, ids.mask, 9)) + decoder.flush() == "3 9"
-    with pytest.raises(ValueError, match="token ids without a text form"):
-        ids.encode("text")
+    for wrong in ("text", "3, 9", "10", "-1", "²"):
+        with pytest.raises(ValueError, match=r"token ids without a text form.* numbers from 0 to 9 with spaces"):
+            ids.encode(wrong)
     with pytest.raises(ValueError, match="size: expected at least 1"):
         TokenIds(0)
+
+
+def test_the_folder_of_a_tokenizer_is_refused_by_the_name_of_its_file(tmp_path):
+    BPETokenizer.train(["a text"], 256).save(tmp_path)
+    with pytest.raises(ValueError, match=r"got a folder; give .*/tokenizer\.json"):
+        BPETokenizer.from_file(tmp_path)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), TokenIds(99)])
+def test_lanes_are_decoded_one_by_one(tokenizer):
+    """As generate returns them, and with the -1 that stream gives in place of a lane that has ended."""
+    assert tokenizer.decode(torch.tensor([65, -1])) == tokenizer.decode([65])
+    for lanes in ([torch.tensor([65, 66])], torch.tensor([[65, 66]]), np.array([[65, 66]]), [[65, 66]], 65):
+        with pytest.raises(ValueError, match=r"tokens: expected the ids of one text .* of several lanes decode each"):
+            tokenizer.decode(lanes)
 
 
 def test_a_bpe_below_256_tokens_is_refused():

@@ -496,6 +496,8 @@ def test_documents_of_a_token_or_two(settings, tmp_path, length):
 def test_mistakes_are_found_before_the_data_is_read(settings):
     with pytest.raises(ValueError, match="device: 'abacus' cannot be used here"):
         Run(settings(device="abacus", data=("nowhere",)))
+    with pytest.raises(ValueError, match=r"device: 'xla' cannot be used here \([^.]*('aten::[a-z_.]*')?[^.]*\)$"):
+        Run(settings(device="xla", data=("nowhere",)))
     with pytest.raises(ValueError, match=r"^heads: must divide dim"):
         settings(dim=15, data=("nowhere",))
 

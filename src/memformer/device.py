@@ -25,8 +25,13 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which the device "meta" cannot
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"device: {name!r} cannot be used here ({_first_sentence(error)})") from error
     return device
+
+
+def _first_sentence(error: BaseException) -> str:
+    """What a backend that is not there says is a page long, and the rest of it is not for users."""
+    return str(error).splitlines()[0].split(". ")[0].rstrip(".")
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import is_count
-from .data import Document, Lanes, Tokenizer, encode_documents
+from .data import BPETokenizer, Document, Lanes, Tokenizer, encode_documents
 from .data.segments import Segment
 from .device import summing_device
 from .model import Memformer, token_losses
@@ -23,6 +23,8 @@ __all__ = ["ByDepth", "Depth", "DepthSum", "HeldOut", "evaluate"]
 
 LOGITS_AT_ONCE = 2**22
 """The decoder gets as many segments at once as give this many logits, 16 MiB in float32."""
+_BLOCK = 1 << 20
+"""Ids whose bytes are counted at once."""
 
 
 class Depth(NamedTuple):
@@ -74,7 +76,11 @@ class ByDepth:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Means over all tokens of some documents; ``bits_per_byte`` is None where they are not text."""
+    """Means over all tokens of some documents.
+
+    ``bits_per_byte`` is None where they are ids of which the text is not known. Of ids that a byte-level tokenizer made
+    it is; its special tokens, such as ``<|endoftext|>``, are not text and count no bytes.
+    """
 
     step: int
     loss_nats: float
@@ -149,7 +155,7 @@ def evaluate(
         model.train(was_training)
     by_depth.sums = ranks.sum(by_depth.sums).cpu()
     nats, tokens = by_depth.sums.sum(1).tolist()
-    sizes = [document.num_bytes for document in documents]
+    sizes = [_num_bytes(document, tokenizer) for document in documents]
     num_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
     bits = nats / math.log(2)
     return HeldOut(
@@ -165,6 +171,16 @@ def evaluate(
             Depth(first, last, int(count), nats / count / math.log(2)) for first, last, count, nats in by_depth.rows()
         ),
     )
+
+
+def _num_bytes(document: Document, tokenizer: Tokenizer) -> int | None:
+    """Bytes of the text, also of ids that a byte-level tokenizer made; None where they are not known."""
+    if document.num_bytes is not None or not isinstance(tokenizer, BPETokenizer) or not tokenizer.byte_level:
+        return document.num_bytes
+    sizes = tokenizer.token_bytes
+    sizes[tokenizer.separators] = 0
+    blocks = (document.content[i : i + _BLOCK] for i in range(0, len(document), _BLOCK))
+    return sum(int(sizes[block].sum()) for block in blocks)
 
 
 def _stream(

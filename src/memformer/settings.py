@@ -543,6 +543,8 @@ def absolute(settings: T) -> T:
             changes[f.name] = value.absolute()
         elif isinstance(value, tuple):
             changes[f.name] = tuple(part.absolute() if isinstance(part, Path) else part for part in value)
+        elif f.name == "tokenizer" and value not in ("bytes", "bpe", "ids"):
+            changes[f.name] = str(Path(value).absolute())
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 

@@ -21,7 +21,7 @@ from ..training.metrics import as_json
 from . import models
 from .documents import DocumentOptions
 
-__all__ = ["EvaluateCommand", "describe", "run"]
+__all__ = ["EvaluateCommand", "describe", "perplexity", "run"]
 
 XZ_BYTES = 16_000_000
 """xz compresses at most this much text: it takes a minute."""
@@ -83,10 +83,15 @@ def _print(result: HeldOut, memory: str) -> None:
     per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits per byte, "
     print(
         f"memory {memory:<3}  {per_byte}{result.loss_nats:.4f} nats per token, perplexity "
-        f"{result.perplexity:.3f}, on {plural(result.tokens, 'token')} of {plural(result.documents, 'document')}, "
+        f"{perplexity(result)}, on {plural(result.tokens, 'token')} of {plural(result.documents, 'document')}, "
         f"{result.tokens / result.seconds:,.0f} tokens/s"
     )
     print(describe(result), flush=True)
+
+
+def perplexity(result: HeldOut) -> str:
+    """That of a model that diverged has hundreds of digits."""
+    return f"{result.perplexity:.3f}" if result.perplexity < 1e6 else f"{result.perplexity:.2e}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from ..data import Tokenizer
+from ..data import TokenIds, Tokenizer
 from ..generation import Filters, Sampling
 from ..model import Memformer
 from ..state import MemoryState
@@ -204,7 +204,7 @@ def _continue(
     try:
         with _Interrupts() as interrupts:
             if command.prompt is not None and not command.interactive:
-                sys.stdout.write(text)
+                sys.stdout.write(f"{text} " if isinstance(tokenizer, TokenIds) and text else text)
             _print(interrupts.whole(stream), tokenizer, command.stop)
     except (KeyboardInterrupt, OSError):  # whoever read it has left, or the disk is full
         saving.save(stream.state, model)

@@ -24,7 +24,7 @@ from ..settings import RECIPES, TrainingConfig, build, read_yaml, to_plain
 from ..training import Run, checkpoints, last_settings, shards, sized_as
 from ..training.metrics import held_out_at
 from . import models
-from .evaluate import describe
+from .evaluate import describe, perplexity
 from .generate import GenerateCommand, write
 from .output import let_go
 from .progress import duration, shown
@@ -237,7 +237,7 @@ def _report(training_run: Run, result: HeldOut) -> list[str]:
     best = "" if result.step == training_run.step else ", the best evaluation"
     lines += ["", f"held out    {read}, read by the model of step {result.step:,}{best}"]
     if result.bits_per_byte is None:
-        numbers = f"{result.perplexity:.3f} perplexity, {result.bits_per_token:.3f} bits per token"
+        numbers = f"{perplexity(result)} perplexity, {result.bits_per_token:.3f} bits per token"
         lines.append(f"  this model          {numbers}")
     elif not all(document.text for document in training_run.held_out):  # encoded ahead
         numbers = f"{result.bits_per_byte:.3f} bits per byte, {result.bits_per_token:.3f} per token"
@@ -295,7 +295,7 @@ def _tested(training_run: Run) -> list[str]:
     result = evaluate(model, training_run.parts.test, tokenizer)
     per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits per byte, "
     read = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
-    numbers = f"{per_byte}{result.perplexity:.3f} perplexity, by {models.described(out, folder)}"
+    numbers = f"{per_byte}{perplexity(result)} perplexity, by {models.described(out, folder)}"
     return ["", f"test        {read}: {numbers}"]
 
 

@@ -16,7 +16,7 @@ from ..checks import as_paths
 from .documents import Document, FileTokens, ParsedText, Tokens, blocks
 from .folders import Found, Tally, find_files, shown
 from .kinds import Reading, UnreadableError, integer_type, read_file, read_rows, read_text, row_text
-from .tokenizers import ByteTokenizer, Tokenizer, tokenizer_fingerprint
+from .tokenizers import ByteTokenizer, TokenIds, Tokenizer, tokenizer_fingerprint
 from .unpacked import TextStore
 
 __all__ = [
@@ -133,6 +133,13 @@ def read_documents(
         )
     if separator is not None and all(document.text for document in documents):
         raise ValueError(f"separator: {separator} cuts .npy and .bin arrays, and there are none")
+    arrays = [cast(FileTokens, document.content) for document in documents if not document.text]
+    if separator is not None and all(map(_is_whole, arrays)):
+        warnings.warn(
+            f"separator: {separator} is nowhere in the arrays, such as {shown(arrays[0].path.name)}, so each is one "
+            "document; is it the id that ends a text?",
+            stacklevel=2,
+        )
     _report(left_out, rows, strict)
     return documents
 
@@ -159,6 +166,11 @@ def _read_files(found: Sequence[Found], how: Reading, include: bool, left_out: T
     if without_rows and not any(documents[-1].name != file.name and documents[-1].text for file, documents in read):
         raise without_rows[0]
     return read
+
+
+def _is_whole(tokens: FileTokens) -> bool:
+    """Whether they are all there are in their file."""
+    return tokens.start == 0 and tokens.offset + tokens.stop * tokens.dtype.itemsize == tokens.path.stat().st_size
 
 
 def _of_one_kind(read: _Read, text: bool, left_out: Tally) -> _Read:
@@ -272,8 +284,8 @@ def _encode(document: Document, tokenizer: Tokenizer) -> Tokens:
 def _check_kind(document: Document, tokenizer: Tokenizer) -> None:
     if isinstance(tokenizer, ByteTokenizer):
         raise ValueError(
-            f"{document.name}: holds token ids, and the tokenizer is of bytes: choose the tokenizer that made them, or "
-            "TokenIds(size) (--tokenizer ids)"
+            f"{document.name}: holds token ids, and the tokenizer is of bytes: choose the tokenizer.json that made "
+            "them, or ids without a text (--tokenizer ids --vocabulary N; in Python TokenIds(N))"
         )
 
 
@@ -307,11 +319,12 @@ def check_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> None
             for _ in blocks(_Checked(document, tokenizer.ordinary), _BLOCK):
                 pass
     for together in files.values():
-        _check_file(together, tokenizer.ordinary)
+        _check_file(together, tokenizer)
 
 
-def _check_file(documents: list[Document], vocabulary: int) -> None:
+def _check_file(documents: list[Document], tokenizer: Tokenizer) -> None:
     """Those of one file, which is read through once: there may be more documents than blocks."""
+    vocabulary = tokenizer.ordinary
     documents = sorted(documents, key=lambda document: cast(FileTokens, document.content).start)
     contents = [cast(FileTokens, document.content) for document in documents]
     starts, stops = np.array([c.start for c in contents]), np.array([c.stop for c in contents])
@@ -330,7 +343,7 @@ def _check_file(documents: list[Document], vocabulary: int) -> None:
             said = _out_of_range(
                 documents[nearest[at]], int(block[wrong[at]]), int(places[at] - starts[nearest[at]]), vocabulary
             )
-            raise ValueError(said + _likely_type(contents[0], vocabulary))
+            raise ValueError(said + (_likely_type(contents[0], vocabulary) or _likely_vocabulary(whole, tokenizer)))
 
 
 def _likely_type(tokens: FileTokens, vocabulary: int) -> str:
@@ -345,7 +358,14 @@ def _likely_type(tokens: FileTokens, vocabulary: int) -> str:
         told = vocabulary <= np.iinfo(kind).max and not size % kind.itemsize and len(sample)
         if kind != tokens.dtype and told and (sample.view(kind) < vocabulary).all() and (sample.view(kind) >= 0).all():
             return f"; as {name} its ids are in range: is its --bin-dtype {name}?"
-    return "; is --vocabulary larger?"
+    return ""
+
+
+def _likely_vocabulary(tokens: FileTokens, tokenizer: Tokenizer) -> str:
+    if not isinstance(tokenizer, TokenIds):
+        return "; did another tokenizer make them?"
+    largest = max(int(block.max()) for block in blocks(tokens, _BLOCK))
+    return f"; is --vocabulary larger? The largest id in this file is {largest}"
 
 
 def _out_of_range(document: Document, token: int, position: int, vocabulary: int) -> str:

@@ -457,7 +457,8 @@ def _bin(source: _Source, how: Reading) -> Iterator[Document]:
     if index.is_file() and index.read_bytes()[:6] in (b"MMIDID", b"TNTIDX"):
         raise ValueError(
             f"{source}: beside it lies {shown(index.name)}, the index of Megatron's format, which says what its tokens "
-            "are and where documents end; write them into a .npy or .bin file without an index, with a separator"
+            "are and where documents end; write them into a .npy or .bin file without an index, with a separator. "
+            "Where each document ends with an id of its own, a link to the .bin in another folder is such a file"
         )
     size = source.content.stat().st_size
     header = np.fromfile(source.content, "<i4", 3) if size >= _LLM_C_HEADER else np.zeros(3, np.int32)

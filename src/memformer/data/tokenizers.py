@@ -139,7 +139,15 @@ class _SpecialTokens:
         return hashlib.sha256(f"{self.kind}\0{self.ordinary}".encode()).hexdigest()
 
     def _ordinary(self, tokens: Iterable[int]) -> list[int]:
-        return [token for token in map(int, tokens) if token < self.ordinary]
+        try:
+            ids = list(map(int, tokens))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"tokens: expected the ids of one text ({error}); of several lanes decode each, as "
+                "[tokenizer.decode(lane) for lane in tokens]"
+            ) from error
+        # A lane that has ended streams -1.
+        return [token for token in ids if 0 <= token < self.ordinary]
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer_config.json``: the kind, the size and the special ids."""
@@ -245,9 +253,9 @@ class BPETokenizer(_SpecialTokens):
         """
         path = a_path("path", path)
         if path.is_dir():
-            raise ValueError(
-                f"{path}: expected a tokenizer.json, got a folder; load_tokenizer reads a saved tokenizer's"
-            )
+            inside = path / VOCABULARY_FILE
+            hint = f"give {inside}" if inside.is_file() else "load_tokenizer reads a saved tokenizer's"
+            raise ValueError(f"{path}: expected a tokenizer.json, got a folder; {hint}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; expected a tokenizer.json")
         library = _library()
@@ -311,6 +319,11 @@ class BPETokenizer(_SpecialTokens):
         # Such a vocabulary writes every byte as one character.
         return np.array([len(self._tokenizer.id_to_token(token) or "") for token in range(self.ordinary)])
 
+    @property
+    def separators(self) -> list[int]:
+        """The ids of the vocabulary's own special tokens, which stand between texts."""
+        return [token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special]
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """See :func:`tokenizer_fingerprint`."""
@@ -355,7 +368,7 @@ class _PieceDecoder:
 
 
 class TokenIds(_SpecialTokens):
-    """For a corpus that is token ids already, 0 to ``size - 1``, without a text; they are shown as numbers."""
+    """For a corpus that is token ids already, 0 to ``size - 1``, without a text; they are written as numbers."""
 
     kind = "ids"
 
@@ -365,8 +378,19 @@ class TokenIds(_SpecialTokens):
         super().__init__(int(size))
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Raises ValueError: there is no text form."""
-        raise ValueError("this vocabulary is token ids without a text form: text needs bytes, or a BPE")
+        """The ids of a text that is nothing but their numbers, as :meth:`decode` writes them.
+
+        Raises:
+            ValueError: it is another text.
+        """
+        _check_text(text)
+        words = (text if isinstance(text, str) else text.decode("utf-8", errors="replace")).split()
+        if not all(word.isascii() and word.isdigit() and int(word) < self.ordinary for word in words):
+            raise ValueError(
+                "this vocabulary is token ids without a text form: text needs bytes, or a BPE; ids are written as "
+                f"numbers from 0 to {self.ordinary - 1} with spaces between them"
+            )
+        return np.array([int(word) for word in words], self.dtype)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The ordinary ids, separated by spaces."""
