@@ -32,7 +32,7 @@ class Tally:
         return sum(count for count, _ in self._found.values())
 
     def add(self, kind: str, where: str) -> None:
-        """One more."""
+        """One more; ``(s)`` in its kind is for several."""
         count, first = self._found.get(kind, (0, where))
         self._found[kind] = count + 1, first
 
@@ -44,7 +44,8 @@ class Tally:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{count:,} {kind} ({'such as ' * (count > 1)}{first})" for kind, (count, first) in self._found.items()
+            f"{count:,} {kind.replace('(s)', 's' * (count > 1))} ({'such as ' * (count > 1)}{first})"
+            for kind, (count, first) in self._found.items()
         )
 
 
@@ -103,10 +104,10 @@ def find_files(
                     raise ValueError(
                         f"{shown(file)}: given twice, so one copy might be held out and the other trained on"
                     )
-                left_out.add("links to files that are read already", shown(file))
+                left_out.add("link(s) to files that are read already", shown(file))
                 continue
             if not named and file.suffix.lower() in COMPRESSED and file.with_suffix("").is_file():
-                left_out.add("compressed copies of files beside them", shown(file))
+                left_out.add("compressed twin(s) of files beside them", shown(file))
                 continue
             seen.add(file.resolve())
             found.append(Found(file, shown(name), named))
@@ -128,13 +129,13 @@ def _walk(root: Path, own: set[Path], left_out: Tally) -> Iterator[Path]:
     """The files below a folder that are not hidden."""
 
     def cannot(error: OSError) -> None:
-        left_out.add("folders that cannot be read", shown(error.filename))
+        left_out.add("folder(s) that cannot be read", shown(error.filename))
 
     for folder, folders, files in os.walk(root, onerror=cannot):
         here = Path(folder)
         runs = here.resolve() in own or "run.yaml" in files
         if runs or {"training.json", "training.safetensors"} <= set(files):
-            left_out.add("folders of a run, whose own files are no data", shown(here))
+            left_out.add("folder(s) of a run, whose own files are no data", shown(here))
             if here != root or not runs:
                 folders.clear()
                 continue
