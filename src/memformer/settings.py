@@ -376,8 +376,7 @@ class TrainingConfig(Typed):
     """The settings of a training run: memory replay over long documents, its memory carried from rollout to rollout."""
 
     data: tuple[Path, ...] = ()
-    """Files, folders: text, rows (.jsonl, .csv, .parquet, ...), ids (.npy, .bin), each also .gz, .bz2, .xz or .zst; or
-    what memformer encode wrote; by default the Python standard library's sources."""
+    """Files, folders: text, rows (.jsonl, ...), ids (.npy, .bin), or encoded; by default Python's own sources."""
     out: Path = Path("runs/default")
     """Folder for checkpoints and metrics.jsonl."""
     steps: int = 1200
