@@ -50,6 +50,7 @@ SMALL = [
 def folder(tmp_path, monkeypatch):
     """A folder to work in, with a text in it."""
     (tmp_path / "text.txt").write_text("To read a long text, remember it. " * 40)
+    (tmp_path / "one.txt").write_text("a")
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
     (tmp_path / "wrong.yaml").write_text("dimm: 3")
     (tmp_path / "schedule.yaml").write_text("rollout: {schedule: sometimes}")
@@ -57,6 +58,12 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_what_is_held_out_is_not_what_a_limit_leaves_of_it(folder, capsys):
+    assert main(["train", "--data", "text.txt", "--out", "run", *SMALL, "--eval-limit", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert ", 1 document (28 bytes) held out (the end of text.txt), of which the first 20 are evaluated\n" in printed
 
 
 def test_train_evaluate_generate(folder, capsys):
@@ -90,6 +97,7 @@ def test_evaluate_reads_a_limit_and_speaks_json(folder, capsys, monkeypatch):
     found = json.loads(printed)
     assert errors == "model       run/step-000004\n"
     assert list(found) == ["checkpoint", "precision", "memory_on", "memory_off", "xz"]
+    assert found["checkpoint"] == "run/step-000004"  # which of the run's models the numbers are of
     assert (found["precision"], found["memory_on"]["tokens"], found["xz"]["bytes"]) == ("float32", 100, 100)
     depths = found["memory_off"]["by_depth"]
     assert depths[0] == {"first": 1, "last": 1, "tokens": 8, "bits_per_token": depths[0]["bits_per_token"]}
@@ -267,7 +275,11 @@ def test_files_that_are_left_out_are_mentioned(folder, capsys):
         (["train", "--data", "text.txt", "--dim", "400000000"], "memory"),
         (["train", "--config", "nowhere.yaml"], "error: nowhere.yaml: No such file or directory"),
         (["train", "--config", "wrong.yaml"], "wrong.yaml: dimm: unknown setting. Perhaps you meant model.dim"),
-        (["train", "--data", "latin.txt"], "latin.txt: not UTF-8"),
+        (["train", "--data", "latin.txt"], "at byte 1); if it is Latin-1, convert it, as iconv -f LATIN1"),
+        (
+            ["train", "--data", "one.txt"],
+            "one.txt: 1 byte in all, too few to hold out one in 48; add some, or say",
+        ),
         (["train", "--data", "empty"], "no text found in empty"),
         (["train", "--data", "text.txt", "--tokenizer", "nowhere.json"], "nowhere.json"),
         (["train", "--data", "text.txt", "--tokenizer", "ids"], "text.txt"),

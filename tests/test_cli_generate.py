@@ -145,6 +145,18 @@ def test_nothing_is_printed_after_a_stop_inside_a_token(capsys: pytest.CaptureFi
     assert len(list(tokens)) == len(ids) - texts.index(" and") - 1
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_obeys_nothing_that_a_model_writes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    """A young model of bytes writes any of them; a pipe gets just these."""
+    tokenizer, text = ByteTokenizer(), "a\x1b[2J\x0eb\tc\r\nd\x7f"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    _print(iter(torch.from_numpy(tokenizer.encode(text).astype("int64"))[:, None]), tokenizer, [])
+    shown = "a\ufffd[2J\ufffdb\tc\nd\ufffd" if terminal else text
+    assert capsys.readouterr().out == shown + "\n"
+
+
 def test_any_tokenizer_of_a_checkpoint(generate: Callable[..., str], tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     tokenizer = BPETokenizer.train(["the cat and the dog and the cow "] * 9, 280)
@@ -181,12 +193,20 @@ def test_any_tokenizer_of_a_checkpoint(generate: Callable[..., str], tmp_path: P
         ("--state other", "other: written with another model: the same settings, other weights"),
         ("--state lanes", "state: expected one lane in lanes, got 2"),
         ("--state no/where", "no is not a folder"),
+        ("--state closed/talk.state", "closed cannot be written to"),
         ("--checkpoint text", "text: no checkpoint there"),
     ],
 )
 def test_a_mistake_is_one_line_and_harms_no_file(
-    model: Memformer, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, message: str
+    model: Memformer,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    message: str,
 ) -> None:
+    Path("closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # root may write anywhere
     Path("text").write_text("Dear diary, ")
     Path("latin").write_bytes("caf\xe9".encode("latin-1"))
     start = ByteTokenizer().start

@@ -68,7 +68,7 @@ def test_a_run_beside_its_data(tmp_path: Path) -> None:
     write(tmp_path, "a.txt", "b/best/c.txt")
     before = fingerprint(read_documents(tmp_path, exclude=["none*", "a.md"], all_match=False))
     write(tmp_path, "run.yaml", "metrics.jsonl", "step-000004/config.json", "best/config.json", "tensorboard/events")
-    with pytest.warns(UserWarning, match="1 folders of a run"):
+    with pytest.warns(UserWarning, match="1 folder of a run"):
         assert fingerprint(read_documents(tmp_path)) == before
 
 
@@ -78,7 +78,7 @@ def test_a_link_to_a_file_of_the_folder_is_left_out(tmp_path: Path) -> None:
         (tmp_path / "latest.txt").symlink_to("a.txt")
     except OSError:
         pytest.skip("no links here")
-    with pytest.warns(UserWarning, match=r"1 links to files that are read already \(.*latest\.txt\)"):
+    with pytest.warns(UserWarning, match=r"1 link to files that are read already \(.*latest\.txt\)"):
         assert names(tmp_path) == ["a.txt"]
 
 
@@ -87,7 +87,7 @@ def test_a_link_to_a_file_of_the_folder_is_left_out(tmp_path: Path) -> None:
     [
         ("nowhere", r"1 that cannot be opened \(.*link: No such file or directory\)"),
         ("link", r"1 that cannot be opened \(.*link: Too many levels of symbolic links\)"),
-        (".", r"1 links to folders, which are not followed \(.*link\)"),
+        (".", r"1 link to folders, where nothing is looked for \(.*link\)"),
     ],
 )
 def test_a_link_that_gives_nothing_is_counted(tmp_path: Path, target: str, said: str) -> None:
@@ -122,7 +122,7 @@ def test_a_folder_that_may_be_listed_and_not_entered(tmp_path: Path, monkeypatch
 def test_a_compressed_copy_is_left_out(tmp_path: Path) -> None:
     """One of the two might be held out, and the other trained on."""
     write(tmp_path, "a.txt", "a.txt.gz")
-    with pytest.warns(UserWarning, match=r"1 compressed copies of files beside them \(.*a\.txt\.gz\)"):
+    with pytest.warns(UserWarning, match=r"1 compressed twin of files beside them \(.*a\.txt\.gz\)"):
         assert names(tmp_path) == ["a.txt"]
 
 
@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
     try:
         if os.access(tmp_path / "closed", os.R_OK):
             pytest.skip("this user may read anything")
-        with pytest.warns(UserWarning, match=r"1 folders that cannot be read \(.*closed\)"):
+        with pytest.warns(UserWarning, match=r"1 folder that cannot be read \(.*closed\)"):
             assert names(tmp_path) == ["a.txt"]
     finally:
         (tmp_path / "closed").chmod(0o700)
@@ -174,7 +174,7 @@ def test_strict_refuses_what_would_be_left_out(tmp_path: Path) -> None:
         names(tmp_path, strict=True)
     (tmp_path / "b.zip").unlink()
     write(tmp_path, "c/run.yaml")
-    with pytest.raises(ValueError, match="strict: files left out: 1 folders of a run"):
+    with pytest.raises(ValueError, match="strict: files left out: 1 folder of a run"):
         names(tmp_path, strict=True)
 
 

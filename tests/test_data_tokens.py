@@ -74,7 +74,7 @@ def test_megatrons_index(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"a\.bin: beside it lies a\.idx, the index of Megatron's format"):
             read_documents(path)
     (tmp_path / "a.idx").write_bytes(b"of something else")
-    with pytest.warns(UserWarning, match=r"files left out: 1 indices \(.*a\.idx\)"):
+    with pytest.warns(UserWarning, match=r"files left out: 1 index file \(.*a\.idx\)"):
         assert len(read_documents(tmp_path)) == 1
 
 

@@ -33,7 +33,7 @@ def test_few_documents_still_leave_one_held_out():
     assert len(held_out) == 2
     (training,), (held_out,) = held_out_split([Document("one", np.arange(96), text=False)])
     assert held_out.content.tolist() == [94, 95]
-    with pytest.raises(ValueError, match="one: 3 bytes are too few"):
+    with pytest.raises(ValueError, match="one: 3 bytes in all, too few"):
         held_out_split([Document("one", b"abc")])
     with pytest.raises(ValueError, match="share: expected one in at least 2, got one in 1"):
         held_out_split([Document("one", b"abc")], share=1)

@@ -265,6 +265,19 @@ def test_a_life_is_read_from_the_metrics(run: Path) -> None:
     ]
 
 
+def test_a_life_repeats_no_measurement_where_there_was_none(run: Path) -> None:
+    """A run that stopped early between two of its lines: the former line is not of the last step."""
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (61, 62):
+            file.write(json.dumps({"event": "held_out", "step": step, "loss_nats": 3.0001}) + "\n")
+    moments = life(run)
+    assert [m.loss_nats for m in moments][-3:] == [2.0, None, None]
+    table = describe_life(moments).splitlines()
+    assert table[0] == "62 steps; at step 60, 6,000 tokens, 1.50 times the documents, 2:00"
+    assert "        62         -     3.000         -         -         -" in table
+    assert _message(moments) == "The held-out loss came to 3.000 nats per token at step 50"
+
+
 def test_a_long_life_fits_a_screen_and_keeps_the_checkpoints() -> None:
     moments = [Moment(step, 2.0, 3.0 - step, kept=step in (1777, 3999)) for step in range(1, 4001)]
     steps = [line.split()[0] for line in describe_life(moments).splitlines()[3:-3]]

@@ -120,6 +120,18 @@ def test_the_line_moves_each_second(clock: Clock) -> None:
     assert "evaluating 3/12, 0:00" in seen[-1]
 
 
+def test_the_first_step_is_not_what_the_rest_is_judged_by(clock: Clock) -> None:
+    """Its line stays until the next one, which may be a minute; the loss says so, and the time left is measured."""
+    status = status_at(1, clock, seconds_left=60.0)
+    assert status.line(79).endswith("2.346 nats at step 1  12,346 tokens/s  1:00 left")
+    status.phase("training", 11, 1200)
+    clock.now += 20
+    assert status.line(79).endswith("39:38 left")  # 1,189 steps of 2 s
+    status.metrics("step", line_of(50))
+    assert "step 1" not in status.line(79)
+    assert status.line(79).endswith("1:23 left")
+
+
 def test_lasting_longer_than_thought(clock: Clock) -> None:
     status = status_at(10, clock, seconds_left=2.0)
     clock.now += 60

@@ -160,7 +160,7 @@ def test_a_runs_own_files_are_no_data(make: Make, tmp_path: Path, capsys: pytest
     out = str(settings.out)
     assert cli.main(["train", "--resume", "--out", out, "--steps", "2"]) == 0
     assert cli.main(["evaluate", "--checkpoint", out, "--device", "cpu"]) == 0
-    assert "1 folders of a run, whose own files are no data" in capsys.readouterr().err
+    assert "1 folder of a run, whose own files are no data" in capsys.readouterr().err
 
 
 def test_a_foreign_array_beside_texts(make: Make, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -246,6 +247,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(
         assert [f.name for f in tmp_path.iterdir()] == ["state"]
     later.save(file, model)
     assert same(MemoryState.load(file, model), later)
+
+
+def test_a_full_disk_is_told_with_the_name_that_was_given(
+    model: Memformer, state: MemoryState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        OSError, match=r"state: cannot be written \(No space left on device\); what was there before is"
+    ):
+        state.save(tmp_path / "state", model)
 
 
 def test_the_file_is_on_the_disk_before_it_takes_the_old_ones_place(

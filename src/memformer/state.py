@@ -184,7 +184,12 @@ class MemoryState:
             "config": json.dumps(model.config.to_dict()),
             "checksum": _sha256(tensors, str(self.start)),
         }
-        replace_file(path, _in_order(save(tensors, header)))
+        try:
+            replace_file(path, _in_order(save(tensors, header)))
+        except OSError as error:
+            raise OSError(
+                f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> MemoryState:

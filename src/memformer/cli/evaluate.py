@@ -17,6 +17,7 @@ from ..data import xz_bits_per_byte
 from ..data.documents import limited
 from ..device import choose_precision
 from ..evaluation import HeldOut, evaluate
+from ..training import checkpoints
 from ..training.metrics import as_json
 from . import models
 from .documents import DocumentOptions
@@ -51,6 +52,7 @@ def run(command: EvaluateCommand) -> int:
         raise ValueError(f"lanes: expected at least 1, got {command.lanes}")
     if command.limit < 0:
         raise ValueError(f"limit: expected a number of bytes of at least 0 (0: all), got {command.limit}")
+    folder = checkpoints.find(command.checkpoint)
     model, tokenizer = models.load(command.checkpoint, command.device)
     documents = limited(command.documents(), command.limit)
     device = next(model.parameters()).device
@@ -74,7 +76,7 @@ def run(command: EvaluateCommand) -> int:
             first = f" (the first {compressed:,} bytes)" if compressed < sum(map(len, documents)) else ""
             print(f"xz          {xz:.4f} bits per byte{first}")
     if command.json:
-        about = {"checkpoint": str(command.checkpoint), "precision": str(precision).removeprefix("torch.")}
+        about = {"checkpoint": str(folder), "precision": str(precision).removeprefix("torch.")}
         print(as_json(about | found), end="")
     return 0
 

@@ -62,6 +62,10 @@ def run(command: GenerateCommand) -> int:
     return 0
 
 
+_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd") | {ord("\r"): ""}
+"""What a model that has learned little may write and a terminal would obey: to change its letters, or its colours."""
+
+
 class _Saving:
     """Saves the state of what is being written when that ends, however it ends, and says what became of it."""
 
@@ -121,8 +125,11 @@ def write(model: Memformer, tokenizer: Tokenizer, command: GenerateCommand) -> N
 
 
 def _run(command: GenerateCommand, saving: _Saving) -> None:
-    if command.state is not None and not command.state.resolve().parent.is_dir():
-        raise ValueError(f"state: {command.state.resolve().parent} is not a folder, so nothing could be saved there")
+    if command.state is not None:
+        folder = command.state.resolve().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            lack = "cannot be written to" if folder.is_dir() else "is not a folder"
+            raise ValueError(f"state: {folder} {lack}, so nothing could be saved there")
     model, tokenizer = models.load(command.checkpoint, command.device)
     state = None
     if command.state is not None and command.state.exists():
@@ -216,15 +223,16 @@ def _continue(
 def _print(tokens: Iterator[Tensor], tokenizer: Tokenizer, stops: Sequence[str]) -> None:
     """Each token's text as soon as its characters are whole, up to the end of the first stop."""
     decoder, written = tokenizer.decoder(), ""
+    controls = _CONTROLS if sys.stdout.isatty() else {}
     before = max(map(len, stops), default=1) - 1  # so many characters of a stop may have been written already
     for token in tokens:
         kept = written[len(written) - min(before, len(written)) :]
         written = kept + decoder.decode([int(token)])
         ends = [place + len(stop) for stop in stops if (place := written.find(stop)) >= 0]
-        sys.stdout.write(written[len(kept) : min(ends, default=None)])
+        sys.stdout.write(written[len(kept) : min(ends, default=None)].translate(controls))
         sys.stdout.flush()
         if ends:
             break
     else:
-        sys.stdout.write(decoder.flush())
+        sys.stdout.write(decoder.flush().translate(controls))
     print(flush=True)

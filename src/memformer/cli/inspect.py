@@ -77,10 +77,11 @@ def _show_life(command: InspectCommand) -> int:
 def describe_life(moments: Sequence[Moment]) -> str:
     """The table that the command prints of a run's life: its evaluations and checkpoints, and steps between them."""
     last = moments[-1]
-    totals = [plural(last.step, "step")]
-    totals += [] if not last.tokens_seen else [plural(last.tokens_seen, "token")]
-    totals += [] if not last.epoch else [f"{last.epoch:.2f} times the documents"]
-    totals += [] if not last.wall_seconds else [duration(last.wall_seconds)]
+    counted = next((m for m in reversed(moments) if m.tokens_seen), last)
+    totals = [plural(last.step, "step") + ("" if counted is last else f"; at step {counted.step:,}")]
+    totals += [] if not counted.tokens_seen else [plural(counted.tokens_seen, "token")]
+    totals += [] if not counted.epoch else [f"{counted.epoch:.2f} times the documents"]
+    totals += [] if not counted.wall_seconds else [duration(counted.wall_seconds)]
     scored = [m for m in moments if m.held_out_nats is not None]
     best = min(scored, key=lambda m: m.held_out_nats or 0.0).step if scored else None
     shown = {m for m in moments if m.kept or m.step == best or m is last}

@@ -141,10 +141,16 @@ class Status(Lines):
         if training and last is None:
             parts["left"] = f"{duration(now - self._since)} since the start"
         if last is not None:
-            parts["loss"] = f"{last.loss_nats:.3f} nats"
+            # The first line comes after one step, which warms up; the second after many.
+            first = last.step == 1
+            parts["loss"] = f"{last.loss_nats:.3f} nats" + " at step 1" * first
             parts["speed"] = f"{last.tokens_per_second:,.0f} tokens/s"
             if last.seconds_left is not None:
-                parts["left"] = f"{duration(max(0.0, last.seconds_left - (now - self._last_at)))} left"
+                gone, steps = now - self._last_at, self._done - last.step
+                left = last.seconds_left - gone
+                if first and steps > 0:
+                    left = (self.steps - self._done) * gone / steps
+                parts["left"] = f"{duration(max(0.0, left))} left"
         kept: set[str] = set()
         for name in ("step", "doing", "left", "loss", "percent", "speed"):
             if name in parts and sum(len(parts[k]) + 2 for k in kept) + len(parts[name]) <= width:

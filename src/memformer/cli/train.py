@@ -171,12 +171,16 @@ def _introduce(training_run: Run) -> None:
         print(f"refused     {reason}; going on from the one before")
     for change in training_run.parts.changes:
         print(f"changed     {change} from step {training_run.step:,} on")
+    # With a limit, what is evaluated is not all that is kept from the training.
+    limit, whole = settings.evaluation.eval_limit, training_run.parts.all_held_out
+    limited_to = f", of which the first {limit:,} are evaluated" if 0 < limit < sum(map(len, whole)) else ""
     training, held_out = (
-        f"{plural(len(d), 'document')} ({_size(d)})" for d in (training_run.training, training_run.held_out)
+        f"{plural(len(d), 'document')} ({_size(d)})"
+        for d in (training_run.training, whole if limited_to else training_run.held_out)
     )
     stretches = training_run.parts.stream.stretches
     cut = "" if stretches in (None, len(training_run.training)) else f" in {stretches:,} stretches"
-    print(f"data        {training}{cut} to train on, {held_out} held out{_held_out_of(training_run)}")
+    print(f"data        {training}{cut} to train on, {held_out} held out{_held_out_of(training_run)}{limited_to}")
     parameters = sum(p.numel() for p in training_run.model.parameters())
     ranks = training_run.parts.ranks
     where = f"{training_run.parts.device}" + (

@@ -33,7 +33,7 @@ class Tally:
         return sum(count for count, _ in self._found.values())
 
     def add(self, kind: str, where: str) -> None:
-        """One more."""
+        """One more; ``(s)`` in its kind is for several."""
         count, first = self._found.get(kind, (0, where))
         self._found[kind] = count + 1, first
 
@@ -45,7 +45,8 @@ class Tally:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{count:,} {kind} ({'such as ' * (count > 1)}{first})" for kind, (count, first) in self._found.items()
+            f"{count:,} {kind.replace('(s)', 's' * (count > 1))} ({'such as ' * (count > 1)}{first})"
+            for kind, (count, first) in self._found.items()
         )
 
 
@@ -110,7 +111,7 @@ def find_files(
             elif named or not file.is_symlink():
                 raise ValueError(f"{shown(file)}: given twice, so one copy might be held out and the other trained on")
             else:
-                left_out.add("links to files that are read already", shown(file))
+                left_out.add("link(s) to files that are read already", shown(file))
     if unmatched and all_match:
         known = [path for path in paths if path.is_dir()]
         where = f"in {', '.join(map(shown, known))}" if known else "because no folder was given"
@@ -128,11 +129,11 @@ def _why_not(file: Path) -> tuple[str, str] | None:
     except OSError as error:  # a link that leads nowhere, or in a circle; a folder that may not be entered
         return "that cannot be opened", f"{shown(file)}: {error.strerror}"
     if stat.S_ISDIR(mode):
-        return "links to folders, which are not followed", shown(file)
+        return "link(s) to folders, where nothing is looked for", shown(file)
     if not stat.S_ISREG(mode):
         return "that are no files, such as pipes", shown(file)
     if file.suffix.lower() in COMPRESSED and file.with_suffix("").is_file():
-        return "compressed copies of files beside them", shown(file)
+        return "compressed twin(s) of files beside them", shown(file)
     return None
 
 
@@ -140,13 +141,13 @@ def _walk(root: Path, own: set[Path], left_out: Tally) -> Iterator[Path]:
     """What is below a folder and not hidden: files, and links."""
 
     def cannot(error: OSError) -> None:
-        left_out.add("folders that cannot be read", shown(error.filename))
+        left_out.add("folder(s) that cannot be read", shown(error.filename))
 
     for folder, folders, files in os.walk(root, onerror=cannot):
         here = Path(folder)
         runs = here.resolve() in own or "run.yaml" in files
         if runs or {"training.json", "training.safetensors"} <= set(files):
-            left_out.add("folders of a run, whose own files are no data", shown(here))
+            left_out.add("folder(s) of a run, whose own files are no data", shown(here))
             if here != root or not runs:
                 folders.clear()
                 continue

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Literal
 
+from ..checks import plural
 from .documents import Document
 from .folders import shown
 
@@ -77,7 +78,9 @@ def _cut(documents: Sequence[Document], index: int, wanted: int, share: int) -> 
     beginning = document.beginning(size - wanted)
     cut = len(beginning)
     if not 0 < cut < size:
-        unit = "bytes" if document.text else "tokens"
-        raise ValueError(f"{document.name}: {size} {unit} are too few to hold out one in {share}")
+        few = plural(size, "byte" if document.text else "token")
+        raise ValueError(
+            f"{document.name}: {few} in all, too few to hold out one in {share}; add some, or say what to hold out"
+        )
     training[index] = beginning
     return training, [document.part(cut, size)]

@@ -91,7 +91,7 @@ def read_file(found: Found, how: Reading, include: bool = False) -> Iterator[Doc
     try:
         content = unpack(found.path) if packed else found.path
     except ValueError as error:
-        raise UnreadableError("damaged compressed files", str(error)) from error
+        raise UnreadableError("damaged compressed file(s)", str(error)) from error
     documents = KINDS.get(suffix, _text)(_Source(found.path, found.name, content), how)
     first = next(documents, None)
     if first is None:
@@ -158,7 +158,9 @@ def _text(source: _Source, how: Reading) -> Iterator[Document]:
         except UnicodeDecodeError as error:
             place = begin + start - pending + error.start
             raise UnreadableError(
-                "not UTF-8 text", f"{source}: not UTF-8 text ({error.reason} at byte {place})"
+                "not UTF-8 text",
+                f"{source}: not UTF-8 text ({error.reason} at byte {place}); if it is Latin-1, convert it, as "
+                "iconv -f LATIN1 -t UTF-8 does",
             ) from error
         if b"\0" in block:
             place = begin + start + block.index(b"\0")
@@ -362,7 +364,7 @@ def _csv(source: _Source, how: Reading, delimiter: str = ",") -> Iterator[Docume
         except csv.Error as error:
             # Such as a quote that is never closed, and would take all rows after it into one text.
             raise UnreadableError(
-                "damaged tables", f"{source}, after line {table.line_num}: not a table ({error})"
+                "damaged table(s)", f"{source}, after line {table.line_num}: not a table ({error})"
             ) from error
         finally:
             csv.field_size_limit(before)
@@ -389,7 +391,7 @@ def _parquet(source: _Source, how: Reading) -> Iterator[Document]:
     try:
         table = library.ParquetFile(source.content)
     except ValueError as error:  # pyarrow's errors are such
-        raise UnreadableError("damaged tables", f"{source}: not a Parquet file ({error})") from error
+        raise UnreadableError("damaged table(s)", f"{source}: not a Parquet file ({error})") from error
     with table:
         _check_column(source, how, table.schema_arrow.names)
         yield from _stored(
@@ -406,7 +408,7 @@ def _arrow(source: _Source, how: Reading) -> Iterator[Document]:
             file.seek(0)
             opened = (library.open_file if whole else library.open_stream)(file)
         except (ValueError, OSError) as error:
-            raise UnreadableError("damaged tables", f"{source}: not an Arrow file ({error})") from error
+            raise UnreadableError("damaged table(s)", f"{source}: not an Arrow file ({error})") from error
         _check_column(source, how, opened.schema.names)
         batches = (opened.get_batch(i) for i in range(opened.num_record_batches)) if whole else opened
         yield from _stored(_column(batches, how.text_field), source, "row", how)
@@ -437,11 +439,11 @@ def _npy(source: _Source, how: Reading) -> Iterator[Document]:
         mapped = np.lib.format.open_memmap(source.content, mode="r")
     except Exception as error:  # whatever a damaged header makes numpy's parser raise
         raise UnreadableError(
-            "arrays that are not token ids", f"{source}: not an array that can be read in pieces ({error})"
+            "array(s) without token ids", f"{source}: not an array that can be read in pieces ({error})"
         ) from error
     if mapped.ndim != 1 or not np.issubdtype(mapped.dtype, np.integer):
         raise UnreadableError(
-            "arrays that are not token ids",
+            "array(s) without token ids",
             f"{source}: expected one dimension of integers, got {mapped.dtype} of shape {mapped.shape}",
         )
     return _cut(FileTokens(source.content, mapped.dtype, mapped.offset, 0, len(mapped)), source.name, how.separator)
@@ -534,19 +536,19 @@ _MARKUP = {".html", ".htm", ".xhtml"}
 
 
 _NO_TEXT = [
-    ("archives", "an archive: unpack it first", ".zip .tar .tgz .tbz2 .txz .7z .rar .jar .whl .egg"),
-    ("office documents", "not plain text: save its text",
+    ("archive(s)", "an archive: unpack it first", ".zip .tar .tgz .tbz2 .txz .7z .rar .jar .whl .egg"),
+    ("office document(s)", "not plain text: save its text",
      ".pdf .doc .docx .odt .rtf .epub .mobi .xls .xlsx .ppt .pptx"),
     ("markup", "markup, not text: save its text; to learn the markup itself, give its folder with --include '*.html'",
      " ".join(_MARKUP)),
-    ("notebooks", "a notebook: save its text, as jupyter nbconvert --to script does", ".ipynb"),
+    ("notebook(s)", "a notebook: save its text, as jupyter nbconvert --to script does", ".ipynb"),
     ("weights", "holds arrays, not text; one array of token ids can be a .npy file",
      ".safetensors .pt .pth .ckpt .onnx .gguf .h5 .hdf5 .npz .pkl .pickle .msgpack"),
-    ("indices", "the index of a token file, not data; see --data's .bin", ".idx"),
-    ("databases", "a database: write its texts into JSON Lines", ".db .sqlite .sqlite3 .lmdb .mdb"),
-    ("images and sounds", "not text",
+    ("index file(s)", "the index of a token file, not data; see --data's .bin", ".idx"),
+    ("database(s)", "a database: write its texts into JSON Lines", ".db .sqlite .sqlite3 .lmdb .mdb"),
+    ("picture(s) or sound(s)", "not text",
      ".png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .mp3 .wav .flac .ogg .mp4 .avi .mkv .mov .woff .woff2 .ttf"),
-    ("programs", "not text", ".exe .dll .so .dylib .o .a .pyc .class"),
+    ("program(s)", "not text", ".exe .dll .so .dylib .o .a .pyc .class"),
 ]  # fmt: skip
 _REFUSED = {suffix: (kind, remedy) for kind, remedy, suffixes in _NO_TEXT for suffix in suffixes.split()}
 """``(kind, what to do)`` of what is never text, by the end of its name."""

@@ -67,6 +67,7 @@ def assemble(
         precision=precision,
         training=corpus.training,
         held_out=corpus.held_out,
+        all_held_out=corpus.all_held_out,
         test=corpus.test,
         fingerprint=corpus.fingerprint,
         held_out_fingerprint=corpus.held_out_fingerprint,

@@ -49,12 +49,14 @@ class Corpus(NamedTuple):
 
     Attributes:
         held_out: those that are evaluated.
+        all_held_out: those of which ``eval_limit`` leaves these, before they are encoded.
         fingerprint: of the training documents.
         held_out_fingerprint: of all that are held out.
     """
 
     training: Sequence[Document]
     held_out: Sequence[Document]
+    all_held_out: Sequence[Document]
     test: Sequence[Document]
     fingerprint: str
     held_out_fingerprint: str
@@ -114,6 +116,7 @@ def corpus_of(
     return Corpus(
         training=training,
         held_out=read,
+        all_held_out=held_out,
         test=test,
         fingerprint=known[0],
         held_out_fingerprint=known[1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ["Moment", "life", "plot_life"]
 
 @dataclass(frozen=True)
 class Moment:
-    """What was measured last when a run had taken so many steps; None where it was not.
+    """What was measured when a run had taken so many steps; None where it was not.
 
     Attributes:
         loss_nats, self_attention, slot_diversity, memory_gradient, tokens_seen, epoch, wall_seconds: as in
@@ -50,11 +50,9 @@ def life(out: Path) -> list[Moment]:
     if not steps and not held_out:
         raise ValueError(f"{out / 'metrics.jsonl'}: no line of metrics in it")
     moments: list[Moment] = []
-    newest: Mapping[str, Any] = {}
     names = ("loss_nats", "self_attention", "slot_diversity", "memory_gradient", "tokens_seen", "epoch", "wall_seconds")
     for step in sorted({*steps, *held_out, *kept}):
-        newest = steps.get(step, newest)
-        values = {name: newest.get(name) for name in names}
+        values = {name: steps.get(step, {}).get(name) for name in names}
         moments.append(Moment(step, held_out_nats=held_out.get(step, {}).get("loss_nats"), kept=step in kept, **values))
     return moments
 
@@ -95,8 +93,9 @@ def _message(moments: Sequence[Moment]) -> str:
     scored = [(m.held_out_nats, m.step) for m in moments if m.held_out_nats is not None]
     if len(scored) > 1:
         best = min(scored)
-        later = "" if best[1] == scored[-1][1] else f", and was {scored[-1][0]:.3f} at the end"
-        return f"The held-out loss came to {best[0]:.3f} nats per token at step {best[1]:,}{later}"
+        least, end = f"{best[0]:.3f}", f"{scored[-1][0]:.3f}"
+        later = "" if least == end else f", and was {end} at the end"
+        return f"The held-out loss came to {least} nats per token at step {best[1]:,}{later}"
     trained = [m.loss_nats for m in moments if m.loss_nats is not None]
     if not trained:
         return f"{moments[-1].step:,} steps"

@@ -88,6 +88,7 @@ class Parts:
 
     Attributes:
         training, held_out: the documents; of those held out, the ones that are evaluated.
+        all_held_out: those of which ``eval_limit`` leaves the ones that are evaluated, before they are encoded.
         test: documents that training never looks at, for a test at its end; often none.
         fingerprint: of the training documents.
         held_out_fingerprint, test_fingerprint: of all that are held out, and of the test's.
@@ -104,6 +105,7 @@ class Parts:
     precision: torch.dtype
     training: Sequence[Document]
     held_out: Sequence[Document]
+    all_held_out: Sequence[Document]
     fingerprint: str
     held_out_fingerprint: str
     tokenizer: Tokenizer
