@@ -298,6 +298,20 @@ def test_rows_are_documents() -> None:
         assert texts(from_rows(["one", None])) == [b"one"]
 
 
+def test_a_long_row_is_not_parsed_anew_for_each_part(tmp_path: Path) -> None:
+    """To train a BPE on 30 MB in one line, and to encode them, was to parse them thirty times each."""
+    long = "é" * (1 << 19)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("short", long)))
+    documents = read_documents(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").unlink()
+    assert bytes(documents[1].part(2, 6)) == "éé".encode()
+    assert bytes(documents[1]) == long.encode()
+    rows = Dataset([{"text": "short"}, {"text": long}])
+    documents, read = from_rows(rows), rows.read
+    assert [len(bytes(document)) for document in documents] == [5, 1 << 20]
+    assert rows.read == read + 1, "the short one alone"
+
+
 def test_what_are_no_rows() -> None:
     with pytest.raises(ValueError, match="rows: expected a sequence or an iterable of texts or mappings, got str"):
         from_rows("text")

@@ -19,14 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from .documents import Document, FileTokens, ParsedText
+from .documents import Document, FileTokens, LazyTokens, ParsedText
 from .folders import Found, Tally, shown
 from .unpacked import COMPRESSED, TextStore, unpack
 
-__all__ = ["KINDS", "Reading", "UnreadableError", "integer_type", "read_file", "read_rows", "read_text", "row_text"]
+__all__ = ["KINDS", "Reading", "UnreadableError", "integer_type", "kept", "read_file", "read_rows", "read_text", "row_text"]
 
 _BLOCK = 1 << 20
 """Items or bytes read at once where a file is gone through."""
+_LONG_ROW = 1 << 20
+"""Bytes of a text from which on it is kept apart, for to read a part of it its row would be parsed whole each time."""
 _JSON_AT_ONCE = 1 << 28
 """Bytes of a .json file that is one array or object; it is parsed whole."""
 
@@ -240,6 +242,11 @@ def read_rows(
     how.rows.update(wrong)
 
 
+def kept(text: bytes, parse: Callable[[], str], store: TextStore) -> LazyTokens:
+    """A row's text: parsed where it is needed, or in the store if it is long."""
+    return ParsedText(parse, 0, len(text)) if len(text) < _LONG_ROW else store.add(text)
+
+
 def _stored(rows: Iterable[_Row], source: _Source, unit: str, how: Reading) -> Iterator[Document]:
     """Rows that cannot be read at random places: their texts are kept in a temporary file."""
     store = TextStore(source.path)
@@ -264,8 +271,8 @@ def _read_line(path: Path, field: str, offset: int, size: int) -> str:
 
 
 def _lines(source: _Source, how: Reading, single: bool = False) -> Iterator[Document]:
-    """JSON Lines, read in place: a line is parsed again where its text is needed."""
-    begin = _start(source)
+    """JSON Lines, read in place: a line is parsed again where its text is needed, unless that is long."""
+    begin, store = _start(source), TextStore(source.path)
     places: dict[int, tuple[int, int]] = {}
 
     def rows() -> Iterator[_Row]:
@@ -279,9 +286,12 @@ def _lines(source: _Source, how: Reading, single: bool = False) -> Iterator[Docu
                     places[number] = start, len(line)
                     yield number, functools.partial(_of_line, line, how.text_field)
 
-    for number, _, text in read_rows(rows(), str(source), "line", how, single):
-        parse = functools.partial(_read_line, source.content, how.text_field, *places[number])
-        yield Document(f"{source.name}:{number}", ParsedText(parse, 0, len(text)))
+    try:
+        for number, _, text in read_rows(rows(), str(source), "line", how, single):
+            parse = functools.partial(_read_line, source.content, how.text_field, *places[number])
+            yield Document(f"{source.name}:{number}", kept(text, parse, store))
+    finally:
+        store.close()
 
 
 def _json(source: _Source, how: Reading) -> Iterator[Document]:

@@ -129,12 +129,13 @@ class TextStore:
     """
 
     def __init__(self, file: Path):
-        self._file, self._target, self._size = file, _new_file(), 0
+        self._file, self._size = file, 0
         self._opened: IO[bytes] | None = None
 
     def add(self, text: bytes) -> FileTokens:
         """The text, to be read when it is needed, once the store is closed."""
         if self._opened is None:
+            self._target = _new_file()
             self._opened = self._target.open("wb")
         try:
             self._opened.write(text)
