@@ -7,7 +7,9 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import pickle
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -114,6 +116,38 @@ def test_unpacked_files_are_read_in_pieces_and_go_with_the_process(tmp_path: Pat
     assert bytes(pickle.loads(pickle.dumps(document))) == b"0123456789"
     folder = Path(unpacked._folder().name)
     assert [file for file in folder.iterdir() if file.read_bytes() == b"0123456789"]
+
+
+def test_what_a_killed_process_unpacked_is_removed_by_a_later_one(tmp_path: Path) -> None:
+    """And what a process that lives has unpacked is not."""
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"0123456789"))
+    code = (
+        "import sys; from memformer.data import read_documents, unpacked; read_documents('a.txt.gz'); "
+        "print(unpacked._folder().name, flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    def started() -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, cwd=tmp_path, env=environment
+        )
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        os.utime(folder / ".lock", (0, 0))  # long ago
+        return process, folder
+
+    killed, left = started()
+    killed.kill()
+    killed.communicate()
+    assert left.is_dir()
+    living, kept = started()
+    assert not left.exists()
+    last, gone = started()
+    assert kept.is_dir()
+    for process in (living, last):
+        assert process.communicate() == ("", None)
+    assert not kept.exists()
+    assert not gone.exists()
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

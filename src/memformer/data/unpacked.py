@@ -7,30 +7,51 @@ says where that is.
 
 from __future__ import annotations
 
+import atexit
 import bz2
+import contextlib
 import functools
+import glob
 import gzip
 import importlib
 import lzma
 import os
 import shutil
+import socket
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock
 
 from .documents import FileTokens
 
 __all__ = ["COMPRESSED", "TextStore", "unpack"]
 
 
+_SETTLED = 60
+"""After so many seconds a process has locked the folder that it made."""
+
+
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="memformer-")
+    """Removed when the process ends; if that was killed, by a later one, which finds its lock free."""
+    prefix = f"memformer-{socket.gethostname()}-"  # another machine's locks may not be seen
+    for lock in Path(tempfile.gettempdir()).glob(f"{glob.escape(prefix)}*/.lock"):
+        with contextlib.suppress(OSError, NotImplementedError):
+            if time.time() - lock.stat().st_mtime > _SETTLED:
+                with FileLock(lock, timeout=0):
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+    folder = tempfile.TemporaryDirectory(prefix=prefix)
+    held = FileLock(Path(folder.name, ".lock"))
+    with contextlib.suppress(OSError, NotImplementedError):
+        held.acquire()
+    atexit.register(held.release)
+    return folder
 
 
 def _new_file() -> Path:
