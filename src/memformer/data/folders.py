@@ -15,6 +15,8 @@ __all__ = ["Found", "Tally", "find_files", "shown"]
 
 _OF_A_RUN = re.compile(r"run\.yaml|metrics\.jsonl|best|tensorboard|tokens|step-\d+")
 """What a run writes into its folder."""
+_OF_DATASETS = re.compile(r"cache-[0-9a-f]{16}(_\d{5}_of_\d{5})?\.arrow")
+"""What ``datasets`` keeps of a map or a shuffle beside the rows it was made of."""
 
 
 def shown(name: str | Path) -> str:
@@ -107,6 +109,9 @@ def find_files(
                 continue
             if not named and file.suffix.lower() in COMPRESSED and file.with_suffix("").is_file():
                 left_out.add("compressed copies of files beside them", shown(file))
+                continue
+            if not named and not include and _OF_DATASETS.fullmatch(file.name):
+                left_out.add("copies of rows that the datasets library made", shown(file))
                 continue
             seen.add(file.resolve())
             found.append(Found(file, shown(name), named))
