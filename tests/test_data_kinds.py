@@ -173,7 +173,7 @@ def test_zst(tmp_path: Path) -> None:
 
 
 def test_zst_and_parquet_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("zstandard", "compression", "compression.zstd", "pyarrow"):
+    for name in ("zstandard", "compression", "compression.zstd", "pyarrow", "pyarrow.ipc", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     for name, extra in (("a.txt.zst", "zst"), ("a.parquet", "parquet"), ("a.arrow", "parquet")):
         (tmp_path / name).write_bytes(b"x")
@@ -189,7 +189,9 @@ def test_parquet(tmp_path: Path) -> None:
         documents = read_documents(tmp_path)
     assert [(d.name, bytes(d)) for d in documents[:2]] == [("a.parquet:2", b"text 1"), ("a.parquet:3", b"text 2")]
     assert len(documents) == 133
-    with pytest.raises(ValueError, match=r"a\.parquet: expected rows .* got fields \['id', 'text'\]"):
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: expected rows .* got fields \['id', 'text'\]; text_field names the field"
+    ):
         read(tmp_path, text_field="body")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"a\.parquet: not a Parquet file"):

@@ -153,6 +153,8 @@ def read_documents(
         documents = _of_one_kind(documents, optional, content == "text", left_out)
     if not documents:
         hint = f"; left out: {left_out}" if len(left_out) else ""
+        if not found and (include or exclude):
+            hint += "; include and exclude together leave no file"
         raise ValueError(
             f"no text found in {', '.join(map(shown, places)) or 'no path at all'}: expected files of UTF-8 text, rows "
             f"(.jsonl, .csv, .parquet, ...) or token ids (.npy, .bin){hint}"

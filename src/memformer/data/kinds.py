@@ -23,7 +23,17 @@ from .documents import Document, FileTokens, LazyTokens, ParsedText
 from .folders import Found, Tally, shown
 from .unpacked import COMPRESSED, TextStore, unpack
 
-__all__ = ["KINDS", "Reading", "UnreadableError", "integer_type", "kept", "read_file", "read_rows", "read_text", "row_text"]
+__all__ = [
+    "KINDS",
+    "Reading",
+    "UnreadableError",
+    "integer_type",
+    "kept",
+    "read_file",
+    "read_rows",
+    "read_text",
+    "row_text",
+]
 
 _BLOCK = 1 << 20
 """Items or bytes read at once where a file is gone through."""
@@ -406,7 +416,8 @@ def _check_column(source: _Source, how: Reading, names: list[str]) -> None:
     if how.text_field not in names:
         raise UnreadableError(
             f"without text in field {how.text_field!r}",
-            f"{source}: expected rows with text in field {how.text_field!r}, got fields {sorted(names)}",
+            f"{source}: expected rows with text in field {how.text_field!r}, got fields {sorted(names)}; "
+            "text_field names the field",
             rows=True,
         )
 
