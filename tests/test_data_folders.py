@@ -48,6 +48,28 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
         names(tmp_path / "a.txt", include=["*.txt"])
 
 
+def test_patterns_that_leave_nothing_are_named(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt")
+    with pytest.raises(ValueError, match=r"no text found in .*; include and exclude together leave no file"):
+        names(tmp_path, include=["*.txt"], exclude=["a.*"])
+
+
+def test_what_the_datasets_library_made_of_rows_is_not_read_beside_them(tmp_path: Path) -> None:
+    """A map of rows that were saved to disk lies in their folder, so each text was there twice."""
+    pyarrow = pytest.importorskip("pyarrow")
+    for name in ("data-00000-of-00001", "cache-25f4fb2c0e7313b1", "cache-25f4fb2c0e7313b1_00001_of_00004"):
+        table = pyarrow.table({"text": ["one", "two"]})
+        with pyarrow.ipc.new_stream(tmp_path / f"{name}.arrow", table.schema) as stream:
+            stream.write_table(table)
+    expected = (
+        r"^files left out: 2 files of rows that the datasets library made from others \(such as .*/cache-\w+\.arrow\)$"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        assert names(tmp_path) == ["data-00000-of-00001.arrow:1", "data-00000-of-00001.arrow:2"]
+    assert len(names(tmp_path, include=["cache-*"])) == 4
+    assert len(names(tmp_path / "cache-25f4fb2c0e7313b1.arrow")) == 2
+
+
 def test_markup_is_text_where_it_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path, "a.html", "b.txt")
     assert names(tmp_path, include=["*.html"]) == ["a.html"]

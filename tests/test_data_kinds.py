@@ -132,15 +132,17 @@ def test_what_a_killed_process_unpacked_is_removed_by_the_next_one(
 ) -> None:
     """Or each start of a run that is stopped often would leave a copy of its data."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for name in ("killed", "held", "young"):
-        (tmp_path / f"memformer-{name}").mkdir()
-        (tmp_path / f"memformer-{name}" / ".lock").touch()
-        (tmp_path / f"memformer-{name}" / "content").touch()
-    with FileLock(tmp_path / "memformer-held" / ".lock"):
-        for name in ("killed", "held"):
-            os.utime(tmp_path / f"memformer-{name}" / ".lock", (0, 0))
+    here = unpacked._PREFIX
+    killed, held, young, elsewhere = (tmp_path / name for name in (f"{here}a", f"{here}b", f"{here}c", "memformer-x-d"))
+    for made in (killed, held, young, elsewhere):
+        made.mkdir()
+        (made / ".lock").touch()
+        (made / "content").touch()
+    with FileLock(held / ".lock"):
+        for made in (killed, held, elsewhere):
+            os.utime(made / ".lock", (0, 0))
         folder = unpacked._folder.__wrapped__()
-        assert sorted(tmp_path.iterdir()) == sorted([folder, tmp_path / "memformer-held", tmp_path / "memformer-young"])
+        assert sorted(tmp_path.iterdir()) == sorted([folder, held, young, elsewhere])
     with pytest.raises(Timeout):
         FileLock(folder / ".lock", timeout=0).acquire()
     unpacked._remove(folder, FileLock(folder / ".lock"), os.getpid() + 1)
@@ -172,7 +174,7 @@ def test_zst(tmp_path: Path) -> None:
 
 
 def test_zst_and_parquet_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("zstandard", "compression", "compression.zstd", "pyarrow"):
+    for name in ("zstandard", "compression", "compression.zstd", "pyarrow", "pyarrow.ipc", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     for name, extra in (("a.txt.zst", "zst"), ("a.parquet", "parquet"), ("a.arrow", "parquet")):
         (tmp_path / name).write_bytes(b"x")
@@ -188,7 +190,9 @@ def test_parquet(tmp_path: Path) -> None:
         documents = read_documents(tmp_path)
     assert [(d.name, bytes(d)) for d in documents[:2]] == [("a.parquet:2", b"text 1"), ("a.parquet:3", b"text 2")]
     assert len(documents) == 133
-    with pytest.raises(ValueError, match=r"a\.parquet: expected rows .* got fields \['id', 'text'\]"):
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: expected rows .* got fields \['id', 'text'\]; text_field names the field"
+    ):
         read(tmp_path, text_field="body")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"a\.parquet: not a Parquet file"):
@@ -342,6 +346,20 @@ def test_rows_are_documents() -> None:
     assert [(d.name, bytes(d)) for d in streamed] == [("stream:0", b"one"), ("stream:1", b"two")]
     with pytest.warns(UserWarning, match=r"rows left out: 1 without text in field 'text' \(row, row 1\)"):
         assert texts(from_rows(["one", None])) == [b"one"]
+
+
+def test_a_long_row_is_not_parsed_anew_for_each_part(tmp_path: Path) -> None:
+    """To train a BPE on 30 MB in one line, and to encode them, was to parse them thirty times each."""
+    long = "é" * (1 << 19)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("short", long)))
+    documents = read_documents(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").unlink()
+    assert bytes(documents[1].part(2, 6)) == "éé".encode()
+    assert bytes(documents[1]) == long.encode()
+    rows = Dataset([{"text": "short"}, {"text": long}])
+    documents, read = from_rows(rows), rows.read
+    assert [len(bytes(document)) for document in documents] == [5, 1 << 20]
+    assert rows.read == read + 1, "the short one alone"
 
 
 def test_what_are_no_rows() -> None:

@@ -250,6 +250,14 @@ def test_an_error_of_one_process_ends_all_with_one_message(folder):
 
 
 @pytest.mark.slow
+def test_what_is_left_out_is_said_once(folder):
+    (folder / "corpus" / "a.zip").write_bytes(b"PK")
+    processes = started(folder, "--steps", "1")
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert ["1 archives" in text for text in said(folder)] == [True, False]
+
+
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other_with_a_sentence_and_the_run_goes_on(folder):
     first, second = started(folder, "--steps", "100000", "--save-every", "1", "--timeout", "1")
     while checkpoints.newest(folder / "run") is None:

@@ -1,6 +1,7 @@
 """The yardsticks are what they say, against slow references."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -36,3 +37,16 @@ def test_xz_counts_all_documents_in_one_stream():
     noise = np.random.default_rng(0).bytes(20_000)
     assert 8 < xz_bits_per_byte([noise]) < 8.1
     assert 4 < xz_bits_per_byte([noise, noise]) < 4.1
+
+
+def test_the_order2_model_reads_many_short_documents_as_fast_as_one():
+    """Its tables are gone through once, not once for each of them."""
+    text = np.random.default_rng(0).bytes(3000)
+    held_out = [text[i : i + 3] for i in range(0, 3000, 3)]
+
+    def seconds(documents):
+        before = time.process_time()
+        order2_bits_per_byte([text], documents)
+        return time.process_time() - before
+
+    assert seconds(held_out) < 20 * seconds([text])

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,7 @@ def run(command: TrainCommand) -> int:
 
 def _follow(command: TrainCommand) -> int:
     """A process that is not the first one does the same work and says nothing."""
+    warnings.filterwarnings("ignore", "(files|rows|documents) left out")  # the first one says it
     training_run = Run(command.settings())
     if command.verify:
         _verify(training_run)

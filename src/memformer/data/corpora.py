@@ -15,7 +15,7 @@ import numpy as np
 from ..checks import as_paths
 from .documents import Document, FileTokens, ParsedText, Tokens, blocks
 from .folders import Found, Tally, find_files, shown
-from .kinds import Reading, UnreadableError, integer_type, read_file, read_rows, read_text, row_text
+from .kinds import Reading, UnreadableError, integer_type, kept, read_file, read_rows, read_text, row_text
 from .tokenizers import ByteTokenizer, TokenIds, Tokenizer, tokenizer_fingerprint
 from .unpacked import TextStore
 
@@ -127,6 +127,8 @@ def read_documents(
     documents = [document for _, of_file in read for document in of_file]
     if not documents:
         hint = f"; left out: {left_out}" if len(left_out) else ""
+        if not found and (include or exclude):
+            hint += "; include and exclude together leave no file"
         raise ValueError(
             f"no text found in {', '.join(map(shown, places)) or 'no path at all'}: expected files of UTF-8 text, rows "
             f"(.jsonl, .csv, .parquet, ...) or token ids (.npy, .bin){hint}"
@@ -199,8 +201,8 @@ def from_rows(
 ) -> list[Document]:
     """Documents of rows: texts, or mappings with a text in ``text_field``, such as a Hugging Face dataset.
 
-    What can be indexed is, whenever a text is needed, and nothing of it is kept; the texts of other iterables are kept
-    in a temporary file. Rows without a text are left out, and a warning counts them.
+    What can be indexed is, whenever a text is needed; long texts, and those of other iterables, are kept in a temporary
+    file. Rows without a text are left out, and a warning counts them.
 
     Raises:
         ValueError: no row has a text; or ``strict``, and one has none.
@@ -218,10 +220,8 @@ def from_rows(
     found = ((i, functools.partial(row_text, row, text_field)) for i, row in enumerate(items))
     documents = []
     for i, text in read_rows(found, name, "row", how):
-        lazy = (
-            ParsedText(functools.partial(_row_text, rows, i, text_field), 0, len(text)) if indexed else store.add(text)
-        )
-        documents.append(Document(f"{name}:{i}", lazy))
+        again = functools.partial(_row_text, rows, i, text_field)
+        documents.append(Document(f"{name}:{i}", kept(text, again, store) if indexed else store.add(text)))
     store.close()
     if not documents:
         raise ValueError("rows: expected at least one with a text, got none")

@@ -16,6 +16,8 @@ __all__ = ["Found", "Tally", "find_files", "shown"]
 
 _OF_A_RUN = re.compile(r"run\.yaml|metrics\.jsonl|best|tensorboard|tokens|step-\d+")
 """What a run writes into its folder."""
+_OF_DATASETS = re.compile(r"cache-[0-9a-f]{16}(_\d{5}_of_\d{5})?\.arrow")
+"""What ``datasets`` keeps of a map or a shuffle beside the rows it was made of."""
 
 
 def shown(name: str | Path) -> str:
@@ -103,6 +105,9 @@ def find_files(
                     continue
             if not named and (why := _why_not(file)):
                 left_out.add(*why)
+                continue
+            if not named and not include and _OF_DATASETS.fullmatch(file.name):
+                left_out.add("file(s) of rows that the datasets library made from others", shown(file))
                 continue
             real = file.resolve()
             if real not in seen:

@@ -20,14 +20,26 @@ from typing import Any
 
 import numpy as np
 
-from .documents import Document, FileTokens, ParsedText
+from .documents import Document, FileTokens, LazyTokens, ParsedText
 from .folders import Found, Tally, shown
 from .unpacked import COMPRESSED, TextStore, unpack
 
-__all__ = ["KINDS", "Reading", "UnreadableError", "integer_type", "read_file", "read_rows", "read_text", "row_text"]
+__all__ = [
+    "KINDS",
+    "Reading",
+    "UnreadableError",
+    "integer_type",
+    "kept",
+    "read_file",
+    "read_rows",
+    "read_text",
+    "row_text",
+]
 
 _BLOCK = 1 << 20
 """Items or bytes read at once where a file is gone through."""
+_LONG_ROW = 1 << 20
+"""Bytes of a text from which on it is kept apart, for to read a part of it its row would be parsed whole each time."""
 _JSON_AT_ONCE = 1 << 28
 """Bytes of a .json file that is one array or object; it is parsed whole."""
 
@@ -255,6 +267,11 @@ def read_rows(
     how.rows.update(wrong)
 
 
+def kept(text: bytes, parse: Callable[[], str], store: TextStore) -> LazyTokens:
+    """A row's text: parsed where it is needed, or in the store if it is long."""
+    return ParsedText(parse, 0, len(text)) if len(text) < _LONG_ROW else store.add(text)
+
+
 def _stored(rows: Iterable[_Row], source: _Source, unit: str, how: Reading) -> Iterator[Document]:
     """Rows that cannot be read at random places: their texts are kept in a temporary file."""
     store = TextStore(source.path)
@@ -283,8 +300,8 @@ def _read_line(source: _Source, number: int, field: str, offset: int, size: int)
 
 
 def _lines(source: _Source, how: Reading, single: bool = False) -> Iterator[Document]:
-    """JSON Lines, read in place: a line is parsed again where its text is needed."""
-    offset = size = 0
+    """JSON Lines, read in place: a line is parsed again where its text is needed, unless that is long."""
+    offset, size, store = 0, 0, TextStore(source.path)
 
     def rows() -> Iterator[_Row]:
         nonlocal offset, size
@@ -297,10 +314,13 @@ def _lines(source: _Source, how: Reading, single: bool = False) -> Iterator[Docu
                     yield number, functools.partial(_of_line, line, how.text_field)
                 offset += size
 
-    for number, text in read_rows(rows(), str(source), "line", how, single):
-        # Where the row is that was read last.
-        parse = functools.partial(_read_line, source, number, how.text_field, offset, size)
-        yield Document(f"{source.name}:{number}", ParsedText(parse, 0, len(text)))
+    try:
+        for number, text in read_rows(rows(), str(source), "line", how, single):
+            # Where the row is that was read last.
+            parse = functools.partial(_read_line, source, number, how.text_field, offset, size)
+            yield Document(f"{source.name}:{number}", kept(text, parse, store))
+    finally:
+        store.close()
 
 
 def _json(source: _Source, how: Reading) -> Iterator[Document]:
@@ -418,7 +438,8 @@ def _check_column(source: _Source, how: Reading, names: list[str]) -> None:
     if how.text_field not in names:
         raise UnreadableError(
             f"without text in field {how.text_field!r}",
-            f"{source}: expected rows with text in field {how.text_field!r}, got fields {sorted(names)}",
+            f"{source}: expected rows with text in field {how.text_field!r}, got fields {sorted(names)}; "
+            "text_field names the field",
             rows=True,
         )
 

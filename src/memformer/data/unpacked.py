@@ -11,11 +11,13 @@ import atexit
 import bz2
 import contextlib
 import functools
+import glob
 import gzip
 import importlib
 import lzma
 import os
 import shutil
+import socket
 import tempfile
 import time
 import zlib
@@ -31,7 +33,8 @@ from .documents import FileTokens
 __all__ = ["COMPRESSED", "TextStore", "unpack"]
 
 
-_PREFIX = "memformer-"
+_PREFIX = f"memformer-{socket.gethostname()}-"
+"""Another machine's locks may not be seen, where they share a folder for what is temporary."""
 _LOCK = ".lock"
 """Held by the process as long as it lives."""
 _YOUNG = 60.0
@@ -46,7 +49,7 @@ def _folder() -> Path:
     with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks
         lock.acquire()
     atexit.register(_remove, folder, lock, os.getpid())
-    for other in folder.parent.glob(f"{_PREFIX}*/{_LOCK}"):
+    for other in folder.parent.glob(f"{glob.escape(_PREFIX)}*/{_LOCK}"):
         # One's own alone: nobody else can have put a link there.
         if other.parent != folder and other.parent.lstat().st_uid == folder.lstat().st_uid:
             _remove_abandoned(other)
@@ -162,12 +165,13 @@ class TextStore:
     """
 
     def __init__(self, file: Path):
-        self._file, self._target, self._size = file, _new_file(), 0
+        self._file, self._size = file, 0
         self._opened: IO[bytes] | None = None
 
     def add(self, text: bytes) -> FileTokens:
         """The text, to be read when it is needed, once the store is closed."""
         if self._opened is None:
+            self._target = _new_file()
             self._opened = self._target.open("wb")
         try:
             self._opened.write(text)

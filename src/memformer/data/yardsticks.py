@@ -31,17 +31,18 @@ def order2_bits_per_byte(training: Iterable[bytes], held_out: Sequence[bytes]) -
     The orders 2, 1 and 0 and the uniform distribution are interpolated by Witten and Bell's rule: an order with n
     observations of t distinct bytes in this context has the weight n / (n + t). A document begins with two zero bytes.
     """
-    pairs, triples = np.zeros(1 << 16, np.int64), np.zeros(1 << 24, np.int32)
+    triples = np.zeros(1 << 24, np.int32)
     for document in training:
-        for _, pair, triple in _contexts(document):
-            pairs += np.bincount(pair, minlength=1 << 16)
+        for _, _, triple in _contexts(document):
             np.add.at(triples, triple, 1)
-    by_order = [pairs.reshape(256, 256).sum(0)[None], pairs.reshape(256, 256), triples.reshape(-1, 256)]
+    pairs = triples.reshape(256, 256, 256).sum(0, dtype=np.int64)
+    by_order = [pairs.sum(0)[None], pairs, triples.reshape(-1, 256)]
+    sums = [(counts.sum(1), (counts > 0).sum(1)) for counts in by_order]  # once: they cost more than a short document
     nats, count = 0.0, 0
     for byte, pair, triple in (part for document in held_out for part in _contexts(document)):
         probability = np.full(len(byte), 1 / 256)
-        for counts, context in zip(by_order, (np.zeros_like(byte), pair >> 8, triple >> 8), strict=True):
-            seen, distinct = counts.sum(1), (counts > 0).sum(1)
+        contexts = (np.zeros_like(byte), pair >> 8, triple >> 8)
+        for counts, (seen, distinct), context in zip(by_order, sums, contexts, strict=True):
             n, t = seen[context], distinct[context]
             mixed = (counts[context, byte] + t * probability) / np.maximum(n + t, 1)
             probability = np.where(n > 0, mixed, probability)
