@@ -263,7 +263,8 @@ def test_one_process_trains_and_encodes_and_all_read(folder):
     (first, second) = two_processes(shares, folder, settings_for(folder))
     assert (first[0], second[0]) == (6, 0)
     assert (first[1], second[1]) == (2, 0)  # the second time the size is refused
-    assert first[2:] == second[2:]
+    assert first[2] == second[2]
     different, refused = first[3]
+    assert second[3] == [different, f"process 0: {refused}"]
     assert re.match(r"process 1 \(on .*\) has another training text than process 0", different)
     assert refused.startswith("vocabulary: size: expected a whole number of at least 256")
