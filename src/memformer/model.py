@@ -230,7 +230,7 @@ class Memformer(Network):
     ) -> None:
         """Raise ValueError where a source does not fit; ``max_len`` is the longest allowed (default: one segment)."""
         config = self.config
-        check_tokens("src", src, config.enc_num_tokens, max_len or config.enc_max_seq_len, "enc")
+        check_tokens("src", src, config.enc_num_tokens, max_len or config.enc_max_seq_len, "enc_")
         check_mask("src_mask", src_mask, src)
         batch = src.shape[0]
         if mems is not None:
@@ -254,7 +254,7 @@ class Memformer(Network):
             raise ValueError("tgt: expected at least 2 tokens, one that starts the decoder and one to predict, got 1")
 
     def _check_target_tokens(self, decoder: Decoder, tgt: Tensor, tgt_mask: Tensor | None) -> None:
-        check_tokens("tgt", tgt, decoder.embedding.num_embeddings, self.config.dec_max_seq_len or 0, "dec")
+        check_tokens("tgt", tgt, decoder.embedding.num_embeddings, self.config.dec_max_seq_len or 0, "dec_")
         check_mask("tgt_mask", tgt_mask, tgt)
         if not decoder.overlap or tgt_mask is None or not has_values(tgt_mask):
             return

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MemformerConfig
-from .nn.attention import ContextProjection, KeysValues, Positional, causal_mask
-from .nn.blocks import Block
+from .nn.attention import ContextProjection, KeysValues, causal_mask
+from .nn.blocks import Block, embedding_table
 from .nn.memory import WRITERS
-from .nn.positions import BucketedBias, RelativeEncoding, Rotary
+from .nn.positions import positions
 from .pretrained import Pretrained
 from .state import MemoryState
 
@@ -237,10 +237,12 @@ class Network(Pretrained):
         decoder: predicts a target.
     """
 
+    config: MemformerConfig
+
     def __init__(self, config: MemformerConfig):
         super().__init__()
         self.config = config
-        embedding = _embedding(config.enc_num_tokens, config.dim)
+        embedding = embedding_table(config.enc_num_tokens, config.dim)
         layers = _layers(config, config.enc_depth, config.enc_heads, config.enc_max_seq_len, causal=False)
         self.encoder = Encoder(embedding, layers, config.enc_heads, config.dropout)
         self.writer = WRITERS[config.memory_writer](
@@ -254,7 +256,7 @@ class Network(Pretrained):
         assert config.dec_num_tokens is not None, "the configuration checks it"
         assert config.dec_max_seq_len is not None, "the configuration checks it"
         if not config.tie_embeddings:
-            embedding = _embedding(config.dec_num_tokens, config.dim)
+            embedding = embedding_table(config.dec_num_tokens, config.dim)
         length = config.dec_max_seq_len + config.dec_overlap
         layers = _layers(config, config.dec_depth, config.dec_heads, length, causal=True)
         self.decoder = Decoder(
@@ -369,20 +371,12 @@ def token_losses(
     return losses * counted, counted
 
 
-def _embedding(tokens: int, dim: int) -> nn.Embedding:
-    embedding = nn.Embedding(tokens, dim)
-    nn.init.normal_(embedding.weight, std=dim**-0.5)
-    return embedding
-
-
 def _layers(config: MemformerConfig, depth: int, heads: int, max_len: int, causal: bool) -> list[Block]:
-    def positions() -> Positional:
-        head_dim = config.dim // heads
-        if config.positions == "bucketed":
-            return BucketedBias(heads, causal)
-        return {"rotary": Rotary, "relative": RelativeEncoding}[config.positions](head_dim, max_len)
-
-    return [Block(config.dim, heads, positions(), causal, config.dropout) for _ in range(depth)]
+    kind, head_dim = config.positions, config.dim // heads
+    return [
+        Block(config.dim, heads, positions(kind, heads, head_dim, max_len, causal), causal, config.dropout)
+        for _ in range(depth)
+    ]
 
 
 def _visible(mask: Tensor) -> Tensor:

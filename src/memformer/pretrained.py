@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
-from .config import MemformerConfig
+from .config import MemformerConfig, ModelConfig
 
 __all__ = ["Pretrained"]
 
@@ -27,8 +27,8 @@ class Pretrained(nn.Module):
         config_class: of what type they are.
     """
 
-    config: MemformerConfig
-    config_class: ClassVar[type[MemformerConfig]] = MemformerConfig
+    config: ModelConfig
+    config_class: ClassVar[type[ModelConfig]] = MemformerConfig
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``; the folder is made if need be.

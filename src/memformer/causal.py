@@ -1,0 +1,307 @@
+"""CausalMemformer: one causal stack in which every layer predicts and every layer remembers (paper v1, decoder-only).
+
+Shapes: tokens (batch, tokens), slots (batch, layers, slots, dim). Nothing here knows the replay engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import IGNORED, as_mask, check_mask, check_tokens, describe, is_tensor
+from .config import CausalConfig, MemoryLayout, Positions, Writer
+from .nn.attention import causal_mask
+from .nn.blocks import Block, embedding_table
+from .nn.causal import CausalLayer, MemoryInEachLayer, OneMemory
+from .nn.memory import WRITERS, SlotWriter
+from .nn.positions import positions as positions_of
+from .pretrained import Pretrained
+
+__all__ = ["CausalMemformer", "CausalMemory", "CausalResults", "causal_losses"]
+
+NOTHING = -1
+"""In place of a token before a document's first."""
+
+
+class CausalMemory(NamedTuple):
+    """What a causal model carries from segment to segment: of fixed size, and all that it knows of what it read.
+
+    Attributes:
+        slots: (batch, layers, slots, dim); one layer where all share a memory.
+        last: (batch, overlap), the last tokens that were read, -1 where a document has just begun.
+    """
+
+    slots: Tensor
+    last: Tensor
+
+
+class CausalResults(NamedTuple):
+    """What a causal model returns.
+
+    Attributes:
+        logits: (batch, tokens, num_tokens), of what follows each token; anything where the mask is False.
+        mem: the memory after the segment.
+        loss: the mean loss in nats over the labels that count, a scalar; None without labels.
+    """
+
+    logits: Tensor
+    mem: CausalMemory
+    loss: Tensor | None
+
+
+class CausalMemformer(Pretrained):
+    """A causal Transformer with memories of fixed size, for sequences of any length, segment by segment.
+
+    >>> model = CausalMemformer(dim=32, num_memory_slots=4, num_tokens=256, depth=2, max_seq_len=16)
+    >>> first, second = torch.randint(256, (2, 2, 16))
+    >>> logits, mem, _ = model(first)
+    >>> logits, mem, loss = model(second, mem, labels=second)
+    >>> logits.shape, mem.slots.shape, loss.shape
+    (torch.Size([2, 16, 256]), torch.Size([2, 2, 4, 32]), torch.Size([]))
+
+    Args:
+        dim: width of the model.
+        num_memory_slots: memory slots of each memory.
+        num_tokens: the vocabulary.
+        max_seq_len: the length of a segment.
+        depth, heads: layers, and attention heads in each.
+        overlap: how many of the last segment's tokens are read again, so that a segment's first token is predicted as
+            well as any other. Before a document's first token a learned vector takes their place. 0: a segment's first
+            token is not predicted.
+        memory: "layers": each layer has slots of its own, which it reads and writes; "one": all layers read one memory,
+            which is written from the last.
+        num_mem_updates: how often a memory is written per segment.
+        mem_update_attn_heads: heads of the writing attention.
+        memory_writer, write_temperature, positions: as in :class:`~memformer.Memformer`.
+        feed_forward_factor: the width of the feed-forward layers, as a multiple of ``dim``.
+        dropout: probability, on the embeddings and on every sublayer's output.
+        tie_embeddings: one matrix for the embeddings and the output projection.
+
+    Raises:
+        ValueError: a setting is missing or out of range.
+    """
+
+    config: CausalConfig
+    config_class = CausalConfig
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_memory_slots: int,
+        num_tokens: int,
+        max_seq_len: int,
+        depth: int = 6,
+        heads: int = 8,
+        overlap: int = 4,
+        memory: MemoryLayout = "layers",
+        num_mem_updates: int = 1,
+        mem_update_attn_heads: int = 8,
+        memory_writer: Writer = "normalised",
+        write_temperature: float = 0.25,
+        positions: Positions = "rotary",
+        feed_forward_factor: int = 4,
+        dropout: float = 0.0,
+        tie_embeddings: bool = True,
+    ):
+        given = locals()  # the keywords, which are the configuration's fields
+        super().__init__()
+        self.config = config = CausalConfig(**{f.name: given[f.name] for f in dataclasses.fields(CausalConfig)})
+        self.embedding = embedding_table(num_tokens + 1, dim)  # the last row stands before a document
+        self.dropout = nn.Dropout(dropout)
+        self.stack = _stack(config)
+        self.norm = nn.LayerNorm(dim)
+        self.to_logits = None if tie_embeddings else nn.Linear(dim, num_tokens)
+        self.bias = nn.Parameter(torch.zeros(num_tokens)) if tie_embeddings else None
+
+    def get_initial_mem(self, batch_size: int) -> CausalMemory:
+        """The learned memory before a document."""
+        slots = self.stack.initial(batch_size).transpose(0, 1)  # (batch, layers, slots, dim)
+        last = torch.full((batch_size, self.config.overlap), NOTHING, device=slots.device)
+        return CausalMemory(slots, last)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mems: CausalMemory | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> CausalResults:
+        """Read one segment, and predict each of its tokens from those before it.
+
+        Args:
+            tokens: (batch, tokens <= max_seq_len) token ids.
+            mems: the memory before the segment; None for the learned initial one.
+            mask: like ``tokens``, boolean or integer, True or 1 for tokens that exist. Masked ones change nothing
+                anywhere; a lane whose whole segment is masked keeps its memory.
+            reset: (batch,) boolean or integer: lanes that start again from the learned initial memory (a new document).
+            labels: like ``tokens``, and mostly the same: what is to be predicted at each place, from the tokens before
+                it; -100 does not count, nor does a masked place.
+
+        Raises:
+            ValueError: a shape, dtype, length or token id does not fit; the message says what was expected.
+        """
+        mask, reset = as_mask("mask", mask), as_mask("reset", reset)
+        self.check(tokens, mems, mask, reset, labels)
+        hidden, mem = self.step(tokens, mems, mask, reset)
+        logits = self.head(hidden)
+        loss = None
+        if labels is not None:
+            losses, counted = causal_losses(logits, tokens.shape[1], labels, mask)
+            loss = losses.sum() / counted.sum().clamp(min=1)
+        return CausalResults(logits[:, -tokens.shape[1] :], mem, loss)
+
+    def step(
+        self,
+        tokens: Tensor,
+        mems: CausalMemory | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, CausalMemory]:
+        """Read one segment and write the memory: the critical path of a rollout. The arguments are :meth:`forward`'s.
+
+        Returns:
+            ``(hidden, mem)``: hidden (batch, tokens + 1, dim) is the last layer's output at the last token before the
+            segment and at each of its tokens (without an overlap, only those), for :meth:`head`.
+        """
+        initial = self.get_initial_mem(tokens.shape[0])
+        slots, last = initial if mems is None else mems
+        if reset is not None:
+            slots = torch.where(reset[:, None, None, None], initial.slots, slots)
+            last = torch.where(reset[:, None], initial.last, last)
+        x, visible = self.embed(tokens, last, mask)
+        x, written = self.stack(x, slots.transpose(0, 1), visible, mask, self.config.overlap)
+        return self.predicting(x), CausalMemory(written.transpose(0, 1), last_tokens(last, tokens, mask))
+
+    def embed(self, tokens: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the first layer gets: (batch, overlap + tokens, dim), and where its self-attention may look.
+
+        The second is (batch, 1, overlap + tokens, overlap + tokens), or None: each token sees all before it.
+        """
+        read = torch.cat([last.to(tokens.dtype), tokens], 1)  # (batch, overlap + tokens)
+        x = self.dropout(self.embedding(torch.where(read < 0, self.config.num_tokens, read)))
+        if mask is None:
+            return x, None
+        kept = F.pad(mask, (self.config.overlap, 0), value=True)
+        return x * kept[..., None], visible_to(kept)
+
+    def predicting(self, x: Tensor) -> Tensor:
+        """The outputs of :meth:`step` among those of the last layer, (..., overlap + tokens, dim)."""
+        return x[..., max(self.config.overlap - 1, 0) :, :]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., dim) -> logits (..., num_tokens)."""
+        hidden = self.norm(hidden)
+        if self.to_logits is not None:
+            return self.to_logits(hidden)
+        return F.linear(hidden, self.embedding.weight[:-1], self.bias)
+
+    def check(
+        self,
+        tokens: Tensor,
+        mems: CausalMemory | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        labels: Tensor | None = None,
+        max_len: int | None = None,
+    ) -> None:
+        """Raise ValueError where a segment does not fit; ``max_len`` is the longest allowed (default: one segment)."""
+        config = self.config
+        check_tokens("tokens", tokens, config.num_tokens, max_len or config.max_seq_len, "")
+        check_mask("mask", mask, tokens)
+        batch = tokens.shape[0]
+        if mems is not None:
+            self._check_memory(mems, batch)
+        if reset is not None and not is_tensor(reset, (batch,), torch.bool):
+            raise ValueError(
+                f"reset: expected torch.bool of shape ({batch},), one per lane of tokens, got {describe(reset)}"
+            )
+        if labels is None:
+            return
+        if not isinstance(labels, Tensor) or labels.shape != tokens.shape:
+            raise ValueError(f"labels: expected the shape of tokens, {tuple(tokens.shape)}, got {describe(labels)}")
+        check_tokens("labels", labels.where(labels != IGNORED, 0), config.num_tokens, labels.shape[1], "")
+
+    def _check_memory(self, mems: CausalMemory, batch: int) -> None:
+        config, dtype = self.config, self.norm.weight.dtype
+        if not isinstance(mems, tuple) or len(mems) != 2:
+            raise ValueError(f"mems: expected a CausalMemory, as this model returns it, got {describe(mems)}")
+        shape = (batch, len(self.stack.writers()), config.num_memory_slots, config.dim)
+        if not is_tensor(mems[0], shape, dtype):
+            raise ValueError(
+                f"mems: expected slots of {dtype}, that of the model, of shape {shape} (batch of tokens, layers, "
+                f"num_memory_slots, dim), got {describe(mems[0])}"
+            )
+        if not isinstance(mems[1], Tensor) or mems[1].shape != (batch, config.overlap) or mems[1].is_floating_point():
+            expected = f"token ids of shape {(batch, config.overlap)}, the overlap"
+            raise ValueError(f"mems: expected as last tokens {expected}, got {describe(mems[1])}")
+
+
+def visible_to(kept: Tensor) -> Tensor:
+    """(..., tokens), True for tokens that exist -> (..., 1, tokens, tokens): each sees those before it, and itself."""
+    tokens = kept.shape[-1]
+    itself = torch.eye(tokens, dtype=torch.bool, device=kept.device)
+    return (kept[..., None, None, :] & causal_mask(tokens, tokens, kept.device)) | itself
+
+
+def last_tokens(last: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The last ``overlap`` tokens that exist, of those before a segment and those in it."""
+    overlap, read = last.shape[1], torch.cat([last.to(tokens.dtype), tokens], 1)
+    if mask is None:
+        return read[:, read.shape[1] - overlap :]
+    # A stable sort puts the tokens that exist last, in their order.
+    order = F.pad(mask, (overlap, 0), value=True).byte().argsort(dim=1, stable=True)
+    return read.gather(1, order[:, order.shape[1] - overlap :])
+
+
+def causal_losses(logits: Tensor, length: int, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The loss of each label in nats, zero where it does not count, and whether it counts; both (batch, length).
+
+    A label counts if its place exists, it is not -100, and something stands before it: of a segment's tokens, or of the
+    overlap.
+
+    Args:
+        logits: of :meth:`CausalMemformer.step`'s hidden states; (batch, length + 1, num_tokens), or one place fewer
+            where there is no overlap.
+        labels, mask: (batch, length).
+    """
+    counted = labels != IGNORED
+    if mask is not None:
+        counted = counted & mask
+    before = logits[:, :-1]
+    if before.shape[1] < length:  # nothing stands before the first token
+        kept = torch.ones_like(counted) if mask is None else mask
+        counted = counted & (kept.cumsum(1) - kept.long() > 0)
+        before = F.pad(before, (0, 0, 1, 0))
+    if before.dtype in (torch.float16, torch.bfloat16):
+        before = before.float()
+    targets = labels.long().where(counted, IGNORED)
+    losses = F.cross_entropy(before.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(labels), counted
+
+
+def _stack(config: CausalConfig) -> MemoryInEachLayer | OneMemory:
+    length, head_dim = config.overlap + config.max_seq_len, config.dim // config.heads
+
+    def block() -> Block:
+        positions = positions_of(config.positions, config.heads, head_dim, length, causal=True)
+        made = Block(config.dim, config.heads, positions, True, config.dropout, config.feed_forward_factor)
+        made.self_attention.begin_with_neighbours()
+        return made
+
+    def writer() -> SlotWriter:
+        make = WRITERS[config.memory_writer]
+        return make(config.dim, config.num_memory_slots, config.mem_update_attn_heads, config.write_temperature)
+
+    updates = config.num_mem_updates
+    if config.memory == "one":
+        blocks = [block() for _ in range(config.depth)]
+        return OneMemory(config.dim, config.heads, blocks, writer(), updates)
+    return MemoryInEachLayer(
+        [CausalLayer(config.dim, config.heads, block(), writer(), updates) for _ in range(config.depth)]
+    )
