@@ -190,6 +190,11 @@ class CausalMemformer(Pretrained):
         kept = F.pad(mask, (self.config.overlap, 0), value=True)
         return x * kept[..., None], visible_to(kept)
 
+    @property
+    def has_overlap(self) -> bool:
+        """Whether a segment's first token is predicted, from the last one before it."""
+        return self.config.overlap > 0
+
     def predicting(self, x: Tensor) -> Tensor:
         """The outputs of :meth:`step` among those of the last layer, (..., overlap + tokens, dim)."""
         return x[..., max(self.config.overlap - 1, 0) :, :]

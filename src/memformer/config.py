@@ -6,7 +6,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
-__all__ = ["CausalConfig", "MemformerConfig", "MemoryLayout", "ModelConfig", "Positions", "Writer", "check_count", "is_count"]
+__all__ = [
+    "CausalConfig",
+    "MemformerConfig",
+    "MemoryLayout",
+    "ModelConfig",
+    "Positions",
+    "Writer",
+    "check_count",
+    "is_count",
+]
 
 Positions = Literal["rotary", "relative", "bucketed"]
 """How attention knows positions: rotated queries and keys, learned encodings of distances, or learned biases."""

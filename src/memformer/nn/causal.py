@@ -121,5 +121,3 @@ class OneMemory(nn.Module):
     def writers(self) -> list[SlotWriter]:
         """The one there is."""
         return [self.writer]
-
-
