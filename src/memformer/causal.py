@@ -6,6 +6,7 @@ Shapes: tokens (batch, tokens), slots (batch, layers, slots, dim). Nothing here 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 
 from .checks import IGNORED, as_mask, check_mask, check_tokens, describe, is_tensor
 from .config import CausalConfig, MemoryLayout, Positions, Writer
-from .nn.attention import causal_mask
+from .nn.attention import KeysValues, causal_mask
 from .nn.blocks import Block, embedding_table
 from .nn.causal import CausalLayer, MemoryInEachLayer, OneMemory
 from .nn.memory import WRITERS, SlotWriter
 from .nn.positions import positions as positions_of
 from .pretrained import Pretrained
+from .state import MemoryState
 
 __all__ = ["CausalMemformer", "CausalMemory", "CausalResults", "causal_losses"]
 
@@ -37,6 +39,22 @@ class CausalMemory(NamedTuple):
 
     slots: Tensor
     last: Tensor
+
+
+class Opened(NamedTuple):
+    """What is computed once of each lane's last whole segment, for the tokens after it. First dimension: batch.
+
+    Attributes:
+        contexts: the slots' keys and values for each layer.
+        last: (batch, overlap), the last tokens of that segment.
+        memory: (batch, layers, slots, dim), after that segment.
+        cache: the layers', of all tokens since then, except each lane's last one, which the next step adds.
+    """
+
+    contexts: list[KeysValues]
+    last: Tensor
+    memory: Tensor
+    cache: list[KeysValues]
 
 
 class CausalResults(NamedTuple):
@@ -184,11 +202,14 @@ class CausalMemformer(Pretrained):
         The second is (batch, 1, overlap + tokens, overlap + tokens), or None: each token sees all before it.
         """
         read = torch.cat([last.to(tokens.dtype), tokens], 1)  # (batch, overlap + tokens)
-        x = self.dropout(self.embedding(torch.where(read < 0, self.config.num_tokens, read)))
+        x = self._embedded(read)
         if mask is None:
             return x, None
         kept = F.pad(mask, (self.config.overlap, 0), value=True)
         return x * kept[..., None], visible_to(kept)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        return self.dropout(self.embedding(torch.where(tokens < 0, self.config.num_tokens, tokens)))
 
     @property
     def has_overlap(self) -> bool:
@@ -205,6 +226,59 @@ class CausalMemformer(Pretrained):
         if self.to_logits is not None:
             return self.to_logits(hidden)
         return F.linear(hidden, self.embedding.weight[:-1], self.bias)
+
+    # --- What generation asks for ---------------------------------------------------------------------------------
+
+    def memory_after(self, state: MemoryState) -> Tensor:
+        """The slots after each lane's last whole segment, (batch, layers, slots, dim)."""
+        return self._after(state).slots
+
+    def open(self, state: MemoryState) -> Opened:
+        """All that the stack needs to go on from a state, computed once for the rest of the pending segments."""
+        overlap, config = self.config.overlap, self.config
+        memory = self._after(state)
+        contexts = [(k.contiguous(), v.contiguous()) for k, v in self.stack.contexts(memory.slots.transpose(0, 1))]
+        shape = (state.batch_size, config.heads, overlap + state.length, config.dim // config.heads)
+        cache = [(memory.slots.new_zeros(shape), memory.slots.new_zeros(shape)) for _ in contexts]
+        begun = overlap - 1 + int(state.filled.max())
+        if begun:
+            # What shorter lanes put into the cache beyond their end is written over before it is looked at.
+            tokens = torch.cat([memory.last, state.pending], 1)[:, :begun]
+            position = torch.arange(begun, device=tokens.device).expand_as(tokens)
+            self._extend(tokens, position, contexts, cache)
+        return Opened(contexts, memory.last, memory.slots, cache)
+
+    def next_logits(self, state: MemoryState, opened: Opened) -> Tensor:
+        """Logits of each lane's next token, (batch, vocabulary). The cache takes in each lane's last token."""
+        position = state.filled + self.config.overlap - 1
+        token = torch.cat([opened.last, state.pending], 1).gather(1, position[:, None])
+        return self.head(self._extend(token, position[:, None], opened.contexts, opened.cache)[:, 0])
+
+    def _after(self, state: MemoryState) -> CausalMemory:
+        """The memory after each lane's last whole segment; the initial one where there is none yet."""
+        overlap, fresh = self.config.overlap, state.fresh
+        last, segment = state.segment.tensor_split([overlap], 1)
+        # Of a lane's first whole segment nothing stands before.
+        last = torch.where((state.position < 2 * state.length)[:, None], NOTHING, last)
+        memory = CausalMemory(state.memory, last)
+        if fresh.any():
+            initial = self.get_initial_mem(state.batch_size)
+            if fresh.all():
+                return initial
+            lanes = fresh[:, None, None, None]
+            memory = CausalMemory(torch.where(lanes, initial.slots, memory.slots), last)
+        mask = ~fresh[:, None].expand_as(segment) if fresh.any() else None
+        _, memory = self.step(segment, memory, mask)
+        return memory._replace(last=torch.where(fresh[:, None], NOTHING, memory.last))
+
+    def _extend(
+        self, tokens: Tensor, position: Tensor, contexts: Sequence[KeysValues], cache: Sequence[KeysValues]
+    ) -> Tensor:
+        """The last layer's output (batch, new, dim) at new tokens of the pending segments; the cache takes them in."""
+        x = self._embedded(tokens)
+        for block, context, kept in zip(self.stack.each_block(), contexts, cache, strict=True):
+            x = block.extend(x, kept, position, context)
+        return x
 
     def check(
         self,

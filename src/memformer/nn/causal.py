@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attention import ContextProjection
+from .attention import ContextProjection, KeysValues
 from .blocks import Block
 from .memory import SlotWriter
 
@@ -48,6 +48,10 @@ class CausalLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.writer = writer
 
+    def context(self, memory: Tensor) -> KeysValues:
+        """(batch, slots, dim) -> their keys and values."""
+        return self.memory_projection(self.memory_norm(memory))[0]
+
     def forward(
         self, x: Tensor, memory: Tensor, visible: Tensor | None, kept: Tensor | None, overlap: int
     ) -> tuple[Tensor, Tensor]:
@@ -58,8 +62,7 @@ class CausalLayer(nn.Module):
             kept: (batch, tokens), True for tokens that exist.
             overlap: how many of the tokens are of the segment before, and so are in the memory already.
         """
-        (context,) = self.memory_projection(self.memory_norm(memory))
-        x = self.block(x, context, visible)
+        x = self.block(x, self.context(memory), visible)
         return x, writes(self.writer, self.updates, memory, self.norm(x[..., overlap:, :]), kept)
 
 
@@ -83,6 +86,14 @@ class MemoryInEachLayer(nn.Module):
             x, new = layer(x, slots, visible, kept, overlap)
             written.append(new)
         return x, torch.stack(written)
+
+    def contexts(self, memory: Tensor) -> list[KeysValues]:
+        """(layers, batch, slots, dim) -> the slots' keys and values for each layer."""
+        return [layer.context(slots) for layer, slots in zip(self._layers, memory.unbind(0), strict=True)]
+
+    def each_block(self) -> list[Block]:
+        """The layers without their memories."""
+        return [layer.block for layer in self._layers]
 
     def writers(self) -> list[SlotWriter]:
         """One for each memory."""
@@ -113,10 +124,17 @@ class OneMemory(nn.Module):
         self, x: Tensor, memory: Tensor, visible: Tensor | None, kept: Tensor | None, overlap: int
     ) -> tuple[Tensor, Tensor]:
         """(batch, overlap + tokens, dim) and (1, batch, slots, dim) -> the same; see :class:`CausalLayer`."""
-        contexts = self.memory_projection(self.memory_norm(memory[0]))
-        for block, context in zip(self.blocks, contexts, strict=True):
+        for block, context in zip(self.blocks, self.contexts(memory), strict=True):
             x = block(x, context, visible)
         return x, writes(self.writer, self.updates, memory[0], self.norm(x[:, overlap:]), kept)[None]
+
+    def contexts(self, memory: Tensor) -> list[KeysValues]:
+        """(1, batch, slots, dim) -> the slots' keys and values for each layer."""
+        return self.memory_projection(self.memory_norm(memory[0]))
+
+    def each_block(self) -> list[Block]:
+        """The layers without their memory."""
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def writers(self) -> list[SlotWriter]:
         """The one there is."""
