@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import earlier, export, generate, learn, loader, overhead, pixels, positions, text
+from . import earlier, export, generate, lanes, learn, loader, overhead, pixels, positions, text
 
 _RUN: dict[type, Callable[[Any], Iterator[str]]] = {
     learn.Learn: learn.run,
@@ -18,6 +18,7 @@ _RUN: dict[type, Callable[[Any], Iterator[str]]] = {
     overhead.Overhead: overhead.run,
     positions.PositionsBenchmark: positions.run,
     loader.Loader: loader.run,
+    lanes.LanesBenchmark: lanes.run,
     export.Export: export.run,
     pixels.PixelsBenchmark: pixels.run,
 }
@@ -30,6 +31,7 @@ _Command = (
     | Annotated[overhead.Overhead, tyro.conf.subcommand("overhead")]
     | Annotated[positions.PositionsBenchmark, tyro.conf.subcommand("positions")]
     | Annotated[loader.Loader, tyro.conf.subcommand("loader")]
+    | Annotated[lanes.LanesBenchmark, tyro.conf.subcommand("lanes")]
     | Annotated[export.Export, tyro.conf.subcommand("export")]
     | Annotated[pixels.PixelsBenchmark, tyro.conf.subcommand("pixels")]
 )

@@ -1,4 +1,4 @@
-"""Two processes that meet by gloo, for tests of what is distributed."""
+"""A few processes that meet by gloo, for tests of what is distributed."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-WORLD = 2
-
 
 def two_processes(work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:
-    """Run ``work(rank, *args)`` in two processes; returns what they returned, which goes through files."""
+    """:func:`several_processes`, two."""
+    return several_processes(2, work, tmp_path, *args)
+
+
+def several_processes(count: int, work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:
+    """Run ``work(rank, *args)`` in so many processes; returns what they returned, which goes through files."""
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     context = mp.get_context("spawn")
-    processes = [context.Process(target=_process, args=(work, rank, folder, args)) for rank in range(WORLD)]
+    processes = [context.Process(target=_process, args=(work, rank, count, folder, args)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    results = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(count)]
     errors = [error for error, _ in results if error]
     assert not errors, "\n".join(errors)
     return [result for _, result in results]
 
 
-def _process(work: Callable[..., Any], rank: int, folder: Path, args: tuple[Any, ...]) -> None:
+def _process(work: Callable[..., Any], rank: int, count: int, folder: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     error = result = None
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=WORLD)
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=count)
         result = work(rank, *args)
         dist.barrier()
         dist.destroy_process_group()

@@ -114,6 +114,12 @@ def test_the_lanes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert len(rows(lines, "tokens per second")) == 7
 
 
+def test_a_text_in_few_and_many_files(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = report(capsys, "lanes", "--size", "3000", "--held-out", "300", "--steps", "2", "--lanes", "3")
+    assert rows(lines, "      ") == ["cut into 3 files", "one file, in str", "one file, in eve"]
+    assert [line.split()[-3] for line in lines[2:]] == ["3", "3", "1"]
+
+
 def test_the_exported_steps(capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

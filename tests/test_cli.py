@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import memformer
 from memformer import Memformer, replay
-from memformer.cli import _parse, main
+from memformer.cli import main
+from memformer.cli.parsing import COMMANDS, parse
 from memformer.settings import RECIPES, TrainingConfig, read_yaml
 from memformer.training import checkpoints
 
@@ -59,7 +61,7 @@ def folder(tmp_path, monkeypatch):
 def test_train_evaluate_generate(folder, capsys):
     assert main(["train", "--data", "text.txt", "--out", "run", *SMALL]) == 0
     printed = capsys.readouterr().out
-    assert "1 documents (1,332 bytes) to train on, 1 documents (28 bytes) held out" in printed
+    assert "1 document (1,332 bytes) in 2 stretches to train on, 1 document (28 bytes) held out" in printed
     assert "     4/4  " in printed
     assert "order-2 byte model" in printed
     assert "sample" in printed
@@ -76,6 +78,44 @@ def test_train_evaluate_generate(folder, capsys):
     assert first.startswith("To")
     assert main(["generate", "--checkpoint", "run/step-000004", *how]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_evaluate_reads_a_limit_and_speaks_json(folder, capsys, monkeypatch):
+    assert main(["train", "--data", "text.txt", "--out", "run", *SMALL]) == 0
+    capsys.readouterr()
+    command = ["evaluate", "--checkpoint", "run", "--data", "text.txt"]
+    assert main([*command, "--json", "--limit", "100"]) == 0
+    printed, errors = capsys.readouterr()
+    found = json.loads(printed)
+    assert errors == ""
+    assert list(found) == ["checkpoint", "precision", "memory_on", "memory_off", "xz"]
+    assert (found["precision"], found["memory_on"]["tokens"], found["xz"]["bytes"]) == ("float32", 100, 100)
+    depths = found["memory_off"]["by_depth"]
+    assert depths[0] == {"first": 1, "last": 1, "tokens": 8, "bits_per_token": depths[0]["bits_per_token"]}
+    assert main([*command, "--memory", "on", "--limit", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert f"memory on   {found['memory_on']['bits_per_byte']:.4f} bits per byte" in printed
+    assert main([*command, "--memory", "on", "--json", "--precision", "bf16", "--limit", "100"]) == 0
+    rounded = json.loads(capsys.readouterr().out)
+    assert rounded["precision"] == "bfloat16"
+    assert rounded["memory_on"]["loss_nats"] != found["memory_on"]["loss_nats"]
+    assert rounded["memory_on"]["loss_nats"] == pytest.approx(found["memory_on"]["loss_nats"], rel=0.02)
+    monkeypatch.setattr("memformer.cli.evaluate.XZ_BYTES", 50)
+    assert main([*command, "--memory", "on"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("bits per byte (the first 50 bytes)")
+    assert main([*command, "--limit", "-1"]) == 2
+    assert "limit: expected a number of bytes of at least 0 (0: all), got -1" in capsys.readouterr().err
+
+
+def test_evaluate_says_on_a_terminal_how_far_it_is(folder, capsys, monkeypatch):
+    assert main(["train", "--data", "text.txt", "--out", "run", *SMALL]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(["evaluate", "--checkpoint", "run", "--data", "text.txt", "--json"]) == 0
+    printed, errors = capsys.readouterr()
+    json.loads(printed)
+    assert "of 1,360 tokens" in errors
+    assert errors.endswith("\r\x1b[K")
 
 
 def test_a_run_is_resumed_with_the_settings_it_had(folder, capsys):
@@ -139,7 +179,7 @@ def test_a_wrong_verdict_ends_the_command(folder, capsys, monkeypatch):
 
 
 def test_recipes_start_from_named_settings():
-    settings = _parse(["train", "--recipe", "paper-v1", "--slots", "5"]).settings()
+    settings = parse(["train", "--recipe", "paper-v1", "--slots", "5"])[1].settings()
     expected = RECIPES["paper-v1"]
     assert settings == dataclasses.replace(expected, model=dataclasses.replace(expected.model, slots=5))
 
@@ -172,7 +212,7 @@ def test_other_kinds_of_data(folder, capsys, kind):
     assert main(["evaluate", "--checkpoint", "run", *data, "--memory", "on"]) == 0
     assert "memory on" in capsys.readouterr().out
     assert main(["evaluate", "--checkpoint", "run", "--memory", "on"]) == 0
-    held_out = "tokens of 1 documents" if kind == "lines" else "tokens of 2 documents"
+    held_out = "tokens of 1 document," if kind == "lines" else "tokens of 2 documents"
     assert held_out in capsys.readouterr().out
 
 
@@ -229,12 +269,62 @@ def test_a_mistake_is_one_line(folder, capsys, arguments, message):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", ["train --stepz 3", "train --steps x", ""])
-def test_flags_are_checked(folder, capsys, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --stepz 3", "Unrecognized options: --stepz, 3. Perhaps you meant --steps"),
+        ("train --steps x", "--steps: expected a whole number, got 'x'"),
+        ("train --learning-rate fast", "--learning-rate: expected a number, got 'fast'"),
+        ("train --precision float16", "'float16' for argument '--precision'"),
+        ("train --data", "--data: an argument is empty"),
+        ("train --data --out x", "--data: an argument is empty"),
+        ("train --out=", "--out: an argument is empty"),
+        ("trian", "trian: no such command. Perhaps you meant train; memformer --help says more"),
+        ("nonsense", "nonsense: no such command. There are train, evaluate, "),
+        ("generate", "Missing from memformer generate: --checkpoint PATH"),
+        ("bench", "Expected one of {"),
+        ("bench learnt", "learnt"),
+        ("bench learn --seeds x", "--seeds: "),
+    ],
+)
+@pytest.mark.parametrize("columns", ["20", "80"])
+def test_flags_are_checked(folder, capsys, monkeypatch, arguments, message, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(arguments.split()) == 2
+    printed, errors = capsys.readouterr()
+    assert errors.startswith("memformer: error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert "dummy" not in errors
+    assert printed == ""
+    assert os.environ["COLUMNS"] == columns
+
+
+@pytest.mark.parametrize("variable", ["", "--state=", "--checkpoint="])
+def test_an_empty_argument_is_no_prompt(folder, capsys, variable):
+    assert (
+        main(
+            ["generate", "--checkpoint", "nowhere", "--prompt", "", *(["--state", ""] if not variable else [variable])]
+        )
+        == 2
+    )
+    assert "an argument is empty: is a variable of the shell not set?" in capsys.readouterr().err
+    assert main(["generate", "--checkpoint", "nowhere", "--prompt", ""]) == 2
+    assert "nowhere: no checkpoint there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_the_program_alone_shows_its_commands(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
-        main(arguments.split())
-    assert stop.value.code == 2
-    assert capsys.readouterr().err
+        main(arguments)
+    assert not stop.value.code
+    printed = capsys.readouterr().out
+    assert all(f" {name} " in printed for name in COMMANDS)
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"memformer {memformer.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -275,7 +365,7 @@ def test_torchrun_trains_with_two_processes(folder, parallel):
     done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"2 processes ({parallel})" in done.stdout
-    assert done.stdout.count("held out    28 tokens of 1 documents") == 1
+    assert done.stdout.count("held out    29 tokens of 1 document,") == 1
     assert done.stdout.count("sample") == 1
     assert checkpoints.find(folder / "run").name == "step-000004"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from helpers import lively
 from memformer.cli import main
+from memformer.cli.generate import _print
 from memformer.data import BPETokenizer, ByteTokenizer, TokenIds, Tokenizer
 from memformer.model import Memformer
 from memformer.state import MemoryState
@@ -121,6 +123,28 @@ def test_a_stop_text_ends_it(generate: Callable[..., str]) -> None:
     assert generate("--prompt", "", *GREEDY, "--stop", stop) == text[: text.index(stop) + 2] + "\n"
 
 
+def test_of_several_stop_texts_the_first_to_come_ends_it(generate: Callable[..., str]) -> None:
+    text = generate("--prompt", "", *GREEDY).removesuffix("\n")
+    early, late = text[2:4], text[9:12]
+    assert text.index(early) < text.index(late)
+    expected = text[: text.index(early) + 2] + "\n"
+    assert generate("--prompt", "", *GREEDY, "--stop", late, "--stop", early) == expected
+    assert generate("--prompt", "", *GREEDY, "--stop", "~~~~", "--stop", early) == expected
+
+
+def test_nothing_is_printed_after_a_stop_inside_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    """The token is read whole, and none after it."""
+    pytest.importorskip("tokenizers")
+    tokenizer = BPETokenizer.train(["the cat and the dog and the cow "] * 9, 300)
+    ids = tokenizer.encode("the dog and the cat").tolist()
+    texts = [tokenizer.decode([token]) for token in ids]
+    assert " and" in texts
+    tokens = iter(torch.tensor(ids)[:, None])
+    _print(tokens, tokenizer, ["no", "og a", "cat"])
+    assert capsys.readouterr().out == "the dog a\n"
+    assert len(list(tokens)) == len(ids) - texts.index(" and") - 1
+
+
 def test_any_tokenizer_of_a_checkpoint(generate: Callable[..., str], tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     tokenizer = BPETokenizer.train(["the cat and the dog and the cow "] * 9, 280)
@@ -179,8 +203,23 @@ def test_a_mistake_is_one_line_and_harms_no_file(
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-def test_a_reader_that_leaves_ends_it_without_a_word() -> None:
-    command = [sys.executable, "-m", "memformer", "generate", "--checkpoint", "run", "--prompt", "", "--stop", "~~~"]
+COMMAND = [sys.executable, "-m", "memformer", "generate", "--checkpoint", "run"]
+
+
+def goes_on(model: Memformer, first: str, state: str) -> None:
+    """The state is that of the text so far: the whole text, and at most a few tokens that were not read any more."""
+    tokenizer = ByteTokenizer()
+    prompt = torch.from_numpy(tokenizer.encode(first).astype("int64"))[None]
+    saved = MemoryState.load(state, model)
+    how = dict(start=tokenizer.start, never=tokenizer.special, temperature=0)
+    again = model.generate(prompt, int(saved.position) - prompt.shape[1], **how).state
+    assert torch.equal(again.pending, saved.pending)
+    assert torch.equal(again.segment, saved.segment)
+    assert torch.equal(again.memory, saved.memory)
+
+
+def test_a_reader_that_leaves_ends_it_without_a_word_and_the_state_is_saved(model: Memformer) -> None:
+    command = [*COMMAND, "--prompt", "Once", "--state", "talk", *GREEDY, "--stop", "~~~"]
     process = subprocess.Popen([*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.read(1)
@@ -189,16 +228,29 @@ def test_a_reader_that_leaves_ends_it_without_a_word() -> None:
     assert process.stderr is not None
     assert process.stderr.read() == b""
     process.stderr.close()
+    goes_on(model, "Once", "talk")
 
 
-def test_ctrl_c_leaves_the_state_as_it_was(generate: Callable[..., str]) -> None:
-    generate("--prompt", "Long ago", "--state", "talk")
-    before = Path("talk").read_bytes()
-    command = [sys.executable, "-m", "memformer", "generate", "--checkpoint", "run", "--state", "talk"]
+@pytest.mark.parametrize("where", ["", ">&-", ">/dev/full"])
+def test_no_terminal_breaks_the_output(model: Memformer, where: str) -> None:
+    """The prompt has characters that ASCII lacks; the text goes to a pipe, nowhere, or to a full disk."""
+    if where == ">/dev/full" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = [*COMMAND, "--prompt", "caf\u00e9 \u2026", "--state", "talk", *GREEDY, "--max-new-tokens", "9"]
+    shell = f"exec {shlex.join(command)} {where}"
+    strict = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0"}
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, env=strict)
+    assert done.returncode == (2 if "full" in where else 0), done.stderr
+    assert done.stderr.count(b"\n") == ("full" in where)
+    assert done.stdout.startswith(b"" if where else b"caf\\xe9 \\u2026")
+    goes_on(model, "caf\u00e9 \u2026", "talk")
+
+
+def test_ctrl_c_saves_what_was_written(model: Memformer) -> None:
     # Where the suite runs in the background of a shell SIGINT is ignored, and children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        [*command, "--prompt", "ever after", "--max-new-tokens", "1000000000000"],
+        [*COMMAND, "--state", "talk", "--prompt", "ever after", *GREEDY, "--max-new-tokens", "1000000000000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -208,6 +260,21 @@ def test_ctrl_c_leaves_the_state_as_it_was(generate: Callable[..., str]) -> None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.decode().strip() == "memformer: stopped; talk is as it was saved last"
-    assert Path("talk").read_bytes() == before
+    assert errors.decode().strip() == "memformer: stopped; talk holds what was written so far"
     assert not list(Path().glob(".talk*"))
+    goes_on(model, "ever after", "talk")
+
+
+def test_ctrl_c_while_the_prompt_is_read_leaves_the_state_as_it_was(
+    generate: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate("--prompt", "Long ago", "--state", "talk")
+    before = Path("talk").read_bytes()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Memformer, "stream", interrupted)
+    assert main(["generate", "--checkpoint", "run", "--state", "talk", "--prompt", "ever after"]) == 130
+    assert capsys.readouterr().err.strip() == "memformer: stopped; talk is as it was saved last"
+    assert Path("talk").read_bytes() == before

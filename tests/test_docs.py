@@ -23,7 +23,8 @@ import pytest
 import tyro
 from benchmarks import __main__ as benchmarks
 
-from memformer import cli, replay, settings
+from memformer import replay, settings
+from memformer.cli import parsing
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -32,7 +33,7 @@ NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
 SLOW = {"texts"}
 """Notebooks that take more than 20 seconds on one core."""
 INTERNAL = {"__init__", "__main__", "bench", "cli"}
-INTERNAL |= {"checks", "device", "files", "learning_rate", "parallel", "pictures"}
+INTERNAL |= {"checks", "device", "files", "folders", "learning_rate", "parallel", "pictures"}
 """Modules and folders of the package that nobody needs to import: they have no page of reference."""
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 LANGUAGES = {"python", "bash", "yaml", "text", ""}
@@ -169,7 +170,8 @@ def parses(arguments: list[str]) -> bool:
             tyro.cli(benchmarks._Command, args=arguments[1:], config=CONFIG)
         else:
             # What a run left behind cannot be looked up here: the flags are parsed against the defaults.
-            cli._parse([word for word in arguments if word != "--resume"])
+            looked_up = {"--resume": "--auto-resume", "--init-from": "--offload"}
+            parsing.parse([looked_up.get(word, word) for word in arguments])
     except (SystemExit, ValueError):
         return False
     return True

@@ -1,13 +1,15 @@
 """Evaluation: every token of every document counts once, whatever is read beside it, by its depth."""
 
+import lzma
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from memformer import Memformer
-from memformer.data import ByteTokenizer, Document, TokenIds
+from memformer.data import ByteTokenizer, Document, TokenIds, xz_bits_per_byte
 from memformer.evaluation import evaluate
 
 WORDS = b"the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
@@ -81,6 +83,49 @@ def test_the_models_mode_is_kept_and_dropout_is_off(model):
     model.eval()
     evaluate(model, documents, TOKENIZER)
     assert not model.training
+
+
+class Counted:
+    """Text that is made when it is read, and remembers how much was asked for at once."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, size):
+        self.size, self.most, self.all = size, 0, 0
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, place):
+        start, stop, _ = place.indices(self.size)
+        self.most, self.all = max(self.most, stop - start), self.all + stop - start
+        return (np.arange(start, stop) * 7919 % 251).astype(np.uint8)
+
+    def part(self, start, stop):
+        return self[start:stop]
+
+
+def test_xz_reads_pieces_and_no_more_than_it_may():
+    content = Counted(5_000_000)
+    documents = [Document("a", b"abc" * 100), Document("b", content)]
+    whole = b"abc" * 100 + content[:2_000_000].tobytes()
+    content.most = content.all = 0
+    expected = 8 * len(lzma.compress(whole, preset=9 | lzma.PRESET_EXTREME)) / len(whole)
+    assert xz_bits_per_byte(documents, len(whole)) == pytest.approx(expected, rel=1e-3)
+    assert content.all == 2_000_000
+    assert content.most <= 1 << 20
+    assert (
+        xz_bits_per_byte([b"abc" * 100]) == 8 * len(lzma.compress(b"abc" * 100, preset=9 | lzma.PRESET_EXTREME)) / 300
+    )
+    with pytest.raises(ValueError, match="held_out: expected text, got none"):
+        xz_bits_per_byte([])
+
+
+def test_progress_counts_every_token_once(model):
+    documents, seen = [Document(str(n), (WORDS * 2)[:n]) for n in (1, 8, 21, 60, 200)], []
+    evaluate(model, documents, TOKENIZER, lanes=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (290, 290)
+    assert seen == sorted(seen)
 
 
 def test_mistakes(model):

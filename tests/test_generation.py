@@ -525,8 +525,11 @@ ONE = torch.zeros(1, 2, dtype=torch.int64)
         (dict(start=11), "start: expected token ids from 0 to 10, got 11"),
         (dict(start=None), "start: expected the token that started documents in training"),
         (dict(prompt=torch.zeros(1, 3)), "tokens: expected token ids, .* got torch.float32 of shape"),
-        (dict(prompt=torch.zeros(3, dtype=torch.int64)), "tokens: expected token ids, .* got torch.int64 of shape"),
-        (dict(prompt=[[1, 2]]), "tokens: expected token ids, .* got list in lane 0"),
+        (
+            dict(prompt=torch.zeros(1, 1, 3, dtype=torch.int64)),
+            "tokens: expected token ids, .* got torch.int64 of shape",
+        ),
+        (dict(prompt=[[1.5, 2]]), "tokens: expected token ids .* got float64 of shape"),
         (dict(prompt=[]), "tokens: expected at least one lane, got none"),
         (dict(prompt=torch.full((1, 2), 11)), "tokens: expected token ids from 0 to 10, got 11"),
         (dict(prompt=torch.full((1, 70), -1)), "tokens: expected token ids from 0 to 10, got -1"),

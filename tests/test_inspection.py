@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import torch.nn.functional as F
 from helpers import VOCABULARY, WRITERS, mask, memory, take_grads, tiny, tokens
 from memformer import Memformer
 from memformer.cli import main
+from memformer.cli.inspect import describe_life
 from memformer.data import ByteTokenizer
 from memformer.data.segments import Segment
 from memformer.inspection import KINDS, Inspection, MemoryHealth, inspect, kinds, memory_health, plot, slot_diversity
+from memformer.pictures import new_figure
+from memformer.training.history import Moment, _message, life
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -204,6 +208,98 @@ def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         plot(found, tmp_path / "memory.png")
 
 
+def test_a_diversity_above_1_is_not_clipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figure = new_figure(11, 7.5)
+    monkeypatch.setattr("memformer.inspection.new_figure", lambda *_: figure)
+    shares = torch.full((1, 4, 2), 0.5)
+    found = Inspection(shares, torch.full((1, 4), 1.6), "bias vector", torch.ones(2), torch.ones(4))
+    plot(found, tmp_path / "memory.png")
+    (areas,) = [axes for axes in figure.axes if axes.get_ylabel() == "share of slots; diversity"]
+    assert areas.get_ylim()[1] > 1.6
+    assert figure.get_suptitle() == "When they are written, 2 slots attend: 2 mostly themselves"
+    assert all(axes.get_xlabel() or axes.get_label() == "<colorbar>" for axes in figure.axes)
+
+
+# --- A run's life -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's folder: 7 lines of steps, the first as an older version wrote it, 3 evaluations, and 2 checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    lines: list[dict[str, Any]] = [{"event": "step", "step": 1, "loss_nats": 5.5}]
+    for step in range(10, 70, 10):
+        numbers = {"loss_nats": 5 - step / 20, "self_attention": 0.9, "slot_diversity": 1.2, "memory_gradient": 0.25}
+        totals = {"tokens_seen": 100 * step, "epoch": step / 40, "wall_seconds": 2.0 * step}
+        lines.append({"event": "step", "step": step, **numbers, **totals})
+    lines += [
+        {"event": "held_out", "step": step, "loss_nats": loss} for step, loss in ((30, 4.0), (50, 3.0), (60, 3.5))
+    ]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in (50, 60):
+        tiny().save_pretrained(tmp_path / "run" / f"step-{step:06d}")
+    return tmp_path / "run"
+
+
+def test_a_life_is_read_from_the_metrics(run: Path) -> None:
+    moments = life(run)
+    assert [m.step for m in moments] == [1, 10, 20, 30, 40, 50, 60]
+    assert [m.held_out_nats for m in moments] == [None, None, None, 4.0, None, 3.0, 3.5]
+    assert [m.step for m in moments if m.kept] == [50, 60]
+    assert (moments[0].loss_nats, moments[0].slot_diversity, moments[-1].loss_nats) == (5.5, None, 2.0)
+    assert describe_life(moments).splitlines() == [
+        "60 steps, 6,000 tokens, 1.50 times the documents, 2:00",
+        "",
+        "      step  training  held out on itself diversity     reach",
+        "         1     5.500         -         -         -         -",
+        "        10     4.500         -     0.900     1.200      0.25",
+        "        20     4.000         -     0.900     1.200      0.25",
+        "        30     3.500     4.000     0.900     1.200      0.25",
+        "        40     3.000         -     0.900     1.200      0.25",
+        "        50     2.500     3.000     0.900     1.200      0.25  best kept",
+        "        60     2.000     3.500     0.900     1.200      0.25  kept",
+        "",
+        "training, held out: nats per token; on itself: the share of the writing attention that slots give",
+        "themselves; reach: the gradient at a rollout's start by that at its end; kept: the checkpoint is there",
+    ]
+
+
+def test_a_long_life_fits_a_screen_and_keeps_the_checkpoints() -> None:
+    moments = [Moment(step, 2.0, 3.0 - step, kept=step in (1777, 3999)) for step in range(1, 4001)]
+    steps = [line.split()[0] for line in describe_life(moments).splitlines()[3:-3]]
+    assert 20 < len(steps) <= 30
+    assert {"1", "1777", "3999", "4000"} <= set(steps)
+
+
+def test_the_command_shows_a_life_and_draws_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--checkpoint", "run", "--life", "--plot", "life.png"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == describe_life(life(run)) + "\n\nplot in life.png\n"
+    assert (run.parent / "life.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["inspect", "--checkpoint", "run/step-000050", "--life"]) == 0
+    assert capsys.readouterr().out in printed
+
+
+def test_what_has_no_life(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "metrics.jsonl").write_text("")
+    assert main(["inspect", "--checkpoint", "run", "--life"]) == 2
+    assert "metrics.jsonl: no line of metrics in it" in capsys.readouterr().err
+    (run / "metrics.jsonl").unlink()
+    assert main(["inspect", "--checkpoint", "run", "--life"]) == 2
+    assert "no metrics.jsonl there, which every run writes" in capsys.readouterr().err
+    assert main(["inspect", "--checkpoint", "run", "--life", "--data", "x"]) == 2
+    assert "life: reads the run's metrics, so --data has no meaning with it" in capsys.readouterr().err
+
+
+def test_the_message_of_a_picture() -> None:
+    fell = [Moment(1, 5.0), Moment(50, 2.0)]
+    assert _message(fell) == "The training loss went from 5.000 to 2.000 nats per token in 50 steps"
+    scored = [Moment(10, 3.0, 3.0), Moment(20, 2.0, 2.5), Moment(30, 1.0, 2.75)]
+    assert _message(scored) == "The held-out loss came to 2.500 nats per token at step 20, and was 2.750 at the end"
+    assert _message([Moment(7, kept=True)]) == "7 steps"
+
+
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +322,7 @@ def test_the_command_prints_and_draws(folder: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out.splitlines()
     model, text = Memformer.from_pretrained(folder / "model"), np.frombuffer((folder / "a.txt").read_bytes(), np.uint8)
     found = inspect(model, [text], start=ByteTokenizer().start, segments=7)
-    assert printed[0] == "5 slots, read over 7 segments of 1 documents"
+    assert printed[0] == "5 slots, read over 7 segments of 1 document"
     kind = kinds(found.by_slot).tolist()
     assert ", ".join(f"{kind.count(i)} {name}" for i, name in enumerate(KINDS)) in printed[2]
     slots = [line.split() for line in printed[5:7]]

@@ -540,7 +540,7 @@ def ids(*shape: int, **last: int) -> Tensor:
             {"src": ids(2, 6)[0]},
             r"src: expected token ids, .* of shape \(batch, tokens\), got torch\.int64 of shape \(6,\)",
         ),
-        ({"src": [[1, 2]]}, r"src: expected token ids, .* got list"),
+        ({"src": [[1.5, 2]]}, r"src: expected token ids, .* got float64"),
         ({"src": ids(2, 6)[:, :0]}, r"src: expected at least one lane and one token, got shape \(2, 0\)"),
         ({"src": ids(2, 6)[:0]}, r"src: expected at least one lane and one token, got shape \(0, 6\)"),
         ({"tgt": torch.rand(2, 5)}, r"tgt: expected token ids, .* got torch\.float32"),
@@ -558,7 +558,7 @@ def ids(*shape: int, **last: int) -> Tensor:
         ({"mems": "none"}, r"mems: expected .* got str"),
         ({"src_mask": torch.ones(2, 6)}, r"src_mask: expected torch\.bool, or integers of 0 and 1, .* torch\.float32"),
         ({"src_mask": mask("11", "11")}, r"src_mask: expected .* shape \(2, 6\), True for .* got .* shape \(2, 2\)"),
-        ({"src_mask": [True]}, r"src_mask: expected .* got list"),
+        ({"src_mask": "1"}, r"src_mask: expected .* got str"),
         (
             {"src_mask": torch.ones(2, 6)},
             r"If it is 1 for .* pass mask\.bool\(\); if .* added to scores, pass mask == 0",

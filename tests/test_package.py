@@ -31,7 +31,7 @@ REFERENCE = ROOT / "docs" / "reference"
 
 DEVELOPMENT = {"dev", "docs", "notebooks"}
 """The extras of those who work on this package."""
-INSIDE = {"bench", "checks", "cli", "device", "files", "learning_rate", "parallel", "pictures"}
+INSIDE = {"bench", "checks", "cli", "device", "files", "folders", "learning_rate", "parallel", "pictures"}
 """Nothing here is for users to call; commands are described by their ``--help``."""
 
 # --- Metadata

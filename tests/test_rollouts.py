@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import POSITIONS, VOCABULARY, WRITERS, assert_same_grads, mask, memory, take_grads, tiny, tokens
 from memformer import Memformer, memory_replay_backprop, replay, rollouts
 from memformer.data.segments import Segment, cut
+from memformer.model import token_losses
 
 LENGTH = 3
 TARGET_LENGTHS = (2, 6)
@@ -536,7 +538,7 @@ def test_the_live_graph_of_plain_bptt_does_grow() -> None:
         ),
         ({"src": tokens(2, 7).float(), "tgt": tokens(2, 4)}, r"src: expected token ids"),
         ({"src": tokens(2, 7)[0], "tgt": tokens(2, 4)}, r"src: expected token ids"),
-        ({"src": [[1, 2]], "tgt": tokens(2, 4)}, r"src: expected token ids, .* got list"),
+        ({"src": [[1.5, 2]], "tgt": tokens(2, 4)}, r"src: expected token ids, .* got float64"),
         ({"src": tokens(2, 7) + VOCABULARY, "tgt": tokens(2, 4)}, r"src: token id \d+ is outside the table"),
         ({"loss_fn": lambda i, x: None}, r"loss_fn: returned no loss that requires a gradient"),
         ({"loss_fn": lambda i, x: x.detach().sum()}, r"loss_fn: returned no loss that requires a gradient"),
@@ -567,3 +569,122 @@ def test_cut() -> None:
     assert [part.tgt is tgt for part in parts] == [False, False, True]
     assert [part.tgt_mask is None for part in parts] == [True, True, False]
     assert all(part.reset is None for part in parts)
+
+
+# --- How the losses become one
+
+
+def pieces() -> tuple[Memformer, dict[str, Any]]:
+    """A model, a sequence of three segments, and targets of unequal length, one of them masked in part."""
+    tgt = [tokens(2, 2), None, tokens(2, 6)]
+    return small(), dict(src=tokens(2, 9), tgt=tgt, tgt_mask=[None, None, mask("111100", "110111")])
+
+
+def target_losses(
+    model: Memformer, src: Tensor, tgt: list[Tensor | None], tgt_mask: list[Tensor | None]
+) -> list[Tensor]:
+    """The losses of all targets that count, segment by segment."""
+    memory, found = None, []
+    for segment in cut(LENGTH, src, tgt, None, tgt_mask, None):
+        enc_out, after = model.step(segment.src, memory)
+        if segment.tgt is not None:
+            mine, counted = token_losses(
+                model.need_decoder("test"), segment.tgt, enc_out, None, segment.tgt_mask, segment.src
+            )
+            found.append(mine[counted])
+        memory = after
+    return found
+
+
+@pytest.mark.parametrize("reduction", ["segment_means", "mean", "sum"])
+def test_reductions(reduction: str) -> None:
+    torch.manual_seed(0)
+    model, given = pieces()
+    losses = target_losses(model, given["src"], given["tgt"], given["tgt_mask"])
+    assert [len(of_segment) for of_segment in losses] == [2, 7]
+    every = torch.cat(losses)
+    means = torch.stack([of_segment.mean() for of_segment in losses])
+    expected = {"segment_means": means.sum(), "mean": every.mean(), "sum": every.sum()}[reduction]
+    expected.backward()
+    wanted = take_grads(model)
+    loss, _ = memory_replay_backprop(model, **given, reduction=reduction)
+    torch.testing.assert_close(loss, expected.detach())
+    assert_same_grads(take_grads(model), wanted)
+
+
+def test_the_mean_does_not_depend_on_how_targets_are_cut() -> None:
+    """Accumulated over two documents as the mean over both."""
+    torch.manual_seed(1)
+    model, first = pieces()
+    _, second = pieces()
+    counts = [len(torch.cat(target_losses(model, g["src"], g["tgt"], g["tgt_mask"]))) for g in (first, second)]
+    every = torch.cat([x for g in (first, second) for x in target_losses(model, g["src"], g["tgt"], g["tgt_mask"])])
+    every.mean().backward()
+    wanted = take_grads(model)
+    for each in (first, second):
+        memory_replay_backprop(model, **each, reduction="sum", scale=lambda loss: loss / sum(counts))
+    assert_same_grads(take_grads(model), wanted)
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_a_gradient_scaler_scales_what_is_back_propagated(own_loss: bool) -> None:
+    """The gradients are unscaled again by the scaler, and the loss that is returned is not scaled."""
+    torch.manual_seed(2)
+    model, given = pieces()
+    if own_loss:
+        given = dict(src=given["src"], loss_fn=lambda i, x: x.square().sum() if i != 1 else None)
+    loss, _ = memory_replay_backprop(model, **given)
+    wanted = take_grads(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    again, _ = memory_replay_backprop(model, **given, scale=scaler.scale)
+    torch.testing.assert_close(again, loss)
+    assert_same_grads({name: None if g is None else g / 1024 for name, g in grads_of(model).items()}, wanted)
+    scaler.unscale_(optimizer)
+    assert_same_grads(take_grads(model), wanted)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1024
+
+
+def grads_of(model: nn.Module) -> dict[str, Tensor | None]:
+    return {f"0.{name}": p.grad for name, p in model.named_parameters()}
+
+
+def test_what_reduction_and_scale_do_not_take() -> None:
+    model, given = pieces()
+    with pytest.raises(ValueError, match="reduction: expected one of segment_means, mean, sum, got 'avg'"):
+        memory_replay_backprop(model, **given, reduction="avg")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reduction: 'mean' is of targets; what loss_fn returns is added up as it is"):
+        memory_replay_backprop(model, given["src"], loss_fn=lambda i, x: x.sum(), reduction="mean")
+    with pytest.raises(
+        ValueError, match=r"scale: expected a function of the loss, such as scaler\.scale, got float; for"
+    ):
+        memory_replay_backprop(model, **given, scale=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no segment of the rollout has a loss"):
+        memory_replay_backprop(model, given["src"], [None, None, None], reduction="mean")
+
+
+# --- What CUDA computes deterministically
+
+
+class Names(TorchDispatchMode):
+    """Takes down the names of the operations that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_loss_has_no_operation_that_cuda_cannot_do_deterministically() -> None:
+    """Of two dimensions, nll_loss raises an error there under torch.use_deterministic_algorithms(True)."""
+    model, given = pieces()
+    with Names() as names:
+        model(given["src"][:, :3], tokens(2, 4))[2].backward()
+        memory_replay_backprop(model, **given)
+    assert {name for name in names.seen if name.startswith("nll_loss")} == {"nll_loss_forward", "nll_loss_backward"}
+    assert not names.seen & {"nll_loss2d_forward", "nll_loss2d_backward", "bincount", "median", "put_", "histc"}

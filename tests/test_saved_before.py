@@ -41,7 +41,8 @@ def tensors(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
 def numbers(checkpoint: Path) -> dict[str, Any]:
     """What JSON holds of a checkpoint: step, documents, places in them, ...; not where it was made, and with what."""
     found = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in found.items() if name not in ("settings", "torch")}
+    newer = ("tokens", "seconds", "held_out")  # how far the run has come in other units, and what it held out
+    return {name: value for name, value in found.items() if name not in ("settings", "torch", *newer)}
 
 
 def test_a_run_of_before_is_loaded_bit_for_bit(run_of_before: tuple[Path, Path]) -> None:

@@ -1,6 +1,7 @@
 """Settings: read from YAML, refused with a suggestion, written so that they repeat the run."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -111,9 +112,37 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
             "graphs: a budget chooses how many are kept; expected 1, which is the default, got 2",
         ),
         (lambda: OptimizerSettings(warmup=-1), "warmup: expected a whole number of at least 0, got -1"),
-        (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate: expected a number above 0"),
+        (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate: expected a finite number above 0, got 0"),
         (lambda: OptimizerSettings(clip=-1.0), "clip: expected a number of at least 0"),
-        (lambda: OptimizerSettings(ema=1.0), r"ema: expected a decay in \[0, 1\), got 1.0"),
+        (lambda: OptimizerSettings(clip=math.nan), "clip: expected a number, got nan"),
+        (lambda: OptimizerSettings(learning_rate=math.inf), "learning_rate: expected a finite number above 0, got inf"),
+        (lambda: OptimizerSettings(weight_decay=math.inf), "weight_decay: expected a finite number, got inf"),
+        (lambda: OptimizerSettings(eps=0.0), "eps: expected a finite number above 0, got 0"),
+        *(
+            (lambda n=n, v=v: OptimizerSettings(**{n: v}), rf"{n}: expected a decay in \[0, 1\), got {v}")
+            for n, v in [("ema", 1.0), ("beta1", 1.0), ("beta2", 1.5), ("beta1", -0.1), ("beta2", math.nan)]
+        ),
+        (lambda: OptimizerSettings(skip_non_finite=-1), "skip_non_finite: expected a whole number of at least 0"),
+        (lambda: OptimizerSettings(skip_non_finite=1.5), "skip_non_finite: expected a whole number of at least 0"),
+        (
+            lambda: OptimizerSettings(learning_rate_schedule="cosin"),
+            "learning_rate_schedule: expected one of cosine, wsd, constant, got 'cosin'",
+        ),
+        (lambda: OptimizerSettings(optimizer="sgd"), "optimizer: expected one of adamw, muon, got 'sgd'"),
+        (lambda: OptimizerSettings(decay_of="all"), "decay_of: expected one of linear, matrices, got 'all'"),
+        (
+            lambda: OptimizerSettings(learning_rate_schedule="wsd", decay_share=0.0),
+            r"decay_share: expected a share of the steps in \(0, 1\], got 0",
+        ),
+        (
+            lambda: OptimizerSettings(decay_share=0.5),
+            "decay_share: 0.5 is for learning_rate_schedule wsd, got cosine",
+        ),
+        (lambda: OptimizerSettings(least=1.5), r"least: expected a share of the learning rate in \[0, 1\], got 1.5"),
+        (
+            lambda: OptimizerSettings(learning_rate_schedule="constant", least=0.1),
+            "least: 0.1 is where the learning rate falls to, but constant does not fall",
+        ),
         (lambda: EvaluationSettings(patience=2), "patience: 2 counts evaluations, but eval_every is 0"),
         (lambda: OutputSettings(keep=0), "keep: expected a whole number of at least 1"),
         (

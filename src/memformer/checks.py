@@ -1,10 +1,16 @@
 """What callers hand in: described, checked, and turned into the one form that the rest of the package knows.
 
-Imports torch alone. Values are not read where there are none: in traced code, in meta and in fake tensors.
+Imports torch and numpy alone. Values are not read where there are none: in traced code, in meta and in fake tensors.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,12 +18,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 __all__ = [
     "IGNORED",
     "as_mask",
+    "as_paths",
+    "as_tokens",
     "check_mask",
     "check_tokens",
     "describe",
     "has_values",
     "ignored_as_masked",
     "is_tensor",
+    "plural",
 ]
 
 IGNORED = -100
@@ -26,7 +35,7 @@ IGNORED = -100
 
 def describe(x: object) -> str:
     """The dtype and shape of a tensor, or the type of anything else, for a message."""
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__
 
 
 def is_tensor(x: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -39,12 +48,52 @@ def has_values(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
-def as_mask(name: str, mask: Tensor | None) -> Tensor | None:
+def as_paths(name: str, paths: object) -> tuple[Path, ...]:
+    """One path or several, each text or a path, as a tuple of paths; ``name`` is what the message calls them.
+
+    Raises:
+        ValueError: something else, or an empty path, which would be the working directory.
+    """
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    if isinstance(given, Iterable) and not isinstance(given, (bytes, dict)):
+        given = list(given)
+        if all(isinstance(path, (str, os.PathLike)) for path in given):
+            if any(os.fspath(path) == "" for path in given):
+                raise ValueError(f"{name}: expected a path, got an empty one: is a variable of the shell not set?")
+            return tuple(Path(path) for path in given)
+    got = [type(path).__name__ for path in given] if isinstance(given, list) else type(paths).__name__
+    raise ValueError(f"{name}: expected a path, or a list of paths, got {got}")
+
+
+def as_tokens(x: Any, device: torch.device | None = None) -> Any:
+    """Integers of whatever kind, as a tokenizer or a loader gives them, as a tensor of int64 (or int32, if they are).
+
+    Arrays, lists, and tensors of any integer type; booleans stay booleans. What is something else comes back as it is,
+    for the checks to name.
+    """
+    if isinstance(x, Sequence) and not isinstance(x, (str, bytes)) and not any(isinstance(part, Tensor) for part in x):
+        try:
+            x = np.asarray(x) if len(x) else np.empty(0, np.int64)
+        except (ValueError, TypeError, OverflowError):  # lanes of unequal length, ids beyond all integers
+            return x
+    if isinstance(x, np.ndarray):
+        if x.dtype != bool and not np.issubdtype(x.dtype, np.integer) and x.size:
+            return x
+        x = torch.from_numpy(x.astype(bool if x.dtype == bool else np.int64))
+    if not isinstance(x, Tensor):
+        return x
+    if x.dtype not in (torch.int64, torch.int32, torch.bool) and not (x.is_floating_point() or x.is_complex()):
+        x = x.to(torch.int64)
+    return x if device is None else x.to(device)
+
+
+def as_mask(name: str, mask: Any, device: torch.device | None = None) -> Tensor | None:
     """A mask of integers 0 and 1, as tokenizers give it, as booleans; booleans, and what is no tensor, as they are.
 
     Raises:
         ValueError: integers besides 0 and 1, or floating-point numbers; ``name`` is what the message calls the mask.
     """
+    mask = as_tokens(mask, device)
     if not isinstance(mask, Tensor) or mask.dtype == torch.bool:
         return mask
     expected = f"{name}: expected torch.bool, or integers of 0 and 1, True or 1 for what exists"
@@ -107,3 +156,8 @@ def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
             f"{name}: expected torch.bool of its tokens' shape {tuple(like.shape)}, True for tokens that exist, "
             f"got {describe(mask)}"
         )
+
+
+def plural(count: int, noun: str) -> str:
+    """A number with its noun, for a message: "1 document", "1,332 bytes"."""
+    return f"{count:,} {noun}" + "s" * (count != 1)

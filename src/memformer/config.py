@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
+import os
+import types
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from pathlib import Path
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
     "CausalConfig",
@@ -12,8 +17,12 @@ __all__ = [
     "MemoryLayout",
     "ModelConfig",
     "Positions",
+    "Typed",
     "Writer",
+    "a_path",
     "check_count",
+    "check_number",
+    "convert",
     "is_count",
 ]
 
@@ -25,8 +34,16 @@ MemoryLayout = Literal["layers", "one"]
 """Where a causal stack has its slots: some in each layer, or one memory that all layers read."""
 
 
+class Typed:
+    """Settings whose values have the types of their fields: what Python gives is converted, or refused by name."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, convert(name, kind, getattr(self, name)))
+
+
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Typed):
     """What the configurations of all models can do."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,9 +84,9 @@ class ModelConfig:
                     f"positions: rotary needs an even width per head, got dim {dim} / {name} {heads} = {dim // heads}. "
                     "Change dim or the heads, or use positions='relative'"
                 )
-        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+        if not (isinstance(dropout, numbers.Real) and 0 <= dropout < 1):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
-        if not (isinstance(temperature, (int, float)) and temperature > 0):
+        if not (isinstance(temperature, numbers.Real) and temperature > 0):
             raise ValueError(f"write_temperature: expected a number above 0, got {temperature!r}")
 
 
@@ -125,6 +142,7 @@ class MemformerConfig(ModelConfig):
             )
         if self.tie_embeddings and self.encoder_only:
             raise ValueError("tie_embeddings: there is nothing to tie in an encoder-only model")
+        super().__post_init__()  # last, for the messages above say more
 
     def _check_overlap(self) -> None:
         overlap = self.dec_overlap
@@ -191,6 +209,7 @@ class CausalConfig(ModelConfig):
         if self.memory not in get_args(MemoryLayout):
             raise ValueError(f"memory: expected one of {', '.join(get_args(MemoryLayout))}, got {self.memory!r}")
         self._check_parts(["heads"])
+        super().__post_init__()  # last, for the messages above say more
 
     @property
     def segment_length(self) -> int:
@@ -209,6 +228,62 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError, which begins with ``name``, unless ``value`` is a number (True and False are none)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+
+
+def a_path(name: str, value: object) -> Path:
+    """A path as one. Raises ValueError, which begins with ``name``, for anything else and for an empty one."""
+    path = convert(name, Path, value)
+    assert isinstance(path, Path)
+    return path
+
+
 def is_count(value: object, least: int) -> bool:
     """Whether a value is a whole number (True and False are not) of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def convert(name: str, kind: Any, value: object, text: bool = False) -> object:
+    """A value as the type of its field; from a file that is ``text`` a number may be a string (3e-4 is one in YAML)."""
+    if get_origin(kind) is Literal:
+        if not isinstance(value, str) or value not in get_args(kind):
+            raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
+        return str(value)
+    if get_origin(kind) is tuple:
+        items = [value] if isinstance(value, (str, os.PathLike)) else value
+        if not isinstance(items, (list, tuple)):
+            raise ValueError(f"{name}: expected a list, got {value!r}")
+        return tuple(convert(name, get_args(kind)[0], item, text) for item in items)
+    if get_origin(kind) in (Union, types.UnionType):
+        (inner,) = (k for k in get_args(kind) if k is not type(None))
+        return None if value is None else convert(name, inner, value, text)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        raise ValueError(f"{name}: expected {kind.__name__}(...), got {value!r}")
+    if kind in (int, float):
+        number = None if isinstance(value, bool) else _number(value, text)
+        if number is not None and (kind is float or number == int(number)):
+            return number if kind is float else int(number)
+    elif kind is Path and isinstance(value, (str, os.PathLike)) and str(value):
+        return Path(value)
+    elif isinstance(value, kind):
+        return value
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    raise ValueError(f"{name}: expected {expected[kind]}, got {value!r}")
+
+
+def _number(value: object, text: bool) -> int | float | None:
+    """A number of Python's, of numpy's or in text; None if it is none, or not finite."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if not isinstance(value, numbers.Real) and not (text and isinstance(value, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["choose_device", "choose_precision"]
+__all__ = ["check_compiler", "choose_device", "choose_precision", "compile_error", "summing_device"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -13,6 +13,8 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: torch does not know the device, or it is not there.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"device: expected a name such as cpu, cuda or auto, got {name!r}")
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
@@ -30,3 +32,35 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if good else torch.float32
     return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def summing_device(device: torch.device) -> torch.device:
+    """Where float64 sums are kept: on the device, or on the CPU where it has no such numbers (Apple's GPUs)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile and run one addition: what torch.compile needs differs with the device and the system.
+
+    Raises:
+        ValueError: it does not work here; the message says why.
+    """
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    try:
+        torch.compile(add)(torch.zeros(8, device=device))
+    except Exception as error:
+        raise ValueError(
+            f"compile: torch.compile does not work here: {compile_error(error)}. It needs a C++ compiler (g++ or "
+            "clang++; cl on Windows) and, on a GPU, triton; install what is missing, or leave --compile out"
+        ) from error
+
+
+def compile_error(error: BaseException) -> str:
+    """The first line of what is at the bottom of an error of torch.compile."""
+    while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

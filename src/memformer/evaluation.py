@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .config import is_count
 from .data import Document, Lanes, Tokenizer, encode_documents
 from .data.segments import Segment
+from .device import summing_device
 from .model import Memformer, token_losses
 from .parallel import Ranks
+from .pretrained import unwrapped
 
 __all__ = ["ByDepth", "Depth", "DepthSum", "HeldOut", "evaluate"]
 
@@ -45,10 +48,14 @@ class ByDepth:
 
     Attributes:
         sums: (2, 64), the losses and what they are counted per (tokens or bytes), by the depth's power of two.
+
+    Args:
+        device: of what is added; the CPU by default.
     """
 
     def __init__(self, device: torch.device | None = None):
-        self.sums = torch.zeros(2, 64, dtype=torch.float64, device=device)
+        place = summing_device(device or torch.device("cpu"))
+        self.sums = torch.zeros(2, 64, dtype=torch.float64, device=place)
 
     def add(self, depth: Tensor, losses: Tensor, counted: Tensor) -> None:
         """Three tensors (n,), the sums in float64; a document's first segment has the depth 1."""
@@ -91,6 +98,7 @@ def evaluate(
     memory: bool = True,
     step: int = 0,
     device: torch.device | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> HeldOut:
     """Read documents whole, at most ``lanes`` side by side, and count every token once.
 
@@ -101,14 +109,23 @@ def evaluate(
             sees one segment back.
         step: of the training run, for the record.
         device: of the model; by default that of its first parameter.
+        progress: called now and then with how many tokens were read in this process, and how many all documents have.
 
     Raises:
         ValueError: no document, or the model has another vocabulary than the tokenizer.
     """
-    if lanes < 1:
-        raise ValueError(f"lanes: expected at least 1, got {lanes}")
+    inner = unwrapped(model)
+    if not isinstance(inner, Memformer):
+        raise ValueError(f"model: expected a Memformer, got {type(inner).__name__}")
+    model = inner
+    if not is_count(lanes, 1):
+        raise ValueError(f"lanes: expected at least 1, got {lanes!r}")
+    if not isinstance(documents, Sequence) or not all(isinstance(d, Document) for d in documents):
+        raise ValueError(f"documents: expected a list of Document, got {type(documents).__name__}")
     if not documents:
         raise ValueError("documents: expected at least one, got none")
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer: expected one with encode, decode and its ids, got {type(tokenizer).__name__}")
     for name in ("enc_num_tokens", "dec_num_tokens"):
         if getattr(model.config, name) != tokenizer.vocabulary:
             raise ValueError(
@@ -116,11 +133,20 @@ def evaluate(
                 f"{getattr(model.config, name)}"
             )
     began, ranks = time.perf_counter(), Ranks()
-    stream = _stream(documents, tokenizer, model.config.segment_length, lanes, ranks)
-    was_training = model.training
+    stream, total = _stream(documents, tokenizer, model.config.segment_length, lanes, ranks)
+    was_training, read = model.training, 0
+
+    def report(tokens: int) -> None:
+        nonlocal read
+        read += tokens
+        if progress is not None:
+            progress(read, total)
+
     model.eval()
-    by_depth = _read(model, stream, memory, device or next(model.parameters()).device)
-    model.train(was_training)
+    try:
+        by_depth = _read(model, stream, memory, device or next(model.parameters()).device, report)
+    finally:
+        model.train(was_training)
     by_depth.sums = ranks.sum(by_depth.sums).cpu()
     nats, tokens = by_depth.sums.sum(1).tolist()
     sizes = [document.num_bytes for document in documents]
@@ -141,13 +167,19 @@ def evaluate(
     )
 
 
-def _stream(documents: Sequence[Document], tokenizer: Tokenizer, length: int, lanes: int, ranks: Ranks) -> Lanes:
-    """The longest document first, in no more lanes than stay busy until it ends: an idle lane costs as much."""
+def _stream(
+    documents: Sequence[Document], tokenizer: Tokenizer, length: int, lanes: int, ranks: Ranks
+) -> tuple[Lanes, int]:
+    """The longest document first, in no more lanes than stay busy until it ends: an idle lane costs as much.
+
+    And how many tokens there are.
+    """
     ordered = sorted(documents, key=lambda document: -len(document))
     sequences = encode_documents(ordered, tokenizer)
-    busy = max(1, sum(map(len, sequences)) // max(map(len, sequences)))
+    total = sum(map(len, sequences))
+    busy = max(1, total // max(map(len, sequences)))
     lanes = math.ceil(min(lanes, busy) / ranks.size) * ranks.size
-    return Lanes(
+    stream = Lanes(
         sequences,
         lanes=lanes,
         length=length,
@@ -156,17 +188,26 @@ def _stream(documents: Sequence[Document], tokenizer: Tokenizer, length: int, la
         rank=ranks.rank,
         world_size=ranks.size,
     )
+    return stream, total
 
 
-def _read(model: Memformer, stream: Lanes, memory: bool, device: torch.device) -> ByDepth:
+def _read(
+    model: Memformer,
+    stream: Lanes,
+    memory: bool,
+    device: torch.device,
+    report: Callable[[int], object],
+) -> ByDepth:
     """Nats and tokens by depth, for this process's lanes to their end."""
     vocabulary = model.config.dec_num_tokens
     assert model.decoder is not None
     assert vocabulary is not None
     at_once = max(1, LOGITS_AT_ONCE // (stream.rows * stream.length * vocabulary))
-    mems, depth = None, torch.zeros(stream.rows, dtype=torch.long)
+    mems, depth = None, torch.zeros(stream.rows, dtype=torch.long, device="cpu")
     by_depth = ByDepth(device)
-    while segments := [segment.to(device) for segment in stream.rollout(at_once)]:
+    while segments := stream.rollout(at_once):
+        report(sum(int(s.tgt_mask[:, 1:].sum()) for s in segments if s.tgt_mask is not None))
+        segments = [segment.to(device) for segment in segments]
         outputs, depths = [], []
         for segment in segments:
             assert segment.reset is not None
@@ -178,7 +219,8 @@ def _read(model: Memformer, stream: Lanes, memory: bool, device: torch.device) -
         # The decoder reads all of them in one call: (segments * rows, ...).
         src, src_mask, tgt, tgt_mask = (_joined(segments, name) for name in ("src", "src_mask", "tgt", "tgt_mask"))
         losses, counted = token_losses(model.decoder, tgt, torch.cat(outputs), src_mask, tgt_mask, src)
-        by_depth.add(torch.cat(depths).clamp(min=1), losses.double().sum(1), counted.double().sum(1))
+        sums = (x.to(by_depth.sums.device).double().sum(1) for x in (losses, counted))
+        by_depth.add(torch.cat(depths).clamp(min=1), *sums)
     return by_depth
 
 

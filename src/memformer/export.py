@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .config import a_path
 from .network import Decoder, Network
+from .pretrained import unwrapped
 
 __all__ = ["DecodeStep", "DescribedStep", "DescribedTensor", "EncodeStep", "Exported", "Format", "export"]
 
@@ -138,6 +140,10 @@ def export(
         ValueError: the format is unknown, or the model is in training mode or of a dtype that ONNX runs badly.
         ImportError: the packages that write ONNX are missing.
     """
+    inner = unwrapped(model)
+    if not isinstance(inner, Network):
+        raise ValueError(f"model: expected a Memformer, got {type(inner).__name__}")
+    model, folder = inner, a_path("folder", folder)
     if format not in get_args(Format):
         raise ValueError(f"format: expected one of {', '.join(get_args(Format))}, got {format!r}")
     if model.training:
@@ -149,7 +155,6 @@ def export(
             raise ValueError(f"model: expected torch.float32 for ONNX, got {names}. Call float(), or export for torch")
         if importlib.util.find_spec("onnxscript") is None:
             raise ImportError("ONNX needs packages that are not installed: pip install 'memformer-replay[onnx]'")
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "export.json").unlink(missing_ok=True)
     config = model.config

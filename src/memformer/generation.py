@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .checks import as_mask, describe, is_tensor
-from .config import MemformerConfig, check_count, is_count
+from .checks import as_mask, as_tokens, describe, is_tensor
+from .config import MemformerConfig, check_count, check_number, is_count
+from .device import summing_device
 from .network import Network
+from .pretrained import unwrapped
 from .state import MemoryState
 
 __all__ = [
@@ -69,6 +73,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """The smallest set of most likely tokens whose probabilities reach ``p`` (nucleus sampling)."""
+    check_number("top_p", p)
     if not 0 < p <= 1:
         raise ValueError(f"top_p: expected a share in (0, 1], got {p}")
     ordered, order = logits.sort(descending=True)
@@ -79,6 +84,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """Tokens at least ``p`` times as likely as the likeliest."""
+    check_number("min_p", p)
     if not 0 < p <= 1:
         raise ValueError(f"min_p: expected a share in (0, 1], got {p}")
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), float("-inf"))
@@ -91,6 +97,7 @@ def keep_allowed(logits: Tensor, never: Sequence[int]) -> Tensor:
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Tokens in ``seen`` (batch, any number) become less likely for a ``penalty`` above 1 (Keskar et al., 2019)."""
+    check_number("repetition_penalty", penalty)
     if not 0 < penalty < math.inf:
         raise ValueError(f"repetition_penalty: expected a finite number above 0, got {penalty}")
     at_seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, seen, True)
@@ -144,9 +151,10 @@ class Sampling(Filters):
             order, after the temperature.
         repetition_penalty: above 1 makes the tokens of the last whole and of the pending segment less likely: what the
             state holds.
-        stop: a lane ends with any of these token ids, which is its last.
-        never: token ids that are not generated. The start token is always among them, and so is what the encoder could
-            not read.
+        stop: a lane ends with any of these token ids, which is its last. The start token among them is the end of a
+            document (a tokenizer's ``end``): what then goes on from the lane's state begins a new one.
+        never: token ids that are not generated, such as a tokenizer's ``special``. The start token is always among
+            them unless ``stop`` has it, and so is what the encoder could not read.
 
     Raises:
         ValueError: a number is out of range; the message names it.
@@ -158,18 +166,33 @@ class Sampling(Filters):
     """Token ids that must not be written."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < math.inf:
+        for name in ("stop", "never"):
+            ids = getattr(self, name)
+            if isinstance(ids, np.ndarray | Tensor):
+                object.__setattr__(self, name, ids.tolist())
+        for name in ("top_p", "min_p", "repetition_penalty"):
+            number = getattr(self, name)
+            if number is not None or name == "repetition_penalty":
+                check_number(name, number)
+        if (
+            isinstance(self.temperature, bool)
+            or not isinstance(self.temperature, numbers.Real)
+            or not 0 <= self.temperature < math.inf
+        ):
             raise ValueError(
                 f"temperature: expected a finite number of at least 0 (0 takes the likeliest), got {self.temperature}"
             )
         # Each filter checks its own number.
-        logits, seen = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+        logits = torch.zeros(1, 1, device="cpu")
+        seen = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
         self.penalised(logits, seen)
         self.kept(logits)
 
     @classmethod
     def of(cls, sampling: Sampling | None, keywords: SamplingKeywords) -> Sampling:
         """``sampling``, changed by the keywords. Raises TypeError, which names it, for an unknown one."""
+        if not isinstance(sampling, Sampling | None):
+            raise ValueError(f"sampling: expected a Sampling, got {sampling!r}")
         return dataclasses.replace(sampling or cls(), **keywords)
 
 
@@ -191,17 +214,21 @@ class _Choice:
     def __init__(self, sampling: Sampling, config: MemformerConfig, start: int):
         _check_ids("never", sampling.never, config)
         _check_ids("stop", sampling.stop, config)
-        self.sampling, self.readable = sampling, config.vocabulary
-        self.never = [start, *sampling.never]
+        self.sampling, self.readable, self.start = sampling, config.vocabulary, start
+        self.never = [x for x in (start, *sampling.never) if x != start or start not in sampling.stop]
         if len(set(self.never)) == self.readable:
             raise ValueError("never: no token is left that may be generated")
 
     def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Logits of what may be generated at all: tokens that the encoder can read, without start and ``never``."""
+        """Logits of what may be generated at all: tokens that the encoder can read, without ``never``."""
         if logits.isnan().any():
             raise ValueError("the model's logits are not numbers (nan): its weights have diverged")
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        logits = self.sampling.penalised(logits, seen)
+        penalised = self.sampling.penalised(logits, seen)
+        if penalised is not logits:
+            # The start token fills up what the state holds, and is no repetition.
+            penalised[..., self.start] = logits[..., self.start]
+        logits = penalised
         return keep_allowed(logits, [*self.never, *range(self.readable, logits.shape[-1])])
 
     def __call__(self, logits: Tensor, seen: Tensor, generator: Generators) -> Tensor:
@@ -338,7 +365,7 @@ class Stream(Iterator[Tensor]):
         ends = torch.isin(tokens, torch.tensor(self._choice.sampling.stop, device=tokens.device))
         if ends.any():
             for i in ends.nonzero()[:, 0].tolist():
-                self._ended[self._lanes[i]] = self._writing.state.select([i])
+                self._ended[self._lanes[i]] = _after(self._writing.state.select([i]), int(tokens[i]))
             going = (~ends).nonzero()[:, 0]
             self._writing.select(going)
             self._lanes = [self._lanes[i] for i in going.tolist()]
@@ -358,32 +385,34 @@ def _beam_search(
 ) -> Generated:
     """The likeliest ``beams`` hypotheses are kept, ended ones among them; a lane is done when all of its have ended."""
     writing, device = _Writing(model, state), state.position.device
-    lanes = torch.arange(state.batch_size, device=device)
+    place = summing_device(device)  # of what is known of hypotheses; the model's own is on its device
+    lanes = torch.arange(state.batch_size, device=place)
     found: dict[int, tuple[Tensor, MemoryState]] = {}
     # These are (lanes, width), width growing to ``beams``; writing and histories have a row for each, lane by lane.
-    scores = torch.zeros(state.batch_size, 1, dtype=torch.float64, device=device)
+    scores = torch.zeros(state.batch_size, 1, dtype=torch.float64, device=place)
     ended, count = torch.zeros_like(scores, dtype=torch.bool), torch.zeros_like(scores)
     histories: list[_History] = [None] * state.batch_size
-    stops = torch.tensor(choice.sampling.stop, dtype=torch.int64, device=device)
+    stops = torch.tensor(choice.sampling.stop, dtype=torch.int64, device=place)
 
     for step in range(max_new_tokens + 1):
-        rows = torch.arange(scores.numel(), device=device).view_as(scores)
+        rows = torch.arange(scores.numel(), device=place).view_as(scores)
         done = ended.all(1) | (step == max_new_tokens)
         if done.any():
             best = (scores / count.clamp(min=1) ** length_penalty).argmax(1, keepdim=True)
             for lane, row in zip(lanes[done].tolist(), rows.gather(1, best)[done, 0].tolist(), strict=True):
-                tokens = torch.tensor(_tokens(histories[row]), dtype=torch.int64, device=device)
-                found[lane] = tokens, writing.state.select([row])
+                written = _tokens(histories[row])
+                tokens = torch.tensor(written, dtype=torch.int64, device=device)
+                found[lane] = tokens, _after(writing.state.select([row]), *written[-1:])
             lanes, scores, ended, count, rows = (x[~done] for x in (lanes, scores, ended, count, rows))
-            writing.select(rows.flatten())
+            writing.select(rows.flatten().to(device))
             histories = [histories[row] for row in rows.flatten().tolist()]
-            rows = torch.arange(scores.numel(), device=device).view_as(scores)
+            rows = torch.arange(scores.numel(), device=place).view_as(scores)
         if not len(lanes):
             break
-        gains = choice.scores(writing.logits(), writing.seen()).double().log_softmax(-1)
+        gains = choice.scores(writing.logits(), writing.seen()).to(place).double().log_softmax(-1)
         vocabulary = gains.shape[-1]
         # A hypothesis that has ended has one continuation, itself: the first column, for nothing.
-        stays = torch.where(torch.arange(vocabulary, device=device) == 0, 0.0, -math.inf).double()
+        stays = torch.where(torch.arange(vocabulary, device=place) == 0, 0.0, -math.inf).double()
         gains = torch.where(ended[..., None], stays, gains.unflatten(0, scores.shape))
         scores, best = (scores[..., None] + gains).flatten(1).topk(min(beams, scores.shape[1] * vocabulary))
         parent, token = best // vocabulary, best % vocabulary
@@ -391,9 +420,9 @@ def _beam_search(
         ended = ended.gather(1, parent) | scores.isneginf()
         count = count.gather(1, parent) + ~ended
         rows = rows.gather(1, parent).flatten()
-        writing.select(rows)
+        writing.select(rows.to(device))
         going = (~ended).flatten().nonzero()[:, 0]
-        writing.append(going.tolist(), token.flatten()[going])
+        writing.append(going.tolist(), token.flatten()[going].to(device))
         histories = [
             histories[row] if over else (new, histories[row])
             for row, new, over in zip(rows.tolist(), token.flatten().tolist(), ended.flatten().tolist(), strict=True)
@@ -401,6 +430,11 @@ def _beam_search(
         ended = ended | torch.isin(token, stops)
     results = [found[lane] for lane in range(state.batch_size)]
     return Generated([tokens for tokens, _ in results], MemoryState.cat([after for _, after in results]))
+
+
+def _after(state: MemoryState, *last: int) -> MemoryState:
+    """The state of one lane after its last token: the start token has ended a document, and begins the next one."""
+    return state.reset([0]) if last == (state.start,) else state
 
 
 def _tokens(history: _History) -> list[int]:
@@ -433,8 +467,9 @@ def read(
     tensor([6])
 
     Args:
-        model: one that was trained to continue text.
-        tokens: (batch, tokens) token ids, none at all included, or a list with one (tokens,) per lane.
+        model: one that was trained to continue text; a compiled or wrapped one is the model inside.
+        tokens: (batch, tokens) token ids, none at all included, or a list with one (tokens,) per lane; one (tokens,) by
+            itself is of one lane. Tensors, arrays (as ``tokenizer.encode`` gives them) or lists of integers.
         state: from earlier tokens; it stays as it is. None begins a document in every lane.
         start: the token that started documents and decoder in training; a given state knows it.
         mask: like ``tokens``, boolean or integer, True or 1 for tokens that exist, wherever they stand.
@@ -442,6 +477,7 @@ def read(
     Raises:
         ValueError: an argument does not fit the model or the others; the message says what was expected.
     """
+    model = _network(model)
     lanes, state = _begin(model, tokens, state, start, mask)
     return _read(model, lanes, state)
 
@@ -482,7 +518,7 @@ def stream(
         ValueError: as :func:`read`, and where the model has no decoder.
         TypeError: a keyword is unknown.
     """
-    choice = Sampling.of(sampling, keywords)
+    model, choice = _network(model), Sampling.of(sampling, keywords)
     lanes, state = _begin(model, prompt, state, start, prompt_mask)
     _check_writing(model, max_new_tokens)
     each = generator if isinstance(generator, Sequence) else [generator] * len(lanes)
@@ -532,7 +568,7 @@ def generate(
         ValueError: as :func:`stream`, and for anything that samples beside ``beams``.
         TypeError: a keyword is unknown.
     """
-    sampling = Sampling.of(sampling, keywords)
+    model, sampling = _network(model), Sampling.of(sampling, keywords)
     if beams is None:
         steps = []
         tokens = stream(
@@ -559,27 +595,39 @@ def generate(
             "beside it"
         )
     check_count("beams", beams, 1)
-    if not math.isfinite(length_penalty):
+    if not isinstance(length_penalty, numbers.Real) or not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
     lanes, state = _begin(model, prompt, state, start, prompt_mask)
     _check_writing(model, max_new_tokens)
     choice = _Choice(sampling, model.config, state.start)
-    return _beam_search(model, _read(model, lanes, state), max_new_tokens, choice, beams, length_penalty)
+    return _beam_search(model, _read(model, lanes, state), int(max_new_tokens), choice, beams, length_penalty)
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def _network(model: nn.Module) -> Network:
+    return cast(Network, unwrapped(model))
 
 
 def _begin(
     model: Network, tokens: Tokens | None, state: MemoryState | None, start: int | None, mask: Tensor | None
 ) -> tuple[list[Tensor], MemoryState]:
     """Each lane's tokens, and the state before them."""
+    if state is not None and not isinstance(state, MemoryState):
+        raise ValueError(f"state: expected a MemoryState, got {type(state).__name__}")
     if tokens is None and state is not None:
         tokens = state.pending.new_empty(state.batch_size, 0)
+    if isinstance(tokens, np.ndarray) or (isinstance(tokens, Sequence) and len(tokens)):
+        tokens = as_tokens(tokens)
+    if isinstance(tokens, Tensor) and tokens.dim() == 1 and mask is None:
+        tokens = tokens[None]  # of one lane, as tokenizer.encode gives them
+    if isinstance(tokens, str | bytes):
+        raise ValueError("tokens: expected token ids, got text: tokenizer.encode makes ids of it")
     if not isinstance(tokens, Tensor | Sequence) or (isinstance(tokens, Tensor) and tokens.dim() == 0):
         raise ValueError(
             "tokens: expected token ids (batch, tokens), a list with one (tokens,) per lane, or None to go on from a "
-            f"state, got {type(tokens).__name__}"
+            f"state, got {describe(tokens)}"
         )
     like, length, batch = model.get_initial_mem(1)[0], model.config.segment_length, len(tokens)
     if not batch:
@@ -588,7 +636,7 @@ def _begin(
         if start is None:
             raise ValueError("start: expected the token that started documents in training, or a state that knows it")
         _check_ids("start", [start], model.config)
-        state = MemoryState.new(batch, length, start, like)
+        state = MemoryState.new(batch, length, int(start), like)
     elif start not in (None, state.start):
         raise ValueError(f"start: expected {state.start}, that of the state, got {start}")
     sizes = (batch, *like.shape), (batch, length), like.dtype, like.device
@@ -598,14 +646,14 @@ def _begin(
         raise ValueError(
             f"state: expected {names} {_words(sizes)} for this model and these tokens, got {_words(given)}"
         )
-    mask = as_mask("mask", mask)
+    mask = as_mask("mask", mask, None if not isinstance(tokens, Tensor) else tokens.device)
     if mask is not None and not (isinstance(tokens, Tensor) and is_tensor(mask, tuple(tokens.shape), torch.bool)):
         raise ValueError(
             "mask: expected torch.bool of the tokens' shape (batch, tokens), True for tokens that exist, "
             f"got {describe(mask)}"
         )
     lanes = []
-    for i, lane in enumerate(tokens):
+    for i, lane in enumerate(map(as_tokens, tokens)):
         if not isinstance(lane, Tensor) or lane.dim() != 1 or lane.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 "tokens: expected token ids, torch.int64 or int32 of shape (batch, tokens), or a list with one "

@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import replay
+from .checks import plural
+from .config import a_path, is_count
 from .data import Lanes, Tokens
 from .data.segments import Segment
 from .model import Memformer
 from .pictures import new_figure
+from .pretrained import unwrapped
 from .rollouts import rollout
 
 __all__ = ["KINDS", "Inspection", "MemoryHealth", "inspect", "kinds", "memory_health", "plot", "slot_diversity"]
@@ -96,7 +99,7 @@ class Inspection:
     @property
     def shares_of_kinds(self) -> Tensor:
         """(segments, 3): the share of slots that are of each of the :data:`KINDS`."""
-        kind = kinds(self.self_attention)[..., None] == torch.arange(len(KINDS))
+        kind = kinds(self.self_attention)[..., None] == torch.arange(len(KINDS), device=self.self_attention.device)
         return kind.float().mean((0, 2))
 
 
@@ -114,10 +117,16 @@ def inspect(model: Memformer, documents: Sequence[Tokens], *, start: int, segmen
     Raises:
         ValueError: no document, one of fewer than two whole segments, or with ids that the model does not have.
     """
-    if segments < 2:
-        raise ValueError(f"segments: expected at least 2, for a gradient to reach back, got {segments}")
-    if not documents:
-        raise ValueError("documents: expected at least one, got none")
+    inner = unwrapped(model)
+    if not isinstance(inner, Memformer):
+        raise ValueError(f"model: expected a Memformer, got {type(inner).__name__}")
+    model = inner
+    if not is_count(segments, 2):
+        raise ValueError(f"segments: expected at least 2, for a gradient to reach back, got {segments!r}")
+    if not isinstance(documents, Sequence) or not documents:
+        raise ValueError(f"documents: expected at least one, got {'none' if documents == [] else repr(documents)}")
+    if not is_count(start, 0) or start >= model.config.vocabulary:
+        raise ValueError(f"start: expected a token id from 0 to {model.config.vocabulary - 1}, got {start!r}")
     if model.decoder is None:
         raise ValueError("model: expected one with a decoder, for there is no loss without one; see memory_health")
     length = model.config.segment_length
@@ -160,7 +169,7 @@ def _gradient_reach(model: Memformer, segments: list[Segment], length: int) -> T
             memory_gradients=norms,
         )
         torch.autograd.grad(outcome.loss, initial)
-    return torch.tensor(norms.norms[-2::-1]) / math.sqrt(lanes)
+    return torch.tensor(norms.norms[-2::-1], device="cpu") / math.sqrt(lanes)
 
 
 def kinds(self_attention: Tensor) -> Tensor:
@@ -198,10 +207,14 @@ def plot(inspection: Inspection, path: str | Path) -> None:
     )
     figure.colorbar(picture, ax=heat, label="attention on itself", pad=0.01)
     heat.set(title="Writing: each slot's attention on itself, the rest is on the tokens", ylabel="slot")
+    heat.set_xlabel("segment")
 
     kind = kinds(inspection.by_slot)[order].tolist()
     bars.barh(positions, norms, color=[of_kind[k] for k in kind], edgecolor="0.4", linewidth=0.5)
-    bars.set(title=f"Norm of each slot's {inspection.slot_parameter}", ylim=(slots - 0.5, -0.5))
+    decays = "" if inspection.slot_parameter == "initial content" else ",\nshrunk by weight decay if it was decayed"
+    bars.set(title=f"Norm of each slot's {inspection.slot_parameter}{decays}", ylim=(slots - 0.5, -0.5), xlabel="norm")
+    bars.title.set_fontsize(10)
+    bars.xaxis.get_major_locator().set_params(nbins=4)
     shown = positions if slots <= 32 else range(0, slots, math.ceil(slots / 32))
     for axes in (heat, bars):
         axes.set_yticks(shown, [str(int(order[i])) for i in shown], fontsize=8)
@@ -211,21 +224,28 @@ def plot(inspection: Inspection, path: str | Path) -> None:
         areas.bar(times, share, bottom=below, width=1, color=colour, label=name)
         below = below + share
     areas.plot(times, inspection.diversity.mean(0).numpy(), color="tab:red", marker=".", label="slot diversity")
-    areas.set(xlabel="segment", ylabel="share of slots", xlim=(0.5, segments + 0.5), ylim=(0, 1.05))
+    highest = max(1.0, float(inspection.diversity.mean(0).max()))
+    areas.set(
+        xlabel="segment", ylabel="share of slots; diversity", xlim=(0.5, segments + 0.5), ylim=(0, 1.05 * highest)
+    )
     areas.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize=9)
 
     reached = inspection.gradient_reach.where(inspection.gradient_reach > 0, torch.nan).numpy()
     reach.plot(times - 1, reached, color=of_kind[0], marker=".")
-    reach.set(title="How far gradients reach", xlabel="segments back", ylabel="|d loss / d memory|", yscale="log")
+    reach.set(title="How far gradients reach", xlabel="segments back", ylabel="|d loss / d memory|, nats", yscale="log")
     reach.xaxis.get_major_locator().set_params(integer=True)
     reach.grid(alpha=0.3)
-    figure.savefig(path)
+    count = [kind.count(i) for i in range(len(KINDS))]
+    kinds_of_slots = ", ".join(f"{n} {name}" for n, name in zip(count, KINDS, strict=True) if n)
+    figure.suptitle(f"When they are written, {plural(slots, 'slot')} attend: {kinds_of_slots}")
+    figure.savefig(a_path("path", path))
 
 
 def slot_diversity(memory: Tensor) -> Tensor:
     """How much the slots of a memory differ: 1 - the mean cosine of all pairs, (batch, slots, dim) -> (batch,).
 
-    0 where all point the same way, 1 where they are orthogonal on average. A single slot has no pair: 0.
+    0 where all point the same way, 1 where they are orthogonal on average, more where they point apart: of two slots at
+    most 2. A single slot has no pair: 0.
     """
     if memory.shape[1] == 1:
         return memory.new_zeros(len(memory))

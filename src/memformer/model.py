@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import generation
-from .checks import as_mask, check_mask, check_tokens, describe, has_values, ignored_as_masked, is_tensor
+from .checks import as_mask, as_tokens, check_mask, check_tokens, describe, has_values, ignored_as_masked, is_tensor
 from .config import MemformerConfig, Positions, Writer
 from .network import Decoder, Encoder, EncOnlyResults, Network, token_losses
 
@@ -146,7 +146,7 @@ class Memformer(Network):
         """Read one segment, and predict a target if there is one.
 
         Args:
-            src: (batch, tokens <= enc_max_seq_len) token ids.
+            src: (batch, tokens <= enc_max_seq_len) token ids: a tensor or an array of integers, or lists of them.
             tgt: (batch, tokens <= dec_max_seq_len) token ids: the first starts the decoder, the rest are predicted.
                 -100 is a masked target.
             mems: (batch, slots, dim), the memory before the segment; None for the learned initial memory.
@@ -161,8 +161,10 @@ class Memformer(Network):
             ValueError: a shape, dtype, length or token id does not fit; the message says what was expected. In compiled
                 code token ids are not checked, and -100 needs a ``tgt_mask`` beside it.
         """
-        src_mask, tgt_mask = as_mask("src_mask", src_mask), as_mask("tgt_mask", tgt_mask)
-        reset = as_mask("reset", reset)
+        device = self.encoder.embedding.weight.device
+        src, tgt = as_tokens(src, device), as_tokens(tgt, device)
+        src_mask, tgt_mask = as_mask("src_mask", src_mask, device), as_mask("tgt_mask", tgt_mask, device)
+        reset = as_mask("reset", reset, device)
         self.check_source(src, mems, src_mask, reset)
         if tgt is not None:
             tgt, tgt_mask = ignored_as_masked(tgt, tgt_mask)
@@ -181,7 +183,9 @@ class Memformer(Network):
         self, src: Tensor, mems: Tensor | None = None, src_mask: Tensor | None = None, reset: Tensor | None = None
     ) -> EncOnlyResults:
         """Read one segment and write the memory: what :meth:`forward` does before the decoder, with its errors."""
-        src_mask, reset = as_mask("src_mask", src_mask), as_mask("reset", reset)
+        device = self.encoder.embedding.weight.device
+        src, src_mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
+        reset = as_mask("reset", reset, device)
         self.check_source(src, mems, src_mask, reset)
         return self.step(src, mems, src_mask, reset)
 
@@ -202,10 +206,17 @@ class Memformer(Network):
             ValueError: as :meth:`forward`, for an encoder-only model, and for a source that is missing.
         """
         decoder = self.need_decoder("decode")
-        src_mask, tgt_mask = as_mask("src_mask", src_mask), as_mask("tgt_mask", tgt_mask)
+        device = self.encoder.embedding.weight.device
+        src, tgt = as_tokens(src, device), as_tokens(tgt, device)
+        src_mask, tgt_mask = as_mask("src_mask", src_mask, device), as_mask("tgt_mask", tgt_mask, device)
         tgt, tgt_mask = ignored_as_masked(tgt, tgt_mask)
         self._check_target_tokens(decoder, tgt, tgt_mask)
-        if enc_out.dim() != 3 or enc_out.shape[0] != tgt.shape[0] or enc_out.shape[2] != self.config.dim:
+        if (
+            not isinstance(enc_out, Tensor)
+            or enc_out.dim() != 3
+            or enc_out.shape[0] != tgt.shape[0]
+            or enc_out.shape[2] != self.config.dim
+        ):
             expected = f"({tgt.shape[0]}, tokens, {self.config.dim})"
             raise ValueError(f"enc_out: expected shape {expected}, got {describe(enc_out)}")
         check_mask("src_mask", src_mask, enc_out[..., 0])

@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         Per layer two of (batch, heads, tokens + overlap, head_dim): the overlap stands between the first target and the
         second.
         """
-        like = self.to_logits.weight
+        like = self.embedding.weight  # the output projection may be quantised
         heads = self.context_projection.heads
         shape = (batch_size, heads, tokens + self.overlap, self.embedding.embedding_dim // heads)
         return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers]
@@ -364,11 +364,17 @@ def token_losses(
     logits = decoder(tgt[:, :-1], enc_out, src_mask, kept, src)  # (batch, tokens - 1, vocabulary)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    losses = F.cross_entropy(logits.transpose(1, 2), tgt[:, 1:].long(), reduction="none")
+    expected, counted = tgt[:, 1:], counted_targets(tgt, tgt_mask)
+    # In one dimension: of (batch, tokens) CUDA has no deterministic loss, and the CPU is half as fast.
+    losses = F.cross_entropy(logits.flatten(0, 1), expected.flatten().long(), reduction="none").view_as(expected)
+    return losses if tgt_mask is None else losses * counted, counted
+
+
+def counted_targets(tgt: Tensor, tgt_mask: Tensor | None = None) -> Tensor:
+    """Which predictions count, (batch, tokens - 1): those of kept tokens that another kept one stands before."""
     if tgt_mask is None:
-        return losses, torch.ones_like(tgt[:, 1:], dtype=torch.bool)
-    counted = tgt_mask[:, 1:] & (tgt_mask.cumsum(1)[:, :-1] > 0)
-    return losses * counted, counted
+        return torch.ones_like(tgt[:, 1:], dtype=torch.bool)
+    return tgt_mask[:, 1:] & (tgt_mask.cumsum(1)[:, :-1] > 0)
 
 
 def _layers(config: MemformerConfig, depth: int, heads: int, max_len: int, causal: bool) -> list[Block]:

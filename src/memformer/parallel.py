@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
+import socket
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +17,12 @@ from torch import Tensor, nn
 
 from .model import Memformer
 
-__all__ = ["Ranks", "full", "gradient_sync", "joined", "like", "shard"]
+__all__ = ["Ranks", "as_rows", "full", "gradient_sync", "joined", "like", "shard"]
+
+T = TypeVar("T")
+
+_PATIENCE = datetime.timedelta(days=7)
+"""The processes wait so long for what the first one does alone; elsewhere torch gives up after minutes."""
 
 
 class Ranks:
@@ -43,29 +51,240 @@ class Ranks:
         """This process's share of what :meth:`gather` gave."""
         return rows.chunk(self.size)[self.rank]
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            dist.barrier()
+    def first(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives in the first process, which alone does it, in all of them; however long it takes.
+
+        Raises:
+            whatever it raises there; in the others a ValueError with the same sentence.
+        """
+        if self.size == 1:
+            return work()
+        group = dist.new_group(backend="gloo" if dist.is_gloo_available() else None, timeout=_PATIENCE)
+        outcome: list[tuple[T | None, str]] = [(None, "")]
+        failed: Exception | None = None
+        if not self.rank:
+            try:
+                outcome = [(work(), "")]
+            except Exception as error:
+                failed, outcome = error, [(None, str(error) or type(error).__name__)]
+        dist.broadcast_object_list(outcome, src=0, group=group)
+        dist.destroy_process_group(group)
+        result, message = outcome[0]
+        if failed is not None:
+            raise failed
+        if message:
+            raise ValueError(message)
+        return cast(T, result)
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Check that all processes have found the same.
+
+        Raises:
+            ValueError: one has not; in all of them, with its number and machine, and what differs.
+        """
+        if self.size == 1:
+            return
+        found: list[tuple[str, dict[str, str]]] = [("", {})] * self.size
+        dist.all_gather_object(found, (socket.gethostname(), dict(facts)))
+        (first_host, expected), others = found[0], list(enumerate(found))[1:]
+        wrong = [
+            f"process {rank} (on {host}) has another {name} than process 0 (on {first_host})"
+            + (f": {theirs[name]} instead of {expected[name]}" if len(theirs[name] + expected[name]) < 100 else "")
+            for rank, (host, theirs) in others
+            for name in expected
+            if theirs[name] != expected[name]
+        ]
+        if wrong:
+            more = f"; and {len(wrong) - 3} more" * (len(wrong) > 3)
+            raise ValueError(f"{'; '.join(wrong[:3])}{more}. All processes of a run need the same of everything")
+
+    def together(self) -> AbstractContextManager[None]:
+        """What a process fails at within this block ends all of them at its end, each with the first one's sentence.
+
+        Nobody may wait for another inside it: one that has failed comes to the end at once.
+        """
+        return _together(self)
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Meet the other processes if torchrun started this one, and part from them at the end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    if torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+def _together(ranks: Ranks) -> Iterator[None]:
+    own: Exception | None = None
     try:
         yield
+    except Exception as error:
+        if ranks.size == 1:
+            raise
+        own = error
+    if ranks.size == 1:
+        return
+    failures: list[tuple[str, str] | None] = [None] * ranks.size
+    dist.all_gather_object(failures, own and (type(own).__name__, str(own)))
+    if own is not None:
+        raise own
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise _AS_RAISED.get(failure[0], RuntimeError)(f"process {rank}: {failure[1]}")
+
+
+_AS_RAISED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (OSError, ValueError, FileNotFoundError)}
+"""What another process's error is raised as here."""
+
+
+class _Place(NamedTuple):
+    """Where a launcher put this process."""
+
+    rank: int
+    size: int
+    local_rank: int | None
+    """Its number on its machine, where the launcher tells it."""
+
+
+_RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
+_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+"""What launchers (torchrun; mpirun of Open MPI, MPICH and Intel; srun) tell a process, the first known one counts.
+srun is asked for a place only where WORLD_SIZE is set too: its variables are also there for what it did not start."""
+
+
+@contextmanager
+def joined(device: str = "auto", minutes: float = 30.0) -> Iterator[None]:
+    """Meet the other processes if a launcher started this one, and part from them at the end.
+
+    An error inside ends all processes: the one that had it raises it, and the others, which lose their connection to
+    it, exit without a word. Where nobody could say anything (a machine is gone), the first to notice raises an error.
+
+    Args:
+        device: where the run computes; this process gets the accelerator of its number on the machine.
+        minutes: how long a process waits for another before it gives up.
+
+    Raises:
+        ValueError: what the launcher says is incomplete or does not fit the machine.
+        ConnectionError: the others cannot be reached, or not any more.
+    """
+    place = _place(os.environ)
+    if place is None:
+        yield
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    _take_accelerator(device, place)
+    timeout = datetime.timedelta(minutes=minutes)
+    who = f"process {place.rank} of {place.size}"
+    try:
+        store, _, _ = next(rendezvous("env://", rank=place.rank, world_size=place.size, timeout=timeout))
+        dist.init_process_group(store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+        _check_accelerators(device, place)
+    except (RuntimeError, OSError) as error:
+        at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(f"{who} cannot meet the others at {at} ({_first_line(error)})") from error
+    failed = True
+    try:
+        yield
+        failed = False
+    except Exception as error:
+        if not _first_to_say(store):
+            raise SystemExit(2) from error
+        if not _is_lost(error):
+            raise
+        raise ConnectionError(
+            f"{who}: another process of the run ended without a word, or cannot be reached ({_first_line(error)}). "
+            "Start all of them again, with --resume, to go on from the newest checkpoint"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if not failed or dist.get_backend() == "gloo":  # another backend might wait for those who are gone
+            dist.destroy_process_group()
 
 
-def shard(model: Memformer) -> None:
-    """Divide a model's parameters among the processes by FSDP2, layer by layer, in place."""
+def _place(environment: Mapping[str, str]) -> _Place | None:
+    size = _whole(environment, _SIZE)
+    if size is None or size == 1:
+        return None
+    rank = _whole(environment, _RANK)
+    if rank is None:
+        raise ValueError(f"RANK: expected this process's number, because WORLD_SIZE is {size}; it is not set")
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK: expected a number from 0 to {size - 1}, because WORLD_SIZE is {size}, got {rank}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise ValueError(
+                f"{name}: not set, but WORLD_SIZE is {size}: processes meet at the address MASTER_ADDR (of the machine "
+                "with process 0) and the port MASTER_PORT. torchrun sets both; else set them before the launcher"
+            )
+    local = _whole(environment, _LOCAL_RANK)
+    if local is None and environment.get("SLURM_PROCID") == str(rank):
+        local = _whole(environment, ("SLURM_LOCALID",))
+    return _Place(rank, size, local)
+
+
+def _whole(environment: Mapping[str, str], names: Sequence[str]) -> int | None:
+    """The number in the first variable that is set."""
+    name = next((name for name in names if environment.get(name)), None)
+    if name is None:
+        return None
+    if not environment[name].isdecimal() or (name in _SIZE and not int(environment[name])):
+        raise ValueError(
+            f"{name}: expected a whole number, as launchers of processes set it, got {environment[name]!r}"
+        )
+    return int(environment[name])
+
+
+def _take_accelerator(device: str, place: _Place) -> None:
+    """Make this process's accelerator the one that is meant by the name of its kind."""
+    if device.startswith("cpu") or not torch.accelerator.is_available():
+        return
+    if ":" in device:
+        raise ValueError(
+            f"device: {device} is one accelerator, but there are {place.size} processes: use --device "
+            f"{device.split(':')[0]}, of which each process takes its own"
+        )
+    count = torch.accelerator.device_count()
+    local = place.rank % count if place.local_rank is None else place.local_rank
+    if local >= count > 1 or (local >= count and "LOCAL_RANK" in os.environ):
+        raise ValueError(
+            f"process {place.rank} is number {local + 1} on its machine, which has {count} accelerator"
+            f"{'s' * (count > 1)}: start at most as many (torchrun --nproc-per-node {count}), or use --device cpu"
+        )
+    torch.accelerator.set_device_index(local if local < count else 0)  # srun may show each process only its own
+
+
+def _check_accelerators(device: str, place: _Place) -> None:
+    """Two processes that share one would wait for each other for ever."""
+    if device.startswith("cpu") or not torch.cuda.is_available():
+        return
+    mine = socket.gethostname(), str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    all_of_them: list[tuple[str, str]] = [mine] * place.size
+    dist.all_gather_object(all_of_them, mine)
+    if (other := all_of_them.index(mine)) < place.rank:
+        raise ValueError(
+            f"processes {other} and {place.rank} have the same accelerator of {mine[0]}: start no more processes on a "
+            "machine than it has accelerators, or use --device cpu"
+        )
+
+
+def _first_to_say(store: Any) -> bool:
+    """Whether no other process of the run has said what ended it."""
+    try:
+        store.set_timeout(datetime.timedelta(seconds=10))
+        return store.add("memformer/said", 1) == 1
+    except Exception:  # the process that keeps it is gone
+        return True
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether an error says no more than that another process cannot be reached."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def _first_line(error: Exception) -> str:
+    return re.sub(r"^\[\S*/(\S+)\] ", "", str(error).strip().split("\n")[0].split(". This may indicate")[0])
+
+
+def shard(model: Memformer, device: torch.device) -> None:
+    """Divide a model's parameters among the processes by FSDP2, in place, and move them to a device, layer by layer.
+
+    Parameters on the device "meta" have no values afterwards; a checkpoint is to be read into them.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # Nothing here changes what a module returned in place.
@@ -76,9 +295,14 @@ def shard(model: Memformer) -> None:
     if model.decoder is not None:
         roots.append(model.decoder)
         stacks += [*model.decoder.layers]
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for part in [*stacks, *roots]:
-        fully_shard(part, reshard_after_forward=True)  # a root would keep what it gathered, and use it when it is stale
+        # A root would keep what it gathered, and use it when it is stale.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model.writer, "initial")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)  # the tables of positions make themselves anew
+    model.to(device)
 
 
 def gradient_sync(model: Memformer) -> Callable[[bool], None] | None:
@@ -110,3 +334,11 @@ def like(whole: Tensor, other: Tensor) -> Tensor:
 
     assert isinstance(other, DTensor)
     return distribute_tensor(whole, other.device_mesh, other.placements)
+
+
+def as_rows(rows: Tensor, other: Tensor) -> Tensor:
+    """Each process's (rows, ...) as parts of one tensor, divided among the processes of another one."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(other, DTensor)
+    return DTensor.from_local(rows, other.device_mesh, [Shard(0)])

@@ -1,5 +1,7 @@
 """A model in a folder: its settings in ``config.json``, its weights in ``model.safetensors``. Never pickle.
 
+A training run whose processes each hold a part of the model leaves the weights in parts: see :func:`read_shards`.
+
 :class:`Pretrained` is what is needed of a model to store it, or something that belongs to it.
 """
 
@@ -7,16 +9,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
-from .config import MemformerConfig, ModelConfig
+from .config import MemformerConfig, ModelConfig, a_path
+from .folders import model_in
 
-__all__ = ["Pretrained"]
+__all__ = ["SHARDS", "Pretrained", "plain_state", "read_shards", "unwrapped"]
+
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, DistributedDataParallel, FSDP and checkpointing call the module inside."""
+SHARDS = "shards"
+"""The folder in a checkpoint with the tensors that each process of a run wrote for itself."""
 
 
 class Pretrained(nn.Module):
@@ -39,37 +47,133 @@ class Pretrained(nn.Module):
         Raises:
             OSError: the folder or a file cannot be written.
         """
-        folder = Path(folder)
+        folder = a_path("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         named: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(plain_state(self).items()):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(
+                    "save_pretrained: this model is quantised; save it as it was before, and quantise then"
+                )
             named.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor.contiguous()))
         save_file(dict(named.values()), folder / "model.safetensors")
+        self.write_config(folder)
+
+    def write_config(self, folder: Path) -> None:
+        """Write ``config.json`` alone."""
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """The model that :meth:`save_pretrained` wrote, on the CPU, in its dtype.
+    def saved_config(cls, folder: Path) -> ModelConfig:
+        """The settings in a folder's ``config.json``.
 
         Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file is damaged or does not fit the other.
+            FileNotFoundError: it is missing.
+            ValueError: it is damaged.
         """
-        config_file, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
-        for file in (config_file, weights):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: not found; a model's folder holds config.json and model.safetensors")
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise FileNotFoundError(
+                f"{config_file}: not found; a model's folder holds config.json and model.safetensors"
+            )
         try:
             values = json.loads(config_file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{config_file}: not a JSON file ({error})") from error
         if not isinstance(values, dict):
             raise ValueError(f"{config_file}: expected a JSON object with the model's settings")
-        model = cls(**cls.config_class.from_dict(values).to_dict())
+        return cls.config_class.from_dict(values)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """The model that :meth:`save_pretrained` wrote, on the CPU, in its dtype.
+
+        Of a training run's folder its best checkpoint if it evaluates on its way, else its newest.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged or does not fit the other.
+        """
+        folder = model_in(a_path("folder", folder))
+        with torch.device("cpu"):  # whatever the default device is
+            model = cls(**cls.saved_config(folder).to_dict())
+        weights, in_parts = folder / "model.safetensors", (folder / SHARDS).is_dir()
+        if not weights.is_file() and not in_parts:
+            raise FileNotFoundError(f"{weights}: not found; a model's folder holds config.json and model.safetensors")
         try:
-            dtypes = {tensor.dtype for tensor in load_file(weights).values()}
+            tensors = read_shards(folder / SHARDS, "model/") if in_parts else load_file(weights)
+            dtypes = {tensor.dtype for tensor in tensors.values()}
             model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-            load_model(model, weights)
+            if in_parts:
+                model.load_state_dict(tensors)
+            else:
+                load_model(model, weights)
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{weights}: damaged, or not the weights of {config_file}: {error}") from error
+            damaged = folder / SHARDS if in_parts else weights
+            raise ValueError(f"{damaged}: damaged, or not the weights of {folder / 'config.json'}: {error}") from error
         return model
+
+
+def unwrapped(model: nn.Module) -> Pretrained:
+    """The model itself, out of what torch.compile, DistributedDataParallel or FSDP put around it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    inner: nn.Module | None = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, Pretrained):
+        inner = next((inner._modules[name] for name in _WRAPPERS if name in inner._modules), None)
+    if not isinstance(inner, Pretrained):
+        raise ValueError(
+            f"model: expected a Memformer, or one that was compiled or wrapped, got {type(model).__name__}"
+        )
+    return inner
+
+
+def plain_state(model: Pretrained) -> dict[str, Any]:
+    """A model's ``state_dict`` with whole tensors, under the names that they have where no part of it is wrapped."""
+    return {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): x.full_tensor()
+        if hasattr(x, "full_tensor")
+        else x
+        for name, x in model.state_dict().items()
+    }
+
+
+def read_shards(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Tensors that several processes wrote a part of each, put together; those whose names begin with ``prefix``.
+
+    The files are those of torch.distributed.checkpoint's ``HuggingFaceStorageWriter``: safetensors, each with the
+    places of its parts in its header. This reads them without torch.distributed, which not every build of torch has.
+
+    Returns:
+        by name, without the prefix.
+
+    Raises:
+        ValueError: a part is missing.
+        SafetensorError: a file is damaged.
+    """
+    places: dict[str, list[tuple[Path, list[int], list[int]]]] = {}  # of each tensor: file, begin, shape of the part
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            begins = json.loads((opened.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in (name for name in opened.keys() if name.startswith(prefix)):  # noqa: SIM118
+                shape = opened.get_slice(name).get_shape()
+                begin = begins[name]["saved_offsets"] if name in begins else [0] * len(shape)
+                places.setdefault(name, []).append((file, begin, shape))
+    if not places:
+        raise ValueError(f"{folder}: expected tensors named {prefix}..., found none")
+    whole: dict[str, Tensor] = {}
+    for name, parts in places.items():
+        ends = [[b + n for b, n in zip(begin, shape, strict=True)] for _, begin, shape in parts]
+        size = [max(end) for end in zip(*ends, strict=True)]
+        filled = 0
+        for file, begin, shape in parts:
+            with safe_open(file, framework="pt") as opened:
+                part = opened.get_tensor(name)
+            tensor = whole.setdefault(name, torch.empty(size, dtype=part.dtype, device="cpu"))
+            tensor[tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))] = part
+            filled += part.numel()
+        if filled != whole[name].numel():
+            raise ValueError(f"{folder}: {name}: expected {whole[name].numel():,} numbers, found {filled:,}")
+    return {name.removeprefix(prefix): tensor for name, tensor in whole.items()}

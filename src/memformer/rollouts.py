@@ -9,23 +9,29 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Unpack
+from typing import Literal, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import replay
-from .checks import as_mask, ignored_as_masked
+from .checks import as_mask, as_tokens, describe, ignored_as_masked
 from .data.segments import Segment, Targets, cut
 from .model import Memformer, token_losses
+from .network import counted_targets
 from .replay.inputs import Cell, Readout, weight_list
 from .replay.options import OptionKeywords
 
-__all__ = ["memory_replay_backprop", "rollout", "verify_rollout"]
+__all__ = ["Tally", "memory_replay_backprop", "rollout", "verify_rollout"]
+
+Reduction = Literal["segment_means", "mean", "sum"]
 
 READOUT_TOKENS = 1024
 """Targets per call of the decoder in a rollout: enough for a matrix product to run at its full rate."""
+
+Tally = Callable[[Tensor, Tensor, Tensor], None]
+"""Given targets (rows, tokens), their tokens' losses and which of them count, to add up what it likes of them."""
 
 
 def rollout(
@@ -36,6 +42,7 @@ def rollout(
     divisor: Tensor | float | None = None,
     method: replay.Method = replay.memory_replay,
     options: replay.Options | None = None,
+    tally: Tally | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> replay.Rollout:
     """Run a model with a decoder over segments that were checked already, and add up their losses.
@@ -48,11 +55,12 @@ def rollout(
             :func:`~memformer.replay.accumulate`.
         options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too. Without
             ``readout_segments`` a call of the decoder takes as many segments as have READOUT_TOKENS targets.
+        tally: called with the losses of each call of the decoder; twice in float16, where that runs twice.
     """
     options = replay.Options.of(options, keywords)
     if options.readout_segments is None:
         options = dataclasses.replace(options, readout_segments=_readout_segments(segments))
-    cell, readout = _cell_and_readout(model, divisor, summed=options.segment_weights is None)
+    cell, readout = _cell_and_readout(model, divisor, summed=options.segment_weights is None, tally=tally)
     return method(cell, segments, mems, readout, options=options)
 
 
@@ -79,6 +87,8 @@ def memory_replay_backprop(
     reset: Targets = None,
     mems: Tensor | None = None,
     loss_fn: Callable[[int, Tensor], Tensor | None] | None = None,
+    reduction: Reduction = "segment_means",
+    scale: Callable[[Tensor], Tensor] | None = None,
     options: replay.Options | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> tuple[Tensor, Tensor]:
@@ -98,12 +108,18 @@ def memory_replay_backprop(
         mems: (batch, slots, dim), the memory to start from; None for the learned initial memory.
         loss_fn: ``loss_fn(index, enc_out) -> scalar or None``, in place of a target (for encoder-only models): called
             once per segment. Whatever it uses gets its gradients too.
+        reduction: how the targets' losses become one: ``"segment_means"``, the sum of each segment's mean, in which a
+            target counts more where its segment has few; ``"mean"`` over all targets that count, so that it does not
+            matter how they are cut; or ``"sum"`` over them.
+        scale: what is back-propagated in place of the loss, which is returned as it is: ``scaler.scale`` of a
+            ``torch.amp.GradScaler``, or ``lambda loss: loss / 4`` to accumulate the mean over four calls.
         options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too:
             ``schedule``, ``segment_weights``, ``memory_gradients``, ``check``, and, for targets, ``readout_segments``:
             how many segments one call of the decoder gets.
 
     Returns:
-        ``(loss, mems)``, both detached: the weighted sum of the segments' mean losses in nats, and the final memory.
+        ``(loss, mems)``, both detached: the loss in nats, as ``reduction`` and ``segment_weights`` say, and the final
+        memory.
 
     Raises:
         ValueError: as :meth:`Memformer.forward`, or if there is nothing to predict.
@@ -123,7 +139,20 @@ def memory_replay_backprop(
         raise ValueError(
             "readout_segments: says how many segments the decoder gets at once, but loss_fn gets one by one"
         )
-    src_mask = as_mask("src_mask", src_mask)
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}")
+    if loss_fn is not None and reduction != "segment_means":
+        raise ValueError(f"reduction: {reduction!r} is of targets; what loss_fn returns is added up as it is")
+    if scale is not None and not callable(scale):
+        raise ValueError(
+            f"scale: expected a function of the loss, such as scaler.scale, got {describe(scale)}; for a number s, "
+            "lambda loss: s * loss"
+        )
+    device = model.encoder.embedding.weight.device
+    src, src_mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
+    tgt, tgt_mask, reset = (
+        _each_as_tokens(name, x, device) for name, x in (("tgt", tgt), ("tgt_mask", tgt_mask), ("reset", reset))
+    )
     model.check_source(src, mems, src_mask, None, max_len=sys.maxsize)
     segments = [
         _checked(model, i, s)
@@ -133,10 +162,20 @@ def memory_replay_backprop(
         weights = weight_list(options.segment_weights, len(segments)) or [1.0] * len(segments)
         options = dataclasses.replace(options, segment_weights=None)
         outputs, memory = replay.scan(functools.partial(_encode, model), segments, mems, options=options)
-        return _backprop_own_loss(loss_fn, outputs, weights), memory.detach()
-    outcome = rollout(model, segments, mems, options=options)
-    outcome.loss.backward()
+        return _backprop_own_loss(loss_fn, outputs, weights, scale), memory.detach()
+    outcome = rollout(model, segments, mems, divisor=_divisor(segments, reduction), options=options)
+    (outcome.loss if scale is None else scale(outcome.loss)).backward()
     return outcome.loss.detach(), outcome.memory.detach()
+
+
+def _each_as_tokens(name: str, given: Targets, device: torch.device) -> Targets:
+    """One for one segment, or one for each: see :func:`~memformer.checks.as_tokens`."""
+    if isinstance(given, (list, tuple)):
+        return [as_tokens(x, device) for x in given]
+    converted: Targets = as_tokens(given, device)
+    if converted is not None and not isinstance(converted, Tensor):
+        raise ValueError(f"{name}: expected one for one segment, or a list with one (or None) for each, got {given!r}")
+    return converted
 
 
 def _checked(model: Memformer, index: int, segment: Segment) -> Segment:
@@ -153,8 +192,21 @@ def _checked(model: Memformer, index: int, segment: Segment) -> Segment:
     return segment._replace(tgt=tgt, tgt_mask=tgt_mask)
 
 
+def _divisor(segments: Sequence[Segment], reduction: Reduction) -> Tensor | float | None:
+    """What each segment's summed loss is divided by; None for its own number of targets that count."""
+    if reduction == "segment_means":
+        return None
+    if reduction == "sum":
+        return 1.0
+    counts = [counted_targets(s.tgt, s.tgt_mask).sum() for s in segments if s.tgt is not None]
+    return torch.stack(counts).sum().clamp(min=1) if counts else None
+
+
 def _backprop_own_loss(
-    loss_fn: Callable[[int, Tensor], Tensor | None], outputs: list[Tensor], weights: list[float]
+    loss_fn: Callable[[int, Tensor], Tensor | None],
+    outputs: list[Tensor],
+    weights: list[float],
+    scale: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     losses, reached, trains = [], [], False
     for i, (output, weight) in enumerate(zip(outputs, weights, strict=True)):
@@ -168,7 +220,7 @@ def _backprop_own_loss(
             raise ValueError(f"loss_fn: expected a scalar loss or None for segment {i}, got {got}")
         loss = loss * weight
         if loss.requires_grad:
-            loss.backward()
+            (loss if scale is None else scale(loss)).backward()
             trains = True
         losses.append(loss.detach())
         if leaf.grad is not None and output.requires_grad:  # a frozen model's does not
@@ -185,10 +237,10 @@ def _readout_segments(segments: Sequence[Segment]) -> int:
 
 
 def _cell_and_readout(
-    model: Memformer, divisor: Tensor | float | None = None, *, summed: bool = True
+    model: Memformer, divisor: Tensor | float | None = None, *, summed: bool = True, tally: Tally | None = None
 ) -> tuple[Cell, Readout]:
     """What the engine is given: the encoder with its memory, and the decoder's loss, one or one for each segment."""
-    readout: Readout = functools.partial(_losses, model, divisor)
+    readout: Readout = functools.partial(_losses, model, divisor, tally)
     return functools.partial(_encode, model), functools.partial(_summed, readout) if summed else readout
 
 
@@ -197,7 +249,11 @@ def _encode(model: Memformer, segment: Segment, memory: Tensor | None) -> tuple[
 
 
 def _losses(
-    model: Memformer, divisor: Tensor | float | None, outputs: list[Tensor], segments: list[Segment]
+    model: Memformer,
+    divisor: Tensor | float | None,
+    tally: Tally | None,
+    outputs: list[Tensor],
+    segments: list[Segment],
 ) -> Tensor | None:
     """The decoder's loss on each of several segments, in one call; 0 for those without a target."""
     kept = [i for i, s in enumerate(segments) if s.tgt is not None]
@@ -209,10 +265,13 @@ def _losses(
     src, _ = _concatenate([segments[i].src for i in kept], src_masks)
     tgt, tgt_mask = _concatenate([s.tgt for s in segments if s.tgt is not None], [segments[i].tgt_mask for i in kept])
     losses, counted = token_losses(model.decoder, tgt, enc_out, src_mask, tgt_mask, src)
+    if tally is not None:
+        tally(tgt, losses, counted)
     per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
         divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)
-    return per_segment.new_zeros(len(segments)).index_put((torch.tensor(kept),), per_segment / divisor)
+    places = torch.tensor(kept, device=per_segment.device)
+    return per_segment.new_zeros(len(segments)).index_put((places,), per_segment / divisor)
 
 
 def _summed(losses: Readout, outputs: list[Tensor], segments: list[Segment]) -> Tensor | None:

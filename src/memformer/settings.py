@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
 from . import replay
-from .config import MemformerConfig, Positions, Writer, check_count
+from .checks import as_paths
+from .config import MemformerConfig, Positions, Typed, Writer, check_count, convert
+from .learning_rate import warmup_constant, warmup_cosine, warmup_stable_decay
 
 __all__ = [
     "RECIPES",
@@ -31,9 +33,11 @@ __all__ = [
     "OutputSettings",
     "RolloutSettings",
     "TrainingConfig",
+    "absolute",
     "build",
     "read_saved",
     "read_yaml",
+    "to_flat",
     "to_plain",
     "to_yaml",
 ]
@@ -45,32 +49,56 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentSettings:
+class DocumentSettings(Typed):
     """How documents are read."""
 
     tokenizer: str = "bytes"
     """bytes; bpe, trained on the training documents; ids, for .npy and .bin arrays; or the path of a tokenizer.json."""
     vocabulary: int = 2048
     """The most tokens of a bpe that is trained here; with ids, how many ids there are."""
+    include: tuple[str, ...] = ()
+    """Of folders, read only what matches one of these patterns, such as '*.txt' or 'books/*'."""
+    exclude: tuple[str, ...] = ()
+    """Of folders, leave out what matches one of these patterns."""
+    strict: bool = False
+    """Refuse what is otherwise left out with a warning: unreadable files in folders, rows without a text."""
     text_field: str = "text"
-    """The field of a .jsonl file's lines that holds the text."""
+    """The field that holds the text, in rows of .jsonl, .json, .csv, .parquet and the like."""
     separator: int | None = None
     """The id that ends a document inside a .npy or .bin array; without it, each array is one document."""
     bin_dtype: str = "uint16"
     """The integer type of a .bin file's tokens."""
     held_out: int = 48
-    """Hold out one document in N; of a single document, hold out the last Nth."""
+    """Hold out one Nth of the data: whole documents, or the end of one where their sizes allow no such choice."""
+    held_out_by: Literal["size", "name"] = "size"
+    """size looks at how large the documents are; name at the hashes of their names alone, as earlier versions did."""
+    held_out_data: tuple[Path, ...] = ()
+    """Files and folders to evaluate on, in place of a part of --data."""
+    test_data: tuple[Path, ...] = ()
+    """Files and folders that training never looks at; the best checkpoint is measured on them at the end."""
+    end: bool = True
+    """Learn where documents end, as one more target of each; generated text then ends there, too."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("vocabulary", self.vocabulary)
         if not isinstance(self.held_out, int) or self.held_out < 2:
             raise ValueError(f"held_out: expected a whole number of at least 2, got {self.held_out!r}")
+        for name in ("held_out_data", "test_data"):
+            object.__setattr__(self, name, as_paths(name, getattr(self, name)))
+        if self.held_out_data and self.held_out != 48:
+            raise ValueError(f"held_out: {self.held_out} has no meaning beside held_out_data; leave one of them out")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+                raise ValueError(f"{name}: expected a list of patterns such as '*.txt', got {patterns!r}")
+            object.__setattr__(self, name, tuple(patterns))
         if self.separator is not None:
             _check_not_negative("separator", self.separator)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class ModelSettings(Typed):
     """Sizes of the model. Its vocabulary comes from the tokenizer."""
 
     dim: int = 64
@@ -99,6 +127,7 @@ class ModelSettings:
     """One matrix for both embeddings and the output projection."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("dim", "slots", "enc_depth", "dec_depth", "heads", "mem_updates"):
             check_count(name, getattr(self, name))
         check_count("dec_overlap", self.dec_overlap, least=0)
@@ -122,7 +151,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveSettings:
+class ObjectiveSettings(Typed):
     """The odds of the paper's objectives (v1, section 2.3), drawn for each lane and segment."""
 
     continuation: float = 1.0
@@ -133,6 +162,7 @@ class ObjectiveSettings:
     """Read a segment, write the one before it, which only the memory knows."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("continuation", "infilling", "recall"):
             _check_not_negative(name, getattr(self, name), whole=False)
         if self.continuation + self.infilling + self.recall <= 0:
@@ -140,7 +170,7 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutSettings:
+class RolloutSettings(Typed):
     """What a step reads, how far its gradients go back, and how they travel."""
 
     lanes: int = 12
@@ -155,6 +185,8 @@ class RolloutSettings:
     """Steps over which the horizon grows."""
     accumulate: int = 1
     """Rollouts per step, one after the other in the same documents."""
+    spread: bool = True
+    """Cut long documents into stretches, so that the lanes read different text; otherwise each is read by one lane."""
     schedule: str = "every"
     """Which memories replay stores: every; binomial:N, at most N; budget:SIZE (2GB), the fastest way that fits."""
     graphs: int = 1
@@ -163,6 +195,7 @@ class RolloutSettings:
     """Where stored memories are kept: cpu, or a folder on a disk; by default on the device."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lanes", "segment_length", "horizon", "horizon_steps", "accumulate"):
             check_count(name, getattr(self, name))
         check_count("graphs", self.graphs, least=0)
@@ -208,32 +241,76 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """AdamW; the learning rate rises along a line, then falls to zero along a cosine."""
+class OptimizerSettings(Typed):
+    """How a step changes the weights, and the learning rate's curve: a line up, then as its schedule says."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon, for the matrices of linear maps inside the model, beside adamw for all else."""
     learning_rate: float = 3e-3
-    """The highest learning rate, at the end of the warm-up."""
+    """The highest learning rate, at the end of the warm-up; muon's steps are scaled to the size of adamw's."""
     warmup: int = 50
     """Steps over which the learning rate rises."""
+    learning_rate_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine falls until the end; wsd stays, then falls along a line; constant stays."""
+    decay_share: float = 0.2
+    """With wsd, the share of the steps, at their end, over which the learning rate falls."""
+    least: float = 0.0
+    """The learning rate of cosine and wsd at the end, as a share of the highest."""
+    beta1: float = 0.9
+    """adamw's decay of the mean gradient."""
+    beta2: float = 0.98
+    """adamw's decay of the mean squared gradient."""
+    eps: float = 1e-8
+    """adamw adds this to what it divides by."""
     weight_decay: float = 0.1
-    """Weight decay, of matrices only."""
+    """Weight decay; its step is this times the learning rate."""
+    decay_of: Literal["linear", "matrices"] = "linear"
+    """What decays: linear, the matrices of linear maps inside the model; matrices, embeddings and memory slots too."""
     clip: float = 1.0
-    """Clip the gradient to this norm; 0: do not clip."""
+    """Clip the gradient to this norm; 0 or inf: do not clip."""
     ema: float = 0.0
     """Decay of a moving average of the weights, which is then evaluated and saved as the model; 0: none."""
+    skip_non_finite: int = 0
+    """Leave out a step whose gradient is not finite, at most this many in a row; 0: that is an error."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
+        if self.clip == math.inf:  # one value for one meaning, which JSON has
+            object.__setattr__(self, "clip", 0.0)
+        super().__post_init__()
+        for name in ("learning_rate", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "clip"):
             _check_not_negative(name, getattr(self, name), whole=False)
-        _check_not_negative("warmup", self.warmup)
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+        for name in ("warmup", "skip_non_finite"):
+            _check_not_negative(name, getattr(self, name))
+        for name in ("beta1", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a decay in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share: expected a share of the steps in (0, 1], got {self.decay_share}")
+        if self.decay_share != type(self).decay_share and self.learning_rate_schedule != "wsd":
+            raise ValueError(
+                f"decay_share: {self.decay_share} is for learning_rate_schedule wsd, got {self.learning_rate_schedule}"
+            )
+        if not 0 <= self.least <= 1:
+            raise ValueError(f"least: expected a share of the learning rate in [0, 1], got {self.least}")
+        if self.least and self.learning_rate_schedule == "constant":
+            raise ValueError(f"least: {self.least} is where the learning rate falls to, but constant does not fall")
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0, in a training of ``steps``."""
+        if self.learning_rate_schedule == "constant":
+            share = warmup_constant(step, self.warmup)
+        elif self.learning_rate_schedule == "wsd":
+            share = warmup_stable_decay(step, steps, self.warmup, self.decay_share * steps, self.least)
+        else:
+            share = warmup_cosine(step, steps, self.warmup, self.least)
+        return self.learning_rate * share
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeSettings:
+class ComputeSettings(Typed):
     """Precision and processes. Under torchrun the lanes are divided among the processes."""
 
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
@@ -242,10 +319,16 @@ class ComputeSettings:
     """Compile encoder and decoder with torch.compile: a slow start, then faster steps."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a copy of the model in each process, or its parameters divided among them."""
+    timeout: float = 30.0
+    """Minutes after which a process that waits for another one gives up."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"timeout: expected a number of minutes above 0, got {self.timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
+class EvaluationSettings(Typed):
     """Evaluation on held-out documents, read whole with the memory carried on; the best checkpoint is kept."""
 
     eval_every: int = 0
@@ -256,6 +339,7 @@ class EvaluationSettings:
     """Read at most this many held-out bytes (or ids); 0: all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("eval_every", "patience", "eval_limit"):
             _check_not_negative(name, getattr(self, name))
         if self.patience and not self.eval_every:
@@ -263,7 +347,7 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputSettings:
+class OutputSettings(Typed):
     """What is written and shown, and when."""
 
     log_every: int = 50
@@ -272,23 +356,32 @@ class OutputSettings:
     """Steps between checkpoints."""
     keep: int = 2
     """How many of the newest checkpoints to keep."""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also send the metrics there: tensorboard (OUT/tensorboard), wandb (Weights & Biases), trackio."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, in OUT/tensorboard."""
+    """The same as --loggers tensorboard."""
     sample_tokens: int = 300
-    """Tokens of the sample that is shown at the end; 0: none."""
+    """Tokens of a sample of the model's writing, which is shown at the end; 0: none."""
+    sample_every: int = 0
+    """Steps between samples while training, into OUT/samples.jsonl and the loggers; 0: only at the end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("log_every", "save_every", "keep"):
             check_count(name, getattr(self, name))
-        _check_not_negative("sample_tokens", self.sample_tokens)
+        for name in ("sample_tokens", "sample_every"):
+            _check_not_negative(name, getattr(self, name))
+        if self.sample_every and not self.sample_tokens:
+            raise ValueError(f"sample_every: {self.sample_every} asks for samples, but sample_tokens is 0: set it")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Typed):
     """The settings of a training run: memory replay over long documents, its memory carried from rollout to rollout."""
 
     data: tuple[Path, ...] = ()
-    """Files, folders: text, .jsonl, .npy or .bin arrays of ids; by default the Python standard library's sources."""
+    """Files, folders: text, rows (.jsonl, .csv, .parquet, ...), ids (.npy, .bin), each also .gz, .bz2, .xz or .zst; or
+    what memformer encode wrote; by default the Python standard library's sources."""
     out: Path = Path("runs/default")
     """Folder for checkpoints and metrics.jsonl."""
     steps: int = 1200
@@ -296,7 +389,13 @@ class TrainingConfig:
     seed: int = 0
     """Decides the initial weights, dropout, objectives and the order of documents."""
     resume: bool = False
-    """Go on from the newest undamaged checkpoint in --out, with the settings saved there; --steps may be raised."""
+    """Go on from the newest undamaged checkpoint in --out, with the settings saved there and the flags given here."""
+    auto_resume: bool = False
+    """Go on if --out holds a run, else start one: the same command each time, for machines that may be taken away."""
+    new_data: bool = False
+    """Go on with other documents than before. They are read from their start; weights and optimizer stay."""
+    init_from: Path | None = None
+    """Start a new run with the weights and the tokenizer of this model, or of this run's best checkpoint."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 
@@ -310,6 +409,8 @@ class TrainingConfig:
     output: OutputSettings = field(default_factory=OutputSettings)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", as_paths("data", self.data))
+        super().__post_init__()
         check_count("steps", self.steps)
         _check_not_negative("seed", self.seed)
         if self.seed >= 2**63:
@@ -321,6 +422,8 @@ class TrainingConfig:
             )
         if self.compute.precision == "fp16" and self.compute.parallel == "fsdp":
             raise ValueError("precision: fp16 scales the loss, which FSDP's accumulation does not; use bf16")
+        if self.optimizer.optimizer == "muon" and self.compute.parallel == "fsdp":
+            raise ValueError("optimizer: muon needs whole matrices, which FSDP divides; use adamw, or --parallel ddp")
         if self.rollout.replay_schedule().needs_sizes and self.compute.parallel == "fsdp":
             raise ValueError(
                 "schedule: a budget measures a segment's graph, which FSDP fills with gathered weights; "
@@ -418,7 +521,37 @@ def to_plain(settings: DataclassInstance) -> dict[str, object]:
     return plain
 
 
-FORMER: dict[str, dict[str, object]] = {}
+def to_flat(settings: DataclassInstance) -> dict[str, object]:
+    """Settings by dotted names, as "model.dim"."""
+    return _flat(to_plain(settings), "")
+
+
+def _flat(plain: Mapping[str, object], where: str) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in plain.items():
+        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
+    return flat
+
+
+def absolute(settings: T) -> T:
+    """Settings whose paths of what is read do not depend on the working directory; ``out`` stays as it is."""
+    changes: dict[str, object] = {}
+    for f in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = absolute(value)
+        elif isinstance(value, Path) and f.name != "out":
+            changes[f.name] = value.absolute()
+        elif isinstance(value, tuple):
+            changes[f.name] = tuple(part.absolute() if isinstance(part, Path) else part for part in value)
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
+
+
+FORMER: dict[str, dict[str, object]] = {
+    "documents": {"held_out_by": "name", "end": False},
+    "rollout": {"spread": False},
+    "optimizer": {"decay_of": "matrices"},
+}
 """What a field that is newer than a saved run meant before there was one, where that is not its default today."""
 
 
@@ -449,12 +582,12 @@ def build(cls: type[T], values: object, *, base: T | None = None, where: str = "
         if dataclasses.is_dataclass(hints[name]):
             given[name] = build(hints[name], value, base=None if base is None else getattr(base, name), where=path)
         else:
-            given[name] = _convert(path, hints[name], value)
+            given[name] = convert(path, hints[name], value, text=True)
     return cls(**given) if base is None else dataclasses.replace(base, **given)  # type: ignore[type-var]
 
 
 def _suggestion(name: str) -> str:
-    known = dict(_paths(TrainingConfig, ""))
+    known = dict(reversed(_paths(TrainingConfig, "")))  # a section before the setting of the same name
     if name in ("recipe", "config"):
         return f": --{name} is a flag"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
@@ -468,36 +601,3 @@ def _paths(cls: type[DataclassInstance], where: str) -> list[tuple[str, str]]:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found += _paths(hint, f"{name}.")
     return found
-
-
-def _convert(name: str, kind: Any, value: object) -> object:
-    """A value of YAML or JSON as the type of its field."""
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
-        return value
-    if get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{name}: expected a list, got {value!r}")
-        return tuple(_convert(name, get_args(kind)[0], item) for item in items)
-    if get_origin(kind) in (Union, types.UnionType):
-        (inner,) = (k for k in get_args(kind) if k is not type(None))
-        return None if value is None else _convert(name, inner, value)
-    if kind in (int, float) and not isinstance(value, bool):
-        if isinstance(value, kind):
-            return value
-        try:
-            number = float(str(value))  # YAML takes 3e-4 for a string
-        except ValueError:
-            number = float("nan")
-        if kind is float and number == number:
-            return number
-        if kind is int and number == number and number.is_integer():
-            return int(number)
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-    raise ValueError(f"{name}: expected {expected[kind]}, got {value!r}")

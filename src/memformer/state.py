@@ -10,17 +10,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from .checks import as_tokens, describe
+from .config import a_path, check_count, is_count
 from .files import replace_file
-from .pretrained import Pretrained
+from .pretrained import Pretrained, plain_state, unwrapped
 
 __all__ = ["MemoryState", "fingerprint"]
 
@@ -109,9 +112,10 @@ class MemoryState:
         Raises:
             ValueError: not one parent for each lane.
         """
+        parents = self._indices(parents)
         if len(parents) != self.batch_size:
             raise ValueError(f"reorder: expected {self.batch_size} lanes, as many as there are, got {len(parents)}")
-        return self.select(torch.as_tensor(parents, dtype=torch.int64))
+        return self.select(parents)
 
     @staticmethod
     def cat(states: Sequence[MemoryState]) -> MemoryState:
@@ -120,8 +124,8 @@ class MemoryState:
         Raises:
             ValueError: there is no state, or they are of different models.
         """
-        if not states:
-            raise ValueError("cat: expected at least one state")
+        if not isinstance(states, Sequence) or not states or not all(isinstance(s, MemoryState) for s in states):
+            raise ValueError(f"cat: expected at least one state in a list, got {states!r}")
         kinds = {(s.start, s.length, s.memory.shape[1:], s.memory.dtype, s.memory.device) for s in states}
         if len(kinds) > 1:
             raise ValueError(
@@ -133,8 +137,15 @@ class MemoryState:
 
     def split(self, sizes: int | Sequence[int] = 1) -> list[MemoryState]:
         """The lanes in groups of those sizes, or of one size; the inverse of :meth:`cat`."""
+        if not is_count(sizes, 1):
+            whole = isinstance(sizes, Sequence) and all(is_count(n, 0) for n in sizes)
+            if not whole or sum(sizes) != self.batch_size:  # type: ignore[arg-type]
+                raise ValueError(
+                    f"split: expected a whole number of at least 1, or a list of them whose sum is {self.batch_size}, "
+                    f"got {sizes!r}"
+                )
         lanes = torch.arange(self.batch_size, device=self.position.device)
-        return [self.select(group) for group in lanes.split(sizes if isinstance(sizes, int) else list(sizes))]
+        return [self.select(group) for group in lanes.split(list(sizes) if isinstance(sizes, Sequence) else int(sizes))]
 
     def pad_to(self, batch_size: int) -> MemoryState:
         """With lanes that have read nothing added behind, ``batch_size`` in all.
@@ -142,6 +153,7 @@ class MemoryState:
         Raises:
             ValueError: there are more already.
         """
+        check_count("pad_to", batch_size)
         if batch_size < self.batch_size:
             raise ValueError(f"pad_to: expected at least the {self.batch_size} lanes there are, got {batch_size}")
         added = MemoryState.new(
@@ -149,15 +161,21 @@ class MemoryState:
         )
         return MemoryState.cat([self, added])
 
-    def save(self, path: str | Path, model: Pretrained) -> None:
+    def save(self, path: str | Path, model: nn.Module) -> None:
         """Write a safetensors file that only ``model`` can go on from. The file is replaced whole or not at all.
+
+        A compiled or wrapped model is the model inside.
 
         >>> state = model.read(torch.tensor([[72, 105]]), start=256)
         >>> state.save(folder / "talk.state", model)
 
         Raises:
             OSError: it cannot be written; what was there before is untouched.
+            ValueError: the memory is not finite.
         """
+        model, path = unwrapped(model), a_path("path", path)
+        if not self.memory.isfinite().all():
+            raise ValueError("memory: holds numbers that are not finite, and is not saved; the model has diverged")
         tensors = {name: x.contiguous().cpu() for name, x in self._tensors().items()}
         header = {
             "memformer_state": _FORMAT,
@@ -169,7 +187,7 @@ class MemoryState:
         replace_file(path, save(tensors, header))
 
     @classmethod
-    def load(cls, path: str | Path, model: Pretrained) -> MemoryState:
+    def load(cls, path: str | Path, model: nn.Module) -> MemoryState:
         """What :meth:`save` wrote, bit by bit, on the model's device.
 
         >>> model.read(torch.tensor([[33]]), start=256).save(folder / "talk.state", model)
@@ -180,7 +198,7 @@ class MemoryState:
             OSError: there is no such file, or it cannot be read.
             ValueError: the file is damaged, not a state, or was written with another model.
         """
-        path = Path(path)
+        model, path = unwrapped(model), a_path("path", path)
         with path.open("rb"):
             pass  # its own errors are the clearest
         try:
@@ -204,30 +222,55 @@ class MemoryState:
         return MemoryState(**{name: function(x) for name, x in self._tensors().items()}, start=self.start)
 
     def _indices(self, lanes: Tensor | Sequence[int]) -> Tensor:
-        device = self.position.device
-        lanes = lanes.to(device) if isinstance(lanes, Tensor) else torch.tensor(lanes, dtype=torch.int64, device=device)
-        if lanes.dtype == torch.bool and lanes.shape == (self.batch_size,):
-            return lanes.nonzero()[:, 0]
-        integers = lanes.dim() == 1 and lanes.dtype in (torch.int64, torch.int32)
-        if not integers or ((lanes < 0) | (lanes >= self.batch_size)).any():
-            raise ValueError(
-                f"lanes: expected indices from 0 to {self.batch_size - 1}, or torch.bool of shape "
-                f"({self.batch_size},), got {lanes.dtype} of shape {tuple(lanes.shape)}: {lanes.tolist()}"
-            )
-        return lanes
+        given: Any = lanes
+        found: Any = as_tokens(given, self.position.device)
+        if isinstance(found, Tensor) and found.dtype == torch.bool and found.shape == (self.batch_size,):
+            return found.nonzero()[:, 0]
+        integers = isinstance(found, Tensor) and found.dim() == 1 and found.dtype in (torch.int64, torch.int32)
+        if integers and not ((found < 0) | (found >= self.batch_size)).any():
+            indices: Tensor = found
+            return indices
+        got = f"{describe(found)}: {found.tolist()}" if isinstance(found, Tensor) else repr(given)
+        raise ValueError(
+            f"lanes: expected indices from 0 to {self.batch_size - 1}, or torch.bool of shape "
+            f"({self.batch_size},), got {got}"
+        )
 
 
-def fingerprint(model: Pretrained) -> str:
-    """A model's settings and weights, to the bit, as 64 hexadecimal digits."""
-    return _sha256(model.state_dict(), json.dumps(model.config.to_dict(), sort_keys=True))
+def fingerprint(model: nn.Module) -> str:
+    """A model's settings and weights, to the bit, as 64 hexadecimal digits; wrappers change nothing."""
+    model = unwrapped(model)
+    return _sha256(plain_state(model), json.dumps(model.config.to_dict(), sort_keys=True))
 
 
-def _sha256(tensors: dict[str, Tensor], text: str) -> str:
+def _sha256(tensors: Mapping[str, object], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for part in _plain(x):
+            if isinstance(part, Tensor):
+                digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+                digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            else:
+                digest.update(f"{name} {part}".encode())
     return digest.hexdigest()
+
+
+def _plain(x: object) -> Iterator[object]:
+    """The plain tensors of which a weight consists: one, or what quantised numbers are made of."""
+    if isinstance(x, tuple):
+        for part in x:
+            yield from _plain(part)
+    elif isinstance(x, Tensor) and x.is_quantized:
+        yield x.int_repr()
+        per_channel = x.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+        scales = (
+            (x.q_per_channel_scales(), x.q_per_channel_zero_points())
+            if per_channel
+            else (x.q_scale(), x.q_zero_point())
+        )
+        yield from scales
+    else:
+        yield x
 
 
 def _difference(header: dict[str, str], model: Pretrained) -> str:

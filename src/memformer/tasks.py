@@ -109,12 +109,13 @@ class Task:
         segments = self.segments if segments is None else segments
         check_count("batch_size", batch_size)
         check_count("segments", segments)
-        return self._draw(batch_size, segments, generator)
+        with torch.device("cpu"):  # whatever the default device is
+            return self._draw(batch_size, segments, generator)
 
     def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
         """A batch to train on: as :meth:`draw`, of 1 to ``self.segments`` segments, so that easy ones teach what hard
         ones need. It does not depend on what was learned so far: the same generator gives the same batches."""
-        return self.draw(batch_size, generator, 1 + int(torch.randint(self.segments, (), generator=generator)))
+        return self.draw(batch_size, generator, _at_most(self.segments, generator))
 
     def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
         raise NotImplementedError
@@ -219,10 +220,10 @@ class AssociativeRetrieval(Task):
 
     def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
         """One batch in three has fewer pairs than segments, and so noise."""
-        segments = 1 + int(torch.randint(self.segments, (), generator=generator))
+        segments = _at_most(self.segments, generator)
         pairs = min(self.pairs, segments)
-        if int(torch.randint(3, (), generator=generator)) == 0:
-            pairs = 1 + int(torch.randint(pairs, (), generator=generator))
+        if _at_most(3, generator) == 1:
+            pairs = _at_most(pairs, generator)
         return dataclasses.replace(self, pairs=pairs).draw(batch_size, generator, segments)
 
     def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
@@ -349,7 +350,7 @@ class Pixels(Task):
     def chance(self) -> float:
         """Bits per pixel if each is coded by how often its place has its level in ``counted``, each level once more."""
         counted = self.images if self.counted is None else self.counted
-        place = self.levels * torch.arange(counted.shape[1])
+        place = self.levels * torch.arange(counted.shape[1], device=counted.device)
         counts = 1.0 + torch.bincount((place + counted).flatten(), minlength=self.levels * len(place))
         share = counts / (len(counted) + self.levels)
         return -share.log2()[place + self.images][:, self.per_segment :].mean().item()
@@ -387,7 +388,7 @@ def digits(per_segment: int = 8) -> tuple[Pixels, Pixels]:
         raise ImportError("digits need scikit-learn: pip install 'memformer-replay[digits]'", name="sklearn") from error
     images, classes = (torch.from_numpy(array).long() for array in load_digits(return_X_y=True))
     of_class = [images[classes == digit] for digit in range(10)]
-    held = [torch.arange(len(some)) % HELD_OUT_SHARE == HELD_OUT_SHARE - 1 for some in of_class]
+    held = [torch.arange(len(some), device=some.device) % HELD_OUT_SHARE == HELD_OUT_SHARE - 1 for some in of_class]
     train = torch.cat([some[~out] for some, out in zip(of_class, held, strict=True)])
     held_out = torch.cat([some[out] for some, out in zip(of_class, held, strict=True)])
     return (
@@ -408,6 +409,11 @@ TASKS: dict[str, Task] = {
 
 def _symbols(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return SYMBOLS + torch.randint(count, shape, generator=generator)
+
+
+def _at_most(count: int, generator: torch.Generator) -> int:
+    """One of 1 to ``count``."""
+    return 1 + int(torch.randint(count, (), generator=generator, device="cpu"))
 
 
 def _check_images(name: str, images: Tensor, levels: int) -> None:

@@ -194,8 +194,8 @@ def _documents(settings: TextBenchmark) -> list[Document]:
 
 def _split(settings: TextBenchmark) -> tuple[list[Document], list[Document], list[Document]]:
     """Documents for training, tuning (their beginnings) and the end."""
-    rest, held = held_out_split(_documents(settings), settings.held_out_share)
-    training, tuning = held_out_split(rest, settings.held_out_share + 1)
+    rest, held = held_out_split(_documents(settings), settings.held_out_share, by="name")
+    training, tuning = held_out_split(rest, settings.held_out_share + 1, by="name")
     return training, limited(tuning, TUNING_BYTES), held
 
 

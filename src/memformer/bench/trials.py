@@ -10,10 +10,13 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,14 +116,32 @@ def carry_out(
             torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    # Nobody writes into this pipe. It ends when this process does, however it ends, or here.
+    end, alive = context.Pipe(duplex=False)
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(end,)) as pool:
         made = {pool.submit(work, trial): trial for trial in missing}
         try:
             for future in as_completed(made):
                 record.add(made[future], future.result())
                 yield made[future], record.trials[-1]["result"]
+        except BaseException:  # Ctrl-C, and whoever does not want more: trials at work would take minutes to end
+            alive.close()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+            alive.close()
+
+
+def _begin(end: Connection) -> None:
+    """A worker of one thread, which ends with the process that started it."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that process gets Ctrl-C, too
+
+    def follow() -> None:
+        wait([end])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 class Tuned(NamedTuple):

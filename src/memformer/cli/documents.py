@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..data import Document, read_documents
-from ..training import checkpoints, documents_of, settings_of
+from ..data.tokenfiles import read_any
+from ..training import checkpoints, documents_for_test, documents_of, settings_of
+from ..training.resume import check_documents_of
 
 __all__ = ["DocumentOptions"]
 
@@ -16,23 +21,55 @@ class DocumentOptions:
     """Which model reads which documents."""
 
     checkpoint: Path
-    """A run's folder, or one checkpoint in it (RUN/best is that of the best evaluation)."""
+    """A run's folder (its best model if it evaluates on its way, else its newest), or one checkpoint in it."""
     data: tuple[Path, ...] = ()
-    """Files and folders of UTF-8 text, .jsonl, .npy or .bin; by default the documents that the run held out."""
+    """Files and folders, as for memformer train; by default the documents that the run held out."""
+    test: bool = False
+    """Read the run's --test-data."""
+    include: tuple[str, ...] = ()
+    """Of folders, read only what matches one of these patterns, such as '*.txt' or 'books/*'."""
+    exclude: tuple[str, ...] = ()
+    """Of folders, leave out what matches one of these patterns."""
+    strict: bool = False
+    """Refuse what is otherwise left out with a warning: unreadable files in folders, rows without a text."""
     text_field: str = "text"
-    """The field of a .jsonl file's lines that holds the text."""
+    """The field that holds the text, in rows of .jsonl, .json, .csv, .parquet and the like."""
     separator: int | None = None
     """The id that ends a document inside a .npy or .bin array."""
     bin_dtype: str = "uint16"
     """The integer type of a .bin file's tokens."""
 
     def documents(self) -> list[Document]:
-        """Raises ValueError or FileNotFoundError as :func:`~memformer.data.read_documents`."""
+        """The documents of ``data``, or of the run that made the checkpoint.
+
+        Raises:
+            ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`; or the run's documents are no
+                longer what they were, so that what it was trained on might be among them.
+        """
+        reading = {f.name: f for f in dataclasses.fields(DocumentOptions)}
+        for name in ("checkpoint", "data", "test"):
+            del reading[name]
         if self.data:
-            return read_documents(
-                self.data, text_field=self.text_field, separator=self.separator, bin_dtype=self.bin_dtype
-            )
+            if self.test:
+                raise ValueError("test: reads the run's --test-data; leave --data out")
+            how: dict[str, Any] = {name: getattr(self, name) for name in reading}
+            return read_any(self.data, functools.partial(read_documents, **how), check=True)
+        for name, f in reading.items():
+            if getattr(self, name) != f.default:
+                raise ValueError(f"{name}: says how --data is read, and none was given")
+        return self._of_the_run()
+
+    def _of_the_run(self) -> list[Document]:
         folder = checkpoints.find(self.checkpoint)
         if not (folder / "training.json").is_file():
             raise ValueError(f"{folder}: not of a run, which would have held documents out; give --data")
-        return documents_of(settings_of(folder))[1]
+        settings = settings_of(folder)
+        if self.test:
+            documents = documents_for_test(settings)
+            if not documents:
+                raise ValueError(f"test: the run in {folder.parent} had no --test-data; give --data")
+            check_documents_of(folder, test=documents)
+            return documents
+        training, held_out = documents_of(settings)
+        check_documents_of(folder, documents=training, held_out=held_out)
+        return held_out

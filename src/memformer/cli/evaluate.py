@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from ..checks import plural
 from ..data import xz_bits_per_byte
+from ..data.corpora import limited
+from ..device import choose_precision
 from ..evaluation import HeldOut, evaluate
 from . import models
 from .documents import DocumentOptions
 
 __all__ = ["EvaluateCommand", "describe", "run"]
+
+XZ_BYTES = 16_000_000
+"""xz compresses at most this much text: it takes a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +33,14 @@ class EvaluateCommand(DocumentOptions):
 
     memory: Literal["on", "off", "both"] = "both"
     """on carries the memory from segment to segment; off begins each segment with the initial one; both compares."""
+    limit: int = 0
+    """Read at most this many bytes (or ids), from the first documents on; 0: all."""
     lanes: int = 16
     """Read at most this many documents side by side."""
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
+    """Type for autocast; auto is bf16 on an accelerator that computes it natively, as in training."""
+    json: bool = False
+    """Print one JSON object with every number, and nothing else."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 
@@ -29,20 +49,65 @@ def run(command: EvaluateCommand) -> int:
     """Print how well a model predicts documents, memory on and off; returns the exit status."""
     if command.lanes < 1:
         raise ValueError(f"lanes: expected at least 1, got {command.lanes}")
+    if command.limit < 0:
+        raise ValueError(f"limit: expected a number of bytes of at least 0 (0: all), got {command.limit}")
     model, tokenizer = models.load(command.checkpoint, command.device)
-    documents = command.documents()
+    documents = limited(command.documents(), command.limit)
+    device = next(model.parameters()).device
+    precision, found = choose_precision(command.precision, device), dict[str, object]()
     for memory in {"on": [True], "off": [False], "both": [True, False]}[command.memory]:
-        result = evaluate(model, documents, tokenizer, lanes=command.lanes, memory=memory)
-        per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits per byte, "
-        print(
-            f"memory {'on ' if memory else 'off'}  {per_byte}{result.loss_nats:.4f} nats per token, perplexity "
-            f"{result.perplexity:.3f}, on {result.tokens:,} tokens of {result.documents} documents, "
-            f"{result.tokens / result.seconds:,.0f} tokens/s"
-        )
-        print(describe(result))
+        name = "on" if memory else "off"
+        autocast = torch.autocast(device.type, precision, enabled=precision is not torch.float32)
+        with _progress(f"memory {name}") as progress, autocast:
+            result = evaluate(model, documents, tokenizer, lanes=command.lanes, memory=memory, progress=progress)
+        found[f"memory_{name}"] = {k: v for k, v in dataclasses.asdict(result).items() if k != "step"} | {
+            "by_depth": [depth._asdict() for depth in result.by_depth]
+        }
+        if not command.json:
+            _print(result, name)
     if all(document.text for document in documents):
-        print(f"xz          {xz_bits_per_byte([bytes(d) for d in documents]):.4f} bits per byte")
+        compressed = min(sum(map(len, documents)), XZ_BYTES)
+        with _progress("xz") as progress:
+            xz = xz_bits_per_byte(documents, XZ_BYTES)
+        found["xz"] = {"bits_per_byte": xz, "bytes": compressed}
+        if not command.json:
+            first = f" (the first {compressed:,} bytes)" if compressed < sum(map(len, documents)) else ""
+            print(f"xz          {xz:.4f} bits per byte{first}")
+    if command.json:
+        about = {"checkpoint": str(command.checkpoint), "precision": str(precision).removeprefix("torch.")}
+        print(json.dumps(about | found))
     return 0
+
+
+def _print(result: HeldOut, memory: str) -> None:
+    per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits per byte, "
+    print(
+        f"memory {memory:<3}  {per_byte}{result.loss_nats:.4f} nats per token, perplexity "
+        f"{result.perplexity:.3f}, on {plural(result.tokens, 'token')} of {plural(result.documents, 'document')}, "
+        f"{result.tokens / result.seconds:,.0f} tokens/s"
+    )
+    print(describe(result), flush=True)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A line on a terminal that says how far it is, and goes when that is done."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    shown = 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= 0.5:
+            shown = time.monotonic()
+            print(f"\r{name}: {done:,} of {total:,} tokens", end="", file=sys.stderr, flush=True)
+
+    print(f"\r{name} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield show
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def describe(result: HeldOut) -> str:

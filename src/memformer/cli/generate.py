@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import stat
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
+import tyro
+from torch import Tensor
 
 from ..data import Tokenizer
 from ..generation import Filters, Sampling
@@ -32,13 +37,14 @@ class GenerateCommand:
     prompt_file: Path | None = None
     """A file with the text to continue, of any length; - for standard input."""
     state: Path | None = None
-    """Go on from the memory in this file if it exists, and save the memory there at the end."""
+    """Go on from the memory in this file if it exists, and save it there at the end, also after Ctrl-C."""
     interactive: bool = False
     """Read a line, continue it, and so on, with one memory; an empty line lets the model go on."""
     max_new_tokens: int = 300
     """How many tokens to write, after each line if interactive."""
-    stop: str | None = None
-    """Stop after this text."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Stop after this text; may be given several times. The state then also holds the rest of the stop's last token. A
+    model that learned where documents end stops there by itself."""
     seed: int = 0
     """Seed of the choices; a --state that goes on draws new numbers."""
     device: str = "auto"
@@ -48,21 +54,74 @@ class GenerateCommand:
 
 def run(command: GenerateCommand) -> int:
     """Print what a model writes; returns the exit status."""
+    saving = _Saving(command)
     try:
-        _run(command)
+        _run(command, saving)
     except KeyboardInterrupt:
-        kept = f"; {command.state} is as it was saved last" if command.state and command.state.exists() else ""
-        print(f"\nmemformer: stopped{kept}", file=sys.stderr)
+        print(f"\nmemformer: stopped{saving.outcome}", file=sys.stderr)
         return 130
     return 0
 
 
+class _Saving:
+    """Saves the state of what is being written when that ends, however it ends, and says what became of it."""
+
+    def __init__(self, command: GenerateCommand):
+        self._path, self._saved = command.state, False
+
+    @property
+    def outcome(self) -> str:
+        if self._saved:
+            return f"; {self._path} holds what was written so far"
+        return f"; {self._path} is as it was saved last" if self._path and self._path.exists() else ""
+
+    def save(self, state: MemoryState, model: Memformer) -> None:
+        if self._path is not None:
+            state.save(self._path, model)
+            self._saved = True
+
+
+class _Interrupts:
+    """Ctrl-C while a token is made waits until it is whole; at any other time it interrupts at once."""
+
+    def __init__(self) -> None:
+        self._busy = self._asked = False
+
+    def __enter__(self) -> _Interrupts:
+        # Other threads than the main one get no signals, and programs in the background of a shell ignore this one.
+        self._before = signal.getsignal(signal.SIGINT)
+        self._listens = threading.current_thread() is threading.main_thread() and callable(self._before)
+        if self._listens:
+            signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._listens:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self._busy or self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def whole(self, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+        while True:
+            self._busy = True
+            token = next(tokens, None)
+            self._busy = False
+            if token is None:
+                return
+            yield token
+            if self._asked:
+                raise KeyboardInterrupt
+
+
 def write(model: Memformer, tokenizer: Tokenizer, command: GenerateCommand) -> None:
     """Print the prompt and its continuation, each character as soon as it is whole."""
-    _continue(model, tokenizer, command, command.prompt or "", None)
+    _continue(model, tokenizer, command, command.prompt or "", None, _generator(model, command, None), _Saving(command))
 
 
-def _run(command: GenerateCommand) -> None:
+def _run(command: GenerateCommand, saving: _Saving) -> None:
     if command.state is not None and not command.state.resolve().parent.is_dir():
         raise ValueError(f"state: {command.state.resolve().parent} is not a folder, so nothing could be saved there")
     model, tokenizer = models.load(command.checkpoint, command.device)
@@ -73,10 +132,9 @@ def _run(command: GenerateCommand) -> None:
             raise ValueError(
                 f"state: expected one lane in {command.state}, got {state.batch_size}; MemoryState.split separates them"
             )
+    generator = _generator(model, command, state)
     for text in _texts(command):
-        state = _continue(model, tokenizer, command, text, state)
-        if command.state is not None:
-            state.save(command.state, model)
+        state = _continue(model, tokenizer, command, text, state, generator, saving)
 
 
 def _texts(command: GenerateCommand) -> Iterator[str]:
@@ -118,31 +176,56 @@ def _utf8(name: str, text: bytes) -> str:
         raise ValueError(f"{name}: expected UTF-8 text ({error})") from error
 
 
-def _continue(
-    model: Memformer, tokenizer: Tokenizer, command: GenerateCommand, text: str, state: MemoryState | None
-) -> MemoryState:
-    device = next(model.parameters()).device
+def _generator(model: Memformer, command: GenerateCommand, state: MemoryState | None) -> torch.Generator:
+    """A stream that goes on must not draw the same numbers again."""
     before = 0 if state is None else int(state.position)
+    device = next(model.parameters()).device
+    return torch.Generator(device).manual_seed((command.seed + 1_000_003 * before) % 2**63)
+
+
+def _continue(
+    model: Memformer,
+    tokenizer: Tokenizer,
+    command: GenerateCommand,
+    text: str,
+    state: MemoryState | None,
+    generator: torch.Generator,
+    saving: _Saving,
+) -> MemoryState:
+    device, end = next(model.parameters()).device, tokenizer.end
     ids = tokenizer.encode(text).tolist() if text else []
     stream = model.eval().stream(
         torch.tensor([ids], dtype=torch.int64, device=device),
         command.max_new_tokens,
         start=tokenizer.start,
         state=state,
-        sampling=Sampling(never=tokenizer.special, **asdict(command.sampling)),
-        # A stream that goes on must not draw the same numbers again.
-        generator=torch.Generator(device).manual_seed((command.seed + 1_000_003 * before) % 2**63),
+        sampling=Sampling(never=tokenizer.special, stop=[] if end is None else [end], **asdict(command.sampling)),
+        generator=generator,
     )
-    if command.prompt is not None and not command.interactive:
-        sys.stdout.write(text)
-    decoder, written = tokenizer.decoder(), ""
-    for token in stream:
-        new = decoder.decode([int(token)])
-        sys.stdout.write(new)
-        sys.stdout.flush()
-        if command.stop:
-            written = (written + new)[-len(command.stop) - len(new) :]
-            if command.stop in written:
-                break
-    print(decoder.flush())
+    try:
+        with _Interrupts() as interrupts:
+            if command.prompt is not None and not command.interactive:
+                sys.stdout.write(text)
+            _print(interrupts.whole(stream), tokenizer, command.stop)
+    except (KeyboardInterrupt, OSError):  # whoever read it has left, or the disk is full
+        saving.save(stream.state, model)
+        raise
+    saving.save(stream.state, model)
     return stream.state
+
+
+def _print(tokens: Iterator[Tensor], tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    """Each token's text as soon as its characters are whole, up to the end of the first stop."""
+    decoder, written = tokenizer.decoder(), ""
+    before = max(map(len, stops), default=1) - 1  # so many characters of a stop may have been written already
+    for token in tokens:
+        kept = written[len(written) - min(before, len(written)) :]
+        written = kept + decoder.decode([int(token)])
+        ends = [place + len(stop) for stop in stops if (place := written.find(stop)) >= 0]
+        sys.stdout.write(written[len(kept) : min(ends, default=None)])
+        sys.stdout.flush()
+        if ends:
+            break
+    else:
+        sys.stdout.write(decoder.flush())
+    print(flush=True)

@@ -7,20 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import pictures
+from ..checks import plural
 from ..data import encode_documents
 from ..inspection import KINDS, Inspection, inspect, kinds, plot
+from ..training import life, plot_life
+from ..training.history import Moment
 from . import models
 from .documents import DocumentOptions
+from .progress import duration
 
 __all__ = ["InspectCommand", "run"]
 
 _SLOTS_PER_LINE = 4
+_ROWS, _FEW = 30, 12
+"""The most rows of a life with its evaluations, and how many it has at least where there is as much to show."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectCommand(DocumentOptions):
     """Show what a trained model's memory does: how slots are written, how they differ, how far gradients reach."""
 
+    life: bool = False
+    """Instead, how the run came there, from its metrics: loss, attention, diversity and reach, step by step."""
     segments: int = 32
     """How many segments of each document to read, from its start."""
     lanes: int = 4
@@ -36,6 +44,8 @@ def run(command: InspectCommand) -> int:
     if command.lanes < 1:
         raise ValueError(f"lanes: expected at least 1, got {command.lanes}")
     pictures.check(command.plot)
+    if command.life:
+        return _show_life(command)
     model, tokenizer = models.load(command.checkpoint, command.device)
     longest = sorted(command.documents(), key=lambda document: -len(document))[: command.lanes]
     sequences = encode_documents(longest, tokenizer)
@@ -49,6 +59,61 @@ def run(command: InspectCommand) -> int:
     return 0
 
 
+def _show_life(command: InspectCommand) -> int:
+    out = command.checkpoint
+    if command.data:
+        raise ValueError("life: reads the run's metrics, so --data has no meaning with it: leave it out")
+    moments = life(out if (out / "metrics.jsonl").is_file() else out.resolve().parent)
+    print(describe_life(moments))
+    if command.plot is not None:
+        plot_life(moments, command.plot)
+        print(f"\nplot in {command.plot}")
+    return 0
+
+
+def describe_life(moments: Sequence[Moment]) -> str:
+    """The table that the command prints of a run's life: its evaluations and checkpoints, and steps between them."""
+    last = moments[-1]
+    totals = [plural(last.step, "step")]
+    totals += [] if not last.tokens_seen else [plural(last.tokens_seen, "token")]
+    totals += [] if not last.epoch else [f"{last.epoch:.2f} times the documents"]
+    totals += [] if not last.wall_seconds else [duration(last.wall_seconds)]
+    scored = [m for m in moments if m.held_out_nats is not None]
+    best = min(scored, key=lambda m: m.held_out_nats or 0.0).step if scored else None
+    shown = {m for m in moments if m.kept or m.step == best or m is last}
+    shown |= {*_spread(scored, _ROWS - len(shown))}
+    shown |= {*_spread(moments, _FEW - len(shown))}
+    rows = [
+        [
+            f"{m.step}",
+            *(_cell(x, ".3f") for x in (m.loss_nats, m.held_out_nats, m.self_attention, m.slot_diversity)),
+            _cell(m.memory_gradient, ".2g"),
+            " ".join(["best"] * (m.step == best) + ["kept"] * m.kept),
+        ]
+        for m in sorted(shown, key=lambda m: m.step)
+    ]
+    head = ["step", "training", "held out", "on itself", "diversity", "reach", ""]
+    return "\n".join(
+        [
+            ", ".join(totals),
+            "",
+            *("".join(f"{cell:>10}" for cell in row[:-1]) + f"  {row[-1]}".rstrip() for row in [head, *rows]),
+            "",
+            "training, held out: nats per token; on itself: the share of the writing attention that slots give",
+            "themselves; reach: the gradient at a rollout's start by that at its end; kept: the checkpoint is there",
+        ]
+    )
+
+
+def _spread(moments: Sequence[Moment], most: int) -> Sequence[Moment]:
+    """At most so many of them, at even distances."""
+    return moments[:: -(-len(moments) // most) or 1] if most > 0 else []
+
+
+def _cell(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
+
+
 def describe(found: Inspection) -> str:
     """The tables that the command prints."""
     lanes, segments, slots = found.self_attention.shape
@@ -60,13 +125,14 @@ def describe(found: Inspection) -> str:
         f"{slot:>6} {float(found.by_slot[slot]):9.3f} {float(found.slot_norms[slot]):8.3g}"
         for slot in found.by_slot.argsort(descending=True, stable=True).tolist()
     ]
+    decays = "" if found.slot_parameter == "initial content" else ", which weight decay shrinks if it is decayed"
     head = f"{'slot':>6} {'on itself':>9} {'norm':>8}"
     return "\n".join(
         [
-            f"{slots} slots, read over {segments} segments of {lanes} documents",
+            f"{plural(slots, 'slot')}, read over {plural(segments, 'segment')} of {plural(lanes, 'document')}",
             "",
             f"slots attend, in the second half of the segments: {counts}",
-            f"(on itself: the share of a slot's attention; norm: of its {found.slot_parameter})",
+            f"(on itself: the share of a slot's attention; norm: of its {found.slot_parameter}{decays})",
             "  ".join([head] * min(_SLOTS_PER_LINE, slots)),
             *("  ".join(slot_lines[i : i + _SLOTS_PER_LINE]) for i in range(0, slots, _SLOTS_PER_LINE)),
             "",

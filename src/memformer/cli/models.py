@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from ..data import Tokenizer, load_tokenizer
@@ -9,7 +10,7 @@ from ..device import choose_device
 from ..model import Memformer
 from ..training import checkpoints
 
-__all__ = ["load"]
+__all__ = ["described", "load"]
 
 
 def load(checkpoint: Path, device: str) -> tuple[Memformer, Tokenizer]:
@@ -20,6 +21,8 @@ def load(checkpoint: Path, device: str) -> tuple[Memformer, Tokenizer]:
         ValueError: it is damaged, of another kind, or the device is not there.
     """
     folder = checkpoints.find(checkpoint)
+    if folder != checkpoint:
+        print(f"model       {described(checkpoint, folder)}", file=sys.stderr)
     model, tokenizer = Memformer.from_pretrained(folder).to(choose_device(device)).eval(), load_tokenizer(folder)
     if model.config.dec_num_tokens != tokenizer.vocabulary:
         raise ValueError(
@@ -27,3 +30,10 @@ def load(checkpoint: Path, device: str) -> tuple[Memformer, Tokenizer]:
             f"got dec_num_tokens {model.config.dec_num_tokens}"
         )
     return model, tokenizer
+
+
+def described(run: Path, folder: Path) -> str:
+    """A run's checkpoint, and which of them it is."""
+    newest = checkpoints.newest(run)
+    best = "" if newest is None or newest == folder else f", the best evaluation of {run} (the newest is {newest.name})"
+    return f"{folder}{best}"

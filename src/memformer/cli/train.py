@@ -5,27 +5,34 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from ..data import Document, order2_bits_per_byte, xz_bits_per_byte
+from ..checks import plural
+from ..data import Document, folders, order2_bits_per_byte, xz_bits_per_byte
 from ..data.corpora import limited
-from ..evaluation import HeldOut
-from ..parallel import joined
-from ..settings import RECIPES, TrainingConfig, read_yaml
-from ..training import Run, StepMetrics, checkpoints, saved_settings
+from ..evaluation import HeldOut, evaluate
+from ..parallel import Ranks, joined
+from ..settings import RECIPES, TrainingConfig, build, read_yaml, to_plain
+from ..training import Run, checkpoints, last_settings, shards, sized_as
+from ..training.metrics import held_out_at
 from . import models
 from .evaluate import describe
 from .generate import GenerateCommand, write
+from .output import let_go
+from .progress import duration, shown
 
 __all__ = ["TrainCommand", "defaults", "run"]
+
+HANDED_ON_SECONDS = 10
+"""A signal that comes again within so many seconds is the same one, handed on by a launcher."""
 
 ORDER2_BYTES = 50_000_000
 """The order-2 model counts over at most this much training text."""
@@ -55,32 +62,99 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--out", type=Path, default=TrainingConfig.out)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--auto-resume", "--auto_resume", action="store_true")
+    parser.add_argument("--init-from", "--init_from", type=Path)
     try:
         given, _ = parser.parse_known_args(arguments)
     except argparse.ArgumentError:
         return TrainCommand()  # the real parser says what is wrong
     if {"-h", "--help"} & set(arguments) or given.recipe not in RECIPES:
         return TrainCommand()
+    if given.resume and (given.config is not None or given.recipe != "tiny"):
+        raise ValueError("--resume goes on with the settings saved in --out: leave --config and --recipe out")
+
+    def with_file(settings: TrainingConfig) -> TrainingConfig:
+        return settings if given.config is None else read_yaml(given.config, settings)
+
     settings = RECIPES[given.recipe]
-    if given.config is not None:
-        settings = read_yaml(given.config, settings)
-    if given.resume:
-        if given.config is not None or given.recipe != "tiny":
-            raise ValueError("--resume goes on with the settings saved in --out: leave --config and --recipe out")
-        settings = dataclasses.replace(saved_settings(given.out), out=given.out)
+    out = given.out or with_file(settings).out
+    if given.resume or (given.auto_resume and checkpoints.newest(out) is not None):
+        # What is given again, the recipe and the file included, is what was given on purpose.
+        recipe = _differences(to_plain(RECIPES["tiny"]), to_plain(settings))
+        settings = build(TrainingConfig, recipe, base=last_settings(out))
+    elif given.init_from is not None:
+        settings = sized_as(settings, given.init_from)
+    settings = dataclasses.replace(with_file(settings), out=out)
     values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    return TrainCommand(**{**values, "resume": False}, recipe=given.recipe, config=given.config)
+    for_one_start = {"resume": False, "auto_resume": False, "new_data": False}
+    return TrainCommand(**{**values, **for_one_start}, recipe=given.recipe, config=given.config)
+
+
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, object]:
+    """What is another value in ``now``, nested as they are."""
+    found: dict[str, object] = {}
+    for name, value in now.items():
+        old = before[name]
+        if isinstance(value, dict) and isinstance(old, dict):
+            found[name] = _differences(old, value)
+        elif value != old:
+            found[name] = value
+    return found
 
 
 def run(command: TrainCommand) -> int:
-    """Train, or go on training; returns the exit status, 130 for a run that was stopped and saved."""
-    with joined():
-        training_run = Run(command.settings())
+    """Train, or go on training; returns the exit status.
+
+    130: a run that was stopped and saved; 141: the same, because whoever read the output has left.
+    """
+    with joined(command.device, command.compute.timeout):
+        return _follow(command) if Ranks().rank else _lead(command)
+
+
+def _follow(command: TrainCommand) -> int:
+    """A process that is not the first one does the same work and says nothing."""
+    training_run = Run(command.settings())
+    if command.verify:
+        _verify(training_run)
+    with _stopping(training_run):
+        for _ in training_run.train():
+            pass
+    if _interrupted(training_run):
+        return 130
+    _tested(training_run)
+    return 0
+
+
+def _lead(command: TrainCommand) -> int:
+    settings = command.settings()
+    source = ", ".join(map(folders.shown, settings.data)) or "the Python standard library"
+    print(f"reading     {source}", flush=True)
+    with shown(settings.steps) as display:
+        training_run = Run(settings, callbacks=[display])
         if command.verify:
             _verify(training_run)
-        return _lead(training_run) if not training_run.parts.ranks.rank else _follow(training_run)
+        _introduce(training_run)
+        result: HeldOut | None = None
+        with _stopping(training_run):
+            for metrics in training_run.train():
+                if isinstance(metrics, HeldOut):
+                    result = _best(training_run, metrics)
+        if _interrupted(training_run):
+            return _stopped(training_run, display.unheard)
+        if result is None:  # --auto-resume
+            print(f"\nfinished    at step {training_run.step:,} already; more --steps go on")
+            return 0
+        display.phase("comparing")
+        with contextlib.suppress(BrokenPipeError):  # the training is done and saved, whoever listens
+            report = [*_report(training_run, result), *_tested(training_run)]
+    with contextlib.suppress(BrokenPipeError):
+        print("\n".join(report), flush=True)
+        _show_sample(training_run)
+        print("\n" + "\n".join(_what_next(training_run)), flush=True)
+    let_go()
+    return 0
 
 
 def _verify(training_run: Run) -> None:
@@ -91,88 +165,161 @@ def _verify(training_run: Run) -> None:
         raise ValueError("verify: replay is wrong for this model, as printed above, so nothing was trained")
 
 
-def _follow(training_run: Run) -> int:
-    """A process that is not the first one does the same work and says nothing."""
-    with _stopping(training_run):
-        for _ in training_run.train():
-            pass
-    return 130 if _interrupted(training_run) else 0
-
-
-def _lead(training_run: Run) -> int:
+def _introduce(training_run: Run) -> None:
     settings = training_run.settings
     for reason in training_run.parts.refused:
         print(f"refused     {reason}; going on from the one before")
-    source = "the Python standard library" if not settings.data else ", ".join(map(str, settings.data))
-    training, held_out = (f"{len(d):,} documents ({_size(d)})" for d in (training_run.training, training_run.held_out))
-    print(f"data        {source}: {training} to train on, {held_out} held out")
+    for change in training_run.parts.changes:
+        print(f"changed     {change} from step {training_run.step:,} on")
+    training, held_out = (
+        f"{plural(len(d), 'document')} ({_size(d)})" for d in (training_run.training, training_run.held_out)
+    )
+    stretches = training_run.parts.stream.stretches
+    cut = "" if stretches in (None, len(training_run.training)) else f" in {stretches:,} stretches"
+    print(f"data        {training}{cut} to train on, {held_out} held out{_held_out_of(training_run)}")
     parameters = sum(p.numel() for p in training_run.model.parameters())
     ranks = training_run.parts.ranks
     where = f"{training_run.parts.device}" + (
         f", {ranks.size} processes ({settings.compute.parallel})" * (ranks.size > 1)
     )
-    slots = f"{settings.model.slots} memory slots of {settings.model.dim}"
+    slots = f"{plural(settings.model.slots, 'memory slot')} of {settings.model.dim}"
     print(f"model       {parameters:,} parameters, {training_run.tokenizer.vocabulary:,} tokens, {slots}, on {where}")
     shape = settings.rollout
-    rollouts = f"{shape.lanes} lanes x {shape.horizon} segments x {shape.segment_length} tokens"
+    rollouts = " x ".join(
+        [plural(shape.lanes, "lane"), plural(shape.horizon, "segment"), plural(shape.segment_length, "token")]
+    )
     start = f", from step {training_run.step:,}" if training_run.step else ""
-    print(f"training    {settings.steps:,} steps of {rollouts}{start}; metrics in {settings.out / 'metrics.jsonl'}")
-    with _stopping(training_run), _progress(settings, training_run.step) as show:
-        for metrics in training_run.train():
-            show(metrics)
-            if isinstance(metrics, HeldOut):
-                result = metrics
-    if _interrupted(training_run):
-        again = f"memformer train --resume --out {settings.out}"
-        print(f"\nstopped and saved at step {training_run.step:,}. Go on with:\n  {again}")
-        return 130
-    if training_run.stopped_early:
-        assert training_run.best is not None
-        best = f"the best evaluation was at step {training_run.best['step']:,}, see {settings.out / 'best'}"
-        print(f"\nstopped early at step {training_run.step:,}: {best}")
-    _report(training_run, result)
-    prompt = "" if settings.data else " --prompt 'def main('"
-    print(f"\ncheckpoint  {checkpoints.newest(settings.out)}. Try:")
-    print(f"  memformer generate --checkpoint {settings.out}{prompt}")
-    return 0
+    if training_run.parts.changes:
+        start += f" at a learning rate of {training_run.learning_rate(training_run.step):.1e}"
+    steps = plural(settings.steps, "step")
+    print(f"training    {steps} of {rollouts}{start}; metrics in {settings.out / 'metrics.jsonl'}", flush=True)
+
+
+def _stopped(training_run: Run, unheard: bool) -> int:
+    """A run that is not at its end says how to go on; to whom, if whoever read the output has left?"""
+    out, step = shlex.quote(str(training_run.settings.out)), training_run.step
+    again = f"stopped and saved at step {step:,}. Go on with:\n  memformer train --resume --out {out}"
+    if unheard:
+        print(f"memformer: whoever read the output has left: {again}", file=sys.stderr)
+        let_go()
+        return 141
+    print(f"\n{again}")
+    return 130
+
+
+def _held_out_of(training_run: Run) -> str:
+    """Where the held-out documents come from, if not whole from the data."""
+    given = training_run.settings.documents.held_out_data
+    if given:
+        return f" ({', '.join(map(folders.shown, given))})"
+    cut = {d.name for d in training_run.held_out[:1]} & {d.name for d in training_run.training}
+    return f" (the end of {cut.pop()})" if cut and len(training_run.held_out) == 1 else ""
+
+
+def _best(training_run: Run, result: HeldOut) -> HeldOut:
+    """The evaluation of the model that a user of the run's folder gets: of the best one, or else the newest."""
+    settings, best = training_run.settings, training_run.best
+    if not settings.evaluation.eval_every or best is None or best["step"] == result.step:
+        return result
+    return held_out_at(settings.out, best["step"]) or result
 
 
 def _interrupted(training_run: Run) -> bool:
     return training_run.step < training_run.settings.steps and not training_run.stopped_early
 
 
-def _report(training_run: Run, result: HeldOut) -> None:
-    """How well the model does on held-out documents, beside two yardsticks where they are text; and a sample."""
-    settings = training_run.settings
-    print(f"\nheld out    {result.tokens:,} tokens of {result.documents} documents")
+def _report(training_run: Run, result: HeldOut) -> list[str]:
+    """How well the model does on held-out documents, beside two yardsticks where they are text."""
+    lines = []
+    if training_run.stopped_early:
+        lines += ["", f"stopped early at step {training_run.step:,}"]
+    read = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
+    best = "" if result.step == training_run.step else ", the best evaluation"
+    lines += ["", f"held out    {read}, read by the model of step {result.step:,}{best}"]
     if result.bits_per_byte is None:
-        print(f"  this model          {result.perplexity:.3f} perplexity, {result.bits_per_token:.3f} bits per token")
+        numbers = f"{result.perplexity:.3f} perplexity, {result.bits_per_token:.3f} bits per token"
+        lines.append(f"  this model          {numbers}")
+    elif not all(document.text for document in training_run.held_out):  # encoded ahead
+        numbers = f"{result.bits_per_byte:.3f} bits per byte, {result.bits_per_token:.3f} per token"
+        lines.append(f"  this model          {numbers}")
     else:
         texts = [bytes(document) for document in training_run.held_out]
         counted = limited(training_run.training, ORDER2_BYTES)
         order2 = order2_bits_per_byte((bytes(d) for d in counted), texts)
         over = "the" if len(counted) == len(training_run.training) else f"the first {ORDER2_BYTES:,} bytes of the"
-        print(f"  this model          {result.bits_per_byte:.3f} bits per byte")
-        print(f"  order-2 byte model  {order2:.3f}   (counts over {over} training documents)")
-        print(f"  xz                  {xz_bits_per_byte(texts):.3f}   (the held-out documents in one stream)")
-    print(describe(result))
-    if settings.output.sample_tokens:
-        prompt, length = "" if settings.data else "def ", settings.output.sample_tokens
-        sample = GenerateCommand(checkpoint=settings.out, prompt=prompt, max_new_tokens=length, device=settings.device)
-        print("\nsample")
+        lines += [
+            f"  this model          {result.bits_per_byte:.3f} bits per byte",
+            f"  order-2 byte model  {order2:.3f}   (counts over {over} training documents)",
+            f"  xz                  {xz_bits_per_byte(texts):.3f}   (the held-out documents in one stream)",
+        ]
+    lines.append(describe(result))
+    return lines
+
+
+def _show_sample(training_run: Run) -> None:
+    """What the model writes. Where it cannot, the training is done all the same."""
+    settings = training_run.settings
+    # A model that is divided among processes may be too large for one.
+    if not settings.output.sample_tokens or shards.divided(training_run.parts):
+        return
+    prompt, length = "" if settings.data else "def ", settings.output.sample_tokens
+    sample = GenerateCommand(checkpoint=settings.out, prompt=prompt, max_new_tokens=length, device=settings.device)
+    print("\nsample")
+    try:
         # As it was saved: under FSDP the model at hand is in parts, and the other processes have left.
-        write(*models.load(settings.out, str(training_run.parts.device)), sample)
+        write(*models.load(checkpoints.find(settings.out), str(training_run.parts.device)), sample)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        print(f"memformer: no sample ({type(error).__name__}: {error})", file=sys.stderr)
+
+
+def _what_next(training_run: Run) -> list[str]:
+    settings, progress = training_run.settings, training_run.parts.progress
+    epochs = f"{training_run.parts.stream.epochs_read:.2f} times the training documents"
+    prompt = "" if settings.data else " --prompt 'def main('"
+    return [
+        f"took        {duration(progress.seconds)} for {plural(progress.tokens, 'token')}, {epochs}",
+        f"checkpoint  {models.described(settings.out, checkpoints.find(settings.out))}. Try:",
+        f"  memformer generate --checkpoint {shlex.quote(str(settings.out))}{prompt}",
+    ]
+
+
+def _tested(training_run: Run) -> list[str]:
+    """How well the best checkpoint does on what training never looked at; all processes read it together."""
+    if not training_run.parts.test:
+        return []
+    out = training_run.settings.out
+    folder = checkpoints.find(out)
+    model, tokenizer = models.load(folder, str(training_run.parts.device))
+    result = evaluate(model, training_run.parts.test, tokenizer)
+    per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits per byte, "
+    read = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
+    numbers = f"{per_byte}{result.perplexity:.3f} perplexity, by {models.described(out, folder)}"
+    return ["", f"test        {read}: {numbers}"]
 
 
 @contextlib.contextmanager
 def _stopping(training_run: Run) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) finishes and saves the step under way; a second one interrupts at once."""
+    """The first Ctrl-C (or SIGTERM) finishes and saves the step under way; a second one interrupts at once.
+
+    So does a terminal that is closed, unless nohup was to keep it from that. A launcher hands its signals on to the
+    processes, which a terminal or SLURM has told already: that is one signal.
+    """
+    told: dict[int, float] = {}
 
     def stop(number: int, frame: FrameType | None) -> None:
         training_run.stop()
-        signal.signal(number, signal.default_int_handler)
+        first = told.setdefault(number, time.monotonic())
+        if training_run.parts.ranks.size == 1:
+            signal.signal(number, signal.default_int_handler)
+        elif time.monotonic() - first > HANDED_ON_SECONDS:
+            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
@@ -180,40 +327,6 @@ def _stopping(training_run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _progress(settings: TrainingConfig, step: int) -> Iterator[Callable[[StepMetrics | HeldOut], None]]:
-    """A bar on a terminal, plain lines elsewhere."""
-    console = Console()
-    if not console.is_terminal:
-        yield lambda metrics: print(_line(metrics, settings.steps), flush=True)
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=settings.steps, completed=step)
-
-        def show(metrics: StepMetrics | HeldOut) -> None:
-            if isinstance(metrics, HeldOut):
-                bar.console.print(_line(metrics, settings.steps), highlight=False)
-            else:
-                bar.update(task, completed=metrics.step, description=_numbers(metrics))
-
-        yield show
-
-
-def _numbers(metrics: StepMetrics) -> str:
-    return (
-        f"{metrics.loss_nats:.3f} nats  {metrics.bits_per_token:.3f} bits/token  "
-        f"{metrics.tokens_per_second:,.0f} tokens/s  gradient {metrics.gradient_norm:.2f}"
-    )
-
-
-def _line(metrics: StepMetrics | HeldOut, steps: int) -> str:
-    if isinstance(metrics, HeldOut):
-        held_out = f"{metrics.loss_nats:.4f} nats, {metrics.bits_per_token:.4f} bits/token"
-        return f"{metrics.step:>6}/{steps}  held out: {held_out}"
-    return f"{metrics.step:>6}/{steps}  {_numbers(metrics)}  rate {metrics.learning_rate:.1e}"
-
-
 def _size(documents: Sequence[Document]) -> str:
-    unit = "bytes" if all(document.text for document in documents) else "ids"
-    return f"{sum(len(document) for document in documents):,} {unit}"
+    unit = "byte" if all(document.text for document in documents) else "id"
+    return plural(sum(len(document) for document in documents), unit)

@@ -3,15 +3,26 @@
 from .corpora import (
     Document,
     Tokens,
+    check_documents,
     encode_documents,
     fingerprint,
+    from_rows,
     held_out_split,
     read_documents,
     standard_library,
 )
 from .lanes import Lanes
 from .objectives import Mixture, Objective
-from .tokenizers import BPETokenizer, ByteTokenizer, TextDecoder, TokenIds, Tokenizer, load_tokenizer
+from .tokenfiles import TokenFiles, open_tokens, write_tokens
+from .tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    TextDecoder,
+    TokenIds,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from .yardsticks import order2_bits_per_byte, xz_bits_per_byte
 
 __all__ = [
@@ -22,15 +33,21 @@ __all__ = [
     "Mixture",
     "Objective",
     "TextDecoder",
+    "TokenFiles",
     "TokenIds",
     "Tokenizer",
     "Tokens",
+    "check_documents",
     "encode_documents",
     "fingerprint",
+    "from_rows",
     "held_out_split",
     "load_tokenizer",
+    "open_tokens",
     "order2_bits_per_byte",
     "read_documents",
     "standard_library",
+    "tokenizer_fingerprint",
+    "write_tokens",
     "xz_bits_per_byte",
 ]

@@ -1,125 +1,47 @@
-"""Where documents come from, and which of them are held out.
-
-Files are read piece by piece where a document's tokens are needed, and closed again: nothing stays mapped, so the
-resident memory does not grow with what was read (the pages of a map count as resident).
-"""
+"""Where documents come from, and what becomes of them: read from files or rows, encoded, checked, and known again."""
 
 from __future__ import annotations
 
-import codecs
+import functools
 import hashlib
-import json
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
-from numpy.typing import DTypeLike
 
-from .tokenizers import ByteTokenizer, Tokenizer
+from ..checks import as_paths
+from .documents import Document, FileTokens, ParsedText, Tokens, limited
+from .folders import Tally, find_files, shown
+from .held_out import HELD_OUT_SHARE, held_out_split
+from .kinds import Reading, UnreadableError, integer_type, read_file, read_rows, read_text, row_text
+from .tokenizers import ByteTokenizer, Tokenizer, tokenizer_fingerprint
+from .unpacked import TextStore
 
 __all__ = [
+    "HELD_OUT_SHARE",
     "Document",
     "Tokens",
+    "check_documents",
     "encode_documents",
     "fingerprint",
+    "from_rows",
     "held_out_split",
     "limited",
     "read_documents",
     "standard_library",
 ]
 
-HELD_OUT_SHARE = 48
-"""One document in this many is held out; of a single document, that fraction of its end."""
-
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _BLOCK = 1 << 20
-"""Items or bytes read at once where a file is gone through."""
+"""Items read at once where a document is gone through."""
 _AHEAD = 1 << 15
 """Items that a lane reads at once."""
 _SAMPLE = 1 << 14
 """Items in each of the three blocks of a long document that its fingerprint knows."""
 _SAMPLED_DOCUMENTS = 10_000
-
-
-class Tokens(Protocol):
-    """A document's tokens: a one-dimensional integer array, or what can be sliced to one."""
-
-    @property
-    def dtype(self) -> np.dtype: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, place: slice, /) -> np.ndarray: ...
-
-
-class _Lazy:
-    """Tokens ``start`` to ``stop`` of something that is read when it is sliced."""
-
-    dtype: np.dtype
-
-    def __init__(self, start: int, stop: int):
-        self._start, self._stop = start, stop
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-    def __getitem__(self, place: slice) -> np.ndarray:
-        start, stop, step = place.indices(len(self))
-        return self._read(self._start + start, max(stop - start, 0))[::step]
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        return self[:].astype(dtype or self.dtype, copy=False)
-
-    def _read(self, start: int, count: int) -> np.ndarray:
-        raise NotImplementedError
-
-    def part(self, start: int, stop: int) -> _Lazy:
-        """A part of it, without reading."""
-        raise NotImplementedError
-
-
-class _FileTokens(_Lazy):
-    """Items of one type in a file, from a byte offset on."""
-
-    def __init__(self, path: Path, dtype: np.dtype, offset: int, start: int, stop: int):
-        super().__init__(start, stop)
-        self.path, self.dtype, self._offset = path, dtype, offset
-
-    def _read(self, start: int, count: int) -> np.ndarray:
-        items = np.empty(count, self.dtype)
-        rest = items.view(np.uint8).data
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._offset + start * self.dtype.itemsize)
-            while len(rest):
-                count = file.readinto(rest)
-                if not count:
-                    raise ValueError(f"{self.path}: has become shorter since it was opened")
-                rest = rest[count:]
-        return items
-
-    def part(self, start: int, stop: int) -> _FileTokens:
-        return _FileTokens(self.path, self.dtype, self._offset, self._start + start, self._start + stop)
-
-
-class _LineText(_Lazy):
-    """The text of one line of a JSONL file, decoded whenever it is read."""
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, path: Path, field: str, line: tuple[int, int], start: int, stop: int):
-        super().__init__(start, stop)
-        self._path, self._field, self._line = path, field, line
-
-    def _read(self, start: int, count: int) -> np.ndarray:
-        offset, size = self._line
-        raw = _FileTokens(self._path, self.dtype, offset, 0, size)[:]
-        text = json.loads(raw.tobytes())[self._field].encode()
-        return np.frombuffer(text, np.uint8)[start : start + count]
-
-    def part(self, start: int, stop: int) -> _LineText:
-        return _LineText(self._path, self._field, self._line, self._start + start, self._start + stop)
 
 
 class _Reader:
@@ -140,237 +62,301 @@ class _Reader:
         return self._block[start - self._first : stop - self._first : step]
 
 
-@dataclass(frozen=True, eq=False, init=False)
-class Document:
-    """A named run of tokens.
-
-    Attributes:
-        name: unique in its corpus, because the held-out split depends on it.
-        content: its UTF-8 bytes (bytes, or an array of uint8), or token ids (a one-dimensional integer array); either
-            may be read lazily.
-        text: whether the content is text.
-    """
-
-    name: str
-    content: Tokens
-    text: bool = True
-
-    def __init__(self, name: str, content: Tokens | bytes, text: bool = True):
-        array = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else content
-        kind, dimensions = np.uint8 if text else np.integer, getattr(array, "ndim", 1)
-        if not np.issubdtype(array.dtype, kind) or dimensions != 1:
-            expected = "bytes or one dimension of uint8" if text else "one dimension of integers"
-            raise ValueError(f"{name}: expected {expected}, got {array.dtype} in {dimensions} dimensions")
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "content", array)
-        object.__setattr__(self, "text", text)
-
-    def __len__(self) -> int:
-        """Bytes of a text, tokens of an array."""
-        return len(self.content)
-
-    def __bytes__(self) -> bytes:
-        """All of the content."""
-        return self.content[:].tobytes()
-
-    @property
-    def num_bytes(self) -> int | None:
-        """Bytes of the text; None for token ids."""
-        return len(self.content) if self.text else None
-
-    def part(self, start: int, stop: int) -> Document:
-        """Bytes (or tokens) ``start`` to ``stop``, under the same name, without reading them."""
-        start, stop, _ = slice(start, stop).indices(len(self))
-        content = self.content
-        part = content.part(start, max(start, stop)) if isinstance(content, _Lazy) else content[start:stop]
-        return Document(self.name, part, self.text)
-
-    def beginning(self, size: int) -> Document:
-        """At most ``size`` bytes (or tokens) of the beginning; of a text, up to the end of a character."""
-        if self.text and size < len(self):
-            # The bytes 10xxxxxx go on with a character.
-            before = self.content[max(size - 3, 0) : size + 1][::-1]
-            size -= int(np.argmax(before & 0xC0 != 0x80))
-        return self.part(0, size)
-
-
 def standard_library() -> list[Document]:
     """The sources of the running Python's standard library, without its tests: long real documents, everywhere."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [f for f in root.rglob("*.py") if not _NOT_LIBRARY & set(f.relative_to(root).parts)]
     found = sorted((f.relative_to(root).as_posix(), f) for f in files)
-    return [document for name, file in found for document in _read_text(file, name, strict=False)]
+    return [document for name, file in found for document in _python_text(file, name)]
+
+
+def _python_text(file: Path, name: str) -> Iterator[Document]:
+    try:
+        yield from read_text(file, name)
+    except UnreadableError:
+        return
 
 
 def read_documents(
-    paths: Iterable[str | Path],
+    paths: str | Path | Iterable[str | Path],
     *,
     text_field: str = "text",
     separator: int | None = None,
     bin_dtype: str = "uint16",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    strict: bool = False,
+    content: Literal["text", "ids"] | None = None,
+    out: str | Path | Iterable[str | Path] = (),
+    all_match: bool = True,
 ) -> list[Document]:
-    """Every named file, and every file below every named folder (hidden ones excepted). Contents are read when needed.
+    """Every named file, and every file below every named folder. Contents are read when needed.
 
-    - ``.jsonl``: one document per line, the field ``text_field`` of an object; empty texts are left out;
-    - ``.npy``: token ids, one-dimensional; ``.bin``: token ids of type ``bin_dtype`` without a header. Either is one
-      document, or as many as ``separator`` cuts it into (the separator itself is in none of them);
-    - anything else: UTF-8 text, one document. In a folder, a file that is empty or not UTF-8 is left out, and a warning
-      says how many were.
+    What the names end with, in any case, says what is inside; ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` may follow.
+
+    - ``.jsonl``, ``.ndjson``, ``.json`` (lines, an array or an object), ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``:
+      one document per row, its field ``text_field``; empty texts are left out;
+    - ``.npy``: token ids, one-dimensional; ``.bin``: token ids of type ``bin_dtype`` without a header, or with that of
+      llm.c. Either is one document, or as many as ``separator`` cuts it into (the separator itself is in none of them);
+    - anything else: UTF-8 text, one document. Archives, office documents, images and the like are no text.
+
+    Of a folder hidden files and what a run of this library wrote are never read. What cannot be read in it, and rows
+    without a text, are left out, and one warning counts them and names the first. A file that is named itself must be
+    readable.
+
+    Args:
+        include, exclude: patterns such as ``"*.txt"`` or ``"drafts/*"``, of paths in the folders.
+        strict: refuse what would be left out with a warning.
+        content: what is wanted where both are found in a folder; the other is left out.
+        out: folders of runs that are no data, though they may not look so yet.
+        all_match: whether a pattern that matches nothing is an error.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a named file is not what its name says or is empty, a line is not an object with that field, a file
-            is given twice, ``separator`` has no array to cut, or there is nothing to read at all.
+        ValueError: a named file is not what its name says or is empty; none of the rows has a text in that field; token
+            ids have another width; a file is given twice; a pattern matches nothing; ``separator`` has no array to cut;
+            there is nothing to read at all; or ``strict``, and something would be left out.
+        ImportError: ``.zst`` or ``.parquet`` needs a library that is not installed.
     """
-    places = [Path(path) for path in paths]
+    places = as_paths("data", paths)
+    integer_type(bin_dtype)
+    left_out, rows = Tally(), Tally()
+    how = Reading(text_field=text_field, separator=separator, bin_dtype=bin_dtype, strict=strict, rows=rows)
+    found = find_files(
+        places, left_out, include=include, exclude=exclude, out=as_paths("out", out), all_match=all_match
+    )
     documents: list[Document] = []
-    seen: set[Path] = set()
-    left_out: list[Path] = []
-    for path in places:
-        if path.is_dir():
-            inside = [(f.relative_to(path), f) for f in path.rglob("*") if f.is_file()]
-            visible = [(name.as_posix(), f) for name, f in inside if not any(p.startswith(".") for p in name.parts)]
-        elif path.is_file():
-            visible = [(path.name, path)]
-        else:
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        for name, file in sorted(visible):
-            strict, before = file == path, len(documents)
-            if file.resolve() in seen:
-                raise ValueError(f"{file}: given twice, so one copy might be held out and the other trained on")
-            seen.add(file.resolve())
-            if file.suffix == ".jsonl":
-                documents += _read_lines(file, name, text_field)
-            elif file.suffix == ".npy":
-                documents += _cut(_npy(file), name, separator)
-            elif file.suffix == ".bin":
-                documents += _cut(_bin(file, bin_dtype), name, separator)
-            else:
-                documents += _read_text(file, name, strict)
-            if len(documents) == before:
-                if strict:
-                    raise ValueError(f"{file}: empty")
-                left_out.append(file)
+    optional: list[tuple[str, int, int]] = []
+    without_rows: list[UnreadableError] = []
+    rows_found = False
+    for file in found:
+        before = len(documents)
+        try:
+            documents += list(read_file(file, how, bool(include)))
+        except UnreadableError as error:
+            if file.named or strict:
+                raise
+            left_out.add(error.kind, shown(file.path))
+            without_rows += [error] if error.rows else []
+            continue
+        except PermissionError as error:
+            if file.named or strict:
+                raise
+            left_out.add("that cannot be opened", f"{shown(file.path)}: {error.strerror}")
+            continue
+        rows_found |= documents[-1].name != file.name and documents[-1].text
+        if not file.named:
+            optional.append((shown(file.path), before, len(documents)))
+    if without_rows and not rows_found:
+        raise without_rows[0]
+    if content is not None and any(d.text == (content == "text") for d in documents):
+        documents = _of_one_kind(documents, optional, content == "text", left_out)
     if not documents:
+        hint = f"; left out: {left_out}" if len(left_out) else ""
         raise ValueError(
-            f"no text found in {', '.join(map(str, places))}: expected files of UTF-8 text, .jsonl, .npy or .bin"
+            f"no text found in {', '.join(map(shown, places)) or 'no path at all'}: expected files of UTF-8 text, rows "
+            f"(.jsonl, .csv, .parquet, ...) or token ids (.npy, .bin){hint}"
         )
     if separator is not None and all(document.text for document in documents):
         raise ValueError(f"separator: {separator} cuts .npy and .bin arrays, and there are none")
-    if left_out:
-        warnings.warn(
-            f"{len(left_out)} files, such as {left_out[0]}, were left out: empty or not UTF-8 text", stacklevel=2
-        )
+    _report(left_out, rows, strict)
     return documents
 
 
-def _read_text(file: Path, name: str, strict: bool) -> list[Document]:
-    size = file.stat().st_size
-    content = _FileTokens(file, np.dtype(np.uint8), 0, 0, size)
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for start in range(0, size, _BLOCK):
-        pending = len(decoder.getstate()[0])
-        try:
-            decoder.decode(content[start : start + _BLOCK].tobytes(), final=start + _BLOCK >= size)
-        except UnicodeDecodeError as error:
-            if strict:
-                place = start - pending + error.start
-                raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {place})") from error
-            return []
-    return [Document(name, content)] if size else []
+def _of_one_kind(
+    documents: list[Document], optional: list[tuple[str, int, int]], text: bool, left_out: Tally
+) -> list[Document]:
+    """Without what only lay in a folder and is of the other kind; named files stay, to be refused where they matter."""
+    other: set[int] = set()
+    for file, start, stop in optional:
+        if documents[start].text != text:
+            other.update(range(start, stop))
+            left_out.add("token ids beside text" if text else "text beside token ids", file)
+    return [document for i, document in enumerate(documents) if i not in other]
 
 
-def _read_lines(file: Path, name: str, field: str) -> Iterator[Document]:
-    offset = 0
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            start, offset = offset, offset + len(line)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                got = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-                if isinstance(row, dict) and field in row:
-                    got = f"{type(row[field]).__name__} in it"
-                raise ValueError(f"{file}, line {number}: expected an object with text in field {field!r}, got {got}")
-            try:
-                size = len(row[field].encode())
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{file}, line {number}: half a surrogate pair is not text") from error
-            if size:
-                yield Document(f"{name}:{number}", _LineText(file, field, (start, len(line)), 0, size))
+def _report(left_out: Tally, rows: Tally, strict: bool) -> None:
+    said = [f"{what} left out: {tally}" for what, tally in (("files", left_out), ("rows", rows)) if len(tally)]
+    if said and strict:
+        raise ValueError(f"strict: {'; '.join(said)}")
+    if said:
+        warnings.warn("; ".join(said), stacklevel=3)
 
 
-def _npy(file: Path) -> _FileTokens:
-    try:
-        mapped = np.lib.format.open_memmap(file, mode="r")
-    except Exception as error:  # whatever a damaged header makes numpy's parser raise
-        raise ValueError(f"{file}: not an array that can be read in pieces ({error})") from error
-    if mapped.ndim != 1 or not np.issubdtype(mapped.dtype, np.integer):
-        raise ValueError(f"{file}: expected one dimension of integers, got {mapped.dtype} of shape {mapped.shape}")
-    return _FileTokens(file, mapped.dtype, mapped.offset, 0, len(mapped))
+def from_rows(
+    rows: Iterable[Any], text_field: str = "text", *, name: str = "row", strict: bool = False
+) -> list[Document]:
+    """Documents of rows: texts, or mappings with a text in ``text_field``, such as a Hugging Face dataset.
+
+    What can be indexed is, whenever a text is needed, and nothing of it is kept; the texts of other iterables are kept
+    in a temporary file. Rows without a text are left out, and a warning counts them.
+
+    Raises:
+        ValueError: no row has a text; or ``strict``, and one has none.
+    """
+    if isinstance(rows, (str, bytes)) or not (isinstance(rows, Iterable) or hasattr(rows, "__getitem__")):
+        raise ValueError(f"rows: expected a sequence or an iterable of texts or mappings, got {type(rows).__name__}")
+    if isinstance(rows, Mapping):
+        raise ValueError(f"rows: expected rows, got a mapping of {', '.join(map(repr, rows))}: give one of these")
+    if hasattr(rows, "columns"):  # its rows are not what one gets by indexing
+        raise ValueError(f"rows: expected rows, got {type(rows).__name__}: give its .to_dict('records')")
+    how = Reading(text_field=text_field, strict=strict, rows=Tally())
+    indexed = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+    store = TextStore(Path(name))
+    items = (rows[i] for i in range(len(rows))) if indexed else iter(rows)  # type: ignore[index, arg-type]
+    found = ((i, functools.partial(row_text, row, text_field)) for i, row in enumerate(items))
+    documents = []
+    for i, _, text in read_rows(found, name, "row", how):
+        lazy = (
+            ParsedText(functools.partial(_row_text, rows, i, text_field), 0, len(text)) if indexed else store.add(text)
+        )
+        documents.append(Document(f"{name}:{i}", lazy))
+    store.close()
+    if not documents:
+        raise ValueError("rows: expected at least one with a text, got none")
+    _report(Tally(), how.rows, strict)
+    return documents
 
 
-def _bin(file: Path, dtype: str) -> _FileTokens:
-    try:
-        kind = np.dtype(dtype)
-    except TypeError as error:
-        raise ValueError(f"bin_dtype: expected a type of integers such as uint16 or uint32, got {dtype!r}") from error
-    if not np.issubdtype(kind, np.integer):
-        raise ValueError(f"bin_dtype: expected a type of integers such as uint16 or uint32, got {dtype!r}")
-    count, rest = divmod(file.stat().st_size, kind.itemsize)
-    if rest:
-        raise ValueError(f"{file}: {file.stat().st_size} bytes are not a whole number of {kind} tokens")
-    return _FileTokens(file, kind, 0, 0, count)
-
-
-def _cut(tokens: _FileTokens, name: str, separator: int | None) -> Iterator[Document]:
-    if separator is None:
-        cuts = [np.array([len(tokens)])]
-    else:
-        blocks = ((i, tokens[i : i + _BLOCK]) for i in range(0, len(tokens), _BLOCK))
-        cuts = [*(i + np.flatnonzero(block == separator) for i, block in blocks), np.array([len(tokens)])]
-    start = number = 0
-    for stop in map(int, np.concatenate(cuts)):
-        if stop > start:
-            yield Document(name if separator is None else f"{name}:{number}", tokens.part(start, stop), text=False)
-            number += 1
-        start = stop + 1
+def _row_text(rows: Any, index: int, field: str) -> str:
+    return row_text(rows[index], field)
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Sequence[Tokens]:
     """The documents' tokens, for :class:`~memformer.data.Lanes`.
 
     Text under :class:`~memformer.data.ByteTokenizer` and token ids are read while they stream; under another tokenizer
-    all text is encoded here and its tokens stay in memory. A token id of the corpus that the vocabulary does not have
-    is found when it is read: a ValueError names document, position and id.
+    all text is encoded here and its tokens stay in memory. A document that becomes no token is left out, with a
+    warning. A token id of the corpus that the vocabulary does not have is found when it is read, or by
+    :func:`check_documents`: a ValueError names document, position and id.
+
+    Where the tokenizer has an ``end``, it follows the last token of every document; not that of the beginning of one,
+    whose rest is held out or left unread.
 
     Raises:
-        ValueError: text without a tokenizer for it, or token ids where the tokenizer has texts of its own.
+        ValueError: text without a tokenizer for it, or token ids where the tokenizer has texts of its own; or no
+            document becomes a token.
     """
-    return _Encoded([_encode(document, tokenizer) for document in documents])
+    encoded: list[Tokens] = []
+    without = Tally()
+    for document in documents:
+        tokens = _encode(document, tokenizer)
+        if len(tokens) or not len(document):
+            end = tokenizer.end if document.ends and len(tokens) else None
+            encoded.append(tokens if end is None else _Ended(tokens, end))
+        else:
+            without.add("of which no token is left", document.name)
+    if len(without):
+        if not encoded:
+            raise ValueError(f"documents: no token is left of any: {without}; choose another tokenizer")
+        warnings.warn(f"documents left out: {without}", stacklevel=2)
+    return _Encoded(encoded)
 
 
 def _encode(document: Document, tokenizer: Tokenizer) -> Tokens:
+    made_by = getattr(document.content, "tokenizer", None)  # where it was encoded ahead, see tokenfiles
+    if made_by is not None and made_by == tokenizer_fingerprint(tokenizer):
+        return document.content.tokens  # type: ignore[attr-defined, no-any-return]
+    if made_by is not None and not document.text:
+        raise ValueError(f"{document.name}: was encoded by another tokenizer than this one, so its ids mean other text")
     if not document.text:
-        if isinstance(tokenizer, ByteTokenizer):
-            raise ValueError(
-                f"{document.name}: holds token ids, and the tokenizer is of bytes: choose the tokenizer that made "
-                "them, or TokenIds(size)"
-            )
+        _check_kind(document, tokenizer)
         return _Checked(document, tokenizer.ordinary)
     if isinstance(tokenizer, ByteTokenizer):
         return document.content
     try:
-        tokens = tokenizer.encode(bytes(document))
+        return tokenizer.encode(bytes(document))
     except ValueError as error:
         raise ValueError(f"{document.name}: {error}") from error
-    if not len(tokens):
-        raise ValueError(f"{document.name}: no token is left of its {len(document)} bytes; leave it out")
-    return tokens
+
+
+def _check_kind(document: Document, tokenizer: Tokenizer) -> None:
+    if isinstance(tokenizer, ByteTokenizer):
+        raise ValueError(
+            f"{document.name}: holds token ids, and the tokenizer is of bytes: choose the tokenizer that made them, or "
+            "TokenIds(size)"
+        )
+
+
+def check_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> None:
+    """See now what would only be found when it is read: empty documents, unknown characters, ids out of range.
+
+    Token ids are read through once, in blocks; text is encoded once unless any text can be, and not kept.
+
+    Raises:
+        ValueError: what is wrong, with document, position and id; of a ``.bin`` file, with the type that it seems to
+            have.
+    """
+    for document in documents:
+        if not len(document):
+            raise ValueError(f"{document.name}: an empty document")
+        if not document.text:
+            _check_kind(document, tokenizer)
+    texts = [document for document in documents if document.text]
+    # One at a time, for nothing of it is kept.
+    lengths = [] if isinstance(tokenizer, ByteTokenizer) else [len(_encode(document, tokenizer)) for document in texts]
+    if lengths and not any(lengths) and len(texts) == len(documents):
+        raise ValueError(f"documents: no token is left of any, such as {texts[0].name}; choose another tokenizer")
+    files: dict[tuple[Path, str, int], list[Document]] = {}
+    for document in documents:
+        content = document.content
+        if document.text:
+            continue
+        if isinstance(content, FileTokens):
+            files.setdefault((content.path, content.dtype.str, content.offset), []).append(document)
+        else:
+            checked = _Checked(document, tokenizer.ordinary)
+            for start in range(0, len(document), _BLOCK):
+                checked[start : start + _BLOCK]
+    for together in files.values():
+        _check_file(together, tokenizer.ordinary)
+
+
+def _check_file(documents: list[Document], vocabulary: int) -> None:
+    """Those of one file, which is read through once: there may be more documents than blocks."""
+    contents = [cast(FileTokens, document.content) for document in documents]
+    starts, stops = np.array([c.start for c in contents]), np.array([c.stop for c in contents])
+    order = np.argsort(starts)
+    starts, stops = starts[order], stops[order]
+    first, last = int(starts.min()), int(stops.max())
+    whole = contents[0].part(first - contents[0].start, last - contents[0].start)
+    for start in range(0, len(whole), _BLOCK):
+        block = whole[start : start + _BLOCK]
+        if block.max() < vocabulary and block.min() >= 0:
+            continue
+        places = first + start + np.flatnonzero((block >= vocabulary) | (block < 0))
+        # What separates documents is in none of them.
+        nearest = np.searchsorted(starts, places, side="right") - 1
+        inside = np.flatnonzero((nearest >= 0) & (places < stops[nearest]))
+        if len(inside):
+            document = documents[order[nearest[inside[0]]]]
+            position = int(places[inside[0]] - starts[nearest[inside[0]]])
+            hint = _likely_type(contents[0], vocabulary)
+            raise ValueError(
+                _out_of_range(document, int(whole[places[inside[0]] - first :][:1][0]), position, vocabulary) + hint
+            )
+
+
+def _likely_type(tokens: FileTokens, vocabulary: int) -> str:
+    """Which type the ids of a .bin file would be in range with."""
+    size, beginning = tokens.path.stat().st_size, FileTokens(tokens.path, np.dtype(np.uint8), 0, 0, 0)
+    if tokens.offset:
+        return ""
+    sample = beginning.part(0, min(size, _BLOCK) // 8 * 8)[:]
+    for name in ("int64", "uint32", "uint16", "uint8"):  # what fits a wide one fits those below
+        kind = np.dtype(name)
+        # With so large a vocabulary anything is in range.
+        told = vocabulary <= np.iinfo(kind).max and not size % kind.itemsize and len(sample)
+        if kind != tokens.dtype and told and (sample.view(kind) < vocabulary).all() and (sample.view(kind) >= 0).all():
+            return f"; as {name} its ids are in range: is its --bin-dtype {name}?"
+    return "; is --vocabulary larger?"
+
+
+def _out_of_range(document: Document, token: int, position: int, vocabulary: int) -> str:
+    return (
+        f"{document.name}: token {token} at position {position} is not in the vocabulary of {vocabulary} "
+        f"(ids 0 to {vocabulary - 1})"
+    )
 
 
 class _Encoded(Sequence[Tokens]):
@@ -389,11 +375,35 @@ class _Encoded(Sequence[Tokens]):
     def __getitem__(self, index: int | slice) -> Tokens | Sequence[Tokens]:
         if isinstance(index, slice):
             return _Encoded(self._contents[index])
-        content = self._contents[index]
-        if isinstance(content, np.ndarray):
-            return content
-        # A line is decoded whole.
-        return _Reader(content, len(content) if isinstance(content, _LineText) else _AHEAD)
+        return _reader(self._contents[index])
+
+
+def _reader(content: Tokens) -> Tokens:
+    if isinstance(content, _Ended):
+        return _Ended(_reader(content.content), content.end)
+    if isinstance(content, np.ndarray):
+        return content
+    # A line is decoded whole.
+    return _Reader(content, len(content) if isinstance(content, ParsedText) else _AHEAD)
+
+
+class _Ended:
+    """A document's tokens and the one that ends it, without a copy of them."""
+
+    def __init__(self, content: Tokens, end: int):
+        self.content, self.end = content, end
+        self.dtype = np.promote_types(content.dtype, np.min_scalar_type(end))
+
+    def __len__(self) -> int:
+        return len(self.content) + 1
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        wanted = range(len(self))[place]
+        first, last = sorted((wanted[0], wanted[-1])) if wanted else (0, -1)
+        tokens = self.content[first : last + 1].astype(self.dtype)
+        if last == len(self.content):
+            tokens = np.append(tokens, np.array(self.end, self.dtype))
+        return tokens[:: wanted.step]
 
 
 class _Checked:
@@ -410,49 +420,8 @@ class _Checked:
         if len(tokens) and not (tokens.max() < self._vocabulary and tokens.min() >= 0):
             wrong = int(np.flatnonzero((tokens >= self._vocabulary) | (tokens < 0))[0])
             position = place.indices(len(self))[0] + wrong
-            raise ValueError(
-                f"{self._document.name}: token {int(tokens[wrong])} at position {position} is not in the vocabulary "
-                f"of {self._vocabulary} (ids 0 to {self._vocabulary - 1})"
-            )
+            raise ValueError(_out_of_range(self._document, int(tokens[wrong]), position, self._vocabulary))
         return tokens
-
-
-def held_out_split(documents: Sequence[Document], share: int = HELD_OUT_SHARE) -> tuple[list[Document], list[Document]]:
-    """``(training, held_out)``: one document in ``share``, by the hash of its name, so that a new one moves no other.
-
-    Of a single document the end is held out, from the beginning of a character on.
-
-    Raises:
-        ValueError: too little text to hold anything out.
-    """
-    if share < 2:
-        raise ValueError(f"share: expected one in at least 2, got one in {share}")
-    if len(documents) == 1:
-        (document,) = documents
-        size = len(document)
-        beginning = document.beginning(size - size // share)
-        cut = len(beginning)
-        if not 0 < cut < size:
-            unit = "bytes" if document.text else "tokens"
-            raise ValueError(f"{document.name}: {size} {unit} are too few to hold out one in {share}")
-        return [beginning], [document.part(cut, size)]
-    ranks = {d.name: int.from_bytes(hashlib.sha256(d.name.encode()).digest()[:8], "big") for d in documents}
-    held_out = [d for d in documents if ranks[d.name] % share == 0]
-    if not held_out or len(held_out) == len(documents):
-        held_out = [min(documents, key=lambda d: ranks[d.name])]
-    chosen = {id(d) for d in held_out}
-    return [d for d in documents if id(d) not in chosen], held_out
-
-
-def limited(documents: Sequence[Document], limit: int) -> list[Document]:
-    """The first documents that hold ``limit`` bytes (or ids) together, the last one cut to fit; all if it is 0."""
-    kept, left = [], limit
-    for document in documents:
-        if limit and left <= 0:
-            break
-        kept.append(document.beginning(left) if limit and len(document) > left else document)
-        left -= len(document)
-    return kept
 
 
 def fingerprint(documents: Sequence[Document]) -> str:
@@ -464,7 +433,7 @@ def fingerprint(documents: Sequence[Document]) -> str:
     """
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(f"{document.name}\0{document.content.dtype}\0{document.text}\0{len(document)}\0".encode())
+        digest.update(f"{shown(document.name)}\0{document.content.dtype}\0{document.text}\0{len(document)}\0".encode())
     for document in documents[:: -(-len(documents) // _SAMPLED_DOCUMENTS) or 1]:
         content, size = document.part(0, len(document)).content, len(document)
         starts = (0, size // 2 - _SAMPLE // 2, size - _SAMPLE) if size > 3 * _SAMPLE else range(0, size, _SAMPLE)

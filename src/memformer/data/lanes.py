@@ -3,6 +3,8 @@
 In each step every lane holds one segment of its document as source and, for continuation, the next one as target. A
 document's first step has the start token alone as its source, so that every token of every document is predicted once;
 it carries the lane's reset flag. When a document ends, the next one starts in that lane; nothing waits for the longest.
+A document that is long for the number of lanes may be cut into stretches, which are streamed as documents are, but for
+their first source: the segment of text before the stretch.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ class LanePlace(TypedDict):
 
     document: int
     position: int
+    begin: NotRequired[int]
+    """Where its stretch begins, in a stream with stretches."""
 
 
 class LanesState(TypedDict):
@@ -35,20 +39,32 @@ class LanesState(TypedDict):
     step: int
     epoch: int
     drawn: int
-    """Documents of this epoch that were begun."""
+    """Documents, or stretches, of this epoch that were begun."""
+    stretches: NotRequired[int]
+    """How many there are, where a document was cut."""
     seed: int | None
     length: int
     lanes: list[LanePlace]
+
+
+class _Stretch(NamedTuple):
+    """Tokens ``begin`` to ``end`` of a document; the whole one where nothing was cut."""
+
+    document: int
+    begin: int
+    end: int | None
 
 
 @dataclass
 class _Lane:
     document: int = -1
     """Its document; -1 before the first and after the last."""
+    begin: int = 0
+    """Where in the document its stretch begins, at the border of a segment."""
     position: int = 0
-    """How many of the document's tokens were targets already."""
-    length: int = 0
-    """How many it has."""
+    """The place in the document of the next target."""
+    end: int = 0
+    """The place after the stretch's last token."""
     tokens: Tokens | None = None
     """The document, where the lane is this rank's."""
 
@@ -74,6 +90,12 @@ class Lanes:
         encode: makes such an array of an item of ``documents``, as
             ``encode=lambda row: tokenizer.encode(row["text"])`` of a row of a Hugging Face dataset. It runs when the
             item's turn comes, on every rank.
+        spread: cut documents that are longer than their fair share (all tokens / lanes, rounded up to whole segments)
+            into stretches of about equal length, so that few or unequal documents keep the lanes busy with different
+            text. A stretch is streamed as a document is: in one lane, shuffled with the others, begun with the reset
+            flag. But its first source is the segment before it. Where no document is so long, nothing changes. Only a
+            list of arrays, or the like, can be cut: of an iterable, or with ``encode``, no length is known before its
+            turn comes.
 
     Raises:
         ValueError: a setting is out of range, or a document is empty or not such an array (at once where the documents
@@ -93,6 +115,7 @@ class Lanes:
         world_size: int = 1,
         objectives: Mixture | None = None,
         encode: Callable[[Any], object] | None = None,
+        spread: bool = False,
     ):
         if lanes < 1 or length < 1:
             raise ValueError(f"lanes and length: expected at least 1, got {lanes} and {length}")
@@ -116,27 +139,33 @@ class Lanes:
             )
         if self._indexed and not len(documents):  # type: ignore[arg-type]
             raise ValueError("documents: expected at least one, got none")
+        self._cuts: np.ndarray | None = None
         if isinstance(documents, Sequence) and encode is None:
-            for index, item in enumerate(documents):
-                self._tokens(index, item)
+            sizes = [len(self._tokens(index, item)) for index, item in enumerate(documents)]
+            self._cuts = _cuts(np.array(sizes, np.int64), lanes, length) if spread else None
+        elif spread:
+            raise ValueError(
+                "spread: expected a list of arrays, or the like, whose lengths are known without reading; leave it out "
+                "for an iterable, and with encode="
+            )
         rows = lanes // world_size
         self._own = range(rank * rows, (rank + 1) * rows)
         self._lanes = [_Lane() for _ in range(lanes)]
         self._step = self._epoch = self._drawn = 0
-        self._pass: Iterator[tuple[int, object]] | None = None
+        self._pass: Iterator[tuple[_Stretch, object]] | None = None
 
     def __iter__(self) -> Iterator[Segment]:
         return self
 
     def __next__(self) -> Segment:
         for i, lane in enumerate(self._lanes):
-            if lane.position >= lane.length:
-                self._lanes[i] = self._open(i, self._draw())
+            if lane.position >= lane.end:
+                self._lanes[i] = self._draw(i)
         if all(lane.document < 0 for lane in self._lanes):
             raise StopIteration
         segment = self._segment()
         for lane in self._lanes:
-            lane.position = min(lane.position + self.length, lane.length)
+            lane.position = min(lane.position + self.length, lane.end)
         self._step += 1
         return segment
 
@@ -156,8 +185,8 @@ class Lanes:
             lane = self._lanes[i]
             if lane.tokens is None:
                 continue
-            begin = max(lane.position - reach, 0)
-            window = lane.tokens[begin : lane.position + length]
+            begin = max(lane.position - reach, lane.begin)
+            window = lane.tokens[begin : min(lane.position + length, lane.end)]
             past, target, first = window[: lane.position - begin], window[lane.position - begin :], self.start
             source, before = past[-length:], past[:-length]
             if mixture is not None and drawn is not None:
@@ -167,41 +196,45 @@ class Lanes:
                     source = mixture.damage(source, uniform[i])
                 elif objectives[i] == Objective.RECALL and len(before):
                     first, target = mixture.starts[Objective.RECALL], before
-            if not lane.position:
-                reset[row], source = True, np.array([self.start])
+            if lane.position == lane.begin:
+                reset[row] = True
+                source = lane.tokens[begin - length : begin] if begin else np.array([self.start])
             src[row, : len(source)], src_mask[row, : len(source)] = source, True
             tgt[row, 0], tgt[row, 1 : 1 + len(target)], tgt_mask[row, : 1 + len(target)] = first, target, True
         return Segment(*map(torch.from_numpy, (src, src_mask, reset, tgt, tgt_mask)))
 
-    def _open(self, i: int, found: tuple[int, Tokens] | None, position: int = 0) -> _Lane:
+    def _open(self, i: int, stretch: _Stretch, tokens: Tokens, position: int) -> _Lane:
         """Lane ``i`` at a place in a document."""
-        if found is None:
-            return _Lane()
-        document, tokens = found
-        return _Lane(document, position, len(tokens), tokens if i in self._own else None)
+        document, begin, end = stretch
+        own = tokens if i in self._own else None
+        return _Lane(document, begin, position, len(tokens) if end is None else end, own)
 
-    def _draw(self) -> tuple[int, Tokens] | None:
-        """The next document with its index, or None when there is none."""
+    def _draw(self, i: int) -> _Lane:
+        """Lane ``i`` at the beginning of the next stretch, or empty when there is none."""
         while self.epochs is None or self._epoch < self.epochs:
             if self._pass is None:
                 self._pass = self._begin()
-            for index, item in self._pass:
+            for stretch, item in self._pass:
                 self._drawn += 1
-                return index, self._tokens(index, item)
+                return self._open(i, stretch, self._tokens(stretch.document, item), stretch.begin)
             if not self._drawn:
                 raise ValueError("documents: expected at least one, got none")
             self._pass, self._epoch, self._drawn = None, self._epoch + 1, 0
-        return None
+        return _Lane()
 
-    def _begin(self) -> Iterator[tuple[int, object]]:
-        """The rest of the epoch's documents, with their indices."""
-        if not self._indexed:
-            return enumerate(self.documents)
-        count = len(self.documents)  # type: ignore[arg-type]
+    def _begin(self) -> Iterator[tuple[_Stretch, object]]:
+        """The rest of the epoch's stretches, each with its document."""
+        count = self.stretches
+        if count is None:
+            return ((_Stretch(i, 0, None), item) for i, item in enumerate(self.documents))
         order: Sequence[int] | np.ndarray = range(count)
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self._epoch]).permutation(count)
-        return ((int(i), self.documents[int(i)]) for i in order[self._drawn :])  # type: ignore[index]
+        stretches = (self._stretch(int(i)) for i in order[self._drawn :])
+        return ((stretch, self.documents[stretch.document]) for stretch in stretches)  # type: ignore[index]
+
+    def _stretch(self, index: int) -> _Stretch:
+        return _Stretch(index, 0, None) if self._cuts is None else _Stretch(*self._cuts[index].tolist())
 
     def _tokens(self, index: int, item: object) -> Tokens:
         """An item as tokens that can be sliced."""
@@ -233,10 +266,31 @@ class Lanes:
         """How many of the lanes are this rank's: the batch size of its segments."""
         return len(self._own)
 
+    @property
+    def stretches(self) -> int | None:
+        """How many stretches an epoch has, an uncut document being one; None where documents cannot be counted."""
+        if not self._indexed:
+            return None
+        return len(self.documents) if self._cuts is None else len(self._cuts)  # type: ignore[arg-type]
+
+    @property
+    def epochs_read(self) -> float:
+        """How many times the documents were gone through; each stretch counts alike, by the share of it that was read.
+
+        Raises:
+            ValueError: the documents cannot be counted.
+        """
+        count = self.stretches
+        if count is None:
+            raise ValueError("epochs_read: the number of documents that cannot be indexed is not known")
+        reading = [lane for lane in self._lanes if lane.document >= 0]
+        unread = sum((lane.end - lane.position) / (lane.end - lane.begin) for lane in reading)
+        return self._epoch + (self._drawn - unread) / count
+
     def state_dict(self) -> LanesState:
         """Where the stream stands, as numbers alone; the same on every rank."""
         lanes: list[LanePlace] = [{"document": lane.document, "position": lane.position} for lane in self._lanes]
-        return {
+        state: LanesState = {
             "step": self._step,
             "epoch": self._epoch,
             "drawn": self._drawn,
@@ -244,26 +298,44 @@ class Lanes:
             "length": self.length,
             "lanes": lanes,
         }
+        if self._cuts is not None:
+            state["stretches"] = len(self._cuts)
+            for lane, place in zip(self._lanes, lanes, strict=True):
+                place["begin"] = lane.begin
+        return state
 
     def load_state_dict(self, state: LanesState) -> None:
         """Go on from where :meth:`state_dict` was taken, over the same documents; the number of ranks may differ.
 
         Raises:
-            ValueError: the state has another number of lanes, another length of segments or another seed, or the
-                documents are not the same.
+            ValueError: the state has another number of lanes, another length of segments, another seed or other
+                stretches, or the documents are not the same.
         """
         if len(state["lanes"]) != len(self._lanes):
             raise ValueError(f"lanes: expected the {len(state['lanes'])} of the saved stream, got {len(self._lanes)}")
         for name, before, now in (("seed", state["seed"], self.seed), ("length", state["length"], self.length)):
             if before != now:
                 raise ValueError(f"{name}: expected {before}, that of the saved stream, got {now}")
+        before, now = state.get("stretches"), None if self._cuts is None else len(self._cuts)
+        if before != now:
+            expected = "whole documents" if before is None else before
+            raise ValueError(f"stretches: expected {expected}, those of the saved stream, got {self.stretches}")
+        cuts = () if self._cuts is None else self._cuts.tolist()
+        stretches = {(document, begin): _Stretch(document, begin, end) for document, begin, end in cuts}
         self._step, self._epoch, self._drawn = state["step"], state["epoch"], state["drawn"]
         found = self._find({lane["document"] for lane in state["lanes"]} - {-1})
         for i, lane in enumerate(state["lanes"]):
-            document = lane["document"]
-            place = None if document < 0 else (document, found[document])
-            self._lanes[i] = self._open(i, place, lane["position"])
-            if self._lanes[i].position > self._lanes[i].length:
+            document, begin = lane["document"], lane.get("begin", 0)
+            if document < 0:
+                self._lanes[i] = _Lane()
+                continue
+            stretch = stretches.get((document, begin)) if stretches else _Stretch(document, 0, None)
+            if stretch is None:
+                raise ValueError(
+                    f"stretches: not those of the saved stream, document {document} has none that begins at {begin}"
+                )
+            self._lanes[i] = self._open(i, stretch, found[document], lane["position"])
+            if self._lanes[i].position > self._lanes[i].end:
                 raise ValueError(f"documents: not those of the saved stream, document {document} was longer")
 
     def _find(self, wanted: set[int]) -> dict[int, Tokens]:
@@ -275,11 +347,29 @@ class Lanes:
                 raise ValueError(missing)
             return {i: self._tokens(i, self.documents[i]) for i in wanted}  # type: ignore[index]
         self._pass = self._begin()
-        found = {i: self._tokens(i, item) for i, item in itertools.islice(self._pass, self._drawn) if i in wanted}
+        drawn = itertools.islice(self._pass, self._drawn)
+        found = {i: self._tokens(i, item) for (i, _, _), item in drawn if i in wanted}
         # The others are of the epoch before.
         rest = wanted - found.keys()
         again = itertools.islice(self._begin(), max(rest) + 1) if rest else ()
-        found |= {i: self._tokens(i, item) for i, item in again if i in rest}
+        found |= {i: self._tokens(i, item) for (i, _, _), item in again if i in rest}
         if wanted - found.keys():
             raise ValueError(missing)
         return found
+
+
+def _cuts(sizes: np.ndarray, lanes: int, length: int) -> np.ndarray | None:
+    """(stretches, 3), the document, begin and end of each, in order; None where no document is longer than its share.
+
+    Borders are borders of segments, so the segments are those of whole documents.
+    """
+    total = int(sizes.sum())
+    share = -(-total // (lanes * length)) * length
+    segments = -(-sizes // length)
+    pieces = np.where(sizes > share, np.minimum(-(-sizes * lanes // total), segments), 1)
+    if pieces.max() == 1:
+        return None
+    document = np.repeat(np.arange(len(sizes)), pieces)
+    index = np.arange(len(document)) - (pieces.cumsum() - pieces)[document]
+    begin, end = (i * segments[document] // pieces[document] * length for i in (index, index + 1))
+    return np.stack([document, begin, np.minimum(end, sizes[document])], 1)

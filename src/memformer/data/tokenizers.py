@@ -1,24 +1,42 @@
 """Text to token ids and back. Every tokenizer has the objectives' special tokens after its ordinary vocabulary.
 
 ``start`` begins a document in the encoder, and the decoder for continuation; ``infill`` and ``recall`` start the
-decoder for those objectives; ``mask`` stands for one masked span.
+decoder for those objectives; ``mask`` stands for one masked span. Where ends are learned, ``start`` is a document's
+last target too, as ``end``: one document's end is where the next begins.
 """
 
 from __future__ import annotations
 
 import codecs
+import copy
+import functools
+import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import numpy as np
+
+from ..folders import model_in
+from .pieces import Encoded, encode_in_pieces
 
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["BPETokenizer", "ByteTokenizer", "TextDecoder", "TokenIds", "Tokenizer", "load_tokenizer"]
+from ..config import a_path, is_count
+
+__all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
+    "TextDecoder",
+    "TokenIds",
+    "Tokenizer",
+    "load_tokenizer",
+    "tokenizer_fingerprint",
+]
 
 CONFIG = "tokenizer_config.json"
 """The file that names a saved tokenizer's kind."""
@@ -63,6 +81,13 @@ class Tokenizer(Protocol):
     def mask(self) -> int: ...
 
     @property
+    def end(self) -> int | None:
+        """The start token, where a document's end is learned as its last target; else None."""
+
+    def with_end(self, end: bool = True) -> Tokenizer:
+        """The same with an ``end``, or without one."""
+
+    @property
     def special(self) -> tuple[int, ...]:
         """All special ids."""
 
@@ -87,6 +112,7 @@ class _SpecialTokens:
     def __init__(self, ordinary: int):
         self.ordinary = ordinary
         self.start, self.infill, self.recall, self.mask = range(ordinary, ordinary + len(SPECIAL))
+        self.end: int | None = None
         self.dtype = np.min_scalar_type(ordinary - 1)
 
     @property
@@ -97,12 +123,28 @@ class _SpecialTokens:
     def special(self) -> tuple[int, ...]:
         return (self.start, self.infill, self.recall, self.mask)
 
+    def with_end(self, end: bool = True) -> Self:
+        """The same tokenizer for a model that learns where documents end: its ``end`` is the start token, else None.
+
+        >>> ByteTokenizer().end, ByteTokenizer().with_end().end
+        (None, 256)
+        """
+        ending = copy.copy(self)
+        ending.end = ending.start if end else None
+        return ending
+
+    @property
+    def fingerprint(self) -> str:
+        """See :func:`tokenizer_fingerprint`."""
+        return hashlib.sha256(f"{self.kind}\0{self.ordinary}".encode()).hexdigest()
+
     def _ordinary(self, tokens: Iterable[int]) -> list[int]:
         return [token for token in map(int, tokens) if token < self.ordinary]
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer_config.json``: the kind, the size and the special ids."""
-        config = {"kind": self.kind, "ordinary": self.ordinary, **dict(zip(SPECIAL, self.special, strict=True))}
+        special = dict(zip(SPECIAL, self.special, strict=True))
+        config = {"kind": self.kind, "ordinary": self.ordinary, **special, "end": self.end}
         (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -116,6 +158,7 @@ class ByteTokenizer(_SpecialTokens):
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """The text's UTF-8 bytes, (length,) uint8."""
+        _check_text(text)
         return np.frombuffer(text.encode("utf-8") if isinstance(text, str) else text, np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -149,6 +192,11 @@ class BPETokenizer(_SpecialTokens):
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         """``tokenizer``: a ``tokenizers.Tokenizer``. Its own special tokens are ordinary ones here, never added."""
+        if not isinstance(tokenizer, _library().Tokenizer):
+            raise ValueError(
+                f"tokenizer: expected a tokenizers.Tokenizer, got {type(tokenizer).__name__}; from_file reads a "
+                "tokenizer.json"
+            )
         tokenizer.no_truncation()
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -157,37 +205,33 @@ class BPETokenizer(_SpecialTokens):
         super().__init__(max(vocabulary.values()) + 1)
         self._tokenizer = tokenizer
         description = json.loads(tokenizer.to_str())
-        before = description["pre_tokenizer"] or {}
-        byte_level = "ByteLevel" in json.dumps(before)
-        self._unknown = None if byte_level else _unknown_id(description["model"], vocabulary)
-        # Then a line can be encoded without the one before it, and its text comes back exactly.
-        self._cuts = (
-            description["normalizer"] is None
-            and before.get("type") == "ByteLevel"
-            and not before.get("add_prefix_space")
-        )
+        self.byte_level = "ByteLevel" in json.dumps(description["pre_tokenizer"])
+        self._cuts_words = description["model"]["type"] == "BPE"
+        self._unknown = None if self.byte_level else _unknown_id(description["model"], vocabulary)
 
     @classmethod
     def train(cls, texts: Iterable[str | bytes], size: int) -> BPETokenizer:
         """A byte-level BPE of at most ``size`` ordinary tokens, the 256 bytes among them; fewer for a small corpus.
 
         Raises:
-            ValueError: the size is below 256.
+            ValueError: the size is below 256, or what should be texts is one string, or no strings.
             ImportError: the library is not installed.
         """
-        if size < 256:
-            raise ValueError(f"size: expected at least 256, for every byte is a token, got {size}")
+        if not is_count(size, 256):
+            raise ValueError(f"size: expected a whole number of at least 256, for every byte is a token, got {size!r}")
+        if isinstance(texts, str | bytes):
+            raise ValueError(f"texts: expected several, such as [text], got one of type {type(texts).__name__}")
         library = _library()
         tokenizer = library.Tokenizer(library.models.BPE())
         tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
-            vocab_size=size,
+            vocab_size=int(size),
             min_frequency=2,
             initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator((block for text in texts for block in _blocks(_string(text))), trainer)
+        tokenizer.train_from_iterator((block for text in texts for block in text_blocks([text])), trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -199,7 +243,11 @@ class BPETokenizer(_SpecialTokens):
             ValueError: it is not one.
             ImportError: the library is not installed.
         """
-        path = Path(path)
+        path = a_path("path", path)
+        if path.is_dir():
+            raise ValueError(
+                f"{path}: expected a tokenizer.json, got a folder; load_tokenizer reads a saved tokenizer's"
+            )
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; expected a tokenizer.json")
         library = _library()
@@ -207,7 +255,10 @@ class BPETokenizer(_SpecialTokens):
             tokenizer = library.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises Exception itself
             raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from error
-        return cls(tokenizer)
+        try:
+            return cls(tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """(length,) ids in the smallest unsigned type that holds them.
@@ -215,18 +266,38 @@ class BPETokenizer(_SpecialTokens):
         Raises:
             ValueError: a character has no token.
         """
-        string = _string(text)
-        pieces = []
-        for block in _blocks(string) if self._cuts else [string]:
-            encoding = self._tokenizer.encode(block, add_special_tokens=False)
-            pieces.append(np.array(encoding.ids, self.dtype))
-            if self._unknown is not None and self._unknown in encoding.ids:
-                first, end = encoding.offsets[encoding.ids.index(self._unknown)]
+        pieces = list(self.encode_pieces([text]))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def encode_pieces(self, texts: Iterable[str | bytes]) -> Iterator[np.ndarray]:
+        """The ids of one long text that comes in parts (cut anywhere), piece by piece: those of the whole.
+
+        Neither the text nor its ids are held whole; see :mod:`memformer.data.pieces` for how exact that is.
+
+        Raises:
+            ValueError: a character has no token, or the bytes are not UTF-8.
+        """
+        for piece in encode_in_pieces(self._encode, _strings(texts)):
+            if self._unknown is not None and len(found := np.flatnonzero(piece.ids == self._unknown)):
+                first, end = (int(places[piece.first + found[0]]) for places in (piece.block.starts, piece.block.ends))
                 raise ValueError(
-                    f"this tokenizer has no token for {block[first:end]!r} (character {first} of the text): "
-                    "use a byte-level one"
+                    f"this tokenizer has no token for {piece.block.text[first:end][:100]!r} (character "
+                    f"{piece.place + first} of the text): use a byte-level one"
                 )
-        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+            yield piece.ids
+
+    def _encode(self, text: str) -> Encoded:
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"the tokenizer cannot encode the text ({error})") from error
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        ids = np.array(encoding.ids, self.dtype)
+        cuts = np.ones(len(ids), np.bool_)
+        if not self._cuts_words and len(ids):
+            words = np.array([-1 if word is None else word for word in encoding.word_ids])
+            cuts[1:] = words[1:] != words[:-1]
+        return Encoded(text, ids, places[:, 0], places[:, 1], cuts)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._tokenizer.decode(self._ordinary(tokens), skip_special_tokens=False)
@@ -239,6 +310,12 @@ class BPETokenizer(_SpecialTokens):
         """(ordinary,) how many bytes each id stands for, where the vocabulary is byte-level."""
         # Such a vocabulary writes every byte as one character.
         return np.array([len(self._tokenizer.id_to_token(token) or "") for token in range(self.ordinary)])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """See :func:`tokenizer_fingerprint`."""
+        content = json.dumps(json.loads(self._tokenizer.to_str()), sort_keys=True)
+        return hashlib.sha256(f"{self.kind}\0{self.ordinary}\0{content}".encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
@@ -283,9 +360,9 @@ class TokenIds(_SpecialTokens):
     kind = "ids"
 
     def __init__(self, size: int):
-        if size < 1:
-            raise ValueError(f"size: expected at least 1 token, got {size}")
-        super().__init__(size)
+        if not is_count(size, 1):
+            raise ValueError(f"size: expected at least 1 token, got {size!r}")
+        super().__init__(int(size))
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Raises ValueError: there is no text form."""
@@ -315,19 +392,20 @@ class _IdDecoder:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that was saved in a folder.
+    """The tokenizer that was saved in a folder, or with a training run's model.
 
     Raises:
         FileNotFoundError: the folder holds none.
         ValueError: it is damaged, or of a kind that this version does not know.
     """
-    folder = Path(folder)
+    folder = model_in(a_path("folder", folder))
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG}, so no tokenizer was saved here")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, ordinary, special = config["kind"], config["ordinary"], tuple(config[name] for name in SPECIAL)
+        end = config.get("end")  # there is none in older files
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     tokenizer: ByteTokenizer | TokenIds | BPETokenizer
@@ -344,7 +422,31 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{path}: expected {ordinary} ordinary tokens and special ids {special}, got {tokenizer.ordinary} and "
             f"{tokenizer.special}: the files do not belong together"
         )
-    return tokenizer
+    if end not in (None, tokenizer.start):
+        raise ValueError(f"{path}: end: expected null, or {tokenizer.start}, which starts the next document, got {end}")
+    return tokenizer.with_end(end is not None)
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """A hash of what a tokenizer makes of a text: equal for two that give the same ids, wherever they come from.
+
+    It covers the kind, the number of ids and the vocabulary's file. Another version of the ``tokenizers`` library may
+    write that file otherwise, so it is compared within one run, or with a file that can be made anew.
+    """
+    if isinstance(tokenizer, _SpecialTokens):
+        return tokenizer.fingerprint
+    digest = hashlib.sha256(f"{tokenizer.ordinary}\0".encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                digest.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str | bytes):
+        raise ValueError(f"text: expected str or bytes, got {type(text).__name__}")
 
 
 def _library() -> ModuleType:
@@ -361,18 +463,28 @@ def _library() -> ModuleType:
     return tokenizers
 
 
-def _string(text: str | bytes) -> str:
-    return text if isinstance(text, str) else str(text, "utf-8")
+def _strings(texts: Iterable[str | bytes]) -> Iterator[str]:
+    """The parts of a text, decoded: UTF-8 may be cut inside a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for text in texts:
+        _check_text(text)
+        yield text if isinstance(text, str) else decoder.decode(text)
+    yield decoder.decode(b"", final=True)
 
 
-def _blocks(text: str) -> Iterator[str]:
-    """The text in blocks that end with a line, for an encoding needs a hundred times the memory of its tokens."""
-    first = 0
-    while len(text) - first > _BLOCK:
-        end = text.rfind("\n", first, first + _BLOCK) + 1 or first + _BLOCK
-        yield text[first:end]
-        first = end
-    yield text[first:]
+def text_blocks(texts: Iterable[str | bytes]) -> Iterator[str]:
+    """One text that comes in parts, in blocks that end with a line if possible: what :meth:`BPETokenizer.train` takes
+    of a text that is not to be held whole."""
+    rest = ""
+    for text in _strings(texts):
+        rest += text
+        first = 0
+        while len(rest) - first > _BLOCK:
+            end = rest.rfind("\n", first, first + _BLOCK) + 1 or first + _BLOCK
+            yield rest[first:end]
+            first = end
+        rest = rest[first:]
+    yield rest
 
 
 def _unknown_id(model: Mapping[str, object], vocabulary: Mapping[str, int]) -> int | None:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import lzma
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
+
+from ..config import check_count
 
 __all__ = ["order2_bits_per_byte", "xz_bits_per_byte"]
 
 _PART = 1 << 20
 """How many bytes are counted at once."""
+
+
+class _Text(Protocol):
+    """A :class:`~memformer.data.Document`, of which parts can be read."""
+
+    def __len__(self) -> int: ...
+    def __bytes__(self) -> bytes: ...
+    def part(self, start: int, stop: int, /) -> _Text: ...
 
 
 def order2_bits_per_byte(training: Iterable[bytes], held_out: Sequence[bytes]) -> float:
@@ -47,7 +59,30 @@ def _contexts(document: bytes) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndar
         yield byte, before << 8 | byte, before2 << 16 | before << 8 | byte
 
 
-def xz_bits_per_byte(held_out: Sequence[bytes]) -> float:
-    """All held-out documents in one xz stream at its strongest setting."""
-    text = b"".join(held_out)
-    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+def xz_bits_per_byte(held_out: Iterable[bytes | _Text], most: int | None = None) -> float:
+    """Documents in one xz stream at its strongest setting, read in pieces; the first ``most`` bytes of them all.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    if not isinstance(held_out, Iterable) or isinstance(held_out, (str, bytes)):
+        raise ValueError(f"held_out: expected documents, or texts as bytes, got {type(held_out).__name__}")
+    if most is not None:
+        check_count("most", most)
+    compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
+    count = size = 0
+    for piece in _pieces(held_out, sys.maxsize if most is None else most):
+        count += len(piece)
+        size += len(compressor.compress(piece))
+    if not count:
+        raise ValueError("held_out: expected text, got none")
+    return 8 * (size + len(compressor.flush())) / count
+
+
+def _pieces(documents: Iterable[bytes | _Text], most: int) -> Iterator[bytes]:
+    for document in documents:
+        size = min(len(document), most)
+        most -= size
+        for start in range(0, size, _PART):
+            stop = min(start + _PART, size)
+            yield document[start:stop] if isinstance(document, bytes) else bytes(document.part(start, stop))

@@ -105,7 +105,7 @@ def _held_by_somebody(leaves: list[Tensor]) -> list[Tensor]:
 
     def made_and_forgotten() -> Any:
         with torch.enable_grad():
-            leaf = torch.empty(0, requires_grad=True)
+            leaf = torch.empty(0, device="cpu", requires_grad=True)
             return leaf.view_as(leaf)
 
     graph = made_and_forgotten()

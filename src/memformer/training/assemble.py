@@ -4,60 +4,71 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import replay
-from ..data import (
-    BPETokenizer,
-    ByteTokenizer,
-    Document,
-    Lanes,
-    Mixture,
-    TokenIds,
-    Tokenizer,
-    encode_documents,
-    fingerprint,
-    held_out_split,
-    load_tokenizer,
-    read_documents,
-    standard_library,
-)
-from ..data.corpora import limited
-from ..device import choose_device, choose_precision
+from .._installation import __version__
+from ..data import Document, Lanes, Mixture, Tokenizer, encode_documents
+from ..device import check_compiler, choose_device, choose_precision
 from ..model import Memformer
 from ..parallel import Ranks, shard
-from ..settings import DocumentSettings, TrainingConfig
-from . import resume
+from ..settings import TrainingConfig, to_flat
+from . import checkpoints, resume, shards
+from .callbacks import Report, nothing
+from .corpus import corpus_of
 from .optimizers import make_optimizer
 from .parts import Parts, Progress, RolloutLoss
 
-__all__ = ["assemble", "documents_of"]
+__all__ = ["assemble"]
 
 
-def assemble(settings: TrainingConfig) -> Parts:
+def assemble(
+    settings: TrainingConfig,
+    report: Report = nothing,
+    documents: tuple[Sequence[Document], Sequence[Document]] | None = None,
+) -> Parts:
     """The parts of the run that settings describe; under torch.distributed, those of this process.
+
+    Args:
+        report: is told what takes time: reading, training a BPE, encoding.
+        documents: ``(training, held_out)``, made in Python, in place of ``settings.data``.
 
     Raises:
         ValueError: the settings do not fit together, or not the checkpoint that is to be resumed.
         FileExistsError: the folder holds a run already, and ``resume`` is not set.
         FileNotFoundError: ``resume`` is set, and there is no checkpoint; or there is no such data.
+        BlockingIOError: another process trains in the folder.
+        OSError: the folder cannot be written.
     """
+    # Before anything that takes time.
     ranks, device = Ranks(), choose_device(settings.device)
     precision = choose_precision(settings.compute.precision, device)
     if settings.rollout.lanes % ranks.size:
         raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
-    settings.model.config(1, settings.rollout.segment_length)  # before anything that takes time
-    checkpoint, refused = resume.find_checkpoint(settings, ranks)
-    training, held_out = documents_of(settings)
-    documents = fingerprint(training)
-    tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(settings.documents, training)
-    model = _model(settings, tokenizer).to(device)
-    saved = None if checkpoint is None else resume.load(checkpoint, settings, documents, model)
-    rollouts = _parallel(model, settings, ranks)  # from here on FSDP has divided the parameters
+    ranks.agree(_at_the_start(settings))
+    settings.model.config(1, settings.rollout.segment_length)
+    if settings.compute.compile:
+        check_compiler(device)
+    checkpoint, refused = resume.find_checkpoint(settings)
+    with ranks.together():
+        if not ranks.rank:
+            checkpoints.check_folder(settings.out)
+    ranks.agree({"checkpoint": str(checkpoint and checkpoint.name)})
+    initial = None if checkpoint else resume.load_initial(settings)
+    corpus = corpus_of(settings, ranks, checkpoint, initial and initial[1], report, documents)
+    tokenizer = corpus.tokenizer
+    divided = ranks.size > 1 and settings.compute.parallel == "fsdp"
+    # None of the processes makes the whole model only to put in what each then reads a part of.
+    model = _model(settings, tokenizer, "meta" if divided and checkpoint and shards.found_in(checkpoint) else "cpu")
+    if initial is not None:
+        _start_from(model, initial[0])
+    saved = None
+    if checkpoint is not None:
+        saved = resume.load(checkpoint, settings, corpus.fingerprint, corpus.held_out_fingerprint, model)
+    rollouts = _parallel(model, settings, ranks, device)  # from here on FSDP has divided the parameters
     average: dict[str, Tensor] = {}
     if settings.optimizer.ema:
         average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -65,11 +76,14 @@ def assemble(settings: TrainingConfig) -> Parts:
         ranks=ranks,
         device=device,
         precision=precision,
-        training=training,
-        held_out=limited(held_out, settings.evaluation.eval_limit),
-        fingerprint=documents,
+        training=corpus.training,
+        held_out=corpus.held_out,
+        test=corpus.test,
+        fingerprint=corpus.fingerprint,
+        held_out_fingerprint=corpus.held_out_fingerprint,
+        test_fingerprint=corpus.test_fingerprint,
         tokenizer=tokenizer,
-        stream=_stream(settings, training, tokenizer, ranks),
+        stream=_stream(settings, corpus.training, tokenizer, ranks),
         model=model,
         average=average,
         rollouts=rollouts,
@@ -77,38 +91,21 @@ def assemble(settings: TrainingConfig) -> Parts:
         scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
         progress=Progress(),
         refused=refused,
+        changes=[] if saved is None else saved.changes,
     )
     if saved is not None:
         resume.restore(parts, saved, settings)
     return parts
 
 
-def documents_of(settings: TrainingConfig) -> tuple[list[Document], list[Document]]:
-    """``(training, held_out)``, the documents of a run.
-
-    Raises:
-        ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`.
-    """
-    how = settings.documents
-    if not settings.data:
-        return held_out_split(standard_library(), how.held_out)
-    documents = read_documents(
-        settings.data, text_field=how.text_field, separator=how.separator, bin_dtype=how.bin_dtype
-    )
-    return held_out_split(documents, how.held_out)
-
-
-def _tokenizer(settings: DocumentSettings, training: Sequence[Document]) -> Tokenizer:
-    if settings.tokenizer == "bytes":
-        return ByteTokenizer()
-    if settings.tokenizer == "ids":
-        return TokenIds(settings.vocabulary)
-    if settings.tokenizer == "bpe":
-        try:
-            return BPETokenizer.train((bytes(d) for d in training), settings.vocabulary)
-        except ValueError as error:
-            raise ValueError(f"vocabulary: {error}") from error
-    return BPETokenizer.from_file(Path(settings.tokenizer))
+def _at_the_start(settings: TrainingConfig) -> dict[str, str]:
+    """What the processes of a run must have in common, and what can be told before anything is read."""
+    own = {"data", "device"}  # they may lie elsewhere
+    return {
+        "version of memformer": __version__,
+        "version of torch": torch.__version__,
+        **{f"setting {name}": str(value) for name, value in to_flat(settings).items() if name not in own},
+    }
 
 
 def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: Tokenizer, ranks: Ranks) -> Lanes:
@@ -121,25 +118,36 @@ def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: T
         rank=ranks.rank,
         world_size=ranks.size,
         objectives=Mixture(tokenizer, **dataclasses.asdict(settings.objective), seed=settings.seed),
+        spread=settings.rollout.spread,
     )
 
 
-def _model(settings: TrainingConfig, tokenizer: Tokenizer) -> Memformer:
-    """With the seed's initial weights."""
-    with torch.random.fork_rng():
+def _model(settings: TrainingConfig, tokenizer: Tokenizer, device: str) -> Memformer:
+    """With the seed's initial weights; on "meta" without any."""
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(settings.seed)
         config = settings.model.config(tokenizer.vocabulary, settings.rollout.segment_length)
         return Memformer(**config.to_dict())
 
 
-def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks) -> nn.Module:
-    """The module whose call is a rollout, compiled and shared among the processes as the settings say."""
+def _start_from(model: Memformer, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError where the weights are of another vocabulary."""
+    rows, here = (w["encoder.embedding.weight"].shape[0] for w in (weights, model.state_dict()))
+    if rows != here:
+        raise ValueError(f"init_from: its model has {rows} tokens, and the tokenizer has {here}")
+    model.load_state_dict(weights)
+
+
+def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+    """The module whose call is a rollout: on its device, compiled and shared among processes as the settings say."""
     if settings.compute.compile:
         assert model.decoder is not None
         model.encoder.compile()
         model.decoder.compile()
     if ranks.size > 1 and settings.compute.parallel == "fsdp":
-        shard(model)
+        shard(model, device)
+    else:
+        model.to(device)
     rollouts = RolloutLoss(model, replay.Options(schedule=settings.rollout.replay_schedule()))
     if ranks.size > 1 and settings.compute.parallel == "ddp":
         return DistributedDataParallel(rollouts)

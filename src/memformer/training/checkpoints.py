@@ -3,17 +3,18 @@
 ``OUT/step-000200/`` holds what ``Memformer.from_pretrained`` and ``load_tokenizer`` read, ``training.json`` and
 ``training.safetensors`` with everything else that the run needs to go on, and ``checksums.json`` over all of them.
 Where the run evaluates, ``OUT/best`` leads to the one with the lowest held-out loss: a link, or a file with its name on
-systems that have no links for everybody.
+systems that have no links for everybody. ``folders.py`` finds them again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
-import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import flush_to_disk, replace_file
+from ..files import delete_folder, flush_to_disk, move, replace_file
+from ..folders import (
+    BEST,
+    CHECKSUMS,
+    NUMBERS,
+    all_checkpoints,
+    checkpoint,
+    checksum,
+    find,
+    newest,
+    newest_sound,
+    step_of,
+)
 
-__all__ = ["find", "load_state", "lock", "newest", "newest_sound", "save", "set_aside_newer"]
+__all__ = [
+    "after_divergence",
+    "check_folder",
+    "find",
+    "keep_only",
+    "load_numbers",
+    "load_state",
+    "lock",
+    "newest",
+    "newest_finite",
+    "newest_sound",
+    "record",
+    "save",
+    "set_aside",
+]
 
-_CHECKSUMS = "checksums.json"
-_BEST = "best"
+_NO_LOCKS = {getattr(errno, name, None) for name in ("ENOSYS", "ENOLCK", "ENOTSUP", "EOPNOTSUPP", "EINVAL")}
 
 
 def save(
@@ -40,120 +66,170 @@ def save(
     keep: int = 2,
     best: int | None = None,
 ) -> Path:
-    """Write ``OUT/step-NNNNNN``, whole or not at all, then delete all but the newest ``keep`` and the best.
+    """Write ``OUT/step-NNNNNN``, whole or not at all, then :func:`keep_only` some.
 
     Args:
         write_model: writes the model's own files into the folder that it is given.
         numbers: whatever JSON can hold.
-        best: the step of the best checkpoint, which OUT/best then leads to, and which is kept.
 
     Raises:
         OSError: the disk is full, the folder cannot be written, ...; the checkpoints before are untouched.
     """
-    folder = out / f"step-{step:06d}"
+    folder = checkpoint(out, step)
     unfinished = out / f".unfinished-{step:06d}"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        unfinished.mkdir()  # not its parents: a network folder that is gone must not come again on this disk
         write_model(unfinished)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / "training.safetensors")
-        (unfinished / "training.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        sums = {file.name: _checksum(file) for file in sorted(unfinished.iterdir())}
-        (unfinished / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-        for file in [*unfinished.iterdir(), unfinished]:
+        (unfinished / NUMBERS).write_text(_json(numbers), encoding="utf-8")
+        files = sorted(file for file in unfinished.rglob("*") if file.is_file())
+        sums = {file.relative_to(unfinished).as_posix(): checksum(file) for file in files}
+        (unfinished / CHECKSUMS).write_text(_json(sums), encoding="utf-8")
+        for file in [*unfinished.rglob("*"), unfinished]:
             flush_to_disk(file)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        if folder.exists():
+            delete_folder(folder)
+        move(unfinished, folder)
         flush_to_disk(out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{folder}: cannot be written ({error}); the checkpoints before it are untouched") from error
-    if best is not None:
-        _lead(out / _BEST, f"step-{best:06d}")
-    for old in _checkpoints(out)[:-keep]:
-        if _step(old) != best:
-            shutil.rmtree(old)
-    for stale in out.glob(".unfinished-*"):
-        shutil.rmtree(stale)
+    keep_only(out, keep, best)
     return folder
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if each file is as it was written."""
+def record(folder: Path, numbers: Mapping[str, object]) -> None:
+    """Replace a checkpoint's numbers. At every moment it is sound, with the former ones or with these.
+
+    Raises:
+        OSError: they cannot be written; the former ones are untouched.
+    """
+    text = _json(numbers)
+    now = hashlib.sha256(text.encode()).hexdigest()
     try:
-        sums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
-        wrong = [name for name, checksum in sums.items() if checksum != _checksum(folder / name)]
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{folder}: damaged ({error})"
-    return f"{folder}: damaged ({', '.join(wrong)}: another checksum)" if wrong else None
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        replace_file(folder / CHECKSUMS, _json({**sums, NUMBERS: [checksum(folder / NUMBERS), now]}))
+        replace_file(folder / NUMBERS, text)
+        replace_file(folder / CHECKSUMS, _json({**sums, NUMBERS: now}))
+    except OSError as error:
+        raise OSError(f"{folder}: its {NUMBERS} cannot be written ({error}); the former one is untouched") from error
 
 
-def newest(out: Path) -> Path | None:
-    """The newest checkpoint in a run's folder, sound or not, or None."""
-    found = _checkpoints(out)
-    return found[-1] if found else None
+def keep_only(out: Path, keep: int, best: int | None) -> None:
+    """Delete all checkpoints but the newest ``keep`` and the best; what cannot be deleted is a warning.
 
-
-def newest_sound(out: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is as it was written, and what is wrong with the newer ones.
-
-    Raises:
-        ValueError: there are checkpoints, and all of them are damaged.
+    Args:
+        best: the step of the best checkpoint, which OUT/best then leads to.
     """
-    refused: list[str] = []
-    for folder in reversed(_checkpoints(out)):
-        if (damage := _damage(folder)) is None:
-            return folder, refused
-        refused.append(damage)
-    if refused:
-        raise ValueError(f"no sound checkpoint: {'; '.join(refused)}")
-    return None, refused
+    if best is not None:
+        _lead(out / BEST, checkpoint(out, best).name)
+    for old in all_checkpoints(out)[:-keep]:
+        if step_of(old) != best:
+            delete_folder(old)
+    for stale in [*out.glob(".unfinished-*"), *out.glob(".gone-*")]:
+        delete_folder(stale)
 
 
-def set_aside_newer(out: Path, sound: Path) -> None:
-    """Rename the checkpoints that are newer than a sound one, so that they are neither found nor counted any more."""
-    for folder in _checkpoints(out):
-        if _step(folder) > _step(sound):
-            aside = out / f"damaged-{folder.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+def set_aside(out: Path, refused: list[Path]) -> None:
+    """Rename damaged checkpoints, so that they are neither found nor counted any more."""
+    for folder in refused:
+        aside = out / f"damaged-{folder.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        move(folder, aside)
 
 
-def find(path: Path) -> Path:
-    """The folder of a model: ``path`` itself, or the newest checkpoint in it; a run's is checked.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged; the message names a sound one, if there is one.
-    """
-    if path.name == _BEST and path.is_file():  # where there are no links
-        path = path.with_name(path.read_text(encoding="utf-8"))
-    folder = path if (path / "config.json").is_file() else newest(path)
-    if folder is None:
-        raise FileNotFoundError(f"{path}: no checkpoint there; expected config.json, or folders named step-000200")
-    of_a_run = folder is not path or (folder / _CHECKSUMS).is_file()  # else of save_pretrained, without checksums
-    if of_a_run and (damage := _damage(folder)) is not None:
-        sound = next((other for other in reversed(_checkpoints(folder.parent)) if _damage(other) is None), None)
-        raise ValueError(f"{damage}; " + ("there is no sound one" if sound is None else f"use {sound}"))
-    return folder
+def newest_finite(out: Path) -> Path | None:
+    """The newest checkpoint that is sound and has no weight, moment or memory that is infinite or no number."""
+    for folder in reversed(all_checkpoints(out)):
+        try:
+            files = [load_file(folder / name) for name in ("model.safetensors", "training.safetensors")]
+        except (OSError, SafetensorError):
+            continue
+        if all(bool(tensor.isfinite().all()) for tensors in files for tensor in tensors.values()):
+            return folder
+    return None
 
 
-@contextmanager
+def after_divergence(out: Path, rate: float) -> str:
+    """What to do where training fails at a learning rate."""
+    sound = newest_finite(out)
+    if sound is None:
+        return "Lower --learning-rate; there is no checkpoint yet"
+    command = f"memformer train --resume --out {out} --learning-rate {rate / 3:.1g}"
+    return f"Lower --learning-rate; the newest checkpoint, from before, is {sound}. Go on with: {command}"
+
+
+@contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Hold a run's folder for this process.
+    """Hold a run's folder for this process, where its file system has locks; else a warning says so.
 
     Raises:
         BlockingIOError: another process holds it.
+        OSError: the folder cannot be written.
     """
     held = FileLock(out / ".lock", timeout=0, thread_local=False)  # a generator may end in another thread
+    busy = f"{out}: another process trains there at this moment; choose another --out"
     try:
         held.acquire()
     except Timeout as error:
-        raise BlockingIOError(f"{out}: another process trains there at this moment; choose another --out") from error
+        if _locks_work(out):
+            raise BlockingIOError(busy) from error
+        _warn_of_no_locks(out)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise OSError(f"{out}: cannot be written ({error})") from error
+        _warn_of_no_locks(out)
     try:
         yield
     finally:
         held.release()
+
+
+def check_folder(out: Path) -> None:
+    """Whether a run's folder can be written, and nobody trains there. It is afterwards as before.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be made, or not be written.
+    """
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{out}: cannot be made ({error}); choose another --out") from error
+    try:
+        with lock(out):
+            probe = out / ".unfinished-probe"
+            try:
+                probe.mkdir(exist_ok=True)
+                probe.rmdir()
+            except OSError as error:
+                raise OSError(f"{out}: cannot be written ({error}); choose another --out") from error
+    except BlockingIOError:
+        missing = []  # another process has made them by now
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            if missing:
+                (out / ".lock").unlink(missing_ok=True)
+            for folder in missing:
+                folder.rmdir()  # which is empty, or stays
+
+
+def load_numbers(folder: Path) -> dict[str, Any]:
+    """The numbers that were given to :func:`save`.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: the state of its training run is missing or damaged ({error})") from error
+    if not isinstance(numbers, dict):
+        raise ValueError(f"{folder}: the state of its training run is damaged (expected a JSON object)")
+    return numbers
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -163,26 +239,29 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: the files are missing or damaged.
     """
     try:
-        numbers = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        return numbers, load_file(folder / "training.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        return load_numbers(folder), load_file(folder / "training.safetensors")
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder}: the state of its training run is missing or damaged ({error})") from error
 
 
-def _checkpoints(out: Path) -> list[Path]:
-    return sorted((f for f in out.glob("step-*") if f.is_dir() and re.fullmatch(r"step-\d+", f.name)), key=_step)
+def _json(values: Mapping[str, object]) -> str:
+    return json.dumps(values, indent=2) + "\n"
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def _locks_work(out: Path) -> bool:
+    """Whether a lock that nobody else knows is given: not on some network folders, which refuse all of them."""
+    file = out / ".lock-tried"
+    try:
+        with FileLock(file, timeout=0):
+            return True
+    except (OSError, NotImplementedError):
+        return False
+    finally:
+        file.unlink(missing_ok=True)
 
 
-def _checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        digest = hashlib.sha256()
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _warn_of_no_locks(out: Path) -> None:
+    warnings.warn(f"{out}: this file system has no locks, so take care that no other training runs there", stacklevel=4)
 
 
 def _lead(link: Path, target: str) -> None:
@@ -191,7 +270,9 @@ def _lead(link: Path, target: str) -> None:
     new.unlink(missing_ok=True)
     try:
         new.symlink_to(target)
-    except (OSError, NotImplementedError):  # Windows asks for a privilege
+        move(new, link)
+    except (OSError, NotImplementedError):  # Windows asks for a privilege, and some file systems have none
+        new.unlink(missing_ok=True)
+        if link.is_symlink():
+            link.unlink()
         replace_file(link, target)
-    else:
-        new.replace(link)

@@ -1,25 +1,36 @@
-"""What a run measures, and where it is written: ``metrics.jsonl``, and TensorBoard's files where that is wanted."""
+"""What a run measures, and its own record of it: ``metrics.jsonl``."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
+import math
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ..evaluation import HeldOut
+import torch
+from torch import Tensor
+
+from ..checks import plural
+from ..data.objectives import Objective
+from ..data.tokenizers import Tokenizer
+from ..evaluation import Depth, HeldOut
 from ..files import replace_file
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-__all__ = ["MetricsLog", "StepMetrics"]
+__all__ = ["ByObjective", "Changed", "MetricsLog", "Pace", "StepMetrics", "held_out_at", "read_metrics", "scalars"]
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics: averages since the previous line, unless marked as the last step's."""
+    """One line of metrics: averages since the previous line, unless marked as the last step's, or as of the whole run.
+
+    A number that is not finite is null in the file. Of steps that were left
+    out because their loss is not finite, no loss counts.
+    """
 
     step: int
     loss_nats: float
@@ -38,43 +49,167 @@ class StepMetrics:
     """The share of the writing attention that slots give themselves, in the last segment: 1 keeps all, 0 nothing."""
     slot_diversity: float
     """1 - the mean cosine of two slots: 0 where all hold the same."""
+    skipped: int = 0
+    """Steps since the run began that changed nothing, because their gradient was not finite."""
+    tokens_seen: int = 0
+    """Targets that counted since the run began."""
+    epoch: float = 0.0
+    """How many times the training documents were gone through since the run began; a document counts by its share."""
+    wall_seconds: float = 0.0
+    """Time that the run has trained, evaluated and saved, over all its resumes; not the time between them."""
+    seconds_left: float | None = None
+    """To the last step, at the pace of the last ten lines, evaluations and checkpoints included."""
+    continuation_nats: float | None = None
+    """The loss per token of the continued targets; this and the next two are None without a mixture of objectives."""
+    infilling_nats: float | None = None
+    recall_nats: float | None = None
+    peak_memory_bytes: int | None = None
+    """The most that the first process's tensors took on its card since it started; None without CUDA."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a resumed run changed on purpose."""
+
+    step: int
+    """From which on."""
+    settings: dict[str, tuple[object, object]]
+    """By name, the former value and the new one."""
+
+
+def scalars(metrics: StepMetrics | HeldOut) -> dict[str, float]:
+    """The numbers of a line by name, without its step and what was not measured: what loggers draw."""
+    plain = dataclasses.asdict(metrics)
+    return {k: v for k, v in plain.items() if isinstance(v, (int, float)) and k != "step"}
+
+
+class ByObjective:
+    """The loss of each :class:`~memformer.data.objectives.Objective`, added up on the device, without waiting for it.
+
+    Args:
+        tokenizer: whose special tokens begin the objectives' targets.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, device: torch.device):
+        starts = torch.zeros(tokenizer.vocabulary, dtype=torch.long)
+        starts[tokenizer.infill], starts[tokenizer.recall] = Objective.INFILLING, Objective.RECALL
+        self._starts = starts.to(device)
+        self.sums = torch.zeros(2, len(Objective), dtype=torch.float32, device=device)
+
+    def add(self, tgt: Tensor, losses: Tensor, counted: Tensor) -> None:
+        """Targets (rows, tokens), the losses of their tokens, and which of these count."""
+        objective = self._starts[tgt[:, 0]]
+        self.sums[0].index_add_(0, objective, losses.detach().sum(1, dtype=self.sums.dtype))
+        self.sums[1].index_add_(0, objective, counted.sum(1, dtype=self.sums.dtype))
+
+    def take(self, sums: Tensor) -> dict[str, float | None]:
+        """The means by their names in :class:`StepMetrics`, given the sums of all processes; it then starts anew."""
+        nats, counts = sums.tolist()
+        self.sums = torch.zeros_like(self.sums)
+        return {f"{o.name.lower()}_nats": nats[o] / counts[o] if counts[o] else None for o in Objective}
+
+
+class Pace:
+    """How long a run will take, by its last lines.
+
+    Args:
+        step, seconds: where it starts.
+    """
+
+    def __init__(self, step: int, seconds: float):
+        self._marks = collections.deque([(step, seconds)], maxlen=11)
+        self._first = True
+
+    def left(self, step: int, seconds: float, steps: int) -> float | None:
+        """Seconds from here to the last step; None before there is a step to judge by."""
+        (before, began) = self._marks[0]
+        left = None if step <= before else (steps - step) * (seconds - began) / (step - before)
+        if self._first:  # the first step warms up: later ones are not judged by it
+            self._marks.clear()
+            self._first = False
+        self._marks.append((step, seconds))
+        return left
 
 
 class MetricsLog:
-    """Appends metrics to a run's files, after those of its first ``step`` steps; what a lost step wrote is dropped.
+    """Appends metrics to ``OUT/metrics.jsonl``, after those of its first ``step`` steps; what a lost step wrote goes.
+
+    Each line is JSON as other programs read it: a number that is not finite becomes null.
+
+    Args:
+        again: the events of the last of these steps that will be written again.
 
     Raises:
-        ValueError: ``tensorboard`` is asked for and not installed.
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, out: Path, step: int, tensorboard: bool):
+    def __init__(self, out: Path, step: int, again: Collection[str] = ()):
         self._file = out / "metrics.jsonl"
-        self._writer = _tensorboard(out / "tensorboard", step + 1) if tensorboard else None
         if self._file.is_file():
-            lines = [line for line in self._file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            replace_file(self._file, "".join(line + "\n" for line in kept))
+            kept = [
+                line
+                for line in _lines(self._file)
+                if line["step"] < step or (line["step"] == step and line.get("event") not in again)
+            ]
+            replace_file(self._file, "".join(_json(line) for line in kept))
 
-    def write(self, event: str, metrics: StepMetrics | HeldOut) -> None:
+    def write(self, event: str, metrics: StepMetrics | HeldOut | Changed) -> None:
         """One more line, of an event such as "step"."""
-        plain = dataclasses.asdict(metrics)
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **plain}) + "\n")
-        if self._writer is not None:
-            for name, value in plain.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._writer.add_scalar(f"{event}/{name}", value, metrics.step)
-
-    def flush(self) -> None:
-        """TensorBoard sees everything that was written."""
-        if self._writer is not None:
-            self._writer.flush()
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(_json({"event": event, **dataclasses.asdict(metrics)}))
+        except OSError as error:
+            raise OSError(f"{self._file}: cannot be written ({error}); the checkpoints are untouched") from error
 
 
-def _tensorboard(folder: Path, next_step: int) -> SummaryWriter:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("tensorboard: not installed; pip install 'memformer-replay[tensorboard]'") from error
-    return SummaryWriter(str(folder), purge_step=next_step)
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``; a line that is not whole is left out, with a warning.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    file = out / "metrics.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{out}: no metrics.jsonl there, which every run writes")
+    return _lines(file)
+
+
+def held_out_at(out: Path, step: int) -> HeldOut | None:
+    """The evaluation after a step, from a run's ``metrics.jsonl``; None where it is not there."""
+    file, names = out / "metrics.jsonl", {f.name for f in dataclasses.fields(HeldOut)}
+    for line in reversed(_lines(file) if file.is_file() else []):
+        if line.get("event") == "held_out" and line["step"] == step and names <= line.keys():
+            depths = tuple(Depth(*depth) for depth in line["by_depth"])
+            return HeldOut(**{**{name: line[name] for name in names}, "by_depth": depths})
+    return None
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    found, bad = [], []
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line) if line.strip() else None
+        except ValueError:
+            values = ()
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            found.append(values)
+        elif values is not None and number < len(lines):  # the last one a killed process was writing
+            bad.append(number)
+    if bad:
+        lines_left = plural(len(bad), "line")
+        warnings.warn(f"{file}: {lines_left}, the first is line {bad[0]}, left out: not metrics", stacklevel=3)
+    return found
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(_finite(values), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,31 +32,51 @@ class Update:
     def step(self, rate: float, loss: Tensor) -> float:
         """The optimizer's step with the gradients that are there, which are then cleared; returns their norm.
 
+        Gradients that are not finite change no weight and no state of the optimizer. Their norm is of all processes, so
+        all of them leave the step out, or none. That fp16 overflows until its scale is low enough is no fault; whatever
+        else is not finite counts against ``skip_non_finite``.
+
         Raises:
-            FloatingPointError: they are not finite.
+            FloatingPointError: they are not finite, and that may not be passed over (any more).
         """
-        parts, settings = self._parts, self._settings
+        parts, progress = self._parts, self._parts.progress
         optimizer, scaler = parts.optimizer, parts.scaler
         scaler.unscale_(optimizer)
-        limit = settings.optimizer.clip or math.inf
+        limit = self._settings.optimizer.clip or math.inf
         norm = float(full(torch.nn.utils.clip_grad_norm_(parts.model.parameters(), limit)))
-        if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-            newest = checkpoints.newest(settings.out)
-            raise FloatingPointError(
-                f"step {parts.progress.step + 1}: the gradient is not finite (loss {float(loss):.3g}). Lower "
-                "--learning-rate; "
-                + (f"the newest checkpoint, from before, is {newest}" if newest else "there is no checkpoint yet")
-            )
-        # A parameter that no gradient reaches (the writer's, at horizon 1) has a zero one under DDP, and so here.
-        for parameter in parts.model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        scaler.step(optimizer)
+        if math.isfinite(norm):
+            progress.skipped_in_a_row = 0
+            # A parameter that no gradient reaches (the writer's, at horizon 1) has a zero one under DDP, and so here.
+            for parameter in parts.model.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            scaler.step(optimizer)
+        else:
+            if not scaler.is_enabled() or scaler.get_scale() < 1:
+                self._pass_over(loss)
+            progress.skipped += 1
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _pass_over(self, loss: Tensor) -> None:
+        """Count one more gradient that is not finite, or raise FloatingPointError if there were too many in a row."""
+        settings, progress = self._settings, self._parts.progress
+        allowed = settings.optimizer.skip_non_finite
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row <= allowed:
+            return
+        after = (
+            f", after {allowed} such steps in a row that were left out"
+            if allowed
+            else "; --skip-non-finite passes over a rare one"
+        )
+        raise FloatingPointError(
+            f"step {progress.step + 1}: the gradient is not finite (loss {float(loss):.3g}){after}. "
+            + checkpoints.after_divergence(settings.out, settings.optimizer.learning_rate)
+        )
 
     def average(self) -> None:
         """Let the moving average of the weights follow the newest ones, after a step that is counted already."""

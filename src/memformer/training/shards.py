@@ -1,0 +1,117 @@
+"""Checkpoints of a model that FSDP divides: each process writes and reads its own part, and none holds the whole.
+
+It is torch.distributed.checkpoint with safetensors files, which hold no pickle, in a checkpoint's folder ``shards``.
+A run goes on from them with any number of processes, and ``Memformer.from_pretrained`` reads them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from ..parallel import as_rows
+from ..pretrained import SHARDS
+from .parts import Parts
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+__all__ = ["SHARDS", "divided", "found_in", "load", "write"]
+
+
+def divided(parts: Parts) -> bool:
+    """Whether each process holds a part of the model."""
+    return any(hasattr(parameter, "full_tensor") for parameter in parts.model.parameters())
+
+
+def found_in(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written in parts."""
+    return (checkpoint / SHARDS).is_dir()
+
+
+def write(parts: Parts, folder: Path) -> None:
+    """Write this process's part of the run's tensors to a new folder, which all processes must see.
+
+    Raises:
+        OSError: a process cannot write; all raise it.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    ranks = parts.ranks
+    with ranks.together():
+        if not ranks.rank:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+    with ranks.together():
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder.parent}: what process 0 writes there cannot be seen by process {ranks.rank}: processes on "
+                "several machines need an --out that all of them share"
+            )
+    assert parts.progress.memory is not None
+    memory = as_rows(parts.progress.memory, next(parts.model.parameters()))
+    with _explained(folder):
+        save(_tensors(parts, memory), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def load(parts: Parts, checkpoint: Path) -> None:
+    """Put the tensors of a checkpoint in parts into a run with any number of processes, in place.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or does not fit.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(checkpoint / SHARDS))
+    with _explained(checkpoint / SHARDS):
+        saved = cast("Mapping[str, TensorStorageMetadata]", reader.read_metadata().state_dict_metadata)
+        for name, parameter in parts.model.named_parameters():
+            prefix = f"optimizer/{name}/"
+            for key in (key for key in saved if key.startswith(prefix)):
+                # A count of steps, or something that is divided as the parameter is.
+                as_the_parameter = saved[key].size == parameter.shape
+                like = parameter.detach() if as_the_parameter else torch.empty(saved[key].size, device=parameter.device)
+                value = torch.empty_like(like, dtype=saved[key].properties.dtype)
+                parts.optimizer.state[parameter][key.removeprefix(prefix)] = value
+        memory = torch.empty(saved["memory"].size, dtype=saved["memory"].properties.dtype, device="cpu")
+        # Each process reads for itself: nothing has to be agreed upon, and one process needs no process group.
+        load(_tensors(parts, memory), storage_reader=reader, no_dist=True)
+    parts.progress.memory = parts.ranks.own(memory).to(parts.device)
+
+
+def _tensors(parts: Parts, memory: Tensor) -> dict[str, Tensor]:
+    """Everything that a run's checkpoint holds, by name: what is there is written or, in place, read.
+
+    What a user loads is ``model/``: the weights' average, if the run keeps one.
+    """
+    weights = {name: parameter.detach() for name, parameter in parts.model.named_parameters()}
+    named = {f"model/{name}": tensor for name, tensor in (parts.average or weights).items()}
+    if parts.average:
+        named |= {f"weights/{name}": tensor for name, tensor in weights.items()}
+    for name, parameter in parts.model.named_parameters():
+        named |= {f"optimizer/{name}/{key}": value for key, value in parts.optimizer.state[parameter].items()}
+    return {**named, "memory": memory}
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """torch.distributed.checkpoint's error, a traceback of each process and not even an Exception, as a sentence."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        kind = OSError if isinstance(reason, OSError) else ValueError
+        raise kind(f"{folder}: process {rank}: {type(reason).__name__}: {reason}") from error

@@ -1,0 +1,75 @@
+"""Trials in processes of their own end with the process that wants them, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from memformer.bench.trials import Record, Result, Trial, carry_out
+
+
+def sleep(trial: Trial) -> Result:
+    """Says who is at work, then works for longer than any test."""
+    Path(trial["folder"], str(os.getpid())).touch()
+    if trial["number"]:
+        time.sleep(600)
+    return {"done": True}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there that has not ended; one that nobody waited for counts as ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for(folder: Path, count: int) -> list[int]:
+    for _ in range(600):
+        if len(found := [int(file.name) for file in folder.iterdir()]) >= count:
+            return found
+        time.sleep(0.1)
+    raise TimeoutError(f"{count} workers in {folder}")
+
+
+def gone(workers: list[int]) -> bool:
+    for _ in range(100):
+        if not any(map(alive, workers)):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def trials(folder: Path) -> list[Trial]:
+    return [{"folder": str(folder), "number": number} for number in (1, 2)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc who is alive")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, number: int) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nfrom test_trials import *\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"    list(carry_out(sleep, trials(Path({str(tmp_path)!r})), Record(None, {{}}), 2))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    workers = wait_for(tmp_path, 2)
+    parent.send_signal(number)
+    assert parent.wait(60) != 0
+    assert gone(workers)
+
+
+def test_whoever_wants_no_more_is_not_kept_waiting(tmp_path: Path) -> None:
+    wanted = [{"folder": str(tmp_path), "number": number} for number in (0, 1)]
+    results = carry_out(sleep, wanted, Record(None, {}), 2)
+    assert next(results) == (wanted[0], {"done": True})
+    results.close()
