@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from memformer import replay
+from memformer import memory_replay_backprop, replay
 from memformer.causal import CausalMemformer, CausalMemory
-from memformer.causal_rollouts import causal_replay_backprop, causal_rollout
 from memformer.data.segments import Segment
+from memformer.rollouts import rollout
 
 SIZES = {
     "dim": 16, "num_memory_slots": 3, "num_tokens": 11, "max_seq_len": 6, "depth": 3, "heads": 2, "overlap": 2,
@@ -126,7 +126,7 @@ def test_replay_equals_bptt(
     for method in (replay.memory_replay, replay.full_bptt):
         torch.manual_seed(seed)
         schedule = replay.EveryMemory(graphs=graphs)
-        outcome = causal_rollout(model, segments, mems, wavefront=wavefront, method=method, schedule=schedule)
+        outcome = rollout(model, segments, mems, wavefront=wavefront, method=method, schedule=schedule)
         if not outcome.loss.requires_grad:
             return
         loss = outcome.loss + outcome.memory.slots.cos().sum()
@@ -161,7 +161,7 @@ def test_all_layers_at_once_are_the_layers_one_after_the_other(
     ]
     found = []
     for wavefront in (False, True):
-        outcome = causal_rollout(model, segments, wavefront=wavefront, method=replay.full_bptt)
+        outcome = rollout(model, segments, wavefront=wavefront, method=replay.full_bptt)
         loss = outcome.loss + outcome.memory.slots.cos().sum()
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
         found.append((loss, outcome.memory, gradients))
@@ -171,7 +171,7 @@ def test_all_layers_at_once_are_the_layers_one_after_the_other(
 @LAYOUTS
 def test_memory_replay_backprop_cuts_and_sums_the_segments_means(memory: str) -> None:
     model, text = make(memory=memory), tokens(2, 20)
-    loss, mems = causal_replay_backprop(model, text)
+    loss, mems = memory_replay_backprop(model, text)
     filled = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     expected, state = torch.zeros((), dtype=torch.float64), None
@@ -212,11 +212,11 @@ def test_input_that_does_not_fit() -> None:
     text = tokens(2, 6)
     with pytest.raises(ValueError, match=r"tokens: expected at most max_seq_len = 6 tokens, got 7"):
         model(tokens(2, 7))
-    with pytest.raises(ValueError, match=r"labels: expected the shape of tokens, \(2, 6\), got torch.int64 of shape"):
+    with pytest.raises(ValueError, match=r"labels: expected the shape of the tokens, \(2, 6\), got torch"):
         model(text, labels=text[:, 1:])
     with pytest.raises(ValueError, match=r"mems: expected slots of torch.float64, .* \(2, 3, 3, 16\)"):
         model(text, model.get_initial_mem(3))
     with pytest.raises(ValueError, match=r"mems: expected a CausalMemory, as this model returns it, got"):
         model(text, model.get_initial_mem(2).slots)
     with pytest.raises(ValueError, match=r"wavefront: layers that share a memory wait for each other"):
-        causal_replay_backprop(make(memory="one"), text, wavefront=True)
+        rollout(make(memory="one"), [Segment(text)], wavefront=True)

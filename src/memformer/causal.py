@@ -6,21 +6,24 @@ Shapes: tokens (batch, tokens), slots (batch, layers, slots, dim). Nothing here 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import IGNORED, as_mask, check_mask, check_tokens, describe, is_tensor
+from . import generation
+from .checks import IGNORED, as_mask, as_tokens, check_mask, check_tokens, describe, has_values, is_tensor
 from .config import CausalConfig, MemoryLayout, Positions, Writer
+from .data.segments import Segment, Targets, cut, each_as_tokens
+from .interface import SegmentModel, TokenLosses
 from .nn.attention import KeysValues, causal_mask
 from .nn.blocks import Block, embedding_table
 from .nn.causal import CausalLayer, MemoryInEachLayer, OneMemory
 from .nn.memory import WRITERS, SlotWriter
 from .nn.positions import positions as positions_of
-from .pretrained import Pretrained
 from .state import MemoryState
 
 __all__ = ["CausalMemformer", "CausalMemory", "CausalResults", "causal_losses"]
@@ -71,7 +74,7 @@ class CausalResults(NamedTuple):
     loss: Tensor | None
 
 
-class CausalMemformer(Pretrained):
+class CausalMemformer(SegmentModel):
     """A causal Transformer with memories of fixed size, for sequences of any length, segment by segment.
 
     >>> model = CausalMemformer(dim=32, num_memory_slots=4, num_tokens=256, depth=2, max_seq_len=16)
@@ -105,6 +108,8 @@ class CausalMemformer(Pretrained):
 
     config: CausalConfig
     config_class = CausalConfig
+    kind = "CausalMemformer"
+    reads_its_targets = True
 
     def __init__(
         self,
@@ -153,7 +158,7 @@ class CausalMemformer(Pretrained):
         """Read one segment, and predict each of its tokens from those before it.
 
         Args:
-            tokens: (batch, tokens <= max_seq_len) token ids.
+            tokens: (batch, tokens <= max_seq_len) token ids: a tensor or an array of integers, or lists of them.
             mems: the memory before the segment; None for the learned initial one.
             mask: like ``tokens``, boolean or integer, True or 1 for tokens that exist. Masked ones change nothing
                 anywhere; a lane whose whole segment is masked keeps its memory.
@@ -164,7 +169,9 @@ class CausalMemformer(Pretrained):
         Raises:
             ValueError: a shape, dtype, length or token id does not fit; the message says what was expected.
         """
-        mask, reset = as_mask("mask", mask), as_mask("reset", reset)
+        device = self.embedding.weight.device
+        tokens, labels = as_tokens(tokens, device), as_tokens(labels, device)
+        mask, reset = as_mask("mask", mask, device), as_mask("reset", reset, device)
         self.check(tokens, mems, mask, reset, labels)
         hidden, mem = self.step(tokens, mems, mask, reset)
         logits = self.head(hidden)
@@ -227,7 +234,123 @@ class CausalMemformer(Pretrained):
             return self.to_logits(hidden)
         return F.linear(hidden, self.embedding.weight[:-1], self.bias)
 
+    read = generation.read
+    stream = generation.stream
+    generate = generation.generate
+
+    def resize_mems(self, mems: CausalMemory) -> CausalMemory:
+        """A memory carried from before :meth:`resize_memory`, for the model as it is now.
+
+        The first slots keep what they hold; new ones begin as at the start of a document.
+
+        Raises:
+            ValueError: not a memory of this model but for the number of its slots.
+        """
+        slots = mems[0] if isinstance(mems, tuple) and mems else None
+        known = isinstance(slots, Tensor) and slots.dim() == 4
+        batch, count = (slots.shape[0], slots.shape[2]) if known else (1, self.config.num_memory_slots)
+        self._check_memory(mems, batch, count)
+        initial = self.get_initial_mem(len(mems.last)).slots
+        kept = mems.slots[:, :, : self.config.num_memory_slots]
+        return CausalMemory(torch.cat([kept, initial[:, :, count:]], 2), mems.last)
+
+    # --- What a rollout asks for ----------------------------------------------------------------------------------
+
+    def forget(self, memory: CausalMemory) -> CausalMemory:
+        """The initial slots, and the last tokens that were read."""
+        return memory._replace(slots=self.get_initial_mem(len(memory.last)).slots)
+
+    def cell(self, segment: Segment, memory: CausalMemory | None) -> tuple[Tensor, CausalMemory]:
+        """The stack with its memories; see :meth:`step`."""
+        return self.step(segment.src, memory, segment.src_mask, segment.reset)
+
+    def target(self, segment: Segment) -> Tensor:
+        """The labels; where there are none, the tokens themselves."""
+        return segment.src if segment.tgt is None else segment.tgt
+
+    def counted(self, segment: Segment) -> Tensor:
+        """Which labels count, (batch, tokens)."""
+        return counted_labels(self.target(segment), segment.src_mask, self.has_overlap)
+
+    def token_losses(self, outputs: Sequence[Tensor], segments: Sequence[Segment]) -> TokenLosses:
+        """The losses of several segments' labels, from one call of the head."""
+        lengths = [segment.src.shape[1] for segment in segments]
+        longest = max(lengths)
+        padded = [F.pad(x, (0, 0, 0, longest - length)) for x, length in zip(outputs, lengths, strict=True)]
+        labels = torch.cat([_padded(self.target(segment), longest, IGNORED) for segment in segments])
+        mask = None
+        if any(segment.src_mask is not None for segment in segments):
+            masks = [torch.ones_like(s.src, dtype=torch.bool) if s.src_mask is None else s.src_mask for s in segments]
+            mask = torch.cat([_padded(m, longest, False) for m in masks])
+        return TokenLosses(labels, *causal_losses(self.head(torch.cat(padded)), longest, labels, mask))
+
+    def segments(
+        self,
+        src: Any,
+        tgt: Targets,
+        src_mask: Any,
+        tgt_mask: Targets,
+        reset: Targets,
+        mems: CausalMemory | None,
+    ) -> list[Segment]:
+        """What :func:`~memformer.memory_replay_backprop` is given, checked, and cut into segments of ``max_seq_len``.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        if tgt_mask is not None:
+            raise ValueError("tgt_mask: labels have the mask of their tokens, src_mask; one of -100 does not count")
+        device, length = self.embedding.weight.device, self.config.max_seq_len
+        src, src_mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
+        labels, reset = tgt, each_as_tokens("reset", reset, device)
+        self.check(src, mems, src_mask, max_len=sys.maxsize, name="src")
+        if labels is not None:
+            labels = as_tokens(labels, device) if not isinstance(labels, (list, tuple)) else labels
+            if isinstance(labels, Tensor):
+                self.check_labels(labels, src, "tgt")
+                labels = labels.split(length, 1)
+            else:
+                labels = each_as_tokens("tgt", labels, device)
+        found = cut(length, src, labels, src_mask, None, reset)
+        found = [segment._replace(reset=as_mask("reset", segment.reset)) for segment in found]
+        for s in found:
+            self.check(s.src, None, s.src_mask, s.reset, name="src")
+            if s.tgt is not None:
+                self.check_labels(s.tgt, s.src, "tgt")
+        return found
+
+    def silent(self, segment: Segment) -> Segment:
+        """The segment with labels that do not count."""
+        return segment._replace(tgt=torch.full_like(segment.src, IGNORED))
+
+    def of_stream(self, segment: Segment) -> Segment:
+        """The tokens that a decoder would write of the segment: each of a document comes once."""
+        assert segment.tgt is not None
+        mask = None if segment.tgt_mask is None else segment.tgt_mask[:, 1:]
+        return Segment(segment.tgt[:, 1:], mask, segment.reset)
+
+    def writers(self) -> list[SlotWriter]:
+        """One for each layer, or the one there is."""
+        return self.stack.writers()
+
+    def slots_of(self, memory: CausalMemory) -> Tensor:
+        """(batch, layers, slots, dim)."""
+        return memory.slots
+
     # --- What generation asks for ---------------------------------------------------------------------------------
+
+    def check_writes(self, purpose: str) -> None:
+        """Raise ValueError, which names the purpose, where a segment's first token cannot be predicted."""
+        if not self.has_overlap:
+            raise ValueError(
+                f"{purpose}: this model has overlap=0, so it does not predict a segment's first token; build it with "
+                "an overlap of at least 1"
+            )
+
+    def new_state(self, batch_size: int, start: int) -> MemoryState:
+        """Lanes that have read nothing. The start token fills up what a state has no tokens for, and is not read."""
+        like, config = self.get_initial_mem(1).slots[0], self.config
+        return MemoryState.new(batch_size, config.max_seq_len, start, like, config.overlap)
 
     def memory_after(self, state: MemoryState) -> Tensor:
         """The slots after each lane's last whole segment, (batch, layers, slots, dim)."""
@@ -288,29 +411,35 @@ class CausalMemformer(Pretrained):
         reset: Tensor | None = None,
         labels: Tensor | None = None,
         max_len: int | None = None,
+        name: str = "tokens",
     ) -> None:
         """Raise ValueError where a segment does not fit; ``max_len`` is the longest allowed (default: one segment)."""
         config = self.config
-        check_tokens("tokens", tokens, config.num_tokens, max_len or config.max_seq_len, "")
-        check_mask("mask", mask, tokens)
+        check_tokens(name, tokens, config.num_tokens, max_len or config.max_seq_len, "")
+        check_mask("mask" if name == "tokens" else f"{name}_mask", mask, tokens)
         batch = tokens.shape[0]
         if mems is not None:
             self._check_memory(mems, batch)
         if reset is not None and not is_tensor(reset, (batch,), torch.bool):
             raise ValueError(
-                f"reset: expected torch.bool of shape ({batch},), one per lane of tokens, got {describe(reset)}"
+                f"reset: expected torch.bool of shape ({batch},), one per lane of {name}, got {describe(reset)}"
             )
-        if labels is None:
-            return
-        if not isinstance(labels, Tensor) or labels.shape != tokens.shape:
-            raise ValueError(f"labels: expected the shape of tokens, {tuple(tokens.shape)}, got {describe(labels)}")
-        check_tokens("labels", labels.where(labels != IGNORED, 0), config.num_tokens, labels.shape[1], "")
+        if labels is not None:
+            self.check_labels(labels, tokens)
 
-    def _check_memory(self, mems: CausalMemory, batch: int) -> None:
+    def check_labels(self, labels: Tensor, tokens: Tensor, name: str = "labels") -> None:
+        """Raise ValueError where labels do not fit their tokens."""
+        if not isinstance(labels, Tensor) or labels.shape != tokens.shape:
+            raise ValueError(f"{name}: expected the shape of the tokens, {tuple(tokens.shape)}, got {describe(labels)}")
+        known = labels.where(labels != IGNORED, 0) if has_values(labels) else labels
+        check_tokens(name, known, self.config.num_tokens, labels.shape[1], "")
+
+    def _check_memory(self, mems: CausalMemory, batch: int, slots: int | None = None) -> None:
+        """``slots``: how many there are to be (default: those of the model)."""
         config, dtype = self.config, self.norm.weight.dtype
         if not isinstance(mems, tuple) or len(mems) != 2:
             raise ValueError(f"mems: expected a CausalMemory, as this model returns it, got {describe(mems)}")
-        shape = (batch, len(self.stack.writers()), config.num_memory_slots, config.dim)
+        shape = (batch, len(self.writers()), slots or config.num_memory_slots, config.dim)
         if not is_tensor(mems[0], shape, dtype):
             raise ValueError(
                 f"mems: expected slots of {dtype}, that of the model, of shape {shape} (batch of tokens, layers, "
@@ -349,19 +478,31 @@ def causal_losses(logits: Tensor, length: int, labels: Tensor, mask: Tensor | No
             where there is no overlap.
         labels, mask: (batch, length).
     """
-    counted = labels != IGNORED
-    if mask is not None:
-        counted = counted & mask
     before = logits[:, :-1]
-    if before.shape[1] < length:  # nothing stands before the first token
-        kept = torch.ones_like(counted) if mask is None else mask
-        counted = counted & (kept.cumsum(1) - kept.long() > 0)
+    has_overlap = before.shape[1] == length
+    counted = counted_labels(labels, mask, has_overlap)
+    if not has_overlap:
         before = F.pad(before, (0, 0, 1, 0))
     if before.dtype in (torch.float16, torch.bfloat16):
         before = before.float()
     targets = labels.long().where(counted, IGNORED)
     losses = F.cross_entropy(before.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(labels), counted
+
+
+def counted_labels(labels: Tensor, mask: Tensor | None, has_overlap: bool) -> Tensor:
+    """Which labels (batch, length) count: see :func:`causal_losses`."""
+    counted = labels != IGNORED
+    if mask is not None:
+        counted = counted & mask
+    if has_overlap:
+        return counted
+    kept = torch.ones_like(counted) if mask is None else mask  # nothing stands before the first token
+    return counted & (kept.cumsum(1) - kept.long() > 0)
+
+
+def _padded(x: Tensor, length: int, value: float) -> Tensor:
+    return F.pad(x, (0, length - x.shape[1]), value=value)
 
 
 def _stack(config: CausalConfig) -> MemoryInEachLayer | OneMemory:

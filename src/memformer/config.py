@@ -9,7 +9,7 @@ import os
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
     "CausalConfig",
@@ -45,6 +45,26 @@ class Typed:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Typed):
     """What the configurations of all models can do."""
+
+    if TYPE_CHECKING:  # not here at run time: the order of fields is each class's own
+        dim: int
+        num_memory_slots: int
+        dropout: float
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens per segment."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens can be both read and written: ids from 0."""
+        raise NotImplementedError
+
+    @property
+    def vocabularies(self) -> dict[str, int | None]:
+        """The settings that say how many tokens are known; of a model of text all are the tokenizer's number."""
+        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name: plain numbers and words, which JSON can hold."""
@@ -84,9 +104,9 @@ class ModelConfig(Typed):
                     f"positions: rotary needs an even width per head, got dim {dim} / {name} {heads} = {dim // heads}. "
                     "Change dim or the heads, or use positions='relative'"
                 )
-        if not (isinstance(dropout, numbers.Real) and 0 <= dropout < 1):
+        if not (isinstance(dropout, numbers.Real) and 0 <= float(dropout) < 1):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
-        if not (isinstance(temperature, numbers.Real) and temperature > 0):
+        if not (isinstance(temperature, numbers.Real) and float(temperature) > 0):
             raise ValueError(f"write_temperature: expected a number above 0, got {temperature!r}")
 
 
@@ -169,6 +189,11 @@ class MemformerConfig(ModelConfig):
         """How many tokens can be both read and written: ids from 0."""
         return min(self.enc_num_tokens, self.dec_num_tokens or self.enc_num_tokens)
 
+    @property
+    def vocabularies(self) -> dict[str, int | None]:
+        """The settings that say how many tokens are known; of a model of text all are the tokenizer's number."""
+        return {"enc_num_tokens": self.enc_num_tokens, "dec_num_tokens": self.dec_num_tokens}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CausalConfig(ModelConfig):
@@ -220,6 +245,11 @@ class CausalConfig(ModelConfig):
     def vocabulary(self) -> int:
         """How many tokens can be read and written: ids from 0."""
         return self.num_tokens
+
+    @property
+    def vocabularies(self) -> dict[str, int | None]:
+        """The settings that say how many tokens are known."""
+        return {"num_tokens": self.num_tokens}
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

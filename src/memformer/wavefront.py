@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .causal import CausalMemformer, CausalMemory, last_tokens, visible_to
 from .data.segments import Segment
+from .interface import SegmentModel
 from .nn.causal import CausalLayer, MemoryInEachLayer
 from .nn.stacked import call, part, stack, twin
 
-__all__ = ["Diagonal", "Flight", "Wavefront"]
+__all__ = ["Diagonal", "Flight", "Wavefront", "pays"]
 
 
 class Diagonal(NamedTuple):
@@ -79,6 +80,13 @@ class Wavefront:
         self._initial = model.get_initial_mem(batch_size)
         self.parameters = [*self._stacked.values(), self._initial.slots, *model.embedding.parameters()]
 
+    @classmethod
+    def of(cls, model: SegmentModel, batch_size: int) -> Wavefront:
+        """That of a model which has one. Raises ValueError for another."""
+        if not isinstance(model, CausalMemformer):
+            raise ValueError(f"wavefront: expected a CausalMemformer, got {type(model).__name__}")
+        return cls(model, batch_size)
+
     def diagonals(self, segments: Sequence[Segment]) -> list[Diagonal]:
         """The steps that take segments through all layers, padded to one length."""
         return list(self._diagonals(_alike(segments)))
@@ -103,7 +111,7 @@ class Wavefront:
         return CausalMemory(flight.slots.transpose(0, 1), flight.last)
 
     def __call__(self, diagonal: Diagonal, flight: Flight) -> tuple[Tensor | None, Flight]:
-        """One step: ``(hidden, flight)``, hidden as :meth:`CausalMemformer.step` gives it, of the segment that leaves."""
+        """One step: ``(hidden, flight)``, of the segment that leaves as :meth:`CausalMemformer.step` gives it."""
         model, (first, last) = self.model, diagonal.layers.tolist()
         slots, tokens, x, kept, reset = flight
         if diagonal.entering is not None:
@@ -129,6 +137,16 @@ class Wavefront:
             hidden = model.predicting(x[-1])
             x, kept, reset = (None if p is None or len(p) == 1 else p[:-1] for p in (x, kept, reset))
         return hidden, Flight(slots, tokens, x, kept, reset)
+
+
+def pays(model: SegmentModel, segments: int) -> bool:
+    """Whether a wavefront over so many segments is expected to be the faster way.
+
+    It saves calls where there are several layers and several segments; docs/results.md has the measurements.
+    """
+    if not isinstance(model, CausalMemformer) or not isinstance(model.stack, MemoryInEachLayer):
+        return False
+    return model.config.depth >= 3 and segments >= 3
 
 
 def _before(new: Tensor | None, others: Tensor | None) -> Tensor | None:

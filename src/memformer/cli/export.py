@@ -8,7 +8,7 @@ from pathlib import Path
 from ..data import load_tokenizer
 from ..data.tokenizers import SPECIAL
 from ..export import Format, export
-from ..model import Memformer
+from ..models import load_model
 from ..training import checkpoints
 
 __all__ = ["ExportCommand", "run"]
@@ -29,7 +29,7 @@ class ExportCommand:
 def run(command: ExportCommand) -> int:
     """Write a model for other runtimes; returns the exit status."""
     folder = checkpoints.find(command.checkpoint)
-    model = Memformer.from_pretrained(folder).eval()
+    model = load_model(folder).eval()
     try:
         tokenizer = load_tokenizer(folder)
     except FileNotFoundError:

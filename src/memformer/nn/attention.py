@@ -44,10 +44,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     if q.dim() == 4:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     # Several layers at once: for torch's fast path they are more of the batch.
-    flat = (x.flatten(0, 1) for x in (q, k, v))
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
     if mask is not None:
         mask = mask.expand(*q.shape[:2], *mask.shape[-3:]).flatten(0, 1)
-    return F.scaled_dot_product_attention(*flat, attn_mask=mask, is_causal=causal).unflatten(0, q.shape[:2])
+    return F.scaled_dot_product_attention(flat[0], flat[1], flat[2], mask, is_causal=causal).unflatten(0, q.shape[:2])
 
 
 def causal_mask(tokens: int, keys: int, device: torch.device) -> Tensor:

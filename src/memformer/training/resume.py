@@ -9,15 +9,17 @@ from typing import Literal, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .. import folders
 from ..data import Document, Tokenizer, fingerprint
 from ..data.lanes import LanesState
-from ..model import Memformer
+from ..interface import SegmentModel
+from ..models import config_in, load_model, make_model
 from ..parallel import like
 from ..settings import ModelSettings, TrainingConfig, absolute, read_saved, read_yaml, to_flat, to_plain
 from . import checkpoints, shards
-from .parts import Best, Change, Parts, only_finite
+from .parts import Best, Change, Parts, by_name, from_names, only_finite
 
 __all__ = [
     "ON_RESUMING",
@@ -201,7 +203,7 @@ def sized_as(settings: TrainingConfig, path: str | Path) -> TrainingConfig:
         FileNotFoundError, ValueError: there is no model, or it is damaged.
     """
     folder = folders.find(path)
-    model, tokenizer = Memformer.from_pretrained(folder).config, _tokenizer_in(folder)
+    model, tokenizer = load_model(folder).config, _tokenizer_in(folder)
     documents = settings.documents
     if tokenizer is not None:
         documents = dataclasses.replace(documents, tokenizer=_kind(tokenizer), vocabulary=tokenizer.ordinary)
@@ -209,23 +211,13 @@ def sized_as(settings: TrainingConfig, path: str | Path) -> TrainingConfig:
         settings,
         init_from=Path(path),
         documents=documents,
-        model=ModelSettings(
-            slots=model.num_memory_slots,
-            heads=model.enc_heads,
-            mem_updates=model.num_mem_updates,
-            dropout=settings.model.dropout,
-            **{name: getattr(model, name) for name in _SAME},
-        ),
-        rollout=dataclasses.replace(settings.rollout, segment_length=model.enc_max_seq_len),
+        model=ModelSettings.of(model, settings.model.dropout),
+        rollout=dataclasses.replace(settings.rollout, segment_length=model.segment_length),
     )
 
 
-_SAME = ("dim", "enc_depth", "dec_depth", "dec_overlap", "memory_writer", "write_temperature", "positions",
-         "tie_embeddings")  # fmt: skip
-
-
-def load_initial(settings: TrainingConfig) -> tuple[dict[str, Tensor], Tokenizer | None] | None:
-    """The weights and, where it has one, the tokenizer of ``init_from``; None where there is no such setting.
+def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | None] | None:
+    """The model and, where it has one, the tokenizer of ``init_from``; None where there is no such setting.
 
     Raises:
         FileNotFoundError, ValueError: there is no model, it is damaged, or not of the settings' sizes.
@@ -233,21 +225,26 @@ def load_initial(settings: TrainingConfig) -> tuple[dict[str, Tensor], Tokenizer
     if settings.init_from is None:
         return None
     folder = folders.find(settings.init_from)
-    model, tokenizer = Memformer.from_pretrained(folder), _tokenizer_in(folder)
+    model, tokenizer = load_model(folder), _tokenizer_in(folder)
     there, found = model.config.to_dict(), settings.documents.tokenizer
     if tokenizer is not None and found != _kind(tokenizer):
         raise ValueError(
             f"documents.tokenizer: the model in {folder} has a tokenizer of {_kind(tokenizer)}, got {found}; leave it "
             "out, or take the settings from training.sized_as"
         )
-    given = settings.model.config(model.config.enc_num_tokens, settings.rollout.segment_length).to_dict()
+    if ModelSettings.of(model.config, 0).architecture != settings.model.architecture:
+        raise ValueError(
+            f"architecture: the model in {folder} is a {model.kind}, got {settings.model.architecture}; sizes come "
+            "with the weights, so take the settings from training.sized_as"
+        )
+    given = settings.model.config(model.config.vocabulary, settings.rollout.segment_length).to_dict()
     for name, value in given.items():
         if name != "dropout" and there[name] != value:
             raise ValueError(
                 f"{name}: the model in {folder} has {there[name]}, got {value}; sizes come with the weights, so leave "
                 "them out, or take the settings from training.sized_as"
             )
-    return dict(model.state_dict()), tokenizer
+    return model, tokenizer
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:
@@ -292,11 +289,11 @@ def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
         for key, value in parts.optimizer.state[parameter].items():
             tensors[f"optimizer/{name}/{key}"] = value.cpu()
     assert parts.progress.memory is not None
-    tensors["memory"] = parts.ranks.gather(parts.progress.memory).cpu()
+    tensors |= {name: parts.ranks.gather(part).cpu() for name, part in by_name(parts.progress.memory).items()}
     with parts.ranks.together():
         if not parts.ranks.rank:
             with torch.random.fork_rng(), torch.device("cpu"):
-                plain = Memformer(**parts.model.config.to_dict())
+                plain = make_model(parts.model.config)
             plain.load_state_dict(average or weights, strict=False)
             _write(parts, settings, plain.save_pretrained, tensors)
 
@@ -365,7 +362,7 @@ def record_evaluation(parts: Parts, settings: TrainingConfig) -> None:
         checkpoints.keep_only(settings.out, settings.output.keep, progress.best and progress.best["step"])
 
 
-def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str, model: Memformer) -> Saved:
+def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str, model: SegmentModel) -> Saved:
     """Check that a checkpoint is of this run, and take its weights into the model; returns the rest of its state.
 
     Args:
@@ -389,12 +386,12 @@ def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: s
             )
         changes.append(Change(f"{what} documents", "", "", follows))
         kinds.add(cast(Kind, kind))
-    config, expected = Memformer.saved_config(checkpoint), model.config
+    config, expected = config_in(checkpoint), model.config
     if dataclasses.replace(config, dropout=expected.dropout) != expected:
         raise ValueError(f"{checkpoint}: its model is {config}, expected {expected}")
     if shards.found_in(checkpoint):
         return Saved(cast(_Numbers, numbers), tensors, changes, kinds, checkpoint)
-    loaded = Memformer.from_pretrained(checkpoint)
+    loaded = load_model(checkpoint)
     model.load_state_dict(loaded.state_dict())
     averages = {f"average/{name}": parameter.detach() for name, parameter in loaded.named_parameters()}
     weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
@@ -419,7 +416,8 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
             parts.average[name] = like(tensors[f"average/{name}"], parameter)
     progress = parts.progress
     if in_parts is None:
-        progress.memory = parts.ranks.own(tensors["memory"]).to(parts.device)
+        saved_memory = from_names(tensors, parts.model.get_initial_mem(1))
+        progress.memory = tree_map(lambda part: parts.ranks.own(part).to(parts.device), saved_memory)
     if "stream" in kinds:
         progress.memory = None
         state, before = parts.stream.state_dict(), numbers["stream"]

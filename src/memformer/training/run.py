@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from .. import folders, replay
 from ..data.lanes import LanesState
@@ -23,7 +24,8 @@ from ..device import summing_device
 from ..evaluation import HeldOut, evaluate
 from ..files import replace_file
 from ..inspection import memory_health
-from ..model import Memformer
+from ..interface import Memory, SegmentModel
+from ..models import make_model
 from ..parallel import Ranks, full, gradient_sync
 from ..rollouts import verify_rollout
 from ..settings import TrainingConfig, to_yaml
@@ -54,7 +56,7 @@ class _Step(NamedTuple):
     gradient_norm: float
     segment: Segment
     """The last rollout's first one, and the memory before it."""
-    memory: Tensor | None
+    memory: Memory | None
 
 
 class Run:
@@ -133,7 +135,7 @@ class Run:
             )
         stream, progress = self.parts.stream, self.parts.progress
         place = stream.state_dict()
-        segments = [segment.to(self.parts.device) for segment in stream.rollout(VERIFIED_SEGMENTS)]
+        segments = [self._read(segment) for segment in stream.rollout(VERIFIED_SEGMENTS)]
         segments[0] = begun_anew(segments[0], progress.memory)
         stream.load_state_dict(place)
         self.model.train()
@@ -291,7 +293,7 @@ class Run:
 
     def _differentiate(
         self, horizon: int, watch: replay.MemoryGradients | None
-    ) -> tuple[Tensor, int, Segment, Tensor | None]:
+    ) -> tuple[Tensor, int, Segment, Memory | None]:
         """The gradients of a step. Returns the loss, how many targets count, and what began the last rollout."""
         settings, ranks, device = self.settings, self.parts.ranks, self.parts.device
         progress = self.parts.progress
@@ -307,11 +309,15 @@ class Run:
                 torch.manual_seed(hash((settings.seed, progress.step, ranks.rank)))
             for i, segments in enumerate(rollouts):
                 last = i == len(rollouts) - 1
-                segments = [segment.to(device) for segment in segments]
+                segments = [self._read(segment) for segment in segments]
                 segments[0] = begun_anew(segments[0], progress.memory)
                 first, before = segments[0], progress.memory
                 loss += self._back_propagate(segments, counted / ranks.size, last, watch if last else None)
         return loss, int(counted), first, before
+
+    def _read(self, segment: Segment) -> Segment:
+        """A segment of the stream, on the device, as the model reads it."""
+        return self.model.of_stream(segment).to(self.parts.device)
 
     def _back_propagate(
         self, segments: list[Segment], divisor: float, last: bool, watch: replay.MemoryGradients | None
@@ -325,7 +331,7 @@ class Run:
                 loss, memory = module(segments, progress.memory, divisor, last, watch, tally)
             if loss.requires_grad:
                 self.parts.scaler.scale(loss).backward()
-        progress.memory, lost = only_finite(memory.detach())
+        progress.memory, lost = only_finite(tree_map(Tensor.detach, memory))
         self._lost_memories += lost
         return loss.detach()
 
@@ -350,7 +356,7 @@ class Run:
         precision = self.parts.precision
         return torch.autocast(self.parts.device.type, precision, enabled=precision is not torch.float32)
 
-    def averaged(self) -> contextlib.AbstractContextManager[Memformer]:
+    def averaged(self) -> contextlib.AbstractContextManager[SegmentModel]:
         """The model with the weights' moving average in place of the newest, where the run keeps one."""
         return self._update.averaged()
 
@@ -363,7 +369,7 @@ class Run:
         first, last = self.parts.ranks.sum(ends.square()).sqrt().tolist()
         return first / last if last else None
 
-    def _health(self, segment: Segment, memory: Tensor | None) -> tuple[float, float]:
+    def _health(self, segment: Segment, memory: Memory | None) -> tuple[float, float]:
         """``(self_attention, slot_diversity)``, the mean over processes."""
         health, ranks = memory_health(self.model, segment, memory), self.parts.ranks
         own = [health.self_attention, health.slot_diversity]
@@ -468,10 +474,10 @@ def _counted(segment: Segment) -> int:
     return int(segment.tgt_mask[:, 1:].sum())
 
 
-def _whole(model: Memformer) -> Memformer:
+def _whole(model: SegmentModel) -> SegmentModel:
     """A copy, in each process, of a model whose parameters FSDP divides."""
     with torch.random.fork_rng():
-        copy = Memformer(**model.config.to_dict())
+        copy = make_model(model.config)
     weights = {name: full(p.detach()) for name, p in model.named_parameters()}
     copy.load_state_dict(weights, strict=False)
     return copy.to(next(iter(weights.values())).device)
