@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+WORLD = 2
+
 
 def two_processes(work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:
     """:func:`several_processes`, two."""
-    return several_processes(2, work, tmp_path, *args)
+    return several_processes(WORLD, work, tmp_path, *args)
 
 
 def several_processes(count: int, work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:

@@ -87,7 +87,7 @@ def test_evaluate_reads_a_limit_and_speaks_json(folder, capsys, monkeypatch):
     assert main([*command, "--json", "--limit", "100"]) == 0
     printed, errors = capsys.readouterr()
     found = json.loads(printed)
-    assert errors == ""
+    assert errors == "model       run/step-000004\n"
     assert list(found) == ["checkpoint", "precision", "memory_on", "memory_off", "xz"]
     assert (found["precision"], found["memory_on"]["tokens"], found["xz"]["bytes"]) == ("float32", 100, 100)
     depths = found["memory_off"]["by_depth"]
@@ -114,7 +114,7 @@ def test_evaluate_says_on_a_terminal_how_far_it_is(folder, capsys, monkeypatch):
     assert main(["evaluate", "--checkpoint", "run", "--data", "text.txt", "--json"]) == 0
     printed, errors = capsys.readouterr()
     json.loads(printed)
-    assert "of 1,360 tokens" in errors
+    assert "of 1,361 tokens" in errors
     assert errors.endswith("\r\x1b[K")
 
 
@@ -228,7 +228,7 @@ def test_files_that_are_left_out_are_mentioned(folder, capsys):
     (folder / "mixed" / "a.txt").write_text("To read a long text, remember it. " * 40)
     (folder / "mixed" / "b.txt").write_bytes("déjà vu".encode("latin-1"))
     assert main(["train", "--data", "mixed", "--out", "run", *SMALL]) == 0
-    assert "memformer: warning: 1 files, such as mixed/b.txt, were left out" in capsys.readouterr().err
+    assert "memformer: warning: files left out: 1 not UTF-8 text (mixed/b.txt)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_a_mistake_is_one_line(folder, capsys, arguments, message):
         ("train --data --out x", "--data: an argument is empty"),
         ("train --out=", "--out: an argument is empty"),
         ("trian", "trian: no such command. Perhaps you meant train; memformer --help says more"),
-        ("nonsense", "nonsense: no such command. There are train, evaluate, "),
+        ("nonsense", "nonsense: no such command. There are train, encode, evaluate, "),
         ("generate", "Missing from memformer generate: --checkpoint PATH"),
         ("bench", "Expected one of {"),
         ("bench learnt", "learnt"),
@@ -366,7 +366,7 @@ def test_torchrun_trains_with_two_processes(folder, parallel):
     assert done.returncode == 0, done.stderr
     assert f"2 processes ({parallel})" in done.stdout
     assert done.stdout.count("held out    29 tokens of 1 document,") == 1
-    assert done.stdout.count("sample") == 1
+    assert done.stdout.count("sample") == (parallel == "ddp")  # what FSDP divides may be too large for one process
     assert checkpoints.find(folder / "run").name == "step-000004"
 
 

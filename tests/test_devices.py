@@ -79,6 +79,7 @@ def test_no_double_is_made_on_apples_gpu():
         "evaluation.py": 3,  # ByDepth, whose depths are on the CPU
         "generation.py": 3,  # the beams' scores
         "nn/positions.py": 2,  # tables, on the CPU
+        "training/averaging.py": 1,  # on the CPU
         "training/run.py": 2,  # what the processes sum up
         "replay/fingerprint.py": 1,  # of samples on the CPU
     }

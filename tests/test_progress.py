@@ -221,7 +221,9 @@ def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main([*TRAIN, "--sample-every", "2", "--loggers", "tensorboard"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "reading     déjà vu.txt"
-    assert re.match(r"data        1 document \(.* bytes\) to train on, 1 document \(.* bytes\) held out", lines[1])
+    assert re.match(
+        r"data        1 document \(.* bytes\) in 2 stretches to train on, 1 document \(.* bytes\) held out", lines[1]
+    )
     assert [line.split("/")[0].strip() for line in lines if re.match(r" +\d/4  .* left$", line)] == ["1", "2", "4"]
     assert sum("sample: " in line for line in lines) == 2
     assert any(re.fullmatch(r"held out    \d+ tokens of 1 document, read by the model of step 4", x) for x in lines)

@@ -384,16 +384,18 @@ def test_other_documents_are_taken_on_purpose(settings: Settings, tmp_path: Path
 
 
 def test_another_held_out_part_begins_the_search_for_the_best_anew(settings: Settings, tmp_path: Path) -> None:
-    before = train(settings(steps=2, eval_every=1))
+    before = train(settings(steps=2, eval_every=1, held_out_by="name"))
     (held_out,) = {document.name for document in before.held_out}
     (tmp_path / "corpus" / held_out).write_text("mended. " * 9)
     with pytest.raises(ValueError, match=r"the held-out documents are not those of .*add --new-data"):
-        Run(settings(resume=True, eval_every=1))
-    run = Run(settings(resume=True, eval_every=1, new_data=True))
+        Run(settings(resume=True, eval_every=1, held_out_by="name"))
+    run = Run(settings(resume=True, eval_every=1, held_out_by="name", new_data=True))
     assert run.best is None
     assert run.parts.stream.state_dict() == before.parts.stream.state_dict()
     assert_close(run.parts.progress.memory, before.parts.progress.memory, rtol=0, atol=0)
-    limited = Run(settings(out=tmp_path / "run", eval_every=1, eval_limit=20, resume=True, new_data=True))
+    limited = Run(
+        settings(out=tmp_path / "run", eval_every=1, eval_limit=20, held_out_by="name", resume=True, new_data=True)
+    )
     assert limited.best is None
 
 

@@ -88,10 +88,10 @@ def test_the_test_is_read_at_the_end_and_by_evaluate(
     said = capsys.readouterr().out
     tokens = (tmp_path / "final" / "0.txt").stat().st_size
     assert f"2 documents ({2 * len('valid ') + 3 * len(WORDS) - 2:,} bytes) held out ({tmp_path / 'valid'})" in said
-    assert f"\ntest        {tokens:,} tokens of 1 documents: " in said
+    assert f"\ntest        {tokens + 1:,} tokens of 1 document: " in said
     run = str(tmp_path / "run")
     assert cli.main(["evaluate", "--checkpoint", run, "--test", "--memory", "on", "--device", "cpu"]) == 0
-    assert f"on {tokens:,} tokens of 1 documents" in capsys.readouterr().out
+    assert f"on {tokens + 1:,} tokens of 1 document" in capsys.readouterr().out
     (tmp_path / "corpus" / "new.txt").write_text(WORDS)
     assert cli.main(["evaluate", "--checkpoint", run, "--device", "cpu"]) == 2
     assert "(was the data changed?), so what it held out cannot be told" in capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_an_unset_variable_is_not_the_default_data(
     """As in ``--data $UNSET``."""
     for given in (flag, f"{flag}="):
         assert cli.main(["train", "--out", str(tmp_path / "run"), "--steps", "1", given, *after]) == 2
-        assert f"{flag}: expected something after it, got nothing" in capsys.readouterr().err
+        assert f"{flag}: an argument is empty: is a variable" in capsys.readouterr().err
 
 
 def test_paths_of_settings(tmp_path: Path) -> None:
@@ -192,10 +192,9 @@ def test_paths_of_settings(tmp_path: Path) -> None:
         assert settings.data == settings.documents.test_data == (Path("a"),)
         (tmp_path / "a.yaml").write_text(to_yaml(settings))
         assert read_yaml(tmp_path / "a.yaml", TrainingConfig()) == settings
-    with pytest.raises(ValueError, match="data: expected a path, or a list of paths, got int"):
+    with pytest.raises(ValueError, match="data: expected a list, got 3"):
         TrainingConfig(data=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"include: expected a list of patterns such as '\*\.txt', got '\*\.md'"):
-        DocumentSettings(include="*.md")  # type: ignore[arg-type]
+    assert DocumentSettings(include="*.md").include == ("*.md",)  # type: ignore[arg-type]
 
 
 def test_names_that_are_not_utf8_can_be_saved(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

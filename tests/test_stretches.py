@@ -373,7 +373,7 @@ def test_the_start_of_a_run_says_how_many_stretches_there_are(book, capsys):
     settings = book(steps=1)
     assert main(["train", "--data", str(settings.data[0]), "--out", str(settings.out), "--steps", "1", "--lanes", "4",
                  "--horizon", "2", "--eval-limit", "50", "--sample-tokens", "0"]) == 0  # fmt: skip
-    assert "1 documents (11,251 bytes) in 4 stretches to train on" in capsys.readouterr().out
+    assert "1 document (11,251 bytes) in 4 stretches to train on" in capsys.readouterr().out
 
 
 def test_stretches_and_ends_may_change_on_purpose(book):

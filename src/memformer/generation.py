@@ -169,6 +169,8 @@ class Sampling(Filters):
             ids = getattr(self, name)
             if isinstance(ids, np.ndarray | Tensor):
                 object.__setattr__(self, name, ids.tolist())
+            elif not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
+                raise ValueError(f"{name}: expected a list of token ids, got {ids!r}")
         for name in ("top_p", "min_p", "repetition_penalty"):
             number = getattr(self, name)
             if number is not None or name == "repetition_penalty":

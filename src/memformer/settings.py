@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 import yaml
 
 from . import replay
-from .checks import as_paths
 from .config import (
     CausalConfig,
     MemformerConfig,
@@ -94,15 +93,11 @@ class DocumentSettings(Typed):
         check_count("vocabulary", self.vocabulary)
         if not isinstance(self.held_out, int) or self.held_out < 2:
             raise ValueError(f"held_out: expected a whole number of at least 2, got {self.held_out!r}")
-        for name in ("held_out_data", "test_data"):
-            object.__setattr__(self, name, as_paths(name, getattr(self, name)))
         if self.held_out_data and self.held_out != 48:
             raise ValueError(f"held_out: {self.held_out} has no meaning beside held_out_data; leave one of them out")
         for name in ("include", "exclude"):
-            patterns = getattr(self, name)
-            if isinstance(patterns, str) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-                raise ValueError(f"{name}: expected a list of patterns such as '*.txt', got {patterns!r}")
-            object.__setattr__(self, name, tuple(patterns))
+            if "" in getattr(self, name):
+                raise ValueError(f"{name}: expected patterns such as '*.txt', got an empty one")
         if self.separator is not None:
             _check_not_negative("separator", self.separator)
 
@@ -385,6 +380,7 @@ class ComputeSettings(Typed):
     """Minutes after which a process that waits for another one gives up."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.timeout > 0:
             raise ValueError(f"timeout: expected a number of minutes above 0, got {self.timeout}")
 
@@ -471,7 +467,6 @@ class TrainingConfig(Typed):
     output: OutputSettings = field(default_factory=OutputSettings)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", as_paths("data", self.data))
         super().__post_init__()
         check_count("steps", self.steps)
         _check_not_negative("seed", self.seed)

@@ -91,7 +91,7 @@ class ByObjective:
     """
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device):
-        starts = torch.zeros(tokenizer.vocabulary, dtype=torch.long)
+        starts = torch.zeros(tokenizer.vocabulary, dtype=torch.long, device="cpu")
         starts[tokenizer.infill], starts[tokenizer.recall] = Objective.INFILLING, Objective.RECALL
         self._starts = starts.to(device)
         self.sums = torch.zeros(2, len(Objective), dtype=torch.float32, device=device)
