@@ -238,21 +238,23 @@ class CausalMemformer(SegmentModel):
     stream = generation.stream
     generate = generation.generate
 
-    def resize_mems(self, mems: CausalMemory) -> CausalMemory:
-        """A memory carried from before :meth:`resize_memory`, for the model as it is now.
+    def resize_mems(self, mems: CausalMemory | Tensor) -> CausalMemory | Tensor:
+        """A memory carried from before :meth:`resize_memory`, or its slots alone, for the model as it is now.
 
         The first slots keep what they hold; new ones begin as at the start of a document.
 
         Raises:
             ValueError: not a memory of this model but for the number of its slots.
         """
-        slots = mems[0] if isinstance(mems, tuple) and mems else None
+        slots = mems if isinstance(mems, Tensor) else mems[0] if isinstance(mems, tuple) and mems else None
         known = isinstance(slots, Tensor) and slots.dim() == 4
         batch, count = (slots.shape[0], slots.shape[2]) if known else (1, self.config.num_memory_slots)
-        self._check_memory(mems, batch, count)
-        initial = self.get_initial_mem(len(mems.last)).slots
-        kept = mems.slots[:, :, : self.config.num_memory_slots]
-        return CausalMemory(torch.cat([kept, initial[:, :, count:]], 2), mems.last)
+        initial = self.get_initial_mem(batch)
+        carried = CausalMemory(mems, initial.last) if isinstance(mems, Tensor) else mems
+        self._check_memory(carried, batch, count)
+        kept = carried.slots[:, :, : self.config.num_memory_slots]
+        resized = torch.cat([kept, initial.slots[:, :, count:]], 2)
+        return resized if isinstance(mems, Tensor) else CausalMemory(resized, carried.last)
 
     # --- What a rollout asks for ----------------------------------------------------------------------------------
 

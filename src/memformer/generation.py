@@ -278,8 +278,8 @@ class _Writing:
         return self.model.next_logits(self.state, self.opened)
 
     def seen(self) -> Tensor:
-        """All tokens that the state holds (batch, at least 2 length)."""
-        return torch.cat([self.state.segment, self.state.pending], 1)
+        """The tokens of the last whole and of the pending segment (batch, 2 length)."""
+        return torch.cat([self.state.segment[:, -self.state.length :], self.state.pending], 1)
 
     def append(self, lanes: Sequence[int], tokens: Tensor) -> None:
         """One more token in each of ``lanes``; where that makes a segment full, the memory advances."""

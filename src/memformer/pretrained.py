@@ -65,9 +65,12 @@ class Pretrained(nn.Module):
 
     def write_config(self, folder: Path) -> None:
         """Write ``config.json`` alone."""
+        (folder / "config.json").write_text(json.dumps(self.described(), indent=2) + "\n", encoding="utf-8")
+
+    def described(self) -> dict[str, Any]:
+        """The settings and, unless it is the one there was first, the kind, as files have them."""
         kind = {} if self.kind == DEFAULT_KIND else {"model": self.kind}
-        text = json.dumps(kind | self.config.to_dict(), indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        return kind | self.config.to_dict()
 
     @classmethod
     def saved_config(cls, folder: Path) -> ModelConfig:

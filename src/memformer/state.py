@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .checks import as_tokens, describe
 from .config import a_path, check_count, is_count
 from .files import replace_file
-from .pretrained import Pretrained, plain_state, unwrapped
+from .pretrained import DEFAULT_KIND, Pretrained, plain_state, unwrapped
 
 __all__ = ["MemoryState", "fingerprint"]
 
@@ -195,7 +195,7 @@ class MemoryState:
             "memformer_state": _FORMAT,
             "start": str(self.start),
             "fingerprint": fingerprint(model),
-            "config": json.dumps(model.config.to_dict()),
+            "config": json.dumps(model.described()),
             "checksum": _sha256(tensors, str(self.start)),
         }
         replace_file(path, save(tensors, header))
@@ -289,6 +289,8 @@ def _plain(x: object) -> Iterator[object]:
 
 def _difference(header: dict[str, str], model: Pretrained) -> str:
     theirs, ours = json.loads(header["config"]), model.config.to_dict()
+    if (kind := theirs.pop("model", DEFAULT_KIND)) != model.kind:
+        return f"a {kind} there, a {model.kind} here"
     settings = [f"{k} {theirs.get(k)!r} there, {ours[k]!r} here" for k in ours if theirs.get(k) != ours[k]]
     prints = f"fingerprint {header['fingerprint'][:12]} there, {fingerprint(model)[:12]} here"
     return "; ".join(settings or ["the same settings, other weights"]) + f" ({prints})"

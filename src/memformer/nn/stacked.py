@@ -87,7 +87,8 @@ class _GRUCell(_Leaf):
         new = torch.baddbmm(self.bias_ih[:, None], x, self.weight_ih.mT).chunk(3, -1)
         old = torch.baddbmm(self.bias_hh[:, None], h, self.weight_hh.mT).chunk(3, -1)
         reset, update = ((a + b).sigmoid() for a, b in zip(new[:2], old[:2], strict=True))
-        return torch.lerp((new[2] + reset * old[2]).tanh(), h, update)
+        candidate = (new[2] + reset * old[2]).tanh()
+        return candidate + update * (h - candidate)
 
 
 _LEAVES: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
