@@ -14,10 +14,12 @@ from torch.testing import assert_close
 
 from helpers import lively, lively_causal, tokens, training_settings
 from memformer import CausalMemformer, Memformer, load_model, memory_replay_backprop, replay
+from memformer.cli.inspect import describe
 from memformer.data import ByteTokenizer, Lanes, encode_documents
 from memformer.data.documents import Document
 from memformer.data.segments import Segment
 from memformer.evaluation import evaluate
+from memformer.export import export
 from memformer.folders import all_checkpoints
 from memformer.inspection import inspect, slot_diversity
 from memformer.rollouts import read_segments, rollout, verify_rollout
@@ -205,6 +207,16 @@ def test_an_inspection_counts_the_slots_of_all_layers() -> None:
     initial = model.get_initial_mem(2)
     _, memory = model.cell(Segment(tokens(2, 5)), initial)
     assert slot_diversity(memory.slots[:, 0]).shape == (2,)
+
+
+def test_the_command_says_where_the_slots_are() -> None:
+    found = inspect(lively_causal(), [tokens(20).numpy()], start=10)
+    assert describe(found).startswith("9 slots (3 in each of 3 layers, in their order), read over 4 segments of 1 doc")
+
+
+def test_what_a_causal_model_cannot_do_yet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got CausalMemformer, which cannot be exported yet"):
+        export(lively_causal().float(), tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["layers", "one"])

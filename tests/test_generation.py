@@ -202,8 +202,7 @@ def test_batched_equals_one_by_one(
         assert_same_state(together.state.select([lane]), alone.state)
 
 
-@both
-def test_each_lane_keeps_its_generator_when_others_end(lively: Lively) -> None:
+def test_each_lane_keeps_its_generator_when_others_end() -> None:
     model, begun = lively(), prompts(2, 3, 4)
     how = dict(start=START, temperature=3.0)
 
