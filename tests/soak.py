@@ -149,18 +149,27 @@ class Soak:
         self.events = ["kill", "kill", "term", "interrupt", "damage", "data changed"]
         self.events += ["full disk", "lost folder"] if disk else []
 
-    def wait(self, process: subprocess.Popen[str], seconds: float) -> bool:
-        """Whether the process ended by itself within that time."""
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
+    def wait(self, process: subprocess.Popen[str], event: str) -> bool:
+        """Until it is time for an event: mostly some seconds after the next checkpoint; a kill may come at any time.
+
+        Returns whether the process ended by itself.
+        """
+        before = step_of(self.run)
+        anywhere = event == "kill" and before > 0 and self.draw.random() < 0.5
+        until = time.monotonic() + self.draw.uniform(0, 30)
+        while process.poll() is None:
+            if anywhere and time.monotonic() > until:
+                return False
+            if step_of(self.run) > before:
+                time.sleep(self.draw.uniform(0, 10))
+                return process.poll() is not None
+            time.sleep(0.05)
         return True
 
-    def once(self, pause: tuple[float, float]) -> None:
-        """Start, let something happen after some of so many seconds, and write down what was said."""
-        saved = step_of(self.run) > 0
-        event = self.draw.choice(self.events if saved else ["kill"])
+    def once(self) -> None:
+        """Start, let something happen, and write down what was said."""
+        # A run with one checkpoint has nothing to fall back on.
+        event = self.draw.choice(self.events if len(list(self.run.glob("step-*"))) > 1 else ["kill"])
         changed = self.folder / "corpus" / "book.txt"
         if event == "data changed":
             before = changed.read_bytes()
@@ -168,7 +177,7 @@ class Soak:
         elif event == "damage":
             damage(self.run, self.draw)
         process = start(self.folder, str(self.run.relative_to(self.folder)), self.folder / "soaked.log")
-        ended = self.wait(process, self.draw.uniform(*pause))
+        ended = self.wait(process, event)
         if not ended and event in ("kill", "damage", "data changed"):
             process.kill()
         elif not ended and event in ("term", "interrupt"):
@@ -207,7 +216,7 @@ def main() -> None:
     with disk.mounted() if disk else open(os.devnull):
         soak = Soak(folder, disk, given.seed)
         while time.monotonic() < ends:
-            soak.once((5.0, 60.0))
+            soak.once()
         alone.send_signal(signal.SIGTERM)
         _, errors = alone.communicate()
         assert alone.returncode == 130, errors

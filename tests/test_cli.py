@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,6 +101,11 @@ def test_evaluate_reads_a_limit_and_speaks_json(folder, capsys, monkeypatch):
     assert rounded["precision"] == "bfloat16"
     assert rounded["memory_on"]["loss_nats"] != found["memory_on"]["loss_nats"]
     assert rounded["memory_on"]["loss_nats"] == pytest.approx(found["memory_on"]["loss_nats"], rel=0.02)
+    monkeypatch.setattr("memformer.cli.evaluate.xz_bits_per_byte", lambda *_: float("nan"))
+    assert main([*command, "--memory", "on", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["xz"]["bits_per_byte"] is None
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
     monkeypatch.setattr("memformer.cli.evaluate.XZ_BYTES", 50)
     assert main([*command, "--memory", "on"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("bits per byte (the first 50 bytes)")
@@ -235,7 +241,12 @@ def test_files_that_are_left_out_are_mentioned(folder, capsys):
     ("arguments", "message"),
     [
         (["train", "--data", "nowhere"], "nowhere: no such file or folder"),
-        (["train", "--data", "text.txt", "--dim", "15"], "enc_heads: must divide dim"),
+        (["train", "--data", "text.txt", "--dim", "15"], "error: heads: must divide dim"),
+        (["train", "--schedule", "wsd"], "got 'wsd', which is a learning_rate_schedule"),
+        (["bench", "replay", "--device", "abacus"], "device: 'abacus' cannot be used here"),
+        (["bench", "learn", "--jobs", "-1"], "jobs: expected a whole number of at least 0, got -1"),
+        (["inspect", "--checkpoint", "nowhere", "--life"], "error: nowhere: no metrics.jsonl there"),
+        (["inspect", "--checkpoint", "nowhere", "--life", "--test"], "life: reads the run's metrics, so --test has no"),
         (["train", "--resume", "--out", "nowhere"], "nowhere: no checkpoint to resume"),
         (["train", "--steps", "0"], "error: steps: expected a whole number of at least 1, got 0"),
         (["train", "--held-out", "1"], "error: held_out: expected a whole number of at least 2, got 1"),
@@ -249,7 +260,7 @@ def test_files_that_are_left_out_are_mentioned(folder, capsys):
         (["train", "--data", "text.txt", "--separator", "3"], "separator: 3 cuts .npy and .bin arrays"),
         (["train", "--data", "text.txt", "--tokenizer", "bpe", "--vocabulary", "10"], "vocabulary: "),
         (["train", "--data", "text.txt", "--dim", "400000000"], "memory"),
-        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--config", "nowhere.yaml"], "error: nowhere.yaml: No such file or directory"),
         (["train", "--config", "wrong.yaml"], "wrong.yaml: dimm: unknown setting. Perhaps you meant model.dim"),
         (["train", "--data", "latin.txt"], "latin.txt: not UTF-8"),
         (["train", "--data", "empty"], "no text found in empty"),
@@ -276,6 +287,8 @@ def test_a_mistake_is_one_line(folder, capsys, arguments, message):
         ("train --steps x", "--steps: expected a whole number, got 'x'"),
         ("train --learning-rate fast", "--learning-rate: expected a number, got 'fast'"),
         ("train --precision float16", "'float16' for argument '--precision'"),
+        ("train --precision", "Missing value for argument '--precision'. Expected a value"),
+        ("train --separator x", "error: --separator: expected a whole number, got 'x'\n"),
         ("train --data", "--data: an argument is empty"),
         ("train --data --out x", "--data: an argument is empty"),
         ("train --out=", "--out: an argument is empty"),
@@ -329,13 +342,21 @@ def test_the_version(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "train", "evaluate", "generate", "bench", "bench replay", "bench million", "bench generate"],
+    ["", *COMMANDS, "bench replay", "bench million", "bench generate", "bench learn", "bench text"],
 )
-def test_every_command_has_help(capsys, command):
+def test_every_command_has_help(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
     assert stop.value.code == 0
-    assert "--help" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--help" in printed
+    assert not re.search(r"\b(or|A|and|the) +\u2502\n", printed), "a sentence is broken, however wide the terminal is"
+
+
+def test_generate_starts_without_the_trainer():
+    loaded = "import sys, memformer.cli.generate; print([m for m in sys.modules if m.startswith('memformer.training')])"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_out_that_cannot_be_written_is_one_line(folder, capsys):

@@ -65,6 +65,17 @@ def test_a_run_encodes_each_document_once(folder, encodings):
     ]  # fmt: skip
 
 
+def test_other_documents_are_refused_before_they_are_encoded(folder, encodings):
+    list(Run(settings_for(folder)).train())
+    before, kept = len(encodings), sorted((folder / "run" / "tokens").iterdir())
+    for file in (folder / "texts").iterdir():
+        file.write_text(file.read_text(encoding="utf-8") + "And more.", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"documents are not those of .* add --new-data"):
+        Run(settings_for(folder, steps=4, resume=True))
+    assert len(encodings) == before
+    assert sorted((folder / "run" / "tokens").iterdir()) == kept
+
+
 def test_what_is_read_is_what_encoding_gives(folder):
     """The same losses as where a tokenizer.json encodes in memory."""
     run = Run(settings_for(folder))

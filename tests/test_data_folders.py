@@ -76,10 +76,46 @@ def test_a_link_to_a_file_of_the_folder_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, "a.txt")
     try:
         (tmp_path / "latest.txt").symlink_to("a.txt")
-        (tmp_path / "dangling").symlink_to("nowhere")
     except OSError:
         pytest.skip("no links here")
     with pytest.warns(UserWarning, match=r"1 links to files that are read already \(.*latest\.txt\)"):
+        assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("nowhere", r"1 that cannot be opened \(.*link: No such file or directory\)"),
+        ("link", r"1 that cannot be opened \(.*link: Too many levels of symbolic links\)"),
+        (".", r"1 links to folders, which are not followed \(.*link\)"),
+    ],
+)
+def test_a_link_that_gives_nothing_is_counted(tmp_path: Path, target: str, said: str) -> None:
+    """What a tool such as DVC or git-annex has not fetched is missing text."""
+    write(tmp_path, "a.txt")
+    try:
+        (tmp_path / "link").symlink_to(target)
+    except OSError:
+        pytest.skip("no links here")
+    with pytest.warns(UserWarning, match=said):
+        assert names(tmp_path) == ["a.txt"]
+    with pytest.raises(ValueError, match=f"strict: files left out: {said}"):
+        names(tmp_path, strict=True)
+    assert names(tmp_path, strict=True, exclude=["link"]) == ["a.txt"]
+
+
+def test_a_folder_that_may_be_listed_and_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not stop the reading of the others."""
+    write(tmp_path, "a.txt", "closed/b.txt")
+    status = Path.stat
+
+    def refuse(self: Path, **options: Any) -> os.stat_result:
+        if self.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(self))
+        return status(self, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.warns(UserWarning, match=r"1 that cannot be opened \(.*b\.txt: Permission denied\)"):
         assert names(tmp_path) == ["a.txt"]
 
 

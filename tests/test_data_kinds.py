@@ -7,8 +7,10 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import pickle
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 
 from memformer.data import Document, from_rows, read_documents, unpacked
 
@@ -32,7 +35,7 @@ def read(path: Path, **how: Any) -> list[bytes]:
     return texts(read_documents(path, **how))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.JSONL", "a.Json", "a.NDJSON"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonlines", "a.json", "a.JSONL", "a.Json", "a.NDJSON"])
 def test_lines_of_json_under_all_their_names(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(LINES)
     documents = read_documents(tmp_path / name)
@@ -77,6 +80,15 @@ def test_a_table(tmp_path: Path) -> None:
         read(tmp_path / "b.csv")
 
 
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_quote_that_is_never_closed(tmp_path: Path, name: str, separator: str) -> None:
+    """It would make one text of all rows that follow."""
+    rows = ["id,text", '1,one "word" in it', '2,"two', "3,three", ""]
+    (tmp_path / name).write_text("\n".join(rows).replace(",", separator))
+    with pytest.raises(ValueError, match=rf"{name}, after line 2: not a table \(unexpected end of data\)"):
+        read(tmp_path / name)
+
+
 PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
@@ -112,8 +124,29 @@ def test_unpacked_files_are_read_in_pieces_and_go_with_the_process(tmp_path: Pat
     (document,) = read_documents(tmp_path)
     assert bytes(document.part(2, 5)) == b"234"
     assert bytes(pickle.loads(pickle.dumps(document))) == b"0123456789"
-    folder = Path(unpacked._folder().name)
-    assert [file for file in folder.iterdir() if file.read_bytes() == b"0123456789"]
+    assert [file for file in unpacked._folder().iterdir() if file.read_bytes() == b"0123456789"]
+
+
+def test_what_a_killed_process_unpacked_is_removed_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or each start of a run that is stopped often would leave a copy of its data."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("killed", "held", "young"):
+        (tmp_path / f"memformer-{name}").mkdir()
+        (tmp_path / f"memformer-{name}" / ".lock").touch()
+        (tmp_path / f"memformer-{name}" / "content").touch()
+    with FileLock(tmp_path / "memformer-held" / ".lock"):
+        for name in ("killed", "held"):
+            os.utime(tmp_path / f"memformer-{name}" / ".lock", (0, 0))
+        folder = unpacked._folder.__wrapped__()
+        assert sorted(tmp_path.iterdir()) == sorted([folder, tmp_path / "memformer-held", tmp_path / "memformer-young"])
+    with pytest.raises(Timeout):
+        FileLock(folder / ".lock", timeout=0).acquire()
+    unpacked._remove(folder, FileLock(folder / ".lock"), os.getpid() + 1)
+    assert folder.exists(), "a process that was forked ends"
+    unpacked._remove(folder, FileLock(folder / ".lock"), os.getpid())
+    assert not folder.exists()
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +213,7 @@ CONTAINERS = {
     "a.pdf": "not plain text: save its text", "a.docx": "not plain text",
     "a.html": "markup, not text", "a.safetensors": "holds arrays, not text", "a.pt": "holds arrays",
     "a.npz": "holds arrays, not text; one array of token ids can be a .npy file", "a.idx": "the index of a token file",
-    "a.png": "not text", "a.sqlite": "a database",
+    "a.ipynb": "a notebook: save its text", "a.png": "not text", "a.sqlite": "a database",
 }  # fmt: skip
 
 
@@ -208,7 +241,20 @@ def test_a_container_under_another_name(tmp_path: Path, beginning: bytes, name: 
         read(tmp_path / name)
 
 
-@pytest.mark.parametrize("beginning", ["PAR1", "GIF8", "BZh9", "Rar!", "PK", "SQLite format 3", "ARROW1"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jl", "a.log", "noname"])
+def test_rows_under_another_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(LINES)
+    with pytest.raises(ValueError, match=rf"{name}: JSON Lines, not text: give it a name that ends in \.jsonl"):
+        read(tmp_path / name)
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.warns(UserWarning, match=rf"^files left out: 1 JSON Lines under another name \(.*{name}\)$"):
+        assert read(tmp_path) == [b"text"]
+    assert read(tmp_path / name, text_field="body") == [LINES.encode()], "lines of something else are text"
+
+
+@pytest.mark.parametrize(
+    "beginning", ["PAR1", "GIF8", "{", '{"text"', "BZh9", "Rar!", "PK", "SQLite format 3", "ARROW1"]
+)
 def test_a_text_may_begin_as_it_likes(tmp_path: Path, beginning: str) -> None:
     (tmp_path / "a.txt").write_text(f"{beginning} is a text")
     assert read(tmp_path) == [f"{beginning} is a text".encode()]

@@ -70,6 +70,18 @@ def test_sums_are_kept_where_there_are_doubles():
     assert ByDepth().sums.device == torch.device("cpu")
 
 
+def test_random_numbers_of_other_cards_are_left_alone(settings, tmp_path, monkeypatch):
+    """torch would begin to use each of them, with a warning, where a machine has more than one."""
+    alone = Run(settings(out=tmp_path / "one", dropout=0.1))
+    list(alone.train())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    before = torch.get_rng_state()
+    run = Run(settings(dropout=0.1))
+    list(run.train())
+    assert torch.get_rng_state().equal(before)
+    assert_close(dict(run.model.state_dict()), dict(alone.model.state_dict()), rtol=0, atol=0)
+
+
 def test_no_double_is_made_on_apples_gpu():
     """torch cannot pretend such a device, so this reads the source: where a double is made, it says it is elsewhere.
 

@@ -1,5 +1,7 @@
 """Documents: what is read from files, piece by piece; what is held out; what is refused, and how."""
 
+import errno
+import io
 import json
 
 import numpy as np
@@ -13,6 +15,7 @@ from memformer.data import (
     Document,
     Lanes,
     TokenIds,
+    documents,
     encode_documents,
     fingerprint,
     kinds,
@@ -164,6 +167,35 @@ def test_a_part_is_read_only_where_it_is_sliced(tmp_path):
     (tmp_path / "a.txt").write_text("01234")
     with pytest.raises(ValueError, match=r"a\.txt: has become shorter since it was opened"):
         bytes(part)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ('{"text": "o"}\n{"text": "t"}\n', r"a\.jsonl, line 1: was changed since it was opened: not JSON"),
+        ('{"tex": "one"}  \n' * 2, r"a\.jsonl, line 1: was changed since it was opened: .* got fields \['tex'\]"),
+        ('{"text": "o"}  \n' * 2, "a text has become shorter since it was opened"),
+    ],
+)
+def test_rows_that_are_changed_while_they_are_read(tmp_path, changed, message):
+    """A text that is quietly shorter would be another one under the same fingerprint."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (one, _) = read_documents([tmp_path])
+    (tmp_path / "a.jsonl").write_text(changed)
+    with pytest.raises(ValueError, match=message):
+        bytes(one)
+
+
+def test_a_disk_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    class Broken(io.FileIO):
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "a.txt").write_text("one")
+    (document,) = read_documents([tmp_path])
+    monkeypatch.setattr(documents, "open", lambda path, *_, **__: Broken(path), raising=False)
+    with pytest.raises(OSError, match=r"Input/output error: '.*a\.txt'"):
+        bytes(document)
 
 
 def test_documents_check_themselves():

@@ -23,7 +23,7 @@ from memformer.data import (
     load_tokenizer,
     read_documents,
 )
-from memformer.data.corpora import limited
+from memformer.data.documents import limited
 from memformer.evaluation import evaluate
 from memformer.generation import Stream
 from memformer.settings import TrainingConfig, read_saved

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import naive
 from helpers import POSITIONS, VOCABULARY, lively, lively_causal
@@ -80,6 +82,26 @@ def test_filters_keep_what_their_names_say() -> None:
     assert keep_min_p(logits, 0.09).isfinite().all()
     assert keep_allowed(logits, [0, 3]).isfinite().tolist() == [[False, True, True, False]]
     assert keep_allowed(logits, []).isfinite().all()
+
+
+def test_top_p_sums_where_a_deterministic_sum_is() -> None:
+    """On CUDA cumsum raises an error under torch.use_deterministic_algorithms(True)."""
+    summed = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == "cumsum":
+                summed.append(args[0].device.type)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Watch():
+        for strict in (False, True):
+            torch.use_deterministic_algorithms(strict)
+            try:
+                assert keep_top_p(torch.zeros(2, 5, device="cuda"), 0.5).device.type == "cuda"
+            finally:
+                torch.use_deterministic_algorithms(False)
+    assert summed == ["cuda", "cpu"]
 
 
 def test_what_filters_keep_is_unchanged() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer.data import Document, held_out_split, read_documents, standard_library
-from memformer.data.corpora import limited
+from memformer.data.documents import limited
 
 
 def test_the_split_is_fixed_and_moves_no_document_when_one_is_added():

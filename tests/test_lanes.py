@@ -79,7 +79,8 @@ def assert_equal(expected, got):
 
 
 lengths = st.lists(st.integers(1, 23), min_size=1, max_size=8)
-all_odds = st.none() | st.sampled_from([(0.6, 0.3, 0.1), (0, 1, 1)])
+unequal = lengths | st.lists(st.integers(1, 60), min_size=1, max_size=5)
+all_odds = st.none() | st.sampled_from([(0.6, 0.3, 0.1), (0, 1, 1), (0, 1, 0)])
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -93,23 +94,24 @@ def test_each_token_is_a_target_once_per_epoch_in_order(lengths, lanes, length, 
         assert sorted(read_back(stream)) == sorted([d.tolist() for d in documents] * 2)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=100, derandomize=True)
 @given(
-    lengths=lengths,
+    lengths=unequal,
     rows=st.integers(1, 3),
-    ranks=st.integers(1, 3),
+    ranks=st.integers(1, 4),
     seed=st.none() | st.integers(0, 3),
     epochs=st.integers(1, 3),
     odds=all_odds,
+    spread=st.booleans(),
 )
-def test_ranks_together_are_one_process(lengths, rows, ranks, seed, epochs, odds):
+def test_ranks_together_are_one_process(lengths, rows, ranks, seed, epochs, odds, spread):
     """Each step's rows, the end of the stream and the state."""
 
     def stream(**rank):
         lanes = rows * ranks
         objectives = mixture(odds)
         given = dict(lanes=lanes, length=4, start=START, seed=seed, epochs=epochs, objectives=objectives)
-        return Lanes(tokens(lengths), **given, **rank)
+        return Lanes(tokens(lengths), **given, spread=spread, **rank)
 
     whole, parts = stream(), [stream(rank=rank, world_size=ranks) for rank in range(ranks)]
     for expected in whole:
@@ -119,24 +121,28 @@ def test_ranks_together_are_one_process(lengths, rows, ranks, seed, epochs, odds
     assert [list(part) for part in parts] == [[]] * ranks
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=200, derandomize=True)
 @given(
-    lengths=lengths,
+    lengths=unequal,
     before=st.integers(0, 20),
     ranks=st.tuples(st.sampled_from([1, 2, 3, 6]), st.sampled_from([1, 2, 3, 6])),
     epochs=st.sampled_from([1, 3, None]),
     seed=st.none() | st.integers(0, 3),
     odds=all_odds,
-    iterable=st.booleans(),
+    kind=st.sampled_from(["list", "iterable", "spread", "spread with ends"]),
 )
-def test_a_resumed_stream_goes_on_exactly(lengths, before, ranks, epochs, seed, odds, iterable):
-    """Stopped after any step, also in the middle of documents, and shared by another number of ranks afterwards."""
+def test_a_resumed_stream_goes_on_exactly(lengths, before, ranks, epochs, seed, odds, kind):
+    """Stopped after any step, also inside a document or stretch, and shared by another number of ranks afterwards."""
 
     def stream(rank, world_size):
-        documents = Iterable(tokens(lengths)) if iterable else tokens(lengths)
+        documents, tokenizer = tokens(lengths), TokenIds(100_000).with_end()
+        if kind == "iterable":
+            documents = Iterable(documents)
+        elif kind == "spread with ends":
+            documents = encode_documents([Document("", ids, text=False) for ids in documents], tokenizer)
         return Lanes(
-            documents, lanes=6, length=4, start=START, seed=None if iterable else seed, epochs=epochs,
-            rank=rank, world_size=world_size, objectives=mixture(odds),
+            documents, lanes=6, length=4, start=START, seed=None if kind == "iterable" else seed, epochs=epochs,
+            rank=rank, world_size=world_size, objectives=mixture(odds), spread=kind.startswith("spread"),
         )  # fmt: skip
 
     first = stream(ranks[0] - 1, ranks[0])

@@ -147,6 +147,47 @@ def test_processes_that_differ_are_named_with_what_differs(tmp_path):
     assert second[1] == "FileNotFoundError: no such file"
 
 
+def relayed(rank):
+    """What the second process raises where the first one fails, of each kind."""
+    said, ranks = [], parallel.Ranks()
+
+    def fail(error):
+        raise error
+
+    for error in (BlockingIOError("busy"), FloatingPointError("no number"), PermissionError("not yours"), KeyError(3)):
+        for way in ("together", "first"):
+            try:
+                if way == "first":
+                    ranks.first(lambda error=error: fail(error))
+                else:
+                    with ranks.together():
+                        if not rank:
+                            raise error
+            except Exception as found:
+                said.append(f"{type(found).__name__}: {found}")
+    return [*said, ranks.first(lambda: "went on")]
+
+
+def test_an_error_of_another_process_is_of_its_kind(tmp_path):
+    """A folder that is in use is a sentence of the command line in whichever process says it."""
+    first, second = two_processes(relayed, tmp_path)
+    errors = ["BlockingIOError: busy", "FloatingPointError: no number", "PermissionError: not yours", "KeyError: 3"]
+    assert first == [error for error in errors for _ in range(2)] + ["went on"]
+    kinds = ["BlockingIOError", "FloatingPointError", "OSError", "RuntimeError"]
+    told = [f"{kind}: process 0: {error.split(': ')[1]}" for kind, error in zip(kinds, errors, strict=True)]
+    assert second == [error for error in told for _ in range(2)] + ["went on"]
+
+
+def test_an_error_leaves_no_thread_behind(monkeypatch):
+    """One of gloo's that outlives the interpreter aborts the process."""
+    monkeypatch.setattr(parallel, "_place", lambda environment: parallel._Place(0, 1, None))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(ValueError, match="of 1 process"), parallel.joined("cpu"):
+        raise ValueError(f"of {dist.get_world_size()} process")
+    assert not dist.is_initialized()
+
+
 # --- The whole command, in several processes
 
 
@@ -201,7 +242,7 @@ def test_an_error_of_one_process_ends_all_with_one_message(folder):
         (("--lanes", "3"), (), "lanes: 3 cannot be divided evenly among 2 processes"),
     ]:
         processes = started(folder, "--steps", "3", *flags, changes=changes)
-        assert [process.wait(timeout=120) != 0 for process in processes] == [True, True]
+        assert [process.wait(timeout=120) for process in processes] == [2, 2], said(folder)
         both = said(folder)
         assert len(errors("".join(both))) == 1, both
         assert expected in "".join(both)

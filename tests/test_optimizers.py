@@ -273,7 +273,7 @@ def broken(monkeypatch):
     """``broken(run, steps, value)``: the gradient of those steps, counted from 0, is not finite; so is their loss."""
 
     def spoil(run, steps, value=math.nan):
-        back = run._back_propagate
+        back = run._stepper._back_propagate
 
         def back_spoiled(*args):
             loss = back(*args)
@@ -281,7 +281,7 @@ def broken(monkeypatch):
                 run.model.decoder.norm.bias.grad.fill_(value)
             return loss * value if run.step in steps else loss
 
-        monkeypatch.setattr(run, "_back_propagate", back_spoiled)
+        monkeypatch.setattr(run._stepper, "_back_propagate", back_spoiled)
         return run
 
     return spoil
@@ -293,7 +293,7 @@ def test_a_step_that_is_not_finite_changes_nothing(settings, broken, precision, 
     run = broken(Run(settings(skip_non_finite=1, precision=precision, log_every=2, steps=4)), {1}, value)
     seen, lines = {}, []
     for step in range(4):
-        taken = run._take_step(1e-2, 3, None)
+        taken = run._stepper.take()
         seen[step] = {name: p.clone() for name, p in weights(run).items()}
         lines.append((taken.judged, math.isfinite(float(taken.nats))))
     assert_close(seen[1], seen[0], rtol=0, atol=0)
@@ -311,6 +311,27 @@ def test_skipped_steps_are_counted_and_leave_the_mean_loss_alone(settings, broke
     assert [math.isfinite(line.loss_nats) for line in lines] == [True, True, True, False], "nothing was left"
     written = [json.loads(line) for line in (run.settings.out / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in written if line["event"] == "step"] == [0, 0, 1, 3]
+
+
+def test_the_loss_of_an_objective_is_without_the_steps_that_were_left_out(settings, monkeypatch):
+    """Steps 2 and 3 of three have losses that are no numbers; one line is of all three."""
+    mixture = dict(continuation=0.5, infilling=0.5, recall=0.0, log_every=4, steps=4, lanes=4)
+    found = {}
+    for bad in ((), (2, 3)):
+        run = Run(settings(out=settings().out / str(len(bad)), skip_non_finite=2, **mixture))
+        forward = run.model.decoder.to_logits.forward
+
+        def spoiled(x, run=run, bad=bad, forward=forward):
+            return forward(x) * (math.nan if run.step in bad else 1)
+
+        monkeypatch.setattr(run.model.decoder.to_logits, "forward", spoiled)
+        found[bad] = [line for line in run.train() if isinstance(line, StepMetrics)]
+    assert [line.skipped for line in found[2, 3]] == [0, 2]
+    whole, partly = found[()][-1], found[2, 3][-1]
+    for name in ("continuation_nats", "infilling_nats"):
+        assert math.isfinite(getattr(partly, name)), name
+        assert getattr(partly, name) != getattr(whole, name)
+    assert partly.recall_nats is None
 
 
 def test_too_many_in_a_row_stop_the_run(settings, broken):

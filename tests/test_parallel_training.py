@@ -169,6 +169,27 @@ def test_the_parts_of_a_divided_model_are_written_and_read_by_those_who_have_the
     assert_close(dict(Memformer.from_pretrained(folder).named_parameters()), average, rtol=0, atol=0)
 
 
+def both(rank, first, second):
+    work(rank, first)
+    work(rank, second)
+
+
+def test_an_average_begins_and_ends_with_a_checkpoint_in_parts(settings, tmp_path):
+    """What a user loads is the average; a run that keeps none any more goes on with the weights."""
+    options = dict(parallel="fsdp", tie_embeddings=False, steps=2, eval_every=0)
+    with_one, without = (settings(out=tmp_path / str(ema), ema=ema, **options) for ema in (0.9, 0.0))
+    two_processes(both, tmp_path, with_one, without)
+    options = dict(options, steps=3, resume=True)
+    ended = Run(settings(**{**options, "out": tmp_path / "0.9", "ema": 0.0}))
+    weights, average = (
+        read_shards(checkpoints.newest(tmp_path / "0.9") / SHARDS, part) for part in ("weights/", "model/")
+    )
+    assert not weights["encoder.embedding.weight"].equal(average["encoder.embedding.weight"])
+    assert_close(dict(ended.model.named_parameters()), weights, rtol=0, atol=0)
+    begun = Run(settings(**{**options, "out": tmp_path / "0.0", "ema": 0.9}))
+    assert_close(begun.parts.average, dict(begun.model.named_parameters()), rtol=0, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("then", [4, 1])
 def test_parts_are_read_by_more_and_by_fewer_processes(settings, tmp_path, then):

@@ -24,7 +24,7 @@ from memformer.data import load_tokenizer
 from memformer.data.segments import Segment
 from memformer.evaluation import HeldOut
 from memformer.settings import TrainingConfig, to_flat
-from memformer.training import Run, StepMetrics, checkpoints, resume, saved_settings, settings_of
+from memformer.training import Run, StepMetrics, checkpoints, resume, saved_settings, settings_of, sized_as
 from memformer.training.optimizers import make_optimizer
 from memformer.training.parts import begun_anew, only_finite
 from memformer.training.update import Update
@@ -198,12 +198,12 @@ def at_forward(run: Run, patch: pytest.MonkeyPatch) -> None:
 
 
 def at_second_rollout(run: Run, patch: pytest.MonkeyPatch) -> None:
-    back_propagate = run._back_propagate
+    back_propagate = run._stepper._back_propagate
 
     def one(segments: Any, divisor: float, last: bool, watch: Any) -> Any:
         return interrupt() if last else back_propagate(segments, divisor, last, watch)
 
-    patch.setattr(run, "_back_propagate", one)
+    patch.setattr(run._stepper, "_back_propagate", one)
 
 
 def at_clipping(run: Run, patch: pytest.MonkeyPatch) -> None:
@@ -258,6 +258,37 @@ def test_ctrl_c_waits_for_the_end_of_an_update(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     list(run.train())
     assert_same(run, whole)
+
+
+@pytest.mark.parametrize("moment", [1, 5])
+def test_an_evaluation_that_is_interrupted_leaves_the_newest_weights(settings: Settings, moment: int) -> None:
+    """Also where that is while the average takes their place."""
+    run = Run(settings(ema=0.5))
+    next(iter(run.train()))
+    before = state(run)["weights"]
+
+    class Interrupting(dict[str, Tensor]):
+        asked = 0
+
+        def __getitem__(self, name: str) -> Tensor:
+            self.asked += 1
+            return super().__getitem__(name) if self.asked < moment else interrupt()  # type: ignore[func-returns-value]
+
+    update = Update(dataclasses.replace(run.parts, average=Interrupting(run.parts.average)), run.settings)
+    with pytest.raises(KeyboardInterrupt), update.averaged():
+        raise AssertionError("not interrupted")
+    assert_close(state(run)["weights"], before, rtol=0, atol=0)
+
+
+def test_a_run_that_another_one_has_overtaken_is_refused(settings: Settings) -> None:
+    """Also where it had trained before: one in a notebook, say, and then one on the command line."""
+    run = Run(settings())
+    for line in run.train():
+        if line.step == 1:
+            run.stop()
+    train(settings(resume=True))
+    with pytest.raises(BlockingIOError, match=r"another training has come to step-000004 there since this one was"):
+        next(iter(run.train()))
 
 
 def test_what_is_half_updated_is_not_trained_on(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +451,7 @@ def test_a_run_starts_with_the_weights_of_another(settings: Settings, tmp_path: 
     fresh = settings(out=tmp_path / "second", dim=32, data=(tmp_path / "corpus" / "5.txt",), seed=5)
     with pytest.raises(ValueError, match=r"documents\.tokenizer: the model in .* has a tokenizer of bpe, got bytes"):
         Run(dataclasses.replace(fresh, init_from=tmp_path / "run"))
-    sized = resume.sized_as(fresh, tmp_path / "run")
+    sized = sized_as(fresh, tmp_path / "run")
     second = Run(sized)
     assert second.step == 0
     assert_close(dict(second.model.state_dict()), dict(best.state_dict()), rtol=0, atol=0)

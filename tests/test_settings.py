@@ -114,9 +114,9 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
         (lambda: OptimizerSettings(warmup=-1), "warmup: expected a whole number of at least 0, got -1"),
         (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate: expected a finite number above 0, got 0"),
         (lambda: OptimizerSettings(clip=-1.0), "clip: expected a number of at least 0"),
-        (lambda: OptimizerSettings(clip=math.nan), "clip: expected a number, got nan"),
-        (lambda: OptimizerSettings(learning_rate=math.inf), "learning_rate: expected a number, got inf"),
-        (lambda: OptimizerSettings(weight_decay=math.inf), "weight_decay: expected a number, got inf"),
+        (lambda: OptimizerSettings(clip=math.nan), "clip: expected a finite number, got nan"),
+        (lambda: OptimizerSettings(learning_rate=math.inf), "learning_rate: expected a finite number, got inf"),
+        (lambda: OptimizerSettings(weight_decay=math.inf), "weight_decay: expected a finite number, got inf"),
         (lambda: OptimizerSettings(eps=0.0), "eps: expected a finite number above 0, got 0"),
         *(
             (lambda n=n, v=v: OptimizerSettings(**{n: v}), rf"{n}: expected a decay in \[0, 1\), got {v}")

@@ -81,7 +81,7 @@ def test_python_gives_settings_as_files_do() -> None:
         (lambda: ComputeSettings(precision="float16"), "precision: expected one of auto, .*, fp16, got 'float16'"),
         (lambda: ComputeSettings(precision=[]), r"precision: expected one of auto, .*, fp16, got \[\]"),
         (lambda: OptimizerSettings(learning_rate="fast"), "learning_rate: expected a number, got 'fast'"),
-        (lambda: OptimizerSettings(learning_rate=float("nan")), "learning_rate: expected a number, got nan"),
+        (lambda: OptimizerSettings(learning_rate=float("nan")), "learning_rate: expected a finite number, got nan"),
         (lambda: RolloutSettings(schedule=None), "schedule: expected text, got None"),
         (lambda: MemformerConfig(**{**SMALL, "dim": "64"}), "dim: expected a whole number of at least 1, got '64'"),
         (lambda: MemformerConfig(**{**SMALL, "enc_heads": 2.0}), "enc_heads: expected a whole number .* got 2.0"),

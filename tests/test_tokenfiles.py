@@ -1,6 +1,7 @@
 """Documents that were encoded once: what is written is what encoding gives, and nothing else is trusted."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -193,6 +194,19 @@ def test_what_fails_leaves_nothing_and_what_was_there(files, documents, bpe, tmp
         write_tokens([], bpe, tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"mine: no tokens\.json, so these are no token files"):
         open_tokens(tmp_path / "mine")
+
+
+def test_what_killed_processes_left_is_removed(documents, bpe, tmp_path):
+    folder = tmp_path / "one [of many]"
+    left = [tmp_path / f".{folder.name}.{end}" for end in ("a.unfinished", "b.unfinished.replaced", "young.unfinished")]
+    for other in left:
+        other.mkdir()
+        (other / "tokens.bin").write_bytes(b"1")
+        if "young" not in other.name:
+            for file in (other / "tokens.bin", other):
+                os.utime(file, (0, 0))
+    write_tokens(documents, bpe, folder)
+    assert list(tmp_path.glob(".*")) == left[2:]
 
 
 def test_the_tokenizer_comes_with_them(files, bpe, tmp_path):

@@ -302,7 +302,8 @@ def convert(name: str, kind: Any, value: object, text: bool = False) -> object:
         return Path(value)
     elif isinstance(value, kind):
         return value
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    finite = "a finite number" if isinstance(value, float) else "a number"
+    expected = {int: "a whole number", float: finite, bool: "true or false", str: "text", Path: "a path"}
     raise ValueError(f"{name}: expected {expected[kind]}, got {value!r}")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
-__all__ = ["check_compiler", "choose_device", "choose_precision", "compile_error", "summing_device"]
+__all__ = ["check_compiler", "choose_device", "choose_precision", "compile_error", "seeded", "summing_device"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -32,6 +35,21 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if good else torch.float32
     return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of their own, on the CPU and on this device; the generators are afterwards as before.
+
+    Other accelerators of the machine are left alone: torch would begin to use each of them, and warn of it.
+    """
+    accelerators = [] if device.type in ("cpu", "meta") else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+        torch.default_generator.manual_seed(seed)
+        if accelerators:
+            state = torch.Generator(device).manual_seed(seed).get_state()
+            torch.get_device_module(device).set_rng_state(state, device)
+        yield
 
 
 def summing_device(device: torch.device) -> torch.device:

@@ -68,7 +68,9 @@ def newest_sound(out: Path) -> tuple[Path | None, list[str]]:
             return folder, refused
         refused.append(wrong)
     if refused:
-        raise ValueError(f"no sound checkpoint: {'; '.join(refused)}")
+        raise ValueError(
+            f"no sound checkpoint: {'; '.join(refused)}; put them back from a copy, or start in another --out"
+        )
     return None, refused
 
 

@@ -77,7 +77,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
         raise ValueError(f"top_p: expected a share in (0, 1], got {p}")
     ordered, order = logits.sort(descending=True)
     probability = ordered.softmax(-1)
-    beyond = probability.cumsum(-1) - probability >= p
+    # CUDA adds up numbers with a point in an order of its own, and refuses to where all is to be deterministic.
+    summed = probability.cpu() if torch.are_deterministic_algorithms_enabled() else probability
+    beyond = summed.cumsum(-1).to(probability.device) - probability >= p
     return logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
 
 

@@ -56,26 +56,20 @@ class Ranks:
         """What ``work`` gives in the first process, which alone does it, in all of them; however long it takes.
 
         Raises:
-            whatever it raises there; in the others a ValueError with the same sentence.
+            whatever it raises there; in the others an error of its kind with the same sentence.
         """
         if self.size == 1:
             return work()
         group = dist.new_group(backend="gloo" if dist.is_gloo_available() else None, timeout=_PATIENCE)
-        outcome: list[tuple[T | None, str]] = [(None, "")]
-        failed: Exception | None = None
-        if not self.rank:
-            try:
-                outcome = [(work(), "")]
-            except Exception as error:
-                failed, outcome = error, [(None, str(error) or type(error).__name__)]
-        dist.broadcast_object_list(outcome, src=0, group=group)
-        dist.destroy_process_group(group)
-        result, message = outcome[0]
-        if failed is not None:
-            raise failed
-        if message:
-            raise ValueError(message)
-        return cast(T, result)
+        result: list[T | None] = [None]
+        try:
+            with _together(self, group):
+                if not self.rank:
+                    result[0] = work()
+            dist.broadcast_object_list(result, src=0, group=group)
+        finally:
+            dist.destroy_process_group(group)
+        return cast(T, result[0])
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Check that all processes have found the same.
@@ -108,27 +102,36 @@ class Ranks:
 
 
 @contextmanager
-def _together(ranks: Ranks) -> Iterator[None]:
+def _together(ranks: Ranks, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    if ranks.size == 1:
+        yield
+        return
     own: Exception | None = None
     try:
         yield
     except Exception as error:
-        if ranks.size == 1:
-            raise
         own = error
-    if ranks.size == 1:
-        return
     failures: list[tuple[str, str] | None] = [None] * ranks.size
-    dist.all_gather_object(failures, own and (type(own).__name__, str(own)))
+    dist.all_gather_object(failures, own and (_kind(own), str(own) or type(own).__name__), group=group)
     if own is not None:
         raise own
     for rank, failure in enumerate(failures):
         if failure is not None:
-            raise _AS_RAISED.get(failure[0], RuntimeError)(f"process {rank}: {failure[1]}")
+            raise _KINDS[failure[0]](f"process {rank}: {failure[1]}")
 
 
-_AS_RAISED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (OSError, ValueError, FileNotFoundError)}
-"""What another process's error is raised as here."""
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (
+        FileNotFoundError, FileExistsError, BlockingIOError, OSError, FloatingPointError, ImportError, MemoryError,
+        ValueError, RuntimeError,
+    )
+}  # fmt: skip
+"""What another process's error is raised as: the first that it is one of."""
+
+
+def _kind(error: Exception) -> str:
+    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "RuntimeError")
 
 
 class _Place(NamedTuple):
@@ -192,7 +195,9 @@ def joined(device: str = "auto", minutes: float = 30.0) -> Iterator[None]:
             "Start all of them again, with --resume, to go on from the newest checkpoint"
         ) from error
     finally:
-        if not failed or dist.get_backend() == "gloo":  # another backend might wait for those who are gone
+        # What computes on accelerators might wait for those who are gone. gloo's threads, which do not, must have ended
+        # before the interpreter does, or they abort it.
+        if not failed or device.startswith("cpu") or not torch.accelerator.is_available():
             dist.destroy_process_group()
 
 

@@ -268,6 +268,8 @@ def _losses(
     per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
         divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)
+    if len(kept) == len(segments):  # without the copy to the device that places need, for which it would be waited
+        return per_segment / divisor
     places = torch.tensor(kept, device=per_segment.device)
     return per_segment.new_zeros(len(segments)).index_put((places,), per_segment / divisor)
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -91,15 +91,14 @@ class DocumentSettings(Typed):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("vocabulary", self.vocabulary)
-        if not isinstance(self.held_out, int) or self.held_out < 2:
-            raise ValueError(f"held_out: expected a whole number of at least 2, got {self.held_out!r}")
+        check_count("held_out", self.held_out, least=2)
         if self.held_out_data and self.held_out != 48:
             raise ValueError(f"held_out: {self.held_out} has no meaning beside held_out_data; leave one of them out")
         for name in ("include", "exclude"):
             if "" in getattr(self, name):
                 raise ValueError(f"{name}: expected patterns such as '*.txt', got an empty one")
         if self.separator is not None:
-            _check_not_negative("separator", self.separator)
+            check_count("separator", self.separator, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,19 +173,22 @@ class ModelSettings(Typed):
         """That of a Memformer. Raises ValueError for another architecture, and where settings do not fit together."""
         if self.architecture != "memformer":
             raise ValueError(f"architecture: expected memformer, got {self.architecture}")
-        return MemformerConfig(
-            **{name: getattr(self, name) for name in (*_SAME, *_OWN["memformer"])},
-            num_memory_slots=self.slots,
-            num_mem_updates=self.mem_updates,
-            enc_num_tokens=vocabulary,
-            enc_max_seq_len=segment_length,
-            enc_heads=self.heads,
-            dec_num_tokens=vocabulary,
-            dec_max_seq_len=segment_length + 1,
-            dec_heads=self.heads,
-            mem_update_attn_heads=self.heads,
-            dropout=self.dropout,
-        )
+        try:
+            return MemformerConfig(
+                **{name: getattr(self, name) for name in (*_SAME, *_OWN["memformer"])},
+                num_memory_slots=self.slots,
+                num_mem_updates=self.mem_updates,
+                enc_num_tokens=vocabulary,
+                enc_max_seq_len=segment_length,
+                enc_heads=self.heads,
+                dec_num_tokens=vocabulary,
+                dec_max_seq_len=segment_length + 1,
+                dec_heads=self.heads,
+                mem_update_attn_heads=self.heads,
+                dropout=self.dropout,
+            )
+        except ValueError as error:
+            raise ValueError(str(error).replace("enc_heads", "heads")) from error  # as they are called here
 
     @classmethod
     def of(cls, config: ModelConfig, dropout: float) -> ModelSettings:
@@ -221,7 +223,7 @@ class ObjectiveSettings(Typed):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("continuation", "infilling", "recall"):
-            _check_not_negative(name, getattr(self, name), whole=False)
+            _check_not_negative(name, getattr(self, name))
         if self.continuation + self.infilling + self.recall <= 0:
             raise ValueError("continuation, infilling, recall: expected one of the odds above 0, got none")
 
@@ -290,9 +292,11 @@ class RolloutSettings(Typed):
                 )
             schedule = replay.Budget(most)
         else:
+            of_rates = get_args(get_type_hints(OptimizerSettings)["learning_rate_schedule"])
+            also = ", which is a learning_rate_schedule" if self.schedule in of_rates else ""
             raise ValueError(
                 "schedule: expected every, binomial:N (such as binomial:16) or budget:SIZE (such as budget:2GB; units "
-                f"are {', '.join(_UNITS)}), got {self.schedule!r}"
+                f"are {', '.join(_UNITS)}), got {self.schedule!r}{also}"
             )
         return schedule if self.offload is None else replay.Offload(schedule, self.offload)
 
@@ -335,12 +339,12 @@ class OptimizerSettings(Typed):
             object.__setattr__(self, "clip", 0.0)
         super().__post_init__()
         for name in ("learning_rate", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "clip"):
-            _check_not_negative(name, getattr(self, name), whole=False)
-        for name in ("warmup", "skip_non_finite"):
             _check_not_negative(name, getattr(self, name))
+        for name in ("warmup", "skip_non_finite"):
+            check_count(name, getattr(self, name), least=0)
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a decay in [0, 1), got {getattr(self, name)}")
@@ -399,7 +403,7 @@ class EvaluationSettings(Typed):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("eval_every", "patience", "eval_limit"):
-            _check_not_negative(name, getattr(self, name))
+            check_count(name, getattr(self, name), least=0)
         if self.patience and not self.eval_every:
             raise ValueError(f"patience: {self.patience} counts evaluations, but eval_every is 0: set it")
 
@@ -428,7 +432,7 @@ class OutputSettings(Typed):
         for name in ("log_every", "save_every", "keep"):
             check_count(name, getattr(self, name))
         for name in ("sample_tokens", "sample_every"):
-            _check_not_negative(name, getattr(self, name))
+            check_count(name, getattr(self, name), least=0)
         if self.sample_every and not self.sample_tokens:
             raise ValueError(f"sample_every: {self.sample_every} asks for samples, but sample_tokens is 0: set it")
 
@@ -438,8 +442,7 @@ class TrainingConfig(Typed):
     """The settings of a training run: memory replay over long documents, its memory carried from rollout to rollout."""
 
     data: tuple[Path, ...] = ()
-    """Files, folders: text, rows (.jsonl, .csv, .parquet, ...), ids (.npy, .bin), each also .gz, .bz2, .xz or .zst; or
-    what memformer encode wrote; by default the Python standard library's sources."""
+    """Files, folders: text, rows (.jsonl, ...), ids (.npy, ...), compressed or not; by default Python's own sources."""
     out: Path = Path("runs/default")
     """Folder for checkpoints and metrics.jsonl."""
     steps: int = 1200
@@ -469,11 +472,12 @@ class TrainingConfig(Typed):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("steps", self.steps)
-        _check_not_negative("seed", self.seed)
+        check_count("seed", self.seed, least=0)
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
         if self.model.architecture == "causal":
             self._check_causal()
+        self.model.config(1, self.rollout.segment_length)  # what does not fit together is found here
         if self.model.tie_embeddings and self.compute.parallel == "fsdp":
             raise ValueError(
                 "tie_embeddings: FSDP cannot share a matrix between encoder and decoder; add --no-tie-embeddings, or "
@@ -502,9 +506,9 @@ class TrainingConfig(Typed):
             raise ValueError("compile: a causal model is not compiled yet; leave it out")
 
 
-def _check_not_negative(name: str, value: object, whole: bool = True) -> None:
-    if not isinstance(value, (int, float)) or not value >= 0 or (whole and value != int(value)):
-        raise ValueError(f"{name}: expected a {'whole ' if whole else ''}number of at least 0, got {value!r}")
+def _check_not_negative(name: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
 
 
 _UNITS = {

@@ -178,7 +178,7 @@ class MemoryState:
     def save(self, path: str | Path, model: nn.Module) -> None:
         """Write a safetensors file that only ``model`` can go on from. The file is replaced whole or not at all.
 
-        A compiled or wrapped model is the model inside.
+        Equal states of equal models give equal files, byte by byte. A compiled or wrapped model is the model inside.
 
         >>> state = model.read(torch.tensor([[72, 105]]), start=256)
         >>> state.save(folder / "talk.state", model)
@@ -198,7 +198,7 @@ class MemoryState:
             "config": json.dumps(model.described()),
             "checksum": _sha256(tensors, str(self.start)),
         }
-        replace_file(path, save(tensors, header))
+        replace_file(path, _in_order(save(tensors, header)))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> MemoryState:
@@ -255,6 +255,14 @@ def fingerprint(model: nn.Module) -> str:
     """A model's settings and weights, to the bit, as 64 hexadecimal digits; wrappers change nothing."""
     model = unwrapped(model)
     return _sha256(plain_state(model), json.dumps(model.config.to_dict(), sort_keys=True))
+
+
+def _in_order(file: bytes) -> bytes:
+    """A safetensors file with the names in its header sorted: as written, those of one's own are in a hash's order."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + file[end:]
 
 
 def _sha256(tensors: Mapping[str, object], text: str) -> str:

@@ -75,6 +75,7 @@ class LearningBenchmark:
                 raise ValueError(f"{name}: expected one or more, all different, got {', '.join(map(str, values))}")
         for name in ("steps", "batch_size"):
             check_count(name, getattr(self, name))
+        check_count("jobs", self.jobs, least=0)
         if min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates: expected numbers above 0, got {min(self.learning_rates)}")
         if min(self.seeds) < 0 or max(self.seeds) >= _VALIDATION:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import replay
 from ..config import check_count
 from ..data.segments import Segment
+from ..device import choose_device
 from ..model import Memformer
 from ..replay.inputs import Cell, Readout, Tree
 from ..rollouts import rollout
@@ -74,7 +75,7 @@ def run(settings: ReplayBenchmark) -> Iterator[str]:
     Raises:
         RuntimeError: a method's gradients are not those of plain BPTT.
     """
-    device, sizes = torch.device(settings.device), settings.model
+    device, sizes = choose_device(settings.device), settings.model
     yield machine(device)
     yield (
         f"{sizes.enc_depth}+{sizes.dec_depth} layers, dim {sizes.dim}, batch {settings.batch_size}, "

@@ -38,7 +38,7 @@ from ..data import (
     standard_library,
     xz_bits_per_byte,
 )
-from ..data.corpora import limited
+from ..data.documents import limited
 from ..evaluation import ByDepth, DepthSum
 from ..learning_rate import warmup_cosine
 from ..settings import ModelSettings

@@ -49,5 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(error: Exception) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
     print(f"memformer: error: {text}", file=sys.stderr)
     return 2

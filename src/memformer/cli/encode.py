@@ -24,7 +24,7 @@ class EncodeCommand:
     """
 
     data: tuple[Path, ...]
-    """Files and folders of UTF-8 text or .jsonl."""
+    """Files and folders: text, or rows (.jsonl, .csv, .parquet, ...), compressed or not."""
     out: Path
     """The folder to write; it must not exist."""
     tokenizer: str = "bpe"
@@ -32,7 +32,7 @@ class EncodeCommand:
     vocabulary: int = 2048
     """The most tokens of a bpe that is trained here."""
     text_field: str = "text"
-    """The field of a .jsonl file's lines that holds the text."""
+    """The field that holds the text, in rows of .jsonl, .json, .csv, .parquet and the like."""
 
 
 def run(command: EncodeCommand) -> int:

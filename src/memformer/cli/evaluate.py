@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +14,10 @@ import torch
 
 from ..checks import plural
 from ..data import xz_bits_per_byte
-from ..data.corpora import limited
+from ..data.documents import limited
 from ..device import choose_precision
 from ..evaluation import HeldOut, evaluate
+from ..training.metrics import as_json
 from . import models
 from .documents import DocumentOptions
 
@@ -75,7 +75,7 @@ def run(command: EvaluateCommand) -> int:
             print(f"xz          {xz:.4f} bits per byte{first}")
     if command.json:
         about = {"checkpoint": str(command.checkpoint), "precision": str(precision).removeprefix("torch.")}
-        print(json.dumps(about | found))
+        print(as_json(about | found), end="")
     return 0
 
 

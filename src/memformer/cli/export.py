@@ -8,8 +8,8 @@ from pathlib import Path
 from ..data import load_tokenizer
 from ..data.tokenizers import SPECIAL
 from ..export import Format, export
+from ..folders import find
 from ..models import load_model
-from ..training import checkpoints
 
 __all__ = ["ExportCommand", "run"]
 
@@ -28,7 +28,7 @@ class ExportCommand:
 
 def run(command: ExportCommand) -> int:
     """Write a model for other runtimes; returns the exit status."""
-    folder = checkpoints.find(command.checkpoint)
+    folder = find(command.checkpoint)
     model = load_model(folder).eval()
     try:
         tokenizer = load_tokenizer(folder)

@@ -43,8 +43,7 @@ class GenerateCommand:
     max_new_tokens: int = 300
     """How many tokens to write, after each line if interactive."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Stop after this text; may be given several times. The state then also holds the rest of the stop's last token. A
-    model that learned where documents end stops there by itself."""
+    """Stop after this text; may be given several times. A model that learned where documents end stops there, too."""
     seed: int = 0
     """Seed of the choices; a --state that goes on draws new numbers."""
     device: str = "auto"

@@ -61,9 +61,12 @@ def run(command: InspectCommand) -> int:
 
 def _show_life(command: InspectCommand) -> int:
     out = command.checkpoint
-    if command.data:
-        raise ValueError("life: reads the run's metrics, so --data has no meaning with it: leave it out")
-    moments = life(out if (out / "metrics.jsonl").is_file() else out.resolve().parent)
+    for name in ("data", "test"):
+        if getattr(command, name):
+            raise ValueError(f"life: reads the run's metrics, so --{name} has no meaning with it: leave it out")
+    run_of_it = out.resolve().parent
+    has = [(folder / "metrics.jsonl").is_file() for folder in (out, run_of_it)]
+    moments = life(run_of_it if has == [False, True] else out)
     print(describe_life(moments))
     if command.plot is not None:
         plot_life(moments, command.plot)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..data import Tokenizer, load_tokenizer
 from ..device import choose_device
+from ..folders import find, newest
 from ..interface import SegmentModel
 from ..models import load_model
-from ..training import checkpoints
 
 __all__ = ["described", "load"]
 
@@ -21,7 +21,7 @@ def load(checkpoint: Path, device: str) -> tuple[SegmentModel, Tokenizer]:
         FileNotFoundError: there is no checkpoint.
         ValueError: it is damaged, of another kind, or the device is not there.
     """
-    folder = checkpoints.find(checkpoint)
+    folder = find(checkpoint)
     if folder != checkpoint:
         print(f"model       {described(checkpoint, folder)}", file=sys.stderr)
     model, tokenizer = load_model(folder).to(choose_device(device)).eval(), load_tokenizer(folder)
@@ -36,6 +36,6 @@ def load(checkpoint: Path, device: str) -> tuple[SegmentModel, Tokenizer]:
 
 def described(run: Path, folder: Path) -> str:
     """A run's checkpoint, and which of them it is."""
-    newest = checkpoints.newest(run)
-    best = "" if newest is None or newest == folder else f", the best evaluation of {run} (the newest is {newest.name})"
+    last = newest(run)
+    best = "" if last is None or last == folder else f", the best evaluation of {run} (the newest is {last.name})"
     return f"{folder}{best}"

@@ -38,6 +38,8 @@ _PLAIN = {
     r"invalid literal for int\(\) with base 10:": "expected a whole number, got",
     r"could not convert string to float:": "expected a number, got",
     r"^Error parsing ": "",
+    r"Expected 1 values": "Expected a value",
+    r"no type matching .*<class '\w+'>: ": "",  # of {None}|INT the second
 }
 """What Python and tyro say, and how it is said here."""
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 from ..checks import plural
 from ..data import Document, folders, order2_bits_per_byte, xz_bits_per_byte
-from ..data.corpora import limited
+from ..data.documents import limited
 from ..evaluation import HeldOut, evaluate
 from ..parallel import Ranks, joined
 from ..settings import RECIPES, TrainingConfig, build, read_yaml, to_plain

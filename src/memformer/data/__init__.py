@@ -1,16 +1,8 @@
 """Documents in, batches of segments out."""
 
-from .corpora import (
-    Document,
-    Tokens,
-    check_documents,
-    encode_documents,
-    fingerprint,
-    from_rows,
-    held_out_split,
-    read_documents,
-    standard_library,
-)
+from .corpora import check_documents, encode_documents, fingerprint, from_rows, read_documents, standard_library
+from .documents import Document, Tokens
+from .held_out import held_out_split
 from .lanes import Lanes
 from .objectives import Mixture, Objective
 from .tokenfiles import TokenFiles, open_tokens, write_tokens

@@ -13,23 +13,19 @@ from typing import Any, Literal, cast, overload
 import numpy as np
 
 from ..checks import as_paths
-from .documents import Document, FileTokens, ParsedText, Tokens, limited
-from .folders import Tally, find_files, shown
-from .held_out import HELD_OUT_SHARE, held_out_split
+from .documents import Document, FileTokens, ParsedText, Tokens, blocks
+from .folders import Found, Tally, find_files, shown
 from .kinds import Reading, UnreadableError, integer_type, read_file, read_rows, read_text, row_text
 from .tokenizers import ByteTokenizer, Tokenizer, tokenizer_fingerprint
 from .unpacked import TextStore
 
 __all__ = [
-    "HELD_OUT_SHARE",
     "Document",
     "Tokens",
     "check_documents",
     "encode_documents",
     "fingerprint",
     "from_rows",
-    "held_out_split",
-    "limited",
     "read_documents",
     "standard_library",
 ]
@@ -96,12 +92,12 @@ def read_documents(
 
     - ``.jsonl``, ``.ndjson``, ``.json`` (lines, an array or an object), ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``:
       one document per row, its field ``text_field``; empty texts are left out;
-    - ``.npy``: token ids, one-dimensional; ``.bin``: token ids of type ``bin_dtype`` without a header, or with that of
-      llm.c. Either is one document, or as many as ``separator`` cuts it into (the separator itself is in none of them);
+    - ``.npy`` (one-dimensional) and ``.bin`` (of type ``bin_dtype``, or with llm.c's header): token ids, one document,
+      or those between the tokens ``separator``;
     - anything else: UTF-8 text, one document. Archives, office documents, images and the like are no text.
 
-    Of a folder hidden files and what a run of this library wrote are never read. What cannot be read in it, and rows
-    without a text, are left out, and one warning counts them and names the first. A file that is named itself must be
+    Of a folder, hidden files and what a run of this library wrote are never read. What cannot be read in it, and rows
+    without a text, are left out; one warning counts them and names the first. A file that is named itself must be
     readable.
 
     Args:
@@ -125,32 +121,10 @@ def read_documents(
     found = find_files(
         places, left_out, include=include, exclude=exclude, out=as_paths("out", out), all_match=all_match
     )
-    documents: list[Document] = []
-    optional: list[tuple[str, int, int]] = []
-    without_rows: list[UnreadableError] = []
-    rows_found = False
-    for file in found:
-        before = len(documents)
-        try:
-            documents += list(read_file(file, how, bool(include)))
-        except UnreadableError as error:
-            if file.named or strict:
-                raise
-            left_out.add(error.kind, shown(file.path))
-            without_rows += [error] if error.rows else []
-            continue
-        except PermissionError as error:
-            if file.named or strict:
-                raise
-            left_out.add("that cannot be opened", f"{shown(file.path)}: {error.strerror}")
-            continue
-        rows_found |= documents[-1].name != file.name and documents[-1].text
-        if not file.named:
-            optional.append((shown(file.path), before, len(documents)))
-    if without_rows and not rows_found:
-        raise without_rows[0]
-    if content is not None and any(d.text == (content == "text") for d in documents):
-        documents = _of_one_kind(documents, optional, content == "text", left_out)
+    read = _read_files(found, how, bool(include), left_out)
+    if content is not None:
+        read = _of_one_kind(read, content == "text", left_out)
+    documents = [document for _, of_file in read for document in of_file]
     if not documents:
         hint = f"; left out: {left_out}" if len(left_out) else ""
         raise ValueError(
@@ -163,16 +137,41 @@ def read_documents(
     return documents
 
 
-def _of_one_kind(
-    documents: list[Document], optional: list[tuple[str, int, int]], text: bool, left_out: Tally
-) -> list[Document]:
+_Read = list[tuple[Found, list[Document]]]
+"""Files, and the documents of each: at least one."""
+
+
+def _read_files(found: Sequence[Found], how: Reading, include: bool, left_out: Tally) -> _Read:
+    """What can be read of them. Raises what is wrong with a file that is named itself, or with any if it is strict."""
+    read: _Read = []
+    without_rows: list[UnreadableError] = []
+    for file in found:
+        try:
+            read.append((file, list(read_file(file, how, include))))
+        except (UnreadableError, PermissionError) as error:
+            if file.named or how.strict:
+                raise
+            if isinstance(error, PermissionError):
+                left_out.add("that cannot be opened", f"{shown(file.path)}: {error.strerror}")
+                continue
+            left_out.add(error.kind, shown(file.path))
+            without_rows += [error] if error.rows else []
+    if without_rows and not any(documents[-1].name != file.name and documents[-1].text for file, documents in read):
+        raise without_rows[0]
+    return read
+
+
+def _of_one_kind(read: _Read, text: bool, left_out: Tally) -> _Read:
     """Without what only lay in a folder and is of the other kind; named files stay, to be refused where they matter."""
-    other: set[int] = set()
-    for file, start, stop in optional:
-        if documents[start].text != text:
-            other.update(range(start, stop))
-            left_out.add("token ids beside text" if text else "text beside token ids", file)
-    return [document for i, document in enumerate(documents) if i not in other]
+    if not any(documents[0].text == text for _, documents in read):
+        return read
+    kept: _Read = []
+    for file, documents in read:
+        if file.named or documents[0].text == text:
+            kept.append((file, documents))
+        else:
+            left_out.add("token ids beside text" if text else "text beside token ids", shown(file.path))
+    return kept
 
 
 def _report(left_out: Tally, rows: Tally, strict: bool) -> None:
@@ -206,7 +205,7 @@ def from_rows(
     items = (rows[i] for i in range(len(rows))) if indexed else iter(rows)  # type: ignore[index, arg-type]
     found = ((i, functools.partial(row_text, row, text_field)) for i, row in enumerate(items))
     documents = []
-    for i, _, text in read_rows(found, name, "row", how):
+    for i, text in read_rows(found, name, "row", how):
         lazy = (
             ParsedText(functools.partial(_row_text, rows, i, text_field), 0, len(text)) if indexed else store.add(text)
         )
@@ -274,7 +273,7 @@ def _check_kind(document: Document, tokenizer: Tokenizer) -> None:
     if isinstance(tokenizer, ByteTokenizer):
         raise ValueError(
             f"{document.name}: holds token ids, and the tokenizer is of bytes: choose the tokenizer that made them, or "
-            "TokenIds(size)"
+            "TokenIds(size) (--tokenizer ids)"
         )
 
 
@@ -305,44 +304,41 @@ def check_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> None
         if isinstance(content, FileTokens):
             files.setdefault((content.path, content.dtype.str, content.offset), []).append(document)
         else:
-            checked = _Checked(document, tokenizer.ordinary)
-            for start in range(0, len(document), _BLOCK):
-                checked[start : start + _BLOCK]
+            for _ in blocks(_Checked(document, tokenizer.ordinary), _BLOCK):
+                pass
     for together in files.values():
         _check_file(together, tokenizer.ordinary)
 
 
 def _check_file(documents: list[Document], vocabulary: int) -> None:
     """Those of one file, which is read through once: there may be more documents than blocks."""
+    documents = sorted(documents, key=lambda document: cast(FileTokens, document.content).start)
     contents = [cast(FileTokens, document.content) for document in documents]
     starts, stops = np.array([c.start for c in contents]), np.array([c.stop for c in contents])
-    order = np.argsort(starts)
-    starts, stops = starts[order], stops[order]
-    first, last = int(starts.min()), int(stops.max())
-    whole = contents[0].part(first - contents[0].start, last - contents[0].start)
-    for start in range(0, len(whole), _BLOCK):
-        block = whole[start : start + _BLOCK]
+    first = int(starts[0])
+    whole = contents[0].part(0, int(stops.max()) - first)
+    for number, block in enumerate(blocks(whole, _BLOCK)):
         if block.max() < vocabulary and block.min() >= 0:
             continue
-        places = first + start + np.flatnonzero((block >= vocabulary) | (block < 0))
+        wrong = np.flatnonzero((block >= vocabulary) | (block < 0))
+        places = first + number * _BLOCK + wrong
         # What separates documents is in none of them.
         nearest = np.searchsorted(starts, places, side="right") - 1
-        inside = np.flatnonzero((nearest >= 0) & (places < stops[nearest]))
+        inside = np.flatnonzero(places < stops[nearest])
         if len(inside):
-            document = documents[order[nearest[inside[0]]]]
-            position = int(places[inside[0]] - starts[nearest[inside[0]]])
-            hint = _likely_type(contents[0], vocabulary)
-            raise ValueError(
-                _out_of_range(document, int(whole[places[inside[0]] - first :][:1][0]), position, vocabulary) + hint
+            at = inside[0]
+            said = _out_of_range(
+                documents[nearest[at]], int(block[wrong[at]]), int(places[at] - starts[nearest[at]]), vocabulary
             )
+            raise ValueError(said + _likely_type(contents[0], vocabulary))
 
 
 def _likely_type(tokens: FileTokens, vocabulary: int) -> str:
     """Which type the ids of a .bin file would be in range with."""
-    size, beginning = tokens.path.stat().st_size, FileTokens(tokens.path, np.dtype(np.uint8), 0, 0, 0)
     if tokens.offset:
         return ""
-    sample = beginning.part(0, min(size, _BLOCK) // 8 * 8)[:]
+    size = tokens.path.stat().st_size
+    sample = np.fromfile(tokens.path, np.uint8, min(size, _BLOCK) // 8 * 8)
     for name in ("int64", "uint32", "uint16", "uint8"):  # what fits a wide one fits those below
         kind = np.dtype(name)
         # With so large a vocabulary anything is in range.

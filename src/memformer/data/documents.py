@@ -6,7 +6,7 @@ read (the pages of a map count as resident).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["Document", "FileTokens", "LazyTokens", "ParsedText", "Tokens", "limited"]
+__all__ = ["Document", "FileTokens", "LazyTokens", "ParsedText", "Tokens", "blocks", "limited"]
 
 
 class Tokens(Protocol):
@@ -24,6 +24,11 @@ class Tokens(Protocol):
     def dtype(self) -> np.dtype: ...
     def __len__(self) -> int: ...
     def __getitem__(self, place: slice, /) -> np.ndarray: ...
+
+
+def blocks(tokens: Tokens, size: int) -> Iterator[np.ndarray]:
+    """All of them, ``size`` at once."""
+    return (tokens[start : start + size] for start in range(0, len(tokens), size))
 
 
 class LazyTokens:
@@ -62,13 +67,17 @@ class FileTokens(LazyTokens):
     def _read(self, start: int, count: int) -> np.ndarray:
         items = np.empty(count, self.dtype)
         rest = items.view(np.uint8).data
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset + start * self.dtype.itemsize)
-            while len(rest):
-                count = file.readinto(rest)
-                if not count:
-                    raise ValueError(f"{self.path}: has become shorter since it was opened")
-                rest = rest[count:]
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.offset + start * self.dtype.itemsize)
+                while len(rest):
+                    count = file.readinto(rest)
+                    if not count:
+                        raise ValueError(f"{self.path}: has become shorter since it was opened")
+                    rest = rest[count:]
+        except OSError as error:  # of a broken disk, or a network folder that is gone, which does not say where
+            error.filename = error.filename or str(self.path)
+            raise
         return items
 
     def part(self, start: int, stop: int) -> FileTokens:
@@ -90,7 +99,10 @@ class ParsedText(LazyTokens):
         self._text = text
 
     def _read(self, start: int, count: int) -> np.ndarray:
-        return np.frombuffer(self._text().encode(), np.uint8)[start : start + count]
+        items = np.frombuffer(self._text().encode(), np.uint8)[start : start + count]
+        if len(items) < count:
+            raise ValueError("a text has become shorter since it was opened: was its file or data set changed?")
+        return items
 
     def part(self, start: int, stop: int) -> ParsedText:
         return ParsedText(self._text, self.start + start, self.start + stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -90,26 +91,26 @@ def find_files(
         elif path.is_file():
             inside = [(path.name, path)]
         else:
-            raise FileNotFoundError(f"{shown(path)}: no such file or folder{_missing_hint(path)}")
+            here = "" if path.is_absolute() else f" in {shown(Path.cwd())}"
+            raise FileNotFoundError(f"{shown(path)}: no such file or folder{here}")
         for name, file in inside:
             named = file == path
             if not named and (include or exclude):
                 fits = {pattern for pattern in (*include, *exclude) if _fits(name, pattern)}
                 unmatched -= fits
-                if fits & set(exclude) or (include and not fits & set(include)):
+                if fits & set(exclude) or not (fits & set(include) or not include or file.is_dir()):
                     continue
-            if file.resolve() in seen:
-                if named or not file.is_symlink():
-                    raise ValueError(
-                        f"{shown(file)}: given twice, so one copy might be held out and the other trained on"
-                    )
+            if not named and (why := _why_not(file)):
+                left_out.add(*why)
+                continue
+            real = file.resolve()
+            if real not in seen:
+                seen.add(real)
+                found.append(Found(file, shown(name), named))
+            elif named or not file.is_symlink():
+                raise ValueError(f"{shown(file)}: given twice, so one copy might be held out and the other trained on")
+            else:
                 left_out.add("links to files that are read already", shown(file))
-                continue
-            if not named and file.suffix.lower() in COMPRESSED and file.with_suffix("").is_file():
-                left_out.add("compressed copies of files beside them", shown(file))
-                continue
-            seen.add(file.resolve())
-            found.append(Found(file, shown(name), named))
     if unmatched and all_match:
         known = [path for path in paths if path.is_dir()]
         where = f"in {', '.join(map(shown, known))}" if known else "because no folder was given"
@@ -120,12 +121,23 @@ def find_files(
     return found
 
 
-def _missing_hint(path: Path) -> str:
-    return "" if path.is_absolute() else f" in {shown(Path.cwd())}"
+def _why_not(file: Path) -> tuple[str, str] | None:
+    """Why something in a folder is no data, and where it is; None for what may be."""
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:  # a link that leads nowhere, or in a circle; a folder that may not be entered
+        return "that cannot be opened", f"{shown(file)}: {error.strerror}"
+    if stat.S_ISDIR(mode):
+        return "links to folders, which are not followed", shown(file)
+    if not stat.S_ISREG(mode):
+        return "that are no files, such as pipes", shown(file)
+    if file.suffix.lower() in COMPRESSED and file.with_suffix("").is_file():
+        return "compressed copies of files beside them", shown(file)
+    return None
 
 
 def _walk(root: Path, own: set[Path], left_out: Tally) -> Iterator[Path]:
-    """The files below a folder that are not hidden."""
+    """What is below a folder and not hidden: files, and links."""
 
     def cannot(error: OSError) -> None:
         left_out.add("folders that cannot be read", shown(error.filename))
@@ -141,7 +153,8 @@ def _walk(root: Path, own: set[Path], left_out: Tally) -> Iterator[Path]:
             folders[:] = [name for name in folders if not _OF_A_RUN.fullmatch(name)]
             files = [name for name in files if not _OF_A_RUN.fullmatch(name)]
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (here / name for name in files if not name.startswith(".") and (here / name).is_file())
+        links = [name for name in folders if (here / name).is_symlink()]
+        yield from (here / name for name in (*files, *links) if not name.startswith("."))
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -21,11 +21,10 @@ def held_out_split(
 ) -> tuple[list[Document], list[Document]]:
     """``(training, held_out)``: about one byte (or id) in ``share`` is held out. Names and sizes alone are looked at.
 
-    First the hash of each name decides: it takes one document in ``share``, and a new document moves no other. Where
-    these hold less than half or more than twice what is wanted (few documents, or of very different sizes), documents
-    are taken in the order of their hashes as long as they fit, until there is enough; a new document may then move
-    others. And where none fit (a book and a README), the end of the longest document is held out, from the beginning of
-    a character on.
+    First the hash of each name decides, one in ``share``; then a new document moves no other. Where those hold less
+    than half or more than twice what is wanted, documents are taken in the order of their hashes as long as they fit,
+    until there is enough; then a new one may move others. Where none fit (a book and a README), the end of the longest
+    document is held out, from the beginning of a character on.
 
     Args:
         by: ``"name"`` leaves it at the first, whatever the sizes, with at least one document.
@@ -48,7 +47,7 @@ def held_out_split(
         if not chosen or len(chosen) == len(documents):
             chosen = {min(range(len(documents)), key=ranks.__getitem__)}
         return _divided(documents, chosen)
-    sizes = [len(document) for document in documents]
+    sizes = list(map(len, documents))
     wanted = max(sum(sizes) // share, 1)
     if chosen and wanted <= 2 * sum(sizes[i] for i in chosen) <= 4 * wanted and len(chosen) < len(documents):
         return _divided(documents, chosen)

@@ -7,6 +7,7 @@ told by its name or by its first bytes.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import functools
 import importlib
@@ -162,8 +163,20 @@ def _text(source: _Source, how: Reading) -> Iterator[Document]:
         if b"\0" in block:
             place = begin + start + block.index(b"\0")
             raise UnreadableError("not text", f"{source}: not text, byte {place} is 0")
+        if not start and _is_row(block, how.text_field):
+            raise UnreadableError(
+                "JSON Lines under another name", f"{source}: JSON Lines, not text: give it a name that ends in .jsonl"
+            )
     if len(content):
         yield Document(source.name, content)
+
+
+def _is_row(block: bytes, field: str) -> bool:
+    """Whether the first line is an object of JSON that has the field."""
+    try:
+        return block.startswith(b"{") and field in json.loads(block.partition(b"\n")[0])
+    except (ValueError, RecursionError):
+        return False
 
 
 # --- Rows
@@ -206,8 +219,8 @@ def _utf8(text: str) -> bytes:
 
 def read_rows(
     texts: Iterable[_Row], where: str, unit: str, how: Reading, single: bool = False
-) -> Iterator[tuple[int, Callable[[], str], bytes]]:
-    """Number, source and bytes of each row's text; empty ones are left out, wrong ones are passed over and counted.
+) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each row's text; empty ones are left out, wrong ones are passed over and counted.
 
     Args:
         where, unit: the file and what its rows are called, for messages.
@@ -230,7 +243,7 @@ def read_rows(
         else:
             fine += 1
             if encoded:
-                yield number, text, encoded
+                yield number, encoded
     if len(wrong) and not fine:
         raise UnreadableError(
             f"without text in field {how.text_field!r}",
@@ -244,7 +257,7 @@ def _stored(rows: Iterable[_Row], source: _Source, unit: str, how: Reading) -> I
     """Rows that cannot be read at random places: their texts are kept in a temporary file."""
     store = TextStore(source.path)
     try:
-        for number, _, text in read_rows(rows, str(source), unit, how):
+        for number, text in read_rows(rows, str(source), unit, how):
             yield Document(f"{source.name}:{number}", store.add(text))
     finally:
         store.close()
@@ -258,29 +271,33 @@ def _of_line(line: bytes, field: str) -> str:
     return row_text(row, field)
 
 
-def _read_line(path: Path, field: str, offset: int, size: int) -> str:
+def _read_line(source: _Source, number: int, field: str, offset: int, size: int) -> str:
     """The text in a line that lies in these bytes of a file."""
-    return _of_line(FileTokens(path, np.dtype(np.uint8), offset, 0, size)[:].tobytes(), field)
+    line = FileTokens(source.content, np.dtype(np.uint8), offset, 0, size)[:].tobytes()
+    try:
+        return _of_line(line, field)
+    except _RowError as fault:
+        raise ValueError(f"{source}, line {number}: was changed since it was opened: {fault}") from fault
 
 
 def _lines(source: _Source, how: Reading, single: bool = False) -> Iterator[Document]:
     """JSON Lines, read in place: a line is parsed again where its text is needed."""
-    begin = _start(source)
-    places: dict[int, tuple[int, int]] = {}
+    offset = size = 0
 
     def rows() -> Iterator[_Row]:
-        offset = begin
+        nonlocal offset, size
+        offset = _start(source)
         with source.content.open("rb") as lines:
-            lines.seek(begin)
+            lines.seek(offset)
             for number, line in enumerate(lines, 1):
-                start, offset = offset, offset + len(line)
+                size = len(line)
                 if line.strip():
-                    places.clear()  # of those before, for the row's place is asked for at once
-                    places[number] = start, len(line)
                     yield number, functools.partial(_of_line, line, how.text_field)
+                offset += size
 
-    for number, _, text in read_rows(rows(), str(source), "line", how, single):
-        parse = functools.partial(_read_line, source.content, how.text_field, *places[number])
+    for number, text in read_rows(rows(), str(source), "line", how, single):
+        # Where the row is that was read last.
+        parse = functools.partial(_read_line, source, number, how.text_field, offset, size)
         yield Document(f"{source.name}:{number}", ParsedText(parse, 0, len(text)))
 
 
@@ -337,13 +354,16 @@ def _csv(source: _Source, how: Reading, delimiter: str = ",") -> Iterator[Docume
         before = csv.field_size_limit(2**31 - 1)
         try:
             with source.content.open(encoding="utf-8-sig", newline="") as file:
-                table = csv.DictReader(file, delimiter=delimiter)
+                table = csv.DictReader(file, delimiter=delimiter, strict=True)
                 for row in table:
                     yield table.line_num, functools.partial(row_text, row, how.text_field)
         except UnicodeDecodeError as error:
             raise UnreadableError("not UTF-8 text", f"{source}: not UTF-8 text ({error.reason})") from error
         except csv.Error as error:
-            raise UnreadableError("damaged tables", f"{source}: not a table ({error})") from error
+            # Such as a quote that is never closed, and would take all rows after it into one text.
+            raise UnreadableError(
+                "damaged tables", f"{source}, after line {table.line_num}: not a table ({error})"
+            ) from error
         finally:
             csv.field_size_limit(before)
 
@@ -406,13 +426,10 @@ def _check_column(source: _Source, how: Reading, names: list[str]) -> None:
 
 def integer_type(name: str) -> np.dtype:
     """The type of a .bin file's tokens. Raises ValueError: it is no type of integers."""
-    try:
-        kind = np.dtype(name)
-    except TypeError as error:
-        raise ValueError(f"bin_dtype: expected a type of integers such as uint16 or uint32, got {name!r}") from error
-    if not np.issubdtype(kind, np.integer):
-        raise ValueError(f"bin_dtype: expected a type of integers such as uint16 or uint32, got {name!r}")
-    return kind
+    with contextlib.suppress(TypeError):
+        if np.issubdtype(kind := np.dtype(name), np.integer):
+            return kind
+    raise ValueError(f"bin_dtype: expected a type of integers such as uint16 or uint32, got {name!r}")
 
 
 def _npy(source: _Source, how: Reading) -> Iterator[Document]:
@@ -462,7 +479,7 @@ def _bin(source: _Source, how: Reading) -> Iterator[Document]:
     if (likely := _wider(tokens)) is not None:
         raise ValueError(
             f"{source}: read as {kind}, every second token or more is 0 or next to it, as in a file of {likely}: is "
-            f"its --bin-dtype {likely}?"
+            f"its --bin-dtype {likely}? If it is {kind} indeed, save it as a .npy file"
         )
     return _cut(tokens, source.name, how.separator)
 
@@ -506,7 +523,7 @@ def _cut(tokens: FileTokens, name: str, separator: int | None) -> Iterator[Docum
 
 
 KINDS: dict[str, _Reader] = {
-    ".jsonl": _lines, ".ndjson": _lines, ".json": _json, ".csv": _csv,
+    ".jsonl": _lines, ".ndjson": _lines, ".jsonlines": _lines, ".json": _json, ".csv": _csv,
     ".tsv": functools.partial(_csv, delimiter="\t"),
     ".parquet": _parquet, ".arrow": _arrow, ".feather": _arrow, ".npy": _npy, ".bin": _bin,
 }  # fmt: skip
@@ -515,29 +532,20 @@ KINDS: dict[str, _Reader] = {
 _MARKUP = {".html", ".htm", ".xhtml"}
 
 
-def _refused() -> dict[str, tuple[str, str]]:
-    of = {
-        ("archives", "an archive: unpack it first"): ".zip .tar .tgz .tbz2 .txz .7z .rar .jar .whl .egg",
-        (
-            "office documents",
-            "not plain text: save its text",
-        ): ".pdf .doc .docx .odt .rtf .epub .mobi .xls .xlsx .ppt .pptx",
-        (
-            "markup",
-            "markup, not text: save its text; to learn the markup itself, give its folder with --include '*.html'",
-        ): " ".join(_MARKUP),
-        ("weights", "holds arrays, not text; one array of token ids can be a .npy file"): (
-            ".safetensors .pt .pth .ckpt .onnx .gguf .h5 .hdf5 .npz .pkl .pickle .msgpack"
-        ),
-        ("indices", "the index of a token file, not data; see --data's .bin"): ".idx",
-        ("databases", "a database: write its texts into JSON Lines"): ".db .sqlite .sqlite3 .lmdb .mdb",
-        ("images and sounds", "not text"): (
-            ".png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .mp3 .wav .flac .ogg .mp4 .avi .mkv .mov .woff .woff2 .ttf"
-        ),
-        ("programs", "not text"): ".exe .dll .so .dylib .o .a .pyc .class",
-    }
-    return {suffix: said for said, suffixes in of.items() for suffix in suffixes.split()}
-
-
-_REFUSED = _refused()
+_NO_TEXT = [
+    ("archives", "an archive: unpack it first", ".zip .tar .tgz .tbz2 .txz .7z .rar .jar .whl .egg"),
+    ("office documents", "not plain text: save its text",
+     ".pdf .doc .docx .odt .rtf .epub .mobi .xls .xlsx .ppt .pptx"),
+    ("markup", "markup, not text: save its text; to learn the markup itself, give its folder with --include '*.html'",
+     " ".join(_MARKUP)),
+    ("notebooks", "a notebook: save its text, as jupyter nbconvert --to script does", ".ipynb"),
+    ("weights", "holds arrays, not text; one array of token ids can be a .npy file",
+     ".safetensors .pt .pth .ckpt .onnx .gguf .h5 .hdf5 .npz .pkl .pickle .msgpack"),
+    ("indices", "the index of a token file, not data; see --data's .bin", ".idx"),
+    ("databases", "a database: write its texts into JSON Lines", ".db .sqlite .sqlite3 .lmdb .mdb"),
+    ("images and sounds", "not text",
+     ".png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .mp3 .wav .flac .ogg .mp4 .avi .mkv .mov .woff .woff2 .ttf"),
+    ("programs", "not text", ".exe .dll .so .dylib .o .a .pyc .class"),
+]  # fmt: skip
+_REFUSED = {suffix: (kind, remedy) for kind, remedy, suffixes in _NO_TEXT for suffix in suffixes.split()}
 """``(kind, what to do)`` of what is never text, by the end of its name."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 import numpy as np
 import torch
 
-from .corpora import Document, Tokens
+from .documents import Document, Tokens
 from .objectives import Mixture, Objective
 from .segments import Segment
 
@@ -91,11 +91,9 @@ class Lanes:
             ``encode=lambda row: tokenizer.encode(row["text"])`` of a row of a Hugging Face dataset. It runs when the
             item's turn comes, on every rank.
         spread: cut documents that are longer than their fair share (all tokens / lanes, rounded up to whole segments)
-            into stretches of about equal length, so that few or unequal documents keep the lanes busy with different
-            text. A stretch is streamed as a document is: in one lane, shuffled with the others, begun with the reset
-            flag. But its first source is the segment before it. Where no document is so long, nothing changes. Only a
-            list of arrays, or the like, can be cut: of an iterable, or with ``encode``, no length is known before its
-            turn comes.
+            into stretches of about equal length, so that the lanes read different text. A stretch is streamed as a
+            document is, but its first source is the segment before it. Where no document is so long, nothing changes.
+            Only a list of arrays, or the like, can be cut: other lengths are not known before their turn comes.
 
     Raises:
         ValueError: a setting is out of range, or a document is empty or not such an array (at once where the documents
@@ -247,11 +245,9 @@ class Lanes:
         dtype, dimensions = getattr(item, "dtype", None), getattr(item, "ndim", 1)
         if dtype is not None and np.issubdtype(dtype, np.integer) and dimensions == 1 and len(cast(Tokens, item)):
             return cast(Tokens, item)
-        got = (
-            type(item).__name__
-            if dtype is None
-            else f"{dtype} of shape {getattr(item, 'shape', (len(cast(Tokens, item)),))}"
-        )
+        got = type(item).__name__
+        if dtype is not None:
+            got = f"{dtype} of shape {getattr(item, 'shape', (len(cast(Tokens, item)),))}"
         hint = ""
         if isinstance(item, Document):
             hint = "; encode_documents(documents, tokenizer) makes arrays of them"

@@ -8,8 +8,9 @@ where it was none), and whether it ends where the document does. Beside them are
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
+import glob
 import hashlib
 import json
 import shutil
@@ -23,7 +24,7 @@ import numpy as np
 
 from ..files import flush_to_disk
 from .corpora import _encode, fingerprint
-from .documents import Document, FileTokens, LazyTokens, Tokens
+from .documents import Document, FileTokens, LazyTokens, Tokens, blocks
 from .tokenizers import BPETokenizer, Tokenizer, load_tokenizer, tokenizer_fingerprint
 
 __all__ = ["HEADER", "TokenFiles", "is_token_folder", "open_tokens", "read_any", "with_tokens", "write_tokens"]
@@ -63,10 +64,8 @@ class TokenFiles:
         self._all: list[Document] = []
         for name, count, size, ends in lines:
             content = _StoredTokens(self, dtype, place, place + count, size)
-            document, place = Document(name, content, text=False), place + count
-            if hasattr(document, "ends"):
-                object.__setattr__(document, "ends", ends)
-            self._all.append(document)
+            self._all.append(Document(name, content, text=False, ends=ends))
+            place += count
         self.documents = [document for document in self._all if len(document)]
 
     @functools.cached_property
@@ -106,31 +105,16 @@ class _StoredTokens(FileTokens):
         """Bytes of the text; None if it was none. Those of a part are counted in its tokens."""
         if self._size is None or self._whole:
             return self._size
-        return sum(self._files.count_bytes(self[i : i + _BLOCK]) for i in range(0, len(self), _BLOCK))
+        return sum(map(self._files.count_bytes, blocks(self, _BLOCK)))
 
     def part(self, start: int, stop: int) -> _StoredTokens:
         whole = self._whole and (start, stop) == (0, len(self))
         return _StoredTokens(self._files, self.dtype, self.start + start, self.start + stop, self._size, whole)
 
 
-class _TextWithTokens(LazyTokens):
-    """The bytes of a text whose ids stand in a folder of token files."""
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, text: Tokens, tokens: _StoredTokens):
-        super().__init__(0, len(text))
-        self._text, self.tokens, self.tokenizer = text, tokens, tokens.tokenizer
-
-    def _read(self, start: int, count: int) -> np.ndarray:
-        return self._text[start : start + count]
-
-    def part(self, start: int, stop: int) -> LazyTokens:
-        """Text alone: which tokens are a part's is for its tokenizer to say."""
-        return _Slice(self._text, start, stop)
-
-
 class _Slice(LazyTokens):
+    """Bytes ``start`` to ``stop`` of a text."""
+
     dtype = np.dtype(np.uint8)
 
     def __init__(self, text: Tokens, start: int, stop: int):
@@ -144,6 +128,14 @@ class _Slice(LazyTokens):
         return _Slice(self._text, self.start + start, self.start + stop)
 
 
+class _TextWithTokens(_Slice):
+    """A text whose ids stand in a folder of token files; which of them are a part's is for the tokenizer to say."""
+
+    def __init__(self, text: Tokens, tokens: _StoredTokens):
+        super().__init__(text, 0, len(text))
+        self.tokens, self.tokenizer = tokens, tokens.tokenizer
+
+
 def with_tokens(documents: Sequence[Document], files: TokenFiles) -> list[Document | None]:
     """The same documents, which need not be encoded any more; None for one without a token.
 
@@ -155,9 +147,8 @@ def with_tokens(documents: Sequence[Document], files: TokenFiles) -> list[Docume
     known: list[Document | None] = []
     for document, stored in zip(documents, files._all, strict=True):
         assert isinstance(stored.content, _StoredTokens)
-        ready = copy.copy(document)
-        object.__setattr__(ready, "content", _TextWithTokens(document.content, stored.content))
-        known.append(ready if len(stored) else None)
+        content = _TextWithTokens(document.content, stored.content)
+        known.append(Document(document.name, content, ends=document.ends) if len(stored) else None)
     return known
 
 
@@ -202,9 +193,7 @@ def write_tokens(
     if folder.exists() and not is_token_folder(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: holds something else than token files; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for other in folder.parent.glob(f".{folder.name}.*.unfinished"):
-        if time.time() - max(f.stat().st_mtime for f in [other, *other.iterdir()]) > _ABANDONED:
-            shutil.rmtree(other, ignore_errors=True)
+    _remove_abandoned(folder)
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.unfinished")
     try:
         unfinished.mkdir()
@@ -220,6 +209,14 @@ def write_tokens(
     return open_tokens(folder)
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """What was left of the folder by processes that were killed while they wrote it, or replaced it."""
+    for other in folder.parent.glob(f".{glob.escape(folder.name)}.*.unfinished*"):
+        with contextlib.suppress(OSError):  # another process may be faster
+            if time.time() - max(f.stat().st_mtime for f in [other, *other.iterdir()]) > _ABANDONED:
+                shutil.rmtree(other)
+
+
 def _fill(folder: Path, documents: Sequence[Document], tokenizer: Tokenizer, progress: Callable[[int], None]) -> None:
     dtype = np.min_scalar_type(tokenizer.ordinary - 1).newbyteorder("<")
     sums = {name: hashlib.sha256() for name in (IDS, INDEX)}
@@ -233,14 +230,14 @@ def _fill(folder: Path, documents: Sequence[Document], tokenizer: Tokenizer, pro
                 sums[IDS].update(raw)
                 count, read = count + len(piece), read + size
                 progress(read)
-            line = [document.name, count, document.num_bytes, getattr(document, "ends", True)]
+            line = [document.name, count, document.num_bytes, document.ends]
             raw = (json.dumps(line) + "\n").encode()
             index.write(raw)
             sums[INDEX].update(raw)
             tokens += count
     tokenizer.save(folder)
     own = {name: digest.hexdigest() for name, digest in sums.items()}
-    others = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir() if f.name not in own}
+    others = {f.name: _checksum(f) for f in folder.iterdir() if f.name not in own}
     header = {
         "format": _FORMAT,
         "dtype": dtype.str,
@@ -259,19 +256,16 @@ def _pieces(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarr
     """Ids, and how much of the document was read for them."""
     if not (document.text and isinstance(tokenizer, BPETokenizer)):
         content = _encode(document, tokenizer)
-        size = _BLOCK if len(content) == len(document) else max(len(content), 1)
-        for start in range(0, len(content), size):
-            block = np.asarray(content[start : start + size])
-            yield block, len(block) if size == _BLOCK else len(document)
+        for block in blocks(content, _BLOCK):
+            yield block, len(block) * len(document) // len(content)
         return
     taken = 0
 
     def parts() -> Iterator[bytes]:
         nonlocal taken
-        for start in range(0, len(document), _BLOCK):
-            part = document.content[start : start + _BLOCK].tobytes()
-            taken += len(part)
-            yield part
+        for block in blocks(document.content, _BLOCK):
+            taken += len(block)
+            yield block.tobytes()
 
     try:
         for piece in tokenizer.encode_pieces(parts()):
@@ -315,8 +309,5 @@ def open_tokens(folder: str | Path, *, check: bool = False) -> TokenFiles:
 
 
 def _checksum(file: Path) -> str:
-    digest = hashlib.sha256()
     with open(file, "rb") as opened:
-        while block := opened.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()

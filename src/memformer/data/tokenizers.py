@@ -473,8 +473,7 @@ def _strings(texts: Iterable[str | bytes]) -> Iterator[str]:
 
 
 def text_blocks(texts: Iterable[str | bytes]) -> Iterator[str]:
-    """One text that comes in parts, in blocks that end with a line if possible: what :meth:`BPETokenizer.train` takes
-    of a text that is not to be held whole."""
+    """A text that comes in parts, in blocks that end with a line if possible, for :meth:`BPETokenizer.train`."""
     rest = ""
     for text in _strings(texts):
         rest += text

@@ -2,12 +2,14 @@
 
 Compressed files, CSV, JSON arrays and Parquet: reading a document in the middle of one of them would mean reading what
 stands before it. Only a block is in memory at a time. The folder lies where the system keeps temporary files; TMPDIR
-says where that is.
+says where that is. A process that is killed leaves its folder behind, and the next one removes it.
 """
 
 from __future__ import annotations
 
+import atexit
 import bz2
+import contextlib
 import functools
 import gzip
 import importlib
@@ -15,26 +17,57 @@ import lzma
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from .documents import FileTokens
 
 __all__ = ["COMPRESSED", "TextStore", "unpack"]
 
 
+_PREFIX = "memformer-"
+_LOCK = ".lock"
+"""Held by the process as long as it lives."""
+_YOUNG = 60.0
+"""Seconds in which a folder may not be locked yet."""
+
+
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
+def _folder() -> Path:
     """Removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="memformer-")
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
+    with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks
+        lock.acquire()
+    atexit.register(_remove, folder, lock, os.getpid())
+    for other in folder.parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        # One's own alone: nobody else can have put a link there.
+        if other.parent != folder and other.parent.lstat().st_uid == folder.lstat().st_uid:
+            _remove_abandoned(other)
+    return folder
+
+
+def _remove(folder: Path, lock: FileLock, owner: int) -> None:
+    if os.getpid() == owner:  # not at the end of a process that was forked
+        lock.release()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(lock: Path) -> None:
+    with contextlib.suppress(OSError, NotImplementedError, Timeout):
+        if time.time() - lock.stat().st_mtime > _YOUNG:
+            with FileLock(lock, timeout=0):
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _new_file() -> Path:
-    handle, name = tempfile.mkstemp(dir=_folder().name)
+    handle, name = tempfile.mkstemp(dir=_folder())
     os.close(handle)
     return Path(name)
 
@@ -114,7 +147,7 @@ def _sound(blocks: Iterator[bytes], file: Path) -> Iterator[bytes]:
 
 
 def _no_room(error: OSError, file: Path) -> OSError:
-    folder = _folder().name
+    folder = _folder()
     return OSError(
         f"{file}: cannot be unpacked into {folder} ({error.strerror}, {shutil.disk_usage(folder).free / 1e6:,.0f} MB "
         "are free): set TMPDIR to a folder with more room, or unpack it yourself"

@@ -6,9 +6,10 @@ from .averaging import average
 from .callbacks import Callback
 from .documents import documents_for_test, documents_of
 from .history import life, plot_life
+from .initial import sized_as
 from .metrics import StepMetrics, read_metrics
 from .parts import Parts
-from .resume import last_settings, saved_settings, settings_of, sized_as
+from .resume import last_settings, saved_settings, settings_of
 from .run import Run
 
 __all__ = [

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import replay
 from .._installation import __version__
 from ..data import Document, Lanes, Mixture, Tokenizer, encode_documents
-from ..device import check_compiler, choose_device, choose_precision
+from ..device import check_compiler, choose_device, choose_precision, seeded
 from ..interface import SegmentModel
 from ..model import Memformer
 from ..models import make_model
@@ -21,6 +22,7 @@ from ..settings import TrainingConfig, to_flat
 from . import checkpoints, resume, shards
 from .callbacks import Report, nothing
 from .corpus import corpus_of
+from .initial import load_initial
 from .optimizers import make_optimizer
 from .parts import Parts, Progress, RolloutLoss
 
@@ -45,21 +47,10 @@ def assemble(
         BlockingIOError: another process trains in the folder.
         OSError: the folder cannot be written.
     """
-    # Before anything that takes time.
     ranks, device = Ranks(), choose_device(settings.device)
     precision = choose_precision(settings.compute.precision, device)
-    if settings.rollout.lanes % ranks.size:
-        raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
-    ranks.agree(_at_the_start(settings))
-    settings.model.config(1, settings.rollout.segment_length)
-    if settings.compute.compile:
-        check_compiler(device)
-    checkpoint, refused = resume.find_checkpoint(settings)
-    with ranks.together():
-        if not ranks.rank:
-            checkpoints.check_folder(settings.out)
-    ranks.agree({"checkpoint": str(checkpoint and checkpoint.name)})
-    initial = None if checkpoint else resume.load_initial(settings)
+    checkpoint, refused = _begun(settings, ranks, device)
+    initial = None if checkpoint else load_initial(settings)
     corpus = corpus_of(settings, ranks, checkpoint, initial and initial[1], report, documents)
     tokenizer = corpus.tokenizer
     divided = ranks.size > 1 and settings.compute.parallel == "fsdp"
@@ -71,9 +62,7 @@ def assemble(
     if checkpoint is not None:
         saved = resume.load(checkpoint, settings, corpus.fingerprint, corpus.held_out_fingerprint, model)
     rollouts = _parallel(model, settings, ranks, device)  # from here on FSDP has divided the parameters
-    average: dict[str, Tensor] = {}
-    if settings.optimizer.ema:
-        average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    averaged = model.named_parameters() if settings.optimizer.ema else ()
     parts = Parts(
         ranks=ranks,
         device=device,
@@ -87,7 +76,7 @@ def assemble(
         tokenizer=tokenizer,
         stream=_stream(settings, corpus.training, tokenizer, ranks),
         model=model,
-        average=average,
+        average={name: p.detach().clone() for name, p in averaged},
         rollouts=rollouts,
         optimizer=make_optimizer(model, settings.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
@@ -98,6 +87,21 @@ def assemble(
     if saved is not None:
         resume.restore(parts, saved, settings)
     return parts
+
+
+def _begun(settings: TrainingConfig, ranks: Ranks, device: torch.device) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what is refused; all is checked that can be before anything takes time."""
+    if settings.rollout.lanes % ranks.size:
+        raise ValueError(f"lanes: {settings.rollout.lanes} cannot be divided evenly among {ranks.size} processes")
+    ranks.agree(_at_the_start(settings))
+    if settings.compute.compile:
+        check_compiler(device)
+    checkpoint, refused = resume.find_checkpoint(settings)
+    with ranks.together():
+        if not ranks.rank:
+            checkpoints.check_folder(settings.out)
+    ranks.agree({"checkpoint": str(checkpoint and checkpoint.name)})
+    return checkpoint, refused
 
 
 def _at_the_start(settings: TrainingConfig) -> dict[str, str]:
@@ -126,8 +130,7 @@ def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: T
 
 def _model(settings: TrainingConfig, tokenizer: Tokenizer, device: str) -> SegmentModel:
     """With the seed's initial weights; on "meta" without any."""
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed, torch.device(device)), torch.device(device):
         config = settings.model.config(tokenizer.vocabulary, settings.rollout.segment_length)
         return make_model(config)
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +30,14 @@ from ..data import (
     tokenizer_fingerprint,
     write_tokens,
 )
+from ..data.documents import blocks
 from ..data.tokenfiles import is_token_folder, with_tokens
 from ..data.tokenizers import text_blocks
 from ..parallel import Ranks
 from ..settings import TrainingConfig
 from .callbacks import Report, nothing
 from .documents import documents_for_test, documents_of, evaluated
+from .resume import changes_since
 
 __all__ = ["Corpus", "corpus_of", "train_bpe"]
 
@@ -91,6 +93,8 @@ def corpus_of(
     known = [fingerprint(part) for part in (training, held_out, test)]
     read = evaluated(held_out, settings.evaluation.eval_limit)
     ranks.agree(dict(zip(("training text", "held-out text", "text for the test"), known, strict=True)))
+    if checkpoint is not None:
+        changes_since(checkpoint, settings, known[0], known[1])  # before other documents are encoded
     if tokenizer is None:
         _check_texts([*training, *held_out, *test])
         tokenizer = _trained(settings, training, ranks, report)
@@ -177,12 +181,9 @@ def train_bpe(documents: Sequence[Document], size: int) -> BPETokenizer:
         ValueError: the size is below 256, or there are token ids among them.
     """
     _check_texts(documents)
-
-    def parts(document: Document) -> Iterator[bytes]:
-        return (document.content[i : i + _BLOCK].tobytes() for i in range(0, len(document), _BLOCK))
-
+    texts = ((block.tobytes() for block in blocks(document.content, _BLOCK)) for document in documents)
     try:
-        return BPETokenizer.train((block for d in documents for block in text_blocks(parts(d))), size)
+        return BPETokenizer.train((block for text in texts for block in text_blocks(text)), size)
     except ValueError as error:
         raise ValueError(f"vocabulary: {error}") from error
 

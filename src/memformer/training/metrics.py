@@ -21,7 +21,17 @@ from ..data.tokenizers import Tokenizer
 from ..evaluation import Depth, HeldOut
 from ..files import replace_file
 
-__all__ = ["ByObjective", "Changed", "MetricsLog", "Pace", "StepMetrics", "held_out_at", "read_metrics", "scalars"]
+__all__ = [
+    "ByObjective",
+    "Changed",
+    "MetricsLog",
+    "Pace",
+    "StepMetrics",
+    "as_json",
+    "held_out_at",
+    "read_metrics",
+    "scalars",
+]
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ def scalars(metrics: StepMetrics | HeldOut) -> dict[str, float]:
 class ByObjective:
     """The loss of each :class:`~memformer.data.objectives.Objective`, added up on the device, without waiting for it.
 
+    Those of a step are kept at its end, or they are not: see :meth:`end_step`.
+
     Args:
         tokenizer: whose special tokens begin the objectives' targets.
     """
@@ -95,12 +107,19 @@ class ByObjective:
         starts[tokenizer.infill], starts[tokenizer.recall] = Objective.INFILLING, Objective.RECALL
         self._starts = starts.to(device)
         self.sums = torch.zeros(2, len(Objective), dtype=torch.float32, device=device)
+        self._step = torch.zeros_like(self.sums)
 
     def add(self, tgt: Tensor, losses: Tensor, counted: Tensor) -> None:
         """Targets (rows, tokens), the losses of their tokens, and which of these count."""
         objective = self._starts[tgt[:, 0]]
-        self.sums[0].index_add_(0, objective, losses.detach().sum(1, dtype=self.sums.dtype))
-        self.sums[1].index_add_(0, objective, counted.sum(1, dtype=self.sums.dtype))
+        self._step[0].index_add_(0, objective, losses.detach().sum(1, dtype=self._step.dtype))
+        self._step[1].index_add_(0, objective, counted.sum(1, dtype=self._step.dtype))
+
+    def end_step(self, counts: bool) -> None:
+        """Keep what was added since the step before, where it counts."""
+        if counts:
+            self.sums += self._step
+        self._step = torch.zeros_like(self._step)
 
     def take(self, sums: Tensor) -> dict[str, float | None]:
         """The means by their names in :class:`StepMetrics`, given the sums of all processes; it then starts anew."""
@@ -151,13 +170,13 @@ class MetricsLog:
                 for line in _lines(self._file)
                 if line["step"] < step or (line["step"] == step and line.get("event") not in again)
             ]
-            replace_file(self._file, "".join(_json(line) for line in kept))
+            replace_file(self._file, "".join(as_json(line) for line in kept))
 
     def write(self, event: str, metrics: StepMetrics | HeldOut | Changed) -> None:
         """One more line, of an event such as "step"."""
         try:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(_json({"event": event, **dataclasses.asdict(metrics)}))
+                file.write(as_json({"event": event, **dataclasses.asdict(metrics)}))
         except OSError as error:
             raise OSError(f"{self._file}: cannot be written ({error}); the checkpoints are untouched") from error
 
@@ -202,7 +221,8 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _json(values: dict[str, Any]) -> str:
+def as_json(values: dict[str, Any]) -> str:
+    """A line of JSON that any program reads: null for a number that is not finite."""
     return json.dumps(_finite(values), allow_nan=False) + "\n"
 
 

@@ -143,6 +143,10 @@ class Parts:
     test: Sequence[Document] = ()
     test_fingerprint: str = ""
 
+    def autocast(self) -> torch.autocast:
+        """The run's precision, for what the model computes inside."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
+
 
 class RolloutLoss(nn.Module):
     """The loss of a rollout as a module's call, for DistributedDataParallel to wrap.

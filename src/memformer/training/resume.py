@@ -12,30 +12,30 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .. import folders
-from ..data import Document, Tokenizer, fingerprint
+from ..data import Document, fingerprint
 from ..data.lanes import LanesState
+from ..device import seeded
 from ..interface import SegmentModel
 from ..models import config_in, load_model, make_model
 from ..parallel import like
-from ..settings import ModelSettings, TrainingConfig, absolute, read_saved, read_yaml, to_flat, to_plain
+from ..settings import TrainingConfig, absolute, read_saved, read_yaml, to_flat, to_plain
 from . import checkpoints, shards
 from .parts import Best, Change, Parts, by_name, from_names, only_finite
 
 __all__ = [
     "ON_RESUMING",
     "as_kept",
+    "changes_since",
     "check_documents_of",
     "find_checkpoint",
     "last_settings",
     "load",
-    "load_initial",
     "on_resuming",
     "record_evaluation",
     "restore",
     "save",
     "saved_settings",
     "settings_of",
-    "sized_as",
     "stopped_early",
 ]
 
@@ -190,76 +190,6 @@ def _changes(before: TrainingConfig, now: TrainingConfig) -> tuple[list[Change],
     return changes, kinds
 
 
-# --- Another run's weights
-
-
-def sized_as(settings: TrainingConfig, path: str | Path) -> TrainingConfig:
-    """Settings of a new run that starts with the weights of a model: with its sizes and its tokenizer.
-
-    Args:
-        path: the folder of a model or of a run, which becomes ``init_from``.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no model, or it is damaged.
-    """
-    folder = folders.find(path)
-    model, tokenizer = load_model(folder).config, _tokenizer_in(folder)
-    documents = settings.documents
-    if tokenizer is not None:
-        documents = dataclasses.replace(documents, tokenizer=_kind(tokenizer), vocabulary=tokenizer.ordinary)
-    return dataclasses.replace(
-        settings,
-        init_from=Path(path),
-        documents=documents,
-        model=ModelSettings.of(model, settings.model.dropout),
-        rollout=dataclasses.replace(settings.rollout, segment_length=model.segment_length),
-    )
-
-
-def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | None] | None:
-    """The model and, where it has one, the tokenizer of ``init_from``; None where there is no such setting.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no model, it is damaged, or not of the settings' sizes.
-    """
-    if settings.init_from is None:
-        return None
-    folder = folders.find(settings.init_from)
-    model, tokenizer = load_model(folder), _tokenizer_in(folder)
-    there, found = model.config.to_dict(), settings.documents.tokenizer
-    if tokenizer is not None and found != _kind(tokenizer):
-        raise ValueError(
-            f"documents.tokenizer: the model in {folder} has a tokenizer of {_kind(tokenizer)}, got {found}; leave it "
-            "out, or take the settings from training.sized_as"
-        )
-    if ModelSettings.of(model.config, 0).architecture != settings.model.architecture:
-        raise ValueError(
-            f"architecture: the model in {folder} is a {model.kind}, got {settings.model.architecture}; sizes come "
-            "with the weights, so take the settings from training.sized_as"
-        )
-    given = settings.model.config(model.config.vocabulary, settings.rollout.segment_length).to_dict()
-    for name, value in given.items():
-        if name != "dropout" and there[name] != value:
-            raise ValueError(
-                f"{name}: the model in {folder} has {there[name]}, got {value}; sizes come with the weights, so leave "
-                "them out, or take the settings from training.sized_as"
-            )
-    return model, tokenizer
-
-
-def _tokenizer_in(folder: Path) -> Tokenizer | None:
-    from ..data import load_tokenizer
-
-    try:
-        return load_tokenizer(folder)
-    except FileNotFoundError:
-        return None  # of a model that was not trained here
-
-
-def _kind(tokenizer: Tokenizer) -> str:
-    return str(getattr(tokenizer, "kind", type(tokenizer).__name__))
-
-
 # --- The state, written and read
 
 
@@ -292,7 +222,7 @@ def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
     tensors |= {name: parts.ranks.gather(part).cpu() for name, part in by_name(parts.progress.memory).items()}
     with parts.ranks.together():
         if not parts.ranks.rank:
-            with torch.random.fork_rng(), torch.device("cpu"):
+            with seeded(0, cpu := torch.device("cpu")), cpu:
                 plain = make_model(parts.model.config)
             plain.load_state_dict(average or weights, strict=False)
             _write(parts, settings, plain.save_pretrained, tensors)
@@ -362,16 +292,18 @@ def record_evaluation(parts: Parts, settings: TrainingConfig) -> None:
         checkpoints.keep_only(settings.out, settings.output.keep, progress.best and progress.best["step"])
 
 
-def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str, model: SegmentModel) -> Saved:
-    """Check that a checkpoint is of this run, and take its weights into the model; returns the rest of its state.
+def changes_since(
+    checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str
+) -> tuple[list[Change], set[Kind]]:
+    """What is another setting, or are other documents, than in a checkpoint, and of which kinds that is.
 
     Args:
         documents, held_out: the fingerprints of the documents.
 
     Raises:
-        ValueError: a setting differs that must not, the documents or the model are not the same, or it is damaged.
+        ValueError: a setting differs that must not, or the documents are not the same.
     """
-    numbers, tensors = checkpoints.load_state(checkpoint)
+    numbers = checkpoints.load_numbers(checkpoint)
     changes, kinds = _changes(read_saved(numbers["settings"]), settings)
     for name, kind, now in (("documents", "stream", documents), ("held_out", "best", held_out)):
         before = numbers.get(name, now)  # older runs do not know what they held out
@@ -386,6 +318,20 @@ def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: s
             )
         changes.append(Change(f"{what} documents", "", "", follows))
         kinds.add(cast(Kind, kind))
+    return changes, kinds
+
+
+def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str, model: SegmentModel) -> Saved:
+    """Check that a checkpoint is of this run, and take its weights into the model; returns the rest of its state.
+
+    Args:
+        documents, held_out: the fingerprints of the documents.
+
+    Raises:
+        ValueError: a setting differs that must not, the documents or the model are not the same, or it is damaged.
+    """
+    numbers, tensors = checkpoints.load_state(checkpoint)
+    changes, kinds = changes_since(checkpoint, settings, documents, held_out)
     config, expected = config_in(checkpoint), model.config
     if dataclasses.replace(config, dropout=expected.dropout) != expected:
         raise ValueError(f"{checkpoint}: its model is {config}, expected {expected}")
@@ -407,17 +353,15 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
         ValueError: the run is at its end already.
     """
     numbers, tensors, _, kinds, in_parts = saved
+    progress = parts.progress
     if in_parts is not None:
         shards.load(parts, in_parts)
     else:
         _restore_optimizer(parts, tensors)
-    for name, parameter in parts.model.named_parameters() if in_parts is None else ():
-        if parts.average:
-            parts.average[name] = like(tensors[f"average/{name}"], parameter)
-    progress = parts.progress
-    if in_parts is None:
         saved_memory = from_names(tensors, parts.model.get_initial_mem(1))
         progress.memory = tree_map(lambda part: parts.ranks.own(part).to(parts.device), saved_memory)
+        for name, parameter in parts.model.named_parameters() if parts.average else ():
+            parts.average[name] = like(tensors[f"average/{name}"], parameter)
     if "stream" in kinds:
         progress.memory = None
         state, before = parts.stream.state_dict(), numbers["stream"]

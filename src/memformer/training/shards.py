@@ -59,7 +59,10 @@ def write(parts: Parts, folder: Path) -> None:
     assert parts.progress.memory is not None
     memory = as_rows(parts.progress.memory, next(parts.model.parameters()))
     with _explained(folder):
-        save(_tensors(parts, memory), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(
+            _tensors(parts, memory, bool(parts.average)),
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+        )
 
 
 def load(parts: Parts, checkpoint: Path) -> None:
@@ -83,20 +86,24 @@ def load(parts: Parts, checkpoint: Path) -> None:
                 value = torch.empty_like(like, dtype=saved[key].properties.dtype)
                 parts.optimizer.state[parameter][key.removeprefix(prefix)] = value
         memory = torch.empty(saved["memory"].size, dtype=saved["memory"].properties.dtype, device="cpu")
+        apart = any(key.startswith("weights/") for key in saved)
         # Each process reads for itself: nothing has to be agreed upon, and one process needs no process group.
-        load(_tensors(parts, memory), storage_reader=reader, no_dist=True)
+        load(_tensors(parts, memory, apart), storage_reader=reader, no_dist=True)
+        for name, parameter in parts.model.named_parameters() if parts.average and not apart else ():
+            parts.average[name].copy_(parameter.detach())
     parts.progress.memory = parts.ranks.own(memory).to(parts.device)
 
 
-def _tensors(parts: Parts, memory: Tensor) -> dict[str, Tensor]:
+def _tensors(parts: Parts, memory: Tensor, apart: bool) -> dict[str, Tensor]:
     """Everything that a run's checkpoint holds, by name: what is there is written or, in place, read.
 
-    What a user loads is ``model/``: the weights' average, if the run keeps one.
+    What a user loads is ``model/``: the weights, or their average, which the checkpoint of a run that keeps one has
+    apart from them.
     """
-    weights = {name: parameter.detach() for name, parameter in parts.model.named_parameters()}
-    named = {f"model/{name}": tensor for name, tensor in (parts.average or weights).items()}
-    if parts.average:
-        named |= {f"weights/{name}": tensor for name, tensor in weights.items()}
+    weights = "weights" if apart else "model"
+    named = {f"{weights}/{name}": parameter.detach() for name, parameter in parts.model.named_parameters()}
+    if apart:
+        named |= {f"model/{name}": tensor for name, tensor in parts.average.items()}
     for name, parameter in parts.model.named_parameters():
         named |= {f"optimizer/{name}/{key}": value for key, value in parts.optimizer.state[parameter].items()}
     return {**named, "memory": memory}

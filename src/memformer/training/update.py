@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +17,7 @@ from ..settings import TrainingConfig
 from . import checkpoints
 from .parts import Parts
 
-__all__ = ["Update"]
+__all__ = ["Update", "not_interrupted"]
 
 
 class Update:
@@ -92,12 +94,29 @@ class Update:
         model, average = self._parts.model, self._parts.average
         parameters = dict(model.named_parameters()) if average else {}
         newest = {name: p.detach().clone() for name, p in parameters.items()}
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(average[name])
         try:
-            yield model
-        finally:
             with torch.no_grad():
                 for name, parameter in parameters.items():
+                    parameter.copy_(average[name])
+            yield model
+        finally:
+            with not_interrupted(), torch.no_grad():
+                for name, parameter in parameters.items():
                     parameter.copy_(newest[name])
+
+
+@contextlib.contextmanager
+def not_interrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of what is inside, where it would raise KeyboardInterrupt in the middle of it."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    asked: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt

@@ -1,0 +1,79 @@
+"""A run that starts with another one's weights: its sizes and its tokenizer come with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from .. import folders
+from ..data import Tokenizer, load_tokenizer
+from ..interface import SegmentModel
+from ..models import load_model
+from ..settings import ModelSettings, TrainingConfig
+
+__all__ = ["load_initial", "sized_as"]
+
+
+def sized_as(settings: TrainingConfig, path: str | Path) -> TrainingConfig:
+    """Settings of a new run that starts with the weights of a model: with its sizes and its tokenizer.
+
+    Args:
+        path: the folder of a model or of a run, which becomes ``init_from``.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no model, or it is damaged.
+    """
+    folder = folders.find(path)
+    model, tokenizer = load_model(folder).config, _tokenizer_in(folder)
+    documents = settings.documents
+    if tokenizer is not None:
+        documents = dataclasses.replace(documents, tokenizer=_kind(tokenizer), vocabulary=tokenizer.ordinary)
+    return dataclasses.replace(
+        settings,
+        init_from=Path(path),
+        documents=documents,
+        model=ModelSettings.of(model, settings.model.dropout),
+        rollout=dataclasses.replace(settings.rollout, segment_length=model.segment_length),
+    )
+
+
+def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | None] | None:
+    """The model and, where it has one, the tokenizer of ``init_from``; None where there is no such setting.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no model, it is damaged, or not of the settings' sizes.
+    """
+    if settings.init_from is None:
+        return None
+    folder = folders.find(settings.init_from)
+    model, tokenizer = load_model(folder), _tokenizer_in(folder)
+    there, found = model.config.to_dict(), settings.documents.tokenizer
+    if tokenizer is not None and found != _kind(tokenizer):
+        raise ValueError(
+            f"documents.tokenizer: the model in {folder} has a tokenizer of {_kind(tokenizer)}, got {found}; leave it "
+            "out, or take the settings from training.sized_as"
+        )
+    if ModelSettings.of(model.config, 0).architecture != settings.model.architecture:
+        raise ValueError(
+            f"architecture: the model in {folder} is a {model.kind}, got {settings.model.architecture}; sizes come "
+            "with the weights, so take the settings from training.sized_as"
+        )
+    given = settings.model.config(model.config.vocabulary, settings.rollout.segment_length).to_dict()
+    for name, value in given.items():
+        if name != "dropout" and there[name] != value:
+            raise ValueError(
+                f"{name}: the model in {folder} has {there[name]}, got {value}; sizes come with the weights, so leave "
+                "them out, or take the settings from training.sized_as"
+            )
+    return model, tokenizer
+
+
+def _tokenizer_in(folder: Path) -> Tokenizer | None:
+    try:
+        return load_tokenizer(folder)
+    except FileNotFoundError:
+        return None  # of a model that was not trained here
+
+
+def _kind(tokenizer: Tokenizer) -> str:
+    return str(getattr(tokenizer, "kind", type(tokenizer).__name__))
