@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import earlier, export, generate, lanes, learn, loader, overhead, pixels, positions, text
+from . import earlier, export, generate, lanes, learn, loader, overhead, pixels, positions, text, wavefront
 
 _RUN: dict[type, Callable[[Any], Iterator[str]]] = {
     learn.Learn: learn.run,
@@ -21,6 +21,7 @@ _RUN: dict[type, Callable[[Any], Iterator[str]]] = {
     lanes.LanesBenchmark: lanes.run,
     export.Export: export.run,
     pixels.PixelsBenchmark: pixels.run,
+    wavefront.WavefrontBenchmark: wavefront.run,
 }
 
 _Command = (
@@ -34,6 +35,7 @@ _Command = (
     | Annotated[lanes.LanesBenchmark, tyro.conf.subcommand("lanes")]
     | Annotated[export.Export, tyro.conf.subcommand("export")]
     | Annotated[pixels.PixelsBenchmark, tyro.conf.subcommand("pixels")]
+    | Annotated[wavefront.WavefrontBenchmark, tyro.conf.subcommand("wavefront")]
 )
 
 

@@ -36,7 +36,9 @@ class Example:
     @property
     def config(self) -> MemformerConfig:
         """The example gives encoder and decoder the same length."""
-        return dataclasses.replace(self.model.config(256, self.segment_tokens), dec_max_seq_len=self.segment_tokens)
+        return dataclasses.replace(
+            self.model.memformer_config(256, self.segment_tokens), dec_max_seq_len=self.segment_tokens
+        )
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Source and target, (1, tokens) each; always the same."""

@@ -60,7 +60,7 @@ def run(settings: Export) -> Iterator[str]:
     except ImportError as error:
         raise ImportError("exported steps run in onnxruntime, which is not installed", name="onnxruntime") from error
     torch.manual_seed(0)
-    model = Memformer(**settings.model.config(VOCABULARY, settings.segment_tokens).to_dict()).eval()
+    model = Memformer(**settings.model.memformer_config(VOCABULARY, settings.segment_tokens).to_dict()).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield f"{machine(torch.device('cpu'))}, onnxruntime {onnxruntime.__version__}"
     yield (

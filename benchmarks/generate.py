@@ -143,7 +143,7 @@ def _nbytes(state: object) -> int:
 
 class This(Entry):
     def __init__(self, settings: Generate):
-        config = settings.model.config(BYTES + 1, settings.segment_tokens)
+        config = settings.model.memformer_config(BYTES + 1, settings.segment_tokens)
         self.model = Memformer(**config.to_dict())
         assert self.model.decoder is not None, "it was made with one"
         stacks = self.model.encoder, self.model.decoder

@@ -55,7 +55,7 @@ def run(settings: PixelsBenchmark) -> Iterator[str]:
     yield machine(torch.device("cpu"))
     yield f"chance {held_out.chance:.3f}, solved from {held_out.solved:.3f} bits per pixel"
     name = "memformer" if settings.memory == "on" else "memory off"
-    model = build(name, OWN, settings.model.config(train.vocabulary, train.length))
+    model = build(name, OWN, settings.model.memformer_config(train.vocabulary, train.length))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0)
     generator, best, step, end = torch.Generator().manual_seed(0), math.inf, 0, time.monotonic() + 60 * settings.minutes
     while time.monotonic() < end:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from memformer import Memformer
+from memformer import CausalMemformer, Memformer
 from memformer.config import Positions, Writer
 from memformer.settings import TrainingConfig
 
@@ -86,13 +86,28 @@ def lively(seed: int = 0, **changes: Any) -> Memformer:
     """A :func:`tiny` model with segments of 5 tokens, and an overlap, whose greedy text is not one token for ever."""
     overlap = {} if changes.get("encoder_only") else {"dec_overlap": 2}
     with torch.random.fork_rng():
-        model = tiny(**{"enc_max_seq_len": 5, **overlap, **changes}).eval()
-        torch.manual_seed(10 + seed)  # after the model's own draws, whose number is its own affair
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.normal_(std=0.6 if parameter.dim() > 1 else 0.3)
-                if name.endswith("norm.weight"):
-                    parameter.add_(1)
-                if name.endswith("embedding.weight"):
-                    parameter.mul_(3)
+        return enlivened(tiny(**{"enc_max_seq_len": 5, **overlap, **changes}), seed)
+
+
+def lively_causal(seed: int = 0, **changes: Any) -> CausalMemformer:
+    """The same of the other kind; ``changes`` are CausalMemformer's keywords."""
+    settings = {
+        "dim": 8, "num_memory_slots": 3, "mem_update_attn_heads": 2, "num_tokens": VOCABULARY, "depth": 3, "heads": 2,
+        "max_seq_len": 5, "overlap": 2, "tie_embeddings": False,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        return enlivened(CausalMemformer(**{**settings, **changes}).double(), seed)
+
+
+def enlivened(model: Any, seed: int) -> Any:
+    """The model in evaluation mode, with larger weights than any begins with."""
+    model.eval()
+    torch.manual_seed(10 + seed)  # after the model's own draws, whose number is its own affair
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.6 if parameter.dim() > 1 else 0.3)
+            if name.endswith("norm.weight"):
+                parameter.add_(1)
+            if name.endswith("embedding.weight"):
+                parameter.mul_(3)
     return model

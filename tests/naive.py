@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from memformer import CausalMemformer
 from memformer.model import Memformer
 from memformer.nn.blocks import Block
 from memformer.nn.memory import GatedWriter, NormalisedWriter
@@ -206,8 +207,21 @@ def gru(cell: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
 # --- Streams ----------------------------------------------------------------------------------------------------------
 
 
+def causal_next_logits(model: CausalMemformer, text: list[int]) -> Tensor:
+    """Of the token after a text, by whole segments; whatever stands where that token will be is not seen."""
+    length, memory = model.config.max_seq_len, None
+    whole = len(text) // length * length
+    for begin in range(0, whole, length):
+        _, memory = model.step(torch.tensor([text[begin : begin + length]]), memory)
+    pending = text[whole:]
+    hidden, _ = model.step(torch.tensor([[*pending, 0]]), memory)
+    return model.head(hidden[0, len(pending)])
+
+
 def next_logits(model: Memformer, text: list[int], start: int) -> Tensor:
     """Of the token after a text, everything computed anew from its beginning."""
+    if isinstance(model, CausalMemformer):
+        return causal_next_logits(model, text)
     length = min(model.config.enc_max_seq_len, model.config.dec_max_seq_len - 1)
     memory, source = model.get_initial_mem(1)[0], torch.tensor([start])
     for begin in range(0, len(text) - length + 1, length):

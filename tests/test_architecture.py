@@ -42,17 +42,18 @@ LAYERS = [
         "nn.blocks",
         "tasks",
         "pretrained",
+        "data.segments",
     },
     {"replay.options", "replay.readout", "replay.sizes", "nn.memory", "state"},
-    {"replay.engine", "network"},
-    {"replay.functions", "generation", "export"},
-    {"replay.verdict", "model"},
+    {"replay.engine", "interface", "nn.causal", "nn.stacked"},
+    {"replay.functions", "network", "generation"},
+    {"replay.verdict", "model", "causal", "export"},
+    {"models", "wavefront"},
     {
         "replay",
         "nn",
         "data.documents",
         "data.tokenizers",
-        "data.segments",
         "data.yardsticks",
         "parallel",
         "training.checkpoints",
@@ -138,9 +139,9 @@ def test_the_chain_of_the_model() -> None:
     assert own_imports("nn.memory") == {"nn.attention", "nn.blocks"}
     assert own_imports("network") >= {"nn.attention", "nn.blocks", "config", "nn.memory", "nn.positions"}
     assert own_imports("model") >= {"network", "generation"}
-    for room in ("network", "generation", "model"):
+    for room in ("interface", "network", "causal", "generation", "model"):
         assert not any(known.startswith("replay") for known in own_imports(room)), "the model does not know the engine"
-    assert own_imports("rollouts") >= {"model", "replay"}
+    assert own_imports("rollouts") >= {"interface", "wavefront", "replay"}
 
 
 def test_no_room_is_too_large() -> None:

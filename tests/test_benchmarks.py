@@ -120,6 +120,14 @@ def test_a_text_in_few_and_many_files(capsys: pytest.CaptureFixture[str]) -> Non
     assert [line.split()[-3] for line in lines[2:]] == ["3", "3", "1"]
 
 
+def test_all_layers_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--dim", "16", "--segment-tokens", "4", "--reading", "4", "--horizon", "3", "--runs", "1"]
+    lines = report(capsys, "wavefront", "--depths", "2", "3", "--batches", "1", "2", *sizes)
+    assert lines[1].startswith("in float64 the gradients differ by ")
+    assert [line.split()[:2] for line in lines[5:]] == [["2", "1"], ["2", "2"], ["3", "1"], ["3", "2"]]
+    assert all(line.count("->") == line.count(" x") == 2 for line in lines[5:])
+
+
 def test_the_exported_steps(capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

@@ -294,7 +294,7 @@ def test_ctrl_c_while_the_prompt_is_read_leaves_the_state_as_it_was(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Memformer, "stream", interrupted)
+    monkeypatch.setattr("memformer.cli.generate.stream", interrupted)
     assert main(["generate", "--checkpoint", "run", "--state", "talk", "--prompt", "ever after"]) == 130
     assert capsys.readouterr().err.strip() == "memformer: stopped; talk is as it was saved last"
     assert Path("talk").read_bytes() == before

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from memformer import Memformer, MemoryState
+from memformer import CausalMemformer, Memformer, MemoryState
 from memformer.generation import Sampling
 
 CALLS = {
-    "model": ["Memformer", "Memformer.resize_memory"],
+    "causal": ["CausalMemformer"],
+    "interface": ["SegmentModel.resize_memory"],
+    "model": ["Memformer"],
     "generation": ["Sampling", "generate", "read", "stream"],
     "state": ["MemoryState.load", "MemoryState.save"],
 }
@@ -27,7 +29,8 @@ def test_examples_run_as_they_stand(module: str, tmp_path: Path) -> None:
         dec_num_tokens=257, dec_max_seq_len=17, dec_depth=1,
     ).eval()  # fmt: skip
     names = {
-        "torch": torch, "Memformer": Memformer, "MemoryState": MemoryState, "Sampling": Sampling,
+        "torch": torch, "CausalMemformer": CausalMemformer, "Memformer": Memformer, "MemoryState": MemoryState,
+        "Sampling": Sampling,
         "model": model, "folder": tmp_path,
     }  # fmt: skip
     found = doctest.DocTestFinder().find(importlib.import_module(f"memformer.{module}"), globs=names)

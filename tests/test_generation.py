@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import naive
-from helpers import POSITIONS, VOCABULARY, lively
+from helpers import POSITIONS, VOCABULARY, lively, lively_causal
 from memformer import Memformer
 from memformer.data import Lanes
 from memformer.generation import (
@@ -37,6 +37,9 @@ from memformer.state import MemoryState
 START = VOCABULARY - 1
 LENGTH = 5
 LENGTHS = st.lists(st.integers(0, 13), min_size=1, max_size=4)
+both = pytest.mark.parametrize("lively", [lively, lively_causal])
+"""The two kinds of models: the test's own ``lively`` makes one."""
+Lively = Callable[..., Any]
 quick = settings(deadline=None, max_examples=10)
 
 
@@ -53,13 +56,13 @@ def assert_same_state(actual: MemoryState, expected: MemoryState, tolerance: flo
 
 def recorded(model: Memformer) -> list[Tensor]:
     """The logits of every step from now on."""
-    steps, step = [], model.decoder.step
+    steps, ask = [], model.next_logits
 
     def recording(*arguments: Any) -> Tensor:
-        steps.append(step(*arguments))
+        steps.append(ask(*arguments))
         return steps[-1]
 
-    model.decoder.step = recording
+    model.next_logits = recording
     return steps
 
 
@@ -136,6 +139,34 @@ def test_each_step_is_what_the_whole_text_gives(kind: str, writer: str, updates:
     assert_same_state(state, model.read([torch.cat(pair) for pair in zip(begun, tokens, strict=True)], start=START))
 
 
+@pytest.mark.parametrize(("memory", "writer", "updates"), [("layers", "normalised", 1), ("one", "gated", 2)])
+@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("overlap", [1, 2, LENGTH])
+def test_each_step_of_a_causal_model_is_what_the_whole_text_gives(
+    kind: str, memory: str, writer: str, updates: int, overlap: int
+) -> None:
+    settings = {"positions": kind, "memory": memory, "memory_writer": writer, "num_mem_updates": updates}
+    model, begun = lively_causal(overlap=overlap, **settings), prompts(0, 4, 5, 11)
+    steps = recorded(model)
+    tokens, state = model.generate(begun, 8, start=START, temperature=0)
+    for lane, prompt in enumerate(begun):
+        text = prompt.tolist()
+        for i, token in enumerate(tokens[lane].tolist()):
+            expected = naive.next_logits(model, text, START)
+            assert_close(steps[i][lane], expected, rtol=1e-10, atol=1e-10)
+            assert token == expected[:START].argmax()
+            text.append(token)
+    assert_same_state(state, model.read([torch.cat(pair) for pair in zip(begun, tokens, strict=True)], start=START))
+
+
+def test_a_causal_model_that_reads_nothing_again_does_not_write() -> None:
+    model = lively_causal(overlap=0)
+    state = model.read(prompts(7), start=START)
+    assert state.position.tolist() == [7]
+    with pytest.raises(ValueError, match=r"generate: this model has overlap=0, so it does not predict"):
+        model.generate(None, 3, state=state)
+
+
 @torch.no_grad()
 def test_what_was_trained_is_what_is_generated() -> None:
     """The logits of a stream are those of training's own segments of the document."""
@@ -162,7 +193,8 @@ def test_single_precision_is_close(kind: str) -> None:
         assert_close(a, b.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_tests_model_writes_a_varied_text() -> None:
+@both
+def test_the_tests_model_writes_a_varied_text(lively: Lively) -> None:
     """Otherwise much here could not fail."""
     tokens = lively().generate(prompts(3, 3), 40, start=START, temperature=0).tokens
     assert all(len(lane.unique()) >= 4 for lane in tokens)
@@ -172,9 +204,12 @@ def test_the_tests_model_writes_a_varied_text() -> None:
 # --- Lanes ------------------------------------------------------------------------------------------------------------
 
 
+@both
 @quick
 @given(lengths=LENGTHS, count=st.integers(0, 12), seed=st.integers(0, 9), temperature=st.sampled_from([0.0, 1.3]))
-def test_batched_equals_one_by_one(lengths: list[int], count: int, seed: int, temperature: float) -> None:
+def test_batched_equals_one_by_one(
+    lively: Lively, lengths: list[int], count: int, seed: int, temperature: float
+) -> None:
     model, begun = lively(seed), prompts(*lengths)
 
     def generator(lane: int) -> list[torch.Generator]:
@@ -208,7 +243,8 @@ def test_each_lane_keeps_its_generator_when_others_end() -> None:
         assert torch.equal(ended[lane], free[lane][: len(ended[lane])])
 
 
-def test_a_mask_says_which_tokens_of_a_prompt_exist() -> None:
+@both
+def test_a_mask_says_which_tokens_of_a_prompt_exist(lively: Lively) -> None:
     model, padded = lively(), torch.randint(START, (3, 7))
     kept = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0, 1]], dtype=torch.bool)
     masked = model.generate(padded, 9, start=START, prompt_mask=kept, temperature=0)
@@ -217,7 +253,8 @@ def test_a_mask_says_which_tokens_of_a_prompt_exist() -> None:
     assert_same_state(model.read(padded, start=START, mask=kept.long()), model.read(padded, start=START, mask=kept), 0)
 
 
-def test_a_lane_ends_with_a_stop_token_and_costs_nothing_from_then_on() -> None:
+@both
+def test_a_lane_ends_with_a_stop_token_and_costs_nothing_from_then_on(lively: Lively) -> None:
     model, begun = lively(), prompts(1, 2, 3, 4)
     free = model.generate(begun, 12, start=START, temperature=0).tokens
     stop = int(free[1][2])
@@ -234,7 +271,8 @@ def test_a_lane_ends_with_a_stop_token_and_costs_nothing_from_then_on() -> None:
     assert_same_state(stream.state, model.read(whole, start=START))
 
 
-def test_a_streams_state_is_that_of_the_tokens_that_came() -> None:
+@both
+def test_a_streams_state_is_that_of_the_tokens_that_came(lively: Lively) -> None:
     model, begun = lively(), prompts(3, 9)
     stream = model.stream(begun, 20, start=START, temperature=0)
     assert_same_state(stream.state, model.read(begun, start=START))
@@ -253,9 +291,10 @@ def test_the_callback_hears_every_token() -> None:
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
+@both
 @quick
 @given(data=st.data(), lanes=st.integers(1, 3), seed=st.integers(0, 9))
-def test_pieces_of_any_size_are_read_as_the_whole(data: st.DataObject, lanes: int, seed: int) -> None:
+def test_pieces_of_any_size_are_read_as_the_whole(lively: Lively, data: st.DataObject, lanes: int, seed: int) -> None:
     model, whole, state = lively(seed), [torch.empty(0, dtype=torch.int64)] * lanes, None
     for _ in range(data.draw(st.integers(1, 4))):
         piece = prompts(*data.draw(st.lists(st.integers(0, 12), min_size=lanes, max_size=lanes)))
@@ -280,9 +319,10 @@ def test_an_encoder_only_model_reads() -> None:
     assert state.position.tolist() == [17, 17]
 
 
+@both
 @quick
 @given(first=st.integers(0, 11), second=st.integers(0, 11), seed=st.integers(0, 9))
-def test_going_on_equals_not_having_stopped(first: int, second: int, seed: int) -> None:
+def test_going_on_equals_not_having_stopped(lively: Lively, first: int, second: int, seed: int) -> None:
     model, begun = lively(seed), prompts(2, 8)
     whole = model.generate(begun, first + second, start=START, temperature=0)
     part, state = model.generate(begun, first, start=START, temperature=0)
@@ -291,7 +331,8 @@ def test_going_on_equals_not_having_stopped(first: int, second: int, seed: int) 
     assert_same_state(rest.state, whole.state)
 
 
-def test_a_state_that_was_given_stays_as_it_is() -> None:
+@both
+def test_a_state_that_was_given_stays_as_it_is(lively: Lively) -> None:
     model, state = lively(), lively().read(prompts(4, 9), start=START)
     before = state.clone()
     model.generate(prompts(3, 3), 9, state=state)
@@ -307,7 +348,8 @@ def test_the_state_is_of_one_size_whatever_was_read() -> None:
     assert short.nbytes == long.nbytes == config.num_memory_slots * config.dim * 8 + (2 * LENGTH + 1) * 8
 
 
-def test_nothing_has_a_graph() -> None:
+@both
+def test_nothing_has_a_graph(lively: Lively) -> None:
     model, state = lively(), lively().read(prompts(12), start=START)
     tokens, after = model.generate(prompts(6), 6, state=state)
     streamed = model.stream(prompts(6), 6, start=START).state
@@ -395,7 +437,8 @@ def test_the_encoder_must_be_able_to_read_what_is_written() -> None:
     assert (torch.cat(model.generate(prompts(1, 2), 12, start=START).tokens) < START).all()
 
 
-def test_a_repetition_penalty_looks_at_the_last_whole_and_the_pending_segment() -> None:
+@both
+def test_a_repetition_penalty_looks_at_the_last_whole_and_the_pending_segment(lively: Lively) -> None:
     model, text = lively(), [1, 2, 3, 4, 5, 6, 7]
     tokens = model.generate(torch.tensor([text]), 12, start=START, temperature=0, repetition_penalty=3.0).tokens[0]
     for token in tokens.tolist():
@@ -416,9 +459,10 @@ def test_extreme_temperatures(temperature: float) -> None:
 # --- Beams ------------------------------------------------------------------------------------------------------------
 
 
+@both
 @quick
 @given(lengths=LENGTHS, count=st.integers(0, 13), seed=st.integers(0, 9))
-def test_one_beam_is_greedy(lengths: list[int], count: int, seed: int) -> None:
+def test_one_beam_is_greedy(lively: Lively, lengths: list[int], count: int, seed: int) -> None:
     model, begun = lively(seed), prompts(*lengths)
     greedy = model.generate(begun, count, start=START, temperature=0, stop=[0, 7])
     beam = model.generate(begun, count, start=START, beams=1, stop=[0, 7])

@@ -180,7 +180,7 @@ def test_the_three_kinds() -> None:
         ({"documents": documents(30, 9)}, r"documents: expected at least 2 segments of 5 tokens of each, got 9 tokens"),
         ({"documents": [np.full(20, 11)]}, r"token id 11 is outside the table of .* = 11"),
         ({"documents": [np.zeros(20)]}, r"documents: .* integer"),
-        ({"model": tiny(encoder_only=True)}, r"model: expected one with a decoder"),
+        ({"model": tiny(encoder_only=True)}, r"inspect: this model is encoder_only and has no decoder"),
     ],
 )
 def test_what_cannot_be_inspected(changes: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from helpers import training_settings
-from memformer import Memformer
+from memformer import Memformer, load_model
 from memformer.pretrained import SHARDS, read_shards
 from memformer.training import Run, checkpoints, resume
 from processes import several_processes, two_processes
@@ -68,7 +68,7 @@ def state(out):
     numbers, tensors = checkpoints.load_state(folder)
     if (folder / SHARDS).is_dir():
         tensors = {n: x for n, x in read_shards(folder / SHARDS).items() if not n.startswith("model/")}
-    return dict(Memformer.from_pretrained(folder).state_dict()), tensors, numbers
+    return dict(load_model(folder).state_dict()), tensors, numbers
 
 
 def assert_same(a, b, tolerance):
@@ -110,6 +110,20 @@ def test_a_run_goes_on_with_another_number_of_processes(settings, tmp_path, para
     again = dict(out=tmp_path / "run2", tie_embeddings=tied)
     list(Run(settings(steps=3, **again)).train())
     two_processes(work, tmp_path, settings(steps=4, resume=True, parallel=parallel, eval_every=2, **again))
+
+
+def test_a_causal_model_in_two_processes_and_then_in_one(settings, tmp_path):
+    """With all layers at once in the steps that are not watched."""
+    options = dict(
+        architecture="causal", depth=3, dec_depth=2, infilling=0.0, recall=0.0, steps=4, eval_every=2, log_every=3
+    )  # fmt: skip
+    list(Run(settings(out=tmp_path / "alone", **options)).train())
+    two_processes(work, tmp_path, settings(**{**options, "steps": 4}))
+    assert_same(tmp_path / "run", tmp_path / "alone", 1e-9)
+    shutil.rmtree(tmp_path / "run" / "step-000004")
+    (tmp_path / "run" / "best").unlink()
+    list(Run(settings(resume=True, **options)).train())
+    assert_same(tmp_path / "run", tmp_path / "alone", 1e-9)
 
 
 def without_gathering(rank, settings, stop_after=None):

@@ -554,7 +554,7 @@ def test_a_call_that_does_not_fit(arguments: dict[str, Any], message: str) -> No
 def test_models_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"a target: this model is encoder_only and has no decoder"):
         memory_replay_backprop(small(encoder_only=True), src=tokens(2, 7), tgt=tokens(2, 4))
-    with pytest.raises(ValueError, match=r"model: expected a Memformer, got Linear\. Other models, and wrapped ones"):
+    with pytest.raises(ValueError, match=r"model: expected a Memformer or a CausalMemformer, got Linear"):
         memory_replay_backprop(nn.Linear(2, 2), src=tokens(2, 7), tgt=tokens(2, 4))
     with pytest.raises(TypeError, match="target"):
         memory_replay_backprop(small(), src=tokens(2, 7), target=tokens(2, 4))

@@ -204,10 +204,30 @@ def test_every_setting_of_the_model_reaches_it():
         "memory_writer": "gated", "write_temperature": 0.5, "positions": "relative", "dropout": 0.1,
         "tie_embeddings": False,
     }  # fmt: skip
-    assert set(changes) == {field.name for field in dataclasses.fields(ModelSettings)}
+    causal = {"architecture": "causal", "depth": 4, "overlap": 3, "memory_layout": "one"}
+    assert set(changes) | set(causal) == {field.name for field in dataclasses.fields(ModelSettings)}
     usual = ModelSettings().config(300, 32)
     for name, value in changes.items():
         assert dataclasses.replace(ModelSettings(), **{name: value}).config(300, 32) != usual, name
+    stack = ModelSettings(architecture="causal")
+    shared = {name: changes[name] for name in changes.keys() - {"enc_depth", "dec_depth", "dec_overlap"}}
+    for name, value in (shared | {**causal, "tie_embeddings": False, "architecture": "memformer"}).items():
+        assert dataclasses.replace(stack, **{name: value}).config(300, 32) != stack.config(300, 32), name
+
+
+def test_what_is_of_the_other_architecture_is_refused():
+    with pytest.raises(ValueError, match=r"depth: 4 has no meaning with the architecture memformer, which has"):
+        ModelSettings(depth=4)
+    with pytest.raises(ValueError, match=r"dec_depth: 3 has no meaning with the architecture causal, which has depth"):
+        ModelSettings(architecture="causal", dec_depth=3)
+    causal = ModelSettings(architecture="causal")
+    for changes, message in (
+        ({"objective": ObjectiveSettings(recall=0.5)}, "recall: a causal model predicts what it reads"),
+        ({"compute": ComputeSettings(parallel="fsdp")}, "parallel: fsdp does not divide a causal model yet"),
+        ({"compute": ComputeSettings(compile=True)}, "compile: a causal model is not compiled yet"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainingConfig(model=causal, **changes)
 
 
 def test_recipes_make_models():

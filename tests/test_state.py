@@ -15,16 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from helpers import VOCABULARY, lively
+from helpers import VOCABULARY, lively, lively_causal
 from memformer import Memformer
 from memformer.state import MemoryState, fingerprint
 
 START = VOCABULARY - 1
 
 
-@pytest.fixture
-def model() -> Memformer:
-    return lively()
+@pytest.fixture(params=[lively, lively_causal])
+def model(request: pytest.FixtureRequest) -> Memformer:
+    return request.param()
 
 
 @pytest.fixture
@@ -116,8 +116,8 @@ def test_a_state_follows_a_memory_that_is_resized(model: Memformer, state: Memor
     with pytest.raises(ValueError, match="state: expected memory"):
         model.read([torch.randint(START, (9,))] * 4, state)
     state = dataclasses.replace(state, memory=model.resize_mems(state.memory))
-    assert torch.equal(state.memory[:, :3], before)
-    assert model.generate([torch.randint(START, (9,))] * 4, 9, state=state).state.memory.shape == (4, 5, 8)
+    assert torch.equal(state.memory[..., :3, :], before)
+    assert model.generate([torch.randint(START, (9,))] * 4, 9, state=state).state.memory.shape[-2:] == (5, 8)
 
 
 @pytest.mark.parametrize("lanes", [[4], [-1], torch.tensor([True]), torch.tensor([0.0]), torch.tensor([[0]])])
@@ -213,17 +213,22 @@ def test_what_is_not_a_state_file(model: Memformer, tmp_path: Path) -> None:
 def test_another_model_refuses_and_says_which(model: Memformer, state: MemoryState, tmp_path: Path) -> None:
     file = tmp_path / "state"
     state.save(file, model)
-    refused(file, lively(num_memory_slots=4), r"another model: num_memory_slots 3 there, 4 here \(fingerprint")
-    other = lively()
+    make, stranger = (lively, lively_causal) if isinstance(model, Memformer) else (lively_causal, lively)
+    refused(file, make(num_memory_slots=4), r"another model: num_memory_slots 3 there, 4 here \(fingerprint")
+    refused(file, stranger(), rf"another model: a {type(model).__name__} there, a {type(stranger()).__name__} here")
+    other = make()
     with torch.no_grad():
-        other.encoder.norm.bias[0] = other.encoder.norm.bias[0].nextafter(torch.tensor(9.0).double())
+        bias = other.writers()[0].bias
+        bias[0, 0] = bias[0, 0].nextafter(torch.tensor(9.0).double())
     first, second = fingerprint(model)[:12], fingerprint(other)[:12]
     refused(file, other, rf"the same settings, other weights \(fingerprint {first} there, {second} here\)")
 
 
 def test_a_fingerprint_is_of_settings_and_weights(model: Memformer) -> None:
-    assert fingerprint(model) == fingerprint(lively())
-    others = [lively(1), lively().float(), lively(write_temperature=0.5), lively(tie_embeddings=True)]
+    make = lively if isinstance(model, Memformer) else lively_causal
+    assert fingerprint(model) == fingerprint(make())
+    tied = not model.config.tie_embeddings
+    others = [make(1), make().float(), make(write_temperature=0.5), make(tie_embeddings=tied)]
     assert len({fingerprint(m) for m in (model, *others)}) == 5
 
 
@@ -279,7 +284,7 @@ def test_a_state_file_is_plain_safetensors(model: Memformer, state: MemoryState,
     with safe_open(tmp_path / "state", framework="pt") as file:
         header = file.metadata()
     assert header["fingerprint"] == fingerprint(model)
-    assert json.loads(header["config"]) == model.config.to_dict()
+    assert json.loads(header["config"]) == model.described()
 
 
 def test_a_link_to_a_state_stays_a_link(model: Memformer, state: MemoryState, tmp_path: Path) -> None:

@@ -2,9 +2,21 @@
 
 from . import replay
 from ._installation import __version__
-from .config import MemformerConfig
+from .causal import CausalMemformer
+from .config import CausalConfig, MemformerConfig
 from .model import Memformer
+from .models import load_model
 from .rollouts import memory_replay_backprop
 from .state import MemoryState
 
-__all__ = ["Memformer", "MemformerConfig", "MemoryState", "__version__", "memory_replay_backprop", "replay"]
+__all__ = [
+    "CausalConfig",
+    "CausalMemformer",
+    "Memformer",
+    "MemformerConfig",
+    "MemoryState",
+    "__version__",
+    "load_model",
+    "memory_replay_backprop",
+    "replay",
+]

@@ -126,7 +126,7 @@ def ignored_as_masked(tgt: Tensor, tgt_mask: Tensor | None) -> tuple[Tensor, Ten
 
 
 def check_tokens(name: str, tokens: Tensor, vocabulary: int, max_len: int, prefix: str) -> None:
-    """Raise ValueError unless these are (batch, tokens) ids of a stack whose settings begin with ``prefix``."""
+    """Raise ValueError unless these are (batch, tokens) ids of a stack whose settings begin with ``prefix``: "enc_"."""
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"{name}: expected token ids, torch.int64 or int32 of shape (batch, tokens), got {describe(tokens)}"
@@ -136,7 +136,7 @@ def check_tokens(name: str, tokens: Tensor, vocabulary: int, max_len: int, prefi
         raise ValueError(f"{name}: expected at least one lane and one token, got shape {tuple(tokens.shape)}")
     if length > max_len:
         raise ValueError(
-            f"{name}: expected at most {prefix}_max_seq_len = {max_len} tokens, got {length}. Cut it into segments and "
+            f"{name}: expected at most {prefix}max_seq_len = {max_len} tokens, got {length}. Cut it into segments and "
             "carry the memory (memory_replay_backprop does), or build the model with a longer one"
         )
     if not has_values(tokens):
@@ -144,7 +144,7 @@ def check_tokens(name: str, tokens: Tensor, vocabulary: int, max_len: int, prefi
     low, high = (int(x) for x in tokens.aminmax())
     if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"{name}: token id {low if low < 0 else high} is outside the table of {prefix}_num_tokens = {vocabulary} "
+            f"{name}: token id {low if low < 0 else high} is outside the table of {prefix}num_tokens = {vocabulary} "
             f"(ids 0 to {vocabulary - 1})"
         )
 

@@ -9,10 +9,13 @@ import os
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
+    "CausalConfig",
     "MemformerConfig",
+    "MemoryLayout",
+    "ModelConfig",
     "Positions",
     "Typed",
     "Writer",
@@ -27,6 +30,8 @@ Positions = Literal["rotary", "relative", "bucketed"]
 """How attention knows positions: rotated queries and keys, learned encodings of distances, or learned biases."""
 Writer = Literal["normalised", "gated"]
 """How slots are written: added and normalised (paper v2), or through a gate (paper v1)."""
+MemoryLayout = Literal["layers", "one"]
+"""Where a causal stack has its slots: some in each layer, or one memory that all layers read."""
 
 
 class Typed:
@@ -38,7 +43,75 @@ class Typed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemformerConfig(Typed):
+class ModelConfig(Typed):
+    """What the configurations of all models can do."""
+
+    if TYPE_CHECKING:  # not here at run time: the order of fields is each class's own
+        dim: int
+        num_memory_slots: int
+        dropout: float
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens per segment."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens can be both read and written: ids from 0."""
+        raise NotImplementedError
+
+    @property
+    def vocabularies(self) -> dict[str, int | None]:
+        """The settings that say how many tokens are known; of a model of text all are the tokenizer's number."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name: plain numbers and words, which JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The configuration that :meth:`to_dict` gave. Raises ValueError for unknown and for missing names."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
+        if unknown or missing:
+            raise ValueError(f"model configuration: unknown settings {unknown}, missing settings {missing}")
+        return cls(**values)
+
+    def _check_heads(self, name: str) -> None:
+        """Raise ValueError unless the heads of that name divide the width."""
+        dim, heads = (getattr(self, field) for field in ("dim", name))
+        if dim % heads:
+            raise ValueError(f"{name}: must divide dim, got {heads} heads for dim {dim}")
+
+    def _check_parts(self, stack_heads: list[str]) -> None:
+        """Raise ValueError where a choice of parts is not one; ``stack_heads`` names the heads that know positions."""
+        dim, writer, positions, dropout, temperature = (
+            getattr(self, field) for field in ("dim", "memory_writer", "positions", "dropout", "write_temperature")
+        )
+        for name, value, choices in (
+            ("memory_writer", writer, get_args(Writer)),
+            ("positions", positions, get_args(Positions)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        for name in stack_heads if positions == "rotary" else ():
+            heads = getattr(self, name)
+            if dim // heads % 2:
+                raise ValueError(
+                    f"positions: rotary needs an even width per head, got dim {dim} / {name} {heads} = {dim // heads}. "
+                    "Change dim or the heads, or use positions='relative'"
+                )
+        if not (isinstance(dropout, numbers.Real) and 0 <= float(dropout) < 1):
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
+        if not (isinstance(temperature, numbers.Real) and float(temperature) > 0):
+            raise ValueError(f"write_temperature: expected a number above 0, got {temperature!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemformerConfig(ModelConfig):
     """Every setting of a :class:`~memformer.Memformer`; its keywords are these fields, and are described there.
 
     Raises:
@@ -80,20 +153,8 @@ class MemformerConfig(Typed):
         if not self.encoder_only:
             self._check_overlap()
         for name in [*stack_heads, "mem_update_attn_heads"]:
-            if self.dim % getattr(self, name):
-                raise ValueError(f"{name}: must divide dim, got {getattr(self, name)} heads for dim {self.dim}")
-        if self.positions == "rotary":
-            for name in stack_heads:
-                if self.dim // getattr(self, name) % 2:
-                    raise ValueError(
-                        f"positions: rotary needs an even width per head, got dim {self.dim} / {name} "
-                        f"{getattr(self, name)} = {self.dim // getattr(self, name)}. Change dim or the heads, or use "
-                        "positions='relative'"
-                    )
-        if not (isinstance(self.dropout, numbers.Real) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
-        if not (isinstance(self.write_temperature, numbers.Real) and self.write_temperature > 0):
-            raise ValueError(f"write_temperature: expected a number above 0, got {self.write_temperature!r}")
+            self._check_heads(name)
+        self._check_parts(stack_heads)
         if self.tie_embeddings and not self.encoder_only and self.enc_num_tokens != self.dec_num_tokens:
             raise ValueError(
                 "tie_embeddings: encoder and decoder need the same vocabulary, got enc_num_tokens "
@@ -128,19 +189,67 @@ class MemformerConfig(Typed):
         """How many tokens can be both read and written: ids from 0."""
         return min(self.enc_num_tokens, self.dec_num_tokens or self.enc_num_tokens)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name: plain numbers and words, which JSON can hold."""
-        return dataclasses.asdict(self)
+    @property
+    def vocabularies(self) -> dict[str, int | None]:
+        """The settings that say how many tokens are known; of a model of text all are the tokenizer's number."""
+        return {"enc_num_tokens": self.enc_num_tokens, "dec_num_tokens": self.dec_num_tokens}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MemformerConfig:
-        """The configuration that :meth:`to_dict` gave. Raises ValueError for unknown and for missing names."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
-        if unknown or missing:
-            raise ValueError(f"model configuration: unknown settings {unknown}, missing settings {missing}")
-        return cls(**values)
+
+@dataclass(frozen=True, kw_only=True)
+class CausalConfig(ModelConfig):
+    """Every setting of a :class:`~memformer.CausalMemformer`; its keywords are these fields, and are described there.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    """
+
+    dim: int
+    num_memory_slots: int
+    num_tokens: int
+    max_seq_len: int
+    depth: int = 6
+    heads: int = 8
+    overlap: int = 4
+    memory: MemoryLayout = "layers"
+    num_mem_updates: int = 1
+    mem_update_attn_heads: int = 8
+    memory_writer: Writer = "normalised"
+    write_temperature: float = 0.25
+    positions: Positions = "rotary"
+    feed_forward_factor: int = 4
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_memory_slots", "num_tokens", "max_seq_len", "depth", "heads", "num_mem_updates",
+                     "mem_update_attn_heads", "feed_forward_factor"):  # fmt: skip
+            check_count(name, getattr(self, name))
+        check_count("overlap", self.overlap, least=0)
+        if self.overlap > self.max_seq_len:
+            raise ValueError(
+                f"overlap: expected at most a segment's {self.max_seq_len} tokens, got {self.overlap}. Set it lower"
+            )
+        for name in ("heads", "mem_update_attn_heads"):
+            self._check_heads(name)
+        if self.memory not in get_args(MemoryLayout):
+            raise ValueError(f"memory: expected one of {', '.join(get_args(MemoryLayout))}, got {self.memory!r}")
+        self._check_parts(["heads"])
+        super().__post_init__()  # last, for the messages above say more
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens per segment."""
+        return self.max_seq_len
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens can be read and written: ids from 0."""
+        return self.num_tokens
+
+    @property
+    def vocabularies(self) -> dict[str, int | None]:
+        """The settings that say how many tokens are known."""
+        return {"num_tokens": self.num_tokens}
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from .config import is_count
 from .data import BPETokenizer, Document, Lanes, Tokenizer, encode_documents
-from .data.segments import Segment
 from .device import summing_device
-from .model import Memformer, token_losses
+from .interface import SegmentModel
 from .parallel import Ranks
 from .pretrained import unwrapped
+from .rollouts import read_segments
 
 __all__ = ["ByDepth", "Depth", "DepthSum", "HeldOut", "evaluate"]
 
 LOGITS_AT_ONCE = 2**22
-"""The decoder gets as many segments at once as give this many logits, 16 MiB in float32."""
+"""The losses are of as many segments at once as give this many logits, 16 MiB in float32."""
 _BLOCK = 1 << 20
 """Ids whose bytes are counted at once."""
 
@@ -96,7 +96,7 @@ class HeldOut:
 
 @torch.no_grad()
 def evaluate(
-    model: Memformer,
+    model: SegmentModel,
     documents: Sequence[Document],
     tokenizer: Tokenizer,
     *,
@@ -111,8 +111,8 @@ def evaluate(
     Under torch.distributed every process reads some of the lanes, and all get the result.
 
     Args:
-        memory: carry the memory from segment to segment; otherwise each begins with the initial one, and the decoder
-            sees one segment back.
+        memory: carry the memory from segment to segment; otherwise each begins with the initial one, and sees one
+            segment back (the decoder) or the overlap (a causal model).
         step: of the training run, for the record.
         device: of the model; by default that of its first parameter.
         progress: called now and then with how many tokens were read in this process, and how many all documents have.
@@ -121,8 +121,8 @@ def evaluate(
         ValueError: no document, or the model has another vocabulary than the tokenizer.
     """
     inner = unwrapped(model)
-    if not isinstance(inner, Memformer):
-        raise ValueError(f"model: expected a Memformer, got {type(inner).__name__}")
+    if not isinstance(inner, SegmentModel):
+        raise ValueError(f"model: expected a Memformer or a CausalMemformer, got {type(inner).__name__}")
     model = inner
     if not is_count(lanes, 1):
         raise ValueError(f"lanes: expected at least 1, got {lanes!r}")
@@ -132,12 +132,10 @@ def evaluate(
         raise ValueError("documents: expected at least one, got none")
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"tokenizer: expected one with encode, decode and its ids, got {type(tokenizer).__name__}")
-    for name in ("enc_num_tokens", "dec_num_tokens"):
-        if getattr(model.config, name) != tokenizer.vocabulary:
-            raise ValueError(
-                f"model: expected {name} of {tokenizer.vocabulary}, that of the tokenizer, got "
-                f"{getattr(model.config, name)}"
-            )
+    for name, size in model.config.vocabularies.items():
+        if size != tokenizer.vocabulary:
+            raise ValueError(f"model: expected {name} of {tokenizer.vocabulary}, that of the tokenizer, got {size}")
+    model.check_writes("evaluate")  # what it cannot write would not be counted
     began, ranks = time.perf_counter(), Ranks()
     stream, total = _stream(documents, tokenizer, model.config.segment_length, lanes, ranks)
     was_training, read = model.training, 0
@@ -208,37 +206,32 @@ def _stream(
 
 
 def _read(
-    model: Memformer,
+    model: SegmentModel,
     stream: Lanes,
     memory: bool,
     device: torch.device,
     report: Callable[[int], object],
 ) -> ByDepth:
     """Nats and tokens by depth, for this process's lanes to their end."""
-    vocabulary = model.config.dec_num_tokens
-    assert model.decoder is not None
-    assert vocabulary is not None
-    at_once = max(1, LOGITS_AT_ONCE // (stream.rows * stream.length * vocabulary))
+    at_once = max(1, LOGITS_AT_ONCE // (stream.rows * stream.length * model.config.vocabulary))
     mems, depth = None, torch.zeros(stream.rows, dtype=torch.long, device="cpu")
     by_depth = ByDepth(device)
     while segments := stream.rollout(at_once):
         report(sum(int(s.tgt_mask[:, 1:].sum()) for s in segments if s.tgt_mask is not None))
-        segments = [segment.to(device) for segment in segments]
-        outputs, depths = [], []
+        depths = []
         for segment in segments:
             assert segment.reset is not None
-            depth = torch.where(segment.reset.cpu(), 1, depth + 1)
-            reset = segment.reset if memory else torch.ones_like(segment.reset)
-            encoded, mems = model.step(segment.src, mems, segment.src_mask, reset)
-            outputs.append(encoded)  # (rows, length, dim)
+            depth = torch.where(segment.reset, 1, depth + 1)
             depths.append(depth)  # (rows,)
-        # The decoder reads all of them in one call: (segments * rows, ...).
-        src, src_mask, tgt, tgt_mask = (_joined(segments, name) for name in ("src", "src_mask", "tgt", "tgt_mask"))
-        losses, counted = token_losses(model.decoder, tgt, torch.cat(outputs), src_mask, tgt_mask, src)
+        read = [model.of_stream(segment).to(device) for segment in segments]
+        if memory:
+            outputs, mems = read_segments(model, read, mems)
+        else:
+            outputs = []
+            for segment in read:
+                output, mems = model.cell(segment, None if mems is None else model.forget(mems))
+                outputs.append(output)
+        _, losses, counted = model.token_losses(outputs, read)  # all of them in one call: (segments * rows, ...)
         sums = (x.to(by_depth.sums.device).double().sum(1) for x in (losses, counted))
         by_depth.add(torch.cat(depths).clamp(min=1), *sums)
     return by_depth
-
-
-def _joined(segments: Sequence[Segment], name: str) -> Tensor:
-    return torch.cat([getattr(segment, name) for segment in segments])

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import a_path
 from .network import Decoder, Network
-from .pretrained import unwrapped
+from .pretrained import Pretrained, unwrapped
 
 __all__ = ["DecodeStep", "DescribedStep", "DescribedTensor", "EncodeStep", "Exported", "Format", "export"]
 
@@ -119,7 +119,7 @@ class _Step:
 
 
 def export(
-    model: Network, folder: str | Path, *, format: Format = "onnx", special_tokens: Mapping[str, int] | None = None
+    model: Pretrained, folder: str | Path, *, format: Format = "onnx", special_tokens: Mapping[str, int] | None = None
 ) -> Exported:
     """Write ``encode`` and, if the model has a decoder, ``decode``, as ``.onnx`` or ``.pt2``, and ``export.json``.
 
@@ -142,7 +142,7 @@ def export(
     """
     inner = unwrapped(model)
     if not isinstance(inner, Network):
-        raise ValueError(f"model: expected a Memformer, got {type(inner).__name__}")
+        raise ValueError(f"model: expected a Memformer, got {type(inner).__name__}, which cannot be exported yet")
     model, folder = inner, a_path("folder", folder)
     if format not in get_args(Format):
         raise ValueError(f"format: expected one of {', '.join(get_args(Format))}, got {format!r}")

@@ -3,8 +3,7 @@
 A segment is decoded token by token with a cache of its own; when it is full it is encoded, the memory advances, and the
 next one begins. :func:`read`, :func:`stream` and :func:`generate` are methods of the models, too. Filters are pure
 functions of logits (..., vocabulary), named by what they keep; the rest becomes minus infinity. What is *not* known
-here: how a network computes. It is asked only for :meth:`~memformer.network.Network.memory_after`, ``open``
-and ``next_logits``.
+here: how a model computes. It is asked only for what a :class:`~memformer.interface.SegmentModel` has for this.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .checks import as_mask, as_tokens, describe, is_tensor
-from .config import MemformerConfig, check_count, check_number, is_count
+from .config import ModelConfig, check_count, check_number, is_count
 from .device import summing_device
-from .network import Network
+from .interface import SegmentModel
 from .pretrained import unwrapped
 from .state import MemoryState
 
@@ -215,7 +214,7 @@ class SamplingKeywords(TypedDict, total=False):
 class _Choice:
     """A :class:`Sampling` for one model and one start token; checks that they fit."""
 
-    def __init__(self, sampling: Sampling, config: MemformerConfig, start: int):
+    def __init__(self, sampling: Sampling, config: ModelConfig, start: int):
         _check_ids("never", sampling.never, config)
         _check_ids("stop", sampling.stop, config)
         self.sampling, self.readable, self.start = sampling, config.vocabulary, start
@@ -249,12 +248,7 @@ class _Choice:
 # --- Lanes ------------------------------------------------------------------------------------------------------------
 
 
-def _advance(state: MemoryState, lanes: Tensor, memory: Tensor) -> None:
-    """The pending segments of those lanes are full; ``memory`` is theirs after the segment before. In place."""
-    state.memory[lanes], state.segment[lanes], state.pending[lanes] = memory, state.pending[lanes], state.start
-
-
-def _read(model: Network, lanes: Sequence[Tensor], state: MemoryState) -> MemoryState:
+def _read(model: SegmentModel, lanes: Sequence[Tensor], state: MemoryState) -> MemoryState:
     """Segment by segment; lanes whose segments become full in the same round are encoded together."""
     state, rest, filled = state.clone(), list(lanes), state.filled.tolist()
     while any(len(tokens) for tokens in rest):
@@ -266,7 +260,7 @@ def _read(model: Network, lanes: Sequence[Tensor], state: MemoryState) -> Memory
             state.pending[i, filled[i] : filled[i] + len(piece)] = piece
             state.position[i] += len(piece)
             filled[i] = (filled[i] + len(piece)) % state.length
-        _advance(state, index, memory)
+        state.advance(index, memory)
     return state
 
 
@@ -276,7 +270,7 @@ class _Writing:
     The given state is written in place.
     """
 
-    def __init__(self, model: Network, state: MemoryState):
+    def __init__(self, model: SegmentModel, state: MemoryState):
         self.model, self.state = model, state
         self.filled: list[int] = state.filled.tolist()
         self.opened = model.open(state)
@@ -286,8 +280,8 @@ class _Writing:
         return self.model.next_logits(self.state, self.opened)
 
     def seen(self) -> Tensor:
-        """All tokens that the state holds (batch, 2 length)."""
-        return torch.cat([self.state.segment, self.state.pending], 1)
+        """The tokens of the last whole and of the pending segment (batch, 2 length)."""
+        return torch.cat([self.state.segment[:, -self.state.length :], self.state.pending], 1)
 
     def append(self, lanes: Sequence[int], tokens: Tensor) -> None:
         """One more token in each of ``lanes``; where that makes a segment full, the memory advances."""
@@ -299,7 +293,7 @@ class _Writing:
         full = [i for i in lanes if not self.filled[i]]
         if full:
             index = torch.tensor(full, device=tokens.device)
-            _advance(self.state, index, self.opened.memory[index])
+            self.state.advance(index, self.opened.memory[index])
             new = self.model.open(self.state.select(index))
             tree_map(lambda old, x: old.index_copy_(0, index, x), self.opened, new)
 
@@ -322,7 +316,7 @@ class Stream(Iterator[Tensor]):
     @torch.no_grad()
     def __init__(
         self,
-        model: Network,
+        model: SegmentModel,
         state: MemoryState,
         max_new_tokens: int,
         choice: _Choice,
@@ -380,7 +374,7 @@ _History = tuple[int, "_History"] | None
 
 
 def _beam_search(
-    model: Network,
+    model: SegmentModel,
     state: MemoryState,
     max_new_tokens: int,
     choice: _Choice,
@@ -454,7 +448,7 @@ def _tokens(history: _History) -> list[int]:
 
 @torch.no_grad()
 def read(
-    model: Network,
+    model: SegmentModel,
     tokens: Tokens,
     state: MemoryState | None = None,
     *,
@@ -481,13 +475,13 @@ def read(
     Raises:
         ValueError: an argument does not fit the model or the others; the message says what was expected.
     """
-    model = _network(model)
+    model = _of_kind(model)
     lanes, state = _begin(model, tokens, state, start, mask)
     return _read(model, lanes, state)
 
 
 def stream(
-    model: Network,
+    model: SegmentModel,
     prompt: Tokens | None,
     max_new_tokens: int,
     *,
@@ -509,7 +503,7 @@ def stream(
     tensor([7])
 
     Args:
-        model: with a decoder, in ``eval()`` mode.
+        model: one that predicts, in ``eval()`` mode.
         prompt, prompt_mask, state, start: the tokens, mask, state and start of :func:`read`; None as a prompt goes on
             from the state alone.
         max_new_tokens: per lane. However many, the state stays of one size.
@@ -519,10 +513,10 @@ def stream(
             not depend on the other lanes. On the model's device.
 
     Raises:
-        ValueError: as :func:`read`, and where the model has no decoder.
+        ValueError: as :func:`read`, and where the model cannot write.
         TypeError: a keyword is unknown.
     """
-    model, choice = _network(model), Sampling.of(sampling, keywords)
+    model, choice = _of_kind(model), Sampling.of(sampling, keywords)
     lanes, state = _begin(model, prompt, state, start, prompt_mask)
     _check_writing(model, max_new_tokens)
     each = generator if isinstance(generator, Sequence) else [generator] * len(lanes)
@@ -538,7 +532,7 @@ def stream(
 
 @torch.no_grad()
 def generate(
-    model: Network,
+    model: SegmentModel,
     prompt: Tokens | None,
     max_new_tokens: int,
     *,
@@ -572,7 +566,7 @@ def generate(
         ValueError: as :func:`stream`, and for anything that samples beside ``beams``.
         TypeError: a keyword is unknown.
     """
-    model, sampling = _network(model), Sampling.of(sampling, keywords)
+    model, sampling = _of_kind(model), Sampling.of(sampling, keywords)
     if beams is None:
         steps = []
         tokens = stream(
@@ -610,12 +604,12 @@ def generate(
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def _network(model: nn.Module) -> Network:
-    return cast(Network, unwrapped(model))
+def _of_kind(model: nn.Module) -> SegmentModel:
+    return cast(SegmentModel, unwrapped(model))
 
 
 def _begin(
-    model: Network, tokens: Tokens | None, state: MemoryState | None, start: int | None, mask: Tensor | None
+    model: SegmentModel, tokens: Tokens | None, state: MemoryState | None, start: int | None, mask: Tensor | None
 ) -> tuple[list[Tensor], MemoryState]:
     """Each lane's tokens, and the state before them."""
     if state is not None and not isinstance(state, MemoryState):
@@ -633,18 +627,17 @@ def _begin(
             "tokens: expected token ids (batch, tokens), a list with one (tokens,) per lane, or None to go on from a "
             f"state, got {describe(tokens)}"
         )
-    like, length, batch = model.get_initial_mem(1)[0], model.config.segment_length, len(tokens)
+    batch = len(tokens)
     if not batch:
         raise ValueError("tokens: expected at least one lane, got none; a lane's tokens may be empty")
     if state is None:
         if start is None:
             raise ValueError("start: expected the token that started documents in training, or a state that knows it")
         _check_ids("start", [start], model.config)
-        state = MemoryState.new(batch, length, int(start), like)
+        state = model.new_state(batch, int(start))
     elif start not in (None, state.start):
         raise ValueError(f"start: expected {state.start}, that of the state, got {start}")
-    sizes = (batch, *like.shape), (batch, length), like.dtype, like.device
-    given = tuple(state.memory.shape), tuple(state.pending.shape), state.memory.dtype, state.memory.device
+    sizes, given = _sizes(model.new_state(batch, state.start)), _sizes(state)
     if given != sizes:
         names = "memory (batch, slots, dim), pending (batch, segment length), dtype and device"
         raise ValueError(
@@ -666,20 +659,26 @@ def _begin(
         kept = lane if mask is None else lane[mask[i]]
         if len(kept):
             _check_ids("tokens", [int(x) for x in kept.aminmax()], model.config)
-        lanes.append(kept.to(like.device, torch.int64))
+        lanes.append(kept.to(state.position.device, torch.int64))
     return lanes, state
+
+
+def _sizes(state: MemoryState) -> tuple[object, ...]:
+    shapes = [tuple(state.memory.shape), tuple(state.pending.shape)]
+    overlap = state.segment.shape[1] - state.length
+    return *shapes, state.memory.dtype, state.memory.device, *([f"overlap {overlap}"] if overlap else [])
 
 
 def _words(x: object) -> str:
     return ", ".join(map(str, x)) if isinstance(x, tuple) else str(x)
 
 
-def _check_writing(model: Network, max_new_tokens: int) -> None:
-    model.need_decoder("generate")
+def _check_writing(model: SegmentModel, max_new_tokens: int) -> None:
+    model.check_writes("generate")
     check_count("max_new_tokens", max_new_tokens, 0)
 
 
-def _check_ids(name: str, ids: Sequence[int], config: MemformerConfig) -> None:
+def _check_ids(name: str, ids: Sequence[int], config: ModelConfig) -> None:
     if not isinstance(ids, Sequence):
         raise ValueError(f"{name}: expected a list of token ids, got {ids!r}")
     for x in ids:

@@ -7,6 +7,7 @@ parameters, gradients or generators. Shapes: memory (batch, slots, dim).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import replay
 from .checks import plural
 from .config import a_path, is_count
 from .data import Lanes, Tokens
 from .data.segments import Segment
-from .model import Memformer
+from .interface import Memory, SegmentModel
+from .nn.memory import SlotWriter
 from .pictures import new_figure
 from .pretrained import unwrapped
 from .rollouts import rollout
@@ -53,19 +56,20 @@ class MemoryHealth:
     slot_diversity: float
 
 
-def memory_health(model: Memformer, segment: Segment, memory: Tensor | None) -> MemoryHealth:
-    """Encode one segment and watch how the memory is written; lanes without a token in it are left out.
+def memory_health(model: SegmentModel, segment: Segment, memory: Memory | None) -> MemoryHealth:
+    """Read one segment and watch how the memory is written; lanes without a token in it are left out.
 
     Args:
         segment: its source, masks and reset flags; a target is not used.
-        memory: (batch, slots, dim), the memory before the segment; None for the learned initial memory.
+        memory: before the segment, as the model returns it; None for the learned initial memory.
     """
     with _in_evaluation(model), torch.no_grad():
-        shares, written = _watched_step(model, segment, memory)
+        shares, memory = _watched_step(model, segment, memory)
+        written = model.slots_of(memory)
     if segment.src_mask is not None and (busy := segment.src_mask.any(1)).any():
         shares, written = shares[busy], written[busy]
     by_slot = shares.float().mean(0)
-    numbers = torch.stack([by_slot.mean(), by_slot.min(), by_slot.max(), slot_diversity(written.float()).mean()])
+    numbers = torch.stack([by_slot.mean(), by_slot.min(), by_slot.max(), _diversity(written).mean()])
     return MemoryHealth(*numbers.tolist())
 
 
@@ -74,9 +78,11 @@ class Inspection:
     """What :func:`inspect` found. Tensors on the CPU, in float32.
 
     Attributes:
+        memories: how many there are: one, or a causal model's layers. Slots are counted through, layer by layer.
         self_attention: (lanes, segments, slots), the share of each slot's writing attention that is on the slot itself,
             the mean over heads and over the writes of a segment. The rest is on the tokens.
-        diversity: (lanes, segments), see :func:`slot_diversity`, of the memory after each segment.
+        diversity: (lanes, segments), see :func:`slot_diversity`, of the memory after each segment; the mean over
+            memories.
         slot_parameter: what each slot has of its own: "bias vector", which says how fast it forgets (normalised
             writer), or "initial content" (gated writer).
         slot_norms: (slots,), the norm of that.
@@ -90,6 +96,7 @@ class Inspection:
     slot_parameter: str
     slot_norms: Tensor
     gradient_reach: Tensor
+    memories: int = 1
 
     @property
     def by_slot(self) -> Tensor:
@@ -103,13 +110,13 @@ class Inspection:
         return kind.float().mean((0, 2))
 
 
-def inspect(model: Memformer, documents: Sequence[Tokens], *, start: int, segments: int = 32) -> Inspection:
+def inspect(model: SegmentModel, documents: Sequence[Tokens], *, start: int, segments: int = 32) -> Inspection:
     """Read the beginnings of documents side by side, as in training, and watch what the memory does.
 
     It takes about three times the time of reading, and the memory of one segment's graph.
 
     Args:
-        model: with a decoder. Its parameters' gradients and its mode are left as they are.
+        model: one that predicts. Its parameters' gradients and its mode are left as they are.
         documents: one or more, each a one-dimensional array of token ids; one lane for each.
         start: the id that starts a document and the decoder.
         segments: how many to read of each; fewer if a document is shorter. All lanes are read equally far.
@@ -118,8 +125,8 @@ def inspect(model: Memformer, documents: Sequence[Tokens], *, start: int, segmen
         ValueError: no document, one of fewer than two whole segments, or with ids that the model does not have.
     """
     inner = unwrapped(model)
-    if not isinstance(inner, Memformer):
-        raise ValueError(f"model: expected a Memformer, got {type(inner).__name__}")
+    if not isinstance(inner, SegmentModel):
+        raise ValueError(f"model: expected a Memformer or a CausalMemformer, got {type(inner).__name__}")
     model = inner
     if not is_count(segments, 2):
         raise ValueError(f"segments: expected at least 2, for a gradient to reach back, got {segments!r}")
@@ -127,8 +134,10 @@ def inspect(model: Memformer, documents: Sequence[Tokens], *, start: int, segmen
         raise ValueError(f"documents: expected at least one, got {'none' if documents == [] else repr(documents)}")
     if not is_count(start, 0) or start >= model.config.vocabulary:
         raise ValueError(f"start: expected a token id from 0 to {model.config.vocabulary - 1}, got {start!r}")
-    if model.decoder is None:
-        raise ValueError("model: expected one with a decoder, for there is no loss without one; see memory_health")
+    try:
+        model.check_writes("inspect")
+    except ValueError as error:
+        raise ValueError(f"{error}. Without a loss, see memory_health") from error
     length = model.config.segment_length
     count = min(segments, *(len(document) // length for document in documents))
     if count < 2:
@@ -137,30 +146,29 @@ def inspect(model: Memformer, documents: Sequence[Tokens], *, start: int, segmen
     tokens = [np.asarray(document[: count * length]) for document in documents]
     device = next(model.parameters()).device
     stream = Lanes(tokens, lanes=len(tokens), length=length, start=start, epochs=1).rollout(count)
-    read = [segment.to(device) for segment in stream]
+    read = [model.of_stream(segment).to(device) for segment in stream]
     for segment in read:
-        model.check_source(segment.src, None, segment.src_mask, segment.reset)
-        assert segment.tgt is not None
-        model.check_target(segment.tgt, segment.tgt_mask, len(tokens))
+        model.segments(segment.src, segment.tgt, segment.src_mask, segment.tgt_mask, segment.reset, None)
     with _in_evaluation(model):
         attention, diversity, memory = [], [], None
         with torch.no_grad():
             for segment in read:
                 shares, memory = _watched_step(model, segment, memory)
                 attention.append(shares.float().cpu())
-                diversity.append(slot_diversity(memory.float()).cpu())
+                diversity.append(_diversity(model.slots_of(memory)).mean(1).cpu())
         reach = _gradient_reach(model, read, length)
-    writer = model.writer
-    norms = writer.scale * writer.get_parameter(writer.per_slot).detach().float().norm(dim=-1).cpu()
-    return Inspection(torch.stack(attention, 1), torch.stack(diversity, 1), writer.role, norms, reach)
+    writers = model.writers()
+    norms = [w.scale * w.get_parameter(w.per_slot).detach().float().norm(dim=-1).cpu() for w in writers]
+    role, count = writers[0].role, len(writers)
+    return Inspection(torch.stack(attention, 1), torch.stack(diversity, 1), role, torch.cat(norms), reach, count)
 
 
-def _gradient_reach(model: Memformer, segments: list[Segment], length: int) -> Tensor:
-    silent = [segment._replace(reset=None, tgt=None, tgt_mask=None) for segment in segments[:-1]]
+def _gradient_reach(model: SegmentModel, segments: list[Segment], length: int) -> Tensor:
+    silent = [model.silent(segment)._replace(reset=None) for segment in segments[:-1]]
     lanes = len(segments[0].src)
     norms = replay.MemoryGradients()
     with torch.enable_grad():
-        initial = model.get_initial_mem(lanes).detach().requires_grad_()
+        initial = tree_map(_as_leaf, model.get_initial_mem(lanes))
         outcome = rollout(
             model,
             [*silent, segments[-1]._replace(reset=None)],
@@ -168,8 +176,17 @@ def _gradient_reach(model: Memformer, segments: list[Segment], length: int) -> T
             divisor=float(length),
             memory_gradients=norms,
         )
-        torch.autograd.grad(outcome.loss, initial)
+        torch.autograd.grad(outcome.loss, [part for part in tree_leaves(initial) if part.requires_grad])
     return torch.tensor(norms.norms[-2::-1], device="cpu") / math.sqrt(lanes)
+
+
+def _as_leaf(part: Tensor) -> Tensor:
+    return part.detach().requires_grad_() if part.is_floating_point() else part
+
+
+def _diversity(slots: Tensor) -> Tensor:
+    """Of each memory, (batch, memories, slots, dim) -> (batch, memories)."""
+    return slot_diversity(slots.float().flatten(0, 1)).view(slots.shape[:2])
 
 
 def kinds(self_attention: Tensor) -> Tensor:
@@ -253,20 +270,28 @@ def slot_diversity(memory: Tensor) -> Tensor:
     return F.normalize(memory, dim=-1).var(1).sum(-1)
 
 
-def _watched_step(model: Memformer, segment: Segment, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The model's step: each slot's attention on itself, (batch, slots), the mean over its writes, and the memory."""
-    shares: list[Tensor] = []
-    # Inside the hook, for only there are the parameters of a writer that FSDP divides together.
+def _watched_step(model: SegmentModel, segment: Segment, memory: Memory | None) -> tuple[Tensor, Memory]:
+    """The model's step: each slot's attention on itself, (batch, all slots), the mean over its writes, and the memory.
 
-    def watch(writer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        shares.append(model.writer.attention_on_itself(*inputs))
+    Inside a hook, for only there are the parameters of a writer that FSDP divides together.
+    """
+    writers = model.writers()
+    shares: list[list[Tensor]] = [[] for _ in writers]
 
-    hook = model.writer.register_forward_pre_hook(watch)
+    def watch(own: list[Tensor], writer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(writer, SlotWriter)
+        own.append(writer.attention_on_itself(*inputs))
+
+    hooks = [
+        writer.register_forward_pre_hook(functools.partial(watch, own))
+        for writer, own in zip(writers, shares, strict=True)
+    ]
     try:
-        _, written = model.step(segment.src, memory, segment.src_mask, segment.reset)
+        _, written = model.cell(segment, memory)
     finally:
-        hook.remove()
-    return torch.stack(shares).mean(0), written
+        for hook in hooks:
+            hook.remove()
+    return torch.cat([torch.stack(own).mean(0) for own in shares], 1), written
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ in ``generation.py``, and files are in ``pretrained.py``.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import generation
 from .checks import as_mask, as_tokens, check_mask, check_tokens, describe, has_values, ignored_as_masked, is_tensor
 from .config import MemformerConfig, Positions, Writer
+from .data.segments import Segment, Targets, cut, each_as_tokens
 from .network import Decoder, Encoder, EncOnlyResults, Network, token_losses
 
 __all__ = ["Decoder", "EncOnlyResults", "Encoder", "Memformer", "Results", "token_losses"]
@@ -95,33 +97,8 @@ class Memformer(Network):
         names = [field.name for field in dataclasses.fields(MemformerConfig)]
         super().__init__(MemformerConfig(**{name: given[name] for name in names}))
 
-    def resize_memory(self, num_memory_slots: int, *, generator: torch.Generator | None = None) -> None:
-        """Give the memory another number of slots, in place.
-
-        The first slots are kept, with what they have learned; if there are to be more, new ones are added as at
-        construction, drawn from ``generator``; if there are to be fewer, the last ones are dropped. Slots never see
-        each other when they are written, so a kept slot begins as before and, from the same encoder output, is written
-        as before. The encoder reads all slots at once, so its output changes with the new slots, or without the
-        dropped ones. To grow and then to shrink again gives back the same model, bit by bit.
-
-        A memory that was carried so far needs :meth:`resize_mems`. Build optimizers, and wrap the model for
-        distributed training, after this call: the parameter of the slots is a new one.
-
-        >>> mems = model.get_initial_mem(2)
-        >>> model.resize_memory(6)
-        >>> model.resize_mems(mems).shape, model.config.num_memory_slots
-        (torch.Size([2, 6, 32]), 6)
-
-        Raises:
-            ValueError: ``num_memory_slots`` is not a whole number of at least 1.
-        """
-        config = dataclasses.replace(self.config, num_memory_slots=num_memory_slots)
-        if config != self.config:
-            self.writer.resize(num_memory_slots, generator)
-            self.config = config
-
     def resize_mems(self, mems: Tensor) -> Tensor:
-        """A memory carried from before :meth:`resize_memory`, (batch, any number, dim), for the model as it is now.
+        """A memory carried from before ``resize_memory``, (batch, any number, dim), for the model as it is now.
 
         The first slots keep what they hold; new ones begin as at the start of a document. (batch, slots, dim).
 
@@ -231,6 +208,42 @@ class Memformer(Network):
     stream = generation.stream
     generate = generation.generate
 
+    def segments(
+        self,
+        src: Any,
+        tgt: Targets,
+        src_mask: Any,
+        tgt_mask: Targets,
+        reset: Targets,
+        mems: Tensor | None,
+    ) -> list[Segment]:
+        """What :func:`~memformer.memory_replay_backprop` is given, checked, and cut into segments of the encoder's.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        device = self.encoder.embedding.weight.device
+        src, src_mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
+        tgt, tgt_mask, reset = (
+            each_as_tokens(name, x, device) for name, x in (("tgt", tgt), ("tgt_mask", tgt_mask), ("reset", reset))
+        )
+        self.check_source(src, mems, src_mask, None, max_len=sys.maxsize)
+        found = cut(self.config.enc_max_seq_len, src, tgt, src_mask, tgt_mask, reset)
+        return [self._checked(index, segment) for index, segment in enumerate(found)]
+
+    def _checked(self, index: int, segment: Segment) -> Segment:
+        """A segment of a source that was checked, with boolean masks."""
+        segment = segment._replace(reset=as_mask("reset", segment.reset))
+        if segment.reset is not None:
+            self.check_source(segment.src, None, None, segment.reset)
+        tgt, tgt_mask = segment.tgt, as_mask("tgt_mask", segment.tgt_mask)
+        if tgt is not None:
+            tgt, tgt_mask = ignored_as_masked(tgt, tgt_mask)
+            self.check_target(tgt, tgt_mask, segment.src.shape[0])
+        elif tgt_mask is not None:
+            raise ValueError(f"tgt_mask: segment {index} has one, but no tgt")
+        return segment._replace(tgt=tgt, tgt_mask=tgt_mask)
+
     def check_source(
         self,
         src: Tensor,
@@ -241,7 +254,7 @@ class Memformer(Network):
     ) -> None:
         """Raise ValueError where a source does not fit; ``max_len`` is the longest allowed (default: one segment)."""
         config = self.config
-        check_tokens("src", src, config.enc_num_tokens, max_len or config.enc_max_seq_len, "enc")
+        check_tokens("src", src, config.enc_num_tokens, max_len or config.enc_max_seq_len, "enc_")
         check_mask("src_mask", src_mask, src)
         batch = src.shape[0]
         if mems is not None:
@@ -265,7 +278,7 @@ class Memformer(Network):
             raise ValueError("tgt: expected at least 2 tokens, one that starts the decoder and one to predict, got 1")
 
     def _check_target_tokens(self, decoder: Decoder, tgt: Tensor, tgt_mask: Tensor | None) -> None:
-        check_tokens("tgt", tgt, decoder.embedding.num_embeddings, self.config.dec_max_seq_len or 0, "dec")
+        check_tokens("tgt", tgt, decoder.embedding.num_embeddings, self.config.dec_max_seq_len or 0, "dec_")
         check_mask("tgt_mask", tgt_mask, tgt)
         if not decoder.overlap or tgt_mask is None or not has_values(tgt_mask):
             return

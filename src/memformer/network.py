@@ -2,8 +2,7 @@
 
 The one place that turns a configuration into modules, and all that a step is, of a segment or of one token; nothing
 here checks what it is given. Shapes: tokens (batch, tokens), memory (batch, slots, dim). The network does not know the
-replay engine; ``rollouts.py`` joins them. What generation asks of a network is :meth:`Network.memory_after`,
-:meth:`Network.open`, and :meth:`Network.next_logits`.
+replay engine; ``rollouts.py`` joins them by what every :class:`~memformer.interface.SegmentModel` has.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MemformerConfig
-from .nn.attention import ContextProjection, KeysValues, Positional, causal_mask
-from .nn.blocks import Block
-from .nn.memory import WRITERS
-from .nn.positions import BucketedBias, RelativeEncoding, Rotary
-from .pretrained import Pretrained
+from .data.segments import Segment
+from .interface import SegmentModel, TokenLosses
+from .nn.attention import ContextProjection, KeysValues, causal_mask
+from .nn.blocks import Block, embedding_table
+from .nn.memory import WRITERS, SlotWriter
+from .nn.positions import positions
 from .state import MemoryState
 
 __all__ = ["Decoder", "EncOnlyResults", "Encoder", "Network", "Opened", "token_losses"]
@@ -228,7 +228,7 @@ class Decoder(nn.Module):
         return state
 
 
-class Network(Pretrained):
+class Network(SegmentModel):
     """Encoder, writer and decoder (None in an encoder-only model), as a configuration says.
 
     Attributes:
@@ -237,10 +237,13 @@ class Network(Pretrained):
         decoder: predicts a target.
     """
 
+    config: MemformerConfig
+    reads_its_targets = False
+
     def __init__(self, config: MemformerConfig):
         super().__init__()
         self.config = config
-        embedding = _embedding(config.enc_num_tokens, config.dim)
+        embedding = embedding_table(config.enc_num_tokens, config.dim)
         layers = _layers(config, config.enc_depth, config.enc_heads, config.enc_max_seq_len, causal=False)
         self.encoder = Encoder(embedding, layers, config.enc_heads, config.dropout)
         self.writer = WRITERS[config.memory_writer](
@@ -254,7 +257,7 @@ class Network(Pretrained):
         assert config.dec_num_tokens is not None, "the configuration checks it"
         assert config.dec_max_seq_len is not None, "the configuration checks it"
         if not config.tie_embeddings:
-            embedding = _embedding(config.dec_num_tokens, config.dim)
+            embedding = embedding_table(config.dec_num_tokens, config.dim)
         length = config.dec_max_seq_len + config.dec_overlap
         layers = _layers(config, config.dec_depth, config.dec_heads, length, causal=True)
         self.decoder = Decoder(
@@ -295,7 +298,59 @@ class Network(Pretrained):
             written = torch.where(src_mask.any(1)[:, None, None], written, mem)
         return EncOnlyResults(enc_out, written)
 
+    # --- What a rollout asks for ------------------------------------------------------------------------------------
+
+    def forget(self, memory: Tensor) -> Tensor:
+        """The initial memory."""
+        return self.get_initial_mem(len(memory))
+
+    def cell(self, segment: Segment, memory: Tensor | None) -> EncOnlyResults:
+        """The encoder with its memory: what the decoder looks at, and the memory after the segment."""
+        return self.step(segment.src, memory, segment.src_mask, segment.reset)
+
+    def target(self, segment: Segment) -> Tensor | None:
+        """What the decoder is to write: its start token, then what is predicted."""
+        return segment.tgt
+
+    def counted(self, segment: Segment) -> Tensor:
+        """Which predictions of a target count, (batch, target length - 1)."""
+        assert segment.tgt is not None
+        return counted_targets(segment.tgt, segment.tgt_mask)
+
+    def token_losses(self, outputs: Sequence[Tensor], segments: Sequence[Segment]) -> TokenLosses:
+        """The decoder's losses on several segments with targets, in one call."""
+        decoder = self.need_decoder("a target")
+        src_masks = [segment.src_mask for segment in segments]
+        enc_out, src_mask = _concatenate(outputs, src_masks)
+        src, _ = _concatenate([segment.src for segment in segments], src_masks)
+        tgt, tgt_mask = _concatenate([s.tgt for s in segments if s.tgt is not None], [s.tgt_mask for s in segments])
+        return TokenLosses(tgt, *token_losses(decoder, tgt, enc_out, src_mask, tgt_mask, src))
+
+    def silent(self, segment: Segment) -> Segment:
+        """The segment without its target."""
+        return segment._replace(tgt=None, tgt_mask=None)
+
+    def of_stream(self, segment: Segment) -> Segment:
+        """The segment as it is: a source, and the next one as its target."""
+        return segment
+
+    def writers(self) -> list[SlotWriter]:
+        """The one there is."""
+        return [self.writer]
+
+    def slots_of(self, memory: Tensor) -> Tensor:
+        """(batch, slots, dim) -> (batch, 1, slots, dim)."""
+        return memory[:, None]
+
     # --- What generation asks for ---------------------------------------------------------------------------------
+
+    def check_writes(self, purpose: str) -> None:
+        """Raise ValueError, which names the purpose, where there is no decoder."""
+        self.need_decoder(purpose)
+
+    def new_state(self, batch_size: int, start: int) -> MemoryState:
+        """Lanes that have read nothing."""
+        return MemoryState.new(batch_size, self.config.segment_length, start, self.get_initial_mem(1)[0])
 
     def memory_after(self, state: MemoryState) -> Tensor:
         """The memory after each lane's last whole segment, (batch, slots, dim)."""
@@ -375,20 +430,27 @@ def counted_targets(tgt: Tensor, tgt_mask: Tensor | None = None) -> Tensor:
     return tgt_mask[:, 1:] & (tgt_mask.cumsum(1)[:, :-1] > 0)
 
 
-def _embedding(tokens: int, dim: int) -> nn.Embedding:
-    embedding = nn.Embedding(tokens, dim)
-    nn.init.normal_(embedding.weight, std=dim**-0.5)
-    return embedding
+def _concatenate(tensors: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Along the batch, padded to the longest; the mask is None where nothing is masked or padded."""
+    longest = max(x.shape[1] for x in tensors)
+    if all(mask is None for mask in masks) and all(x.shape[1] == longest for x in tensors):
+        return torch.cat([*tensors]), None
+    padded, padded_masks = [], []
+    for x, mask in zip(tensors, masks, strict=True):
+        missing = longest - x.shape[1]
+        if mask is None:
+            mask = x.new_ones(x.shape[:2], dtype=torch.bool)
+        padded.append(F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)))
+        padded_masks.append(F.pad(mask, (0, missing)))
+    return torch.cat(padded), torch.cat(padded_masks)
 
 
 def _layers(config: MemformerConfig, depth: int, heads: int, max_len: int, causal: bool) -> list[Block]:
-    def positions() -> Positional:
-        head_dim = config.dim // heads
-        if config.positions == "bucketed":
-            return BucketedBias(heads, causal)
-        return {"rotary": Rotary, "relative": RelativeEncoding}[config.positions](head_dim, max_len)
-
-    return [Block(config.dim, heads, positions(), causal, config.dropout) for _ in range(depth)]
+    kind, head_dim = config.positions, config.dim // heads
+    return [
+        Block(config.dim, heads, positions(kind, heads, head_dim, max_len, causal), causal, config.dropout)
+        for _ in range(depth)
+    ]
 
 
 def _visible(mask: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .interface import SegmentModel
 from .model import Memformer
 
 __all__ = ["Ranks", "as_rows", "full", "gradient_sync", "joined", "like", "shard"]
@@ -310,9 +311,9 @@ def shard(model: Memformer, device: torch.device) -> None:
     model.to(device)
 
 
-def gradient_sync(model: Memformer) -> Callable[[bool], None] | None:
+def gradient_sync(model: SegmentModel) -> Callable[[bool], None] | None:
     """What switches the exchange of gradients between processes, where :func:`shard` divided the model; else None."""
-    if not hasattr(model.encoder, "set_requires_gradient_sync"):
+    if not isinstance(model, Memformer) or not hasattr(model.encoder, "set_requires_gradient_sync"):
         return None
     from torch.distributed.fsdp import FSDPModule
 

@@ -16,13 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
-from .config import MemformerConfig, a_path
+from .config import MemformerConfig, ModelConfig, a_path
 from .folders import model_in
 
-__all__ = ["SHARDS", "Pretrained", "plain_state", "read_shards", "unwrapped"]
+__all__ = ["SHARDS", "Pretrained", "plain_state", "read_config", "read_shards", "unwrapped"]
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, DistributedDataParallel, FSDP and checkpointing call the module inside."""
+DEFAULT_KIND = "Memformer"
+"""The kind of model that a folder holds which does not say: there was no other."""
 SHARDS = "shards"
 """The folder in a checkpoint with the tensors that each process of a run wrote for itself."""
 
@@ -33,10 +35,12 @@ class Pretrained(nn.Module):
     Attributes:
         config: its settings.
         config_class: of what type they are.
+        kind: what ``config.json`` calls such a model; where it has no ``model``, it is of a Memformer.
     """
 
-    config: MemformerConfig
-    config_class: ClassVar[type[MemformerConfig]] = MemformerConfig
+    config: ModelConfig
+    kind: ClassVar[str] = DEFAULT_KIND
+    config_class: ClassVar[type[ModelConfig]] = MemformerConfig
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``; the folder is made if need be.
@@ -61,27 +65,27 @@ class Pretrained(nn.Module):
 
     def write_config(self, folder: Path) -> None:
         """Write ``config.json`` alone."""
-        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(self.described(), indent=2) + "\n", encoding="utf-8")
+
+    def described(self) -> dict[str, Any]:
+        """The settings and, unless it is the one there was first, the kind, as files have them."""
+        kind = {} if self.kind == DEFAULT_KIND else {"model": self.kind}
+        return kind | self.config.to_dict()
 
     @classmethod
-    def saved_config(cls, folder: Path) -> MemformerConfig:
+    def saved_config(cls, folder: Path) -> ModelConfig:
         """The settings in a folder's ``config.json``.
 
         Raises:
             FileNotFoundError: it is missing.
-            ValueError: it is damaged.
+            ValueError: it is damaged, or of another kind of model.
         """
-        config_file = folder / "config.json"
-        if not config_file.is_file():
-            raise FileNotFoundError(
-                f"{config_file}: not found; a model's folder holds config.json and model.safetensors"
+        kind, values = read_config(folder)
+        if kind != cls.kind:
+            raise ValueError(
+                f"{folder / 'config.json'}: of a {kind}, expected that of a {cls.kind}; use {kind}.from_pretrained, or "
+                "load_model for either"
             )
-        try:
-            values = json.loads(config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{config_file}: not a JSON file ({error})") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{config_file}: expected a JSON object with the model's settings")
         return cls.config_class.from_dict(values)
 
     @classmethod
@@ -114,6 +118,25 @@ class Pretrained(nn.Module):
         return model
 
 
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """What kind of model a folder's ``config.json`` is of, and the settings in it.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{config_file}: not found; a model's folder holds config.json and model.safetensors")
+    try:
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file}: not a JSON file ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{config_file}: expected a JSON object with the model's settings")
+    return str(values.pop("model", DEFAULT_KIND)), values
+
+
 def unwrapped(model: nn.Module) -> Pretrained:
     """The model itself, out of what torch.compile, DistributedDataParallel or FSDP put around it.
 
@@ -125,7 +148,8 @@ def unwrapped(model: nn.Module) -> Pretrained:
         inner = next((inner._modules[name] for name in _WRAPPERS if name in inner._modules), None)
     if not isinstance(inner, Pretrained):
         raise ValueError(
-            f"model: expected a Memformer, or one that was compiled or wrapped, got {type(model).__name__}"
+            "model: expected a Memformer, a CausalMemformer, or one that was compiled or wrapped, got "
+            f"{type(model).__name__}"
         )
     return inner
 

@@ -1,56 +1,62 @@
-"""Rollouts of a Memformer: the adapter between the model and the replay engine.
+"""Rollouts: the adapter between the models and the replay engine.
 
-The encoder with its memory is the replay's cell, the critical path; the decoder and its loss are the readout.
+A model's memory is the replay's critical path, its cell; its losses are the readout. A causal model may run all its
+layers at once, see ``wavefront.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
-from typing import Literal, Unpack, get_args
+from typing import Any, Literal, Unpack, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from . import replay
-from .checks import as_mask, as_tokens, describe, ignored_as_masked
-from .data.segments import Segment, Targets, cut
-from .model import Memformer, token_losses
-from .network import counted_targets
-from .replay.inputs import Cell, Readout, weight_list
+from .checks import describe
+from .data.segments import Segment, Targets
+from .interface import Memory, SegmentModel
+from .replay.inputs import Readout, weight_list
 from .replay.options import OptionKeywords
+from .wavefront import Diagonal, Wavefront, pays
 
-__all__ = ["Tally", "memory_replay_backprop", "rollout", "verify_rollout"]
+__all__ = ["Tally", "memory_replay_backprop", "read_segments", "rollout", "verify_rollout"]
 
 Reduction = Literal["segment_means", "mean", "sum"]
 
 READOUT_TOKENS = 1024
-"""Targets per call of the decoder in a rollout: enough for a matrix product to run at its full rate."""
+"""Targets per call of the readout in a rollout: enough for a matrix product to run at its full rate."""
 
 Tally = Callable[[Tensor, Tensor, Tensor], None]
 """Given targets (rows, tokens), their tokens' losses and which of them count, to add up what it likes of them."""
 
 
 def rollout(
-    model: Memformer,
+    model: SegmentModel,
     segments: Sequence[Segment],
-    mems: Tensor | None = None,
+    mems: Memory | None = None,
     *,
     divisor: Tensor | float | None = None,
+    wavefront: bool | None = None,
     method: replay.Method = replay.memory_replay,
     options: replay.Options | None = None,
     tally: Tally | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> replay.Rollout:
-    """Run a model with a decoder over segments that were checked already, and add up their losses.
+    """Run a model over segments that were checked already, and add up their losses.
 
     Args:
+        model: a :class:`~memformer.Memformer` with a decoder, or a :class:`~memformer.CausalMemformer`, which predicts
+            ``src`` itself where a segment has no ``tgt``.
         segments: at least one with a target.
-        mems: (batch, slots, dim), the memory before the first; None for the learned initial memory.
+        mems: the memory before the first, as the model returns it; None for the learned initial memory.
         divisor: what each segment's summed loss is divided by; None for its number of counted targets.
+        wavefront: run all layers of a causal model at once, each on another segment; None: where it pays, see
+            :func:`~memformer.wavefront.pays`. A schedule then counts steps, of which there are ``depth - 1`` more than
+            segments.
         method: :func:`~memformer.replay.memory_replay`, or one that equals it: :func:`~memformer.replay.full_bptt`,
             :func:`~memformer.replay.accumulate`.
         options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too. Without
@@ -59,55 +65,88 @@ def rollout(
     """
     options = replay.Options.of(options, keywords)
     if options.readout_segments is None:
-        options = dataclasses.replace(options, readout_segments=_readout_segments(segments))
-    cell, readout = _cell_and_readout(model, divisor, summed=options.segment_weights is None, tally=tally)
-    return method(cell, segments, mems, readout, options=options)
+        options = dataclasses.replace(options, readout_segments=_readout_segments(model, segments))
+    each = options.segment_weights is not None
+    readout: Readout = functools.partial(_losses, model, divisor, tally)
+    if not each:
+        readout = functools.partial(_summed, readout)
+    if wavefront is None:
+        wavefront = pays(model, len(segments)) and not each and options.memory_gradients is None
+    if not wavefront:
+        return method(functools.partial(_read, model), segments, mems, readout, options=options)
+    if each or options.memory_gradients is not None:
+        raise ValueError("wavefront: its steps are no segments; leave segment_weights and memory_gradients out")
+    front = Wavefront.of(model, len(segments[0].src))
+    run: Any = functools.partial(cast(Any, method), params=front.parameters)  # which every method takes
+    cell, diagonals = functools.partial(_advance, front), front.diagonals(segments)
+    outcome = run(cell, diagonals, front.start(mems), functools.partial(_of_leaving, readout), options=options)
+    return dataclasses.replace(outcome, memory=front.end(outcome.memory))
 
 
-def verify_rollout(model: Memformer, segments: Sequence[Segment], mems: Tensor | None = None) -> replay.Verdict:
-    """Whether replay is right for a model with a decoder, on a few segments; see :func:`~memformer.replay.verify`.
+def read_segments(model: SegmentModel, segments: Sequence[Segment], mems: Memory | None) -> tuple[list[Tensor], Memory]:
+    """What a model's cell makes of segments that were checked already, and the memory after them; the fastest way."""
+    outputs: list[Tensor] = []
+    if pays(model, len(segments)):
+        front = Wavefront.of(model, len(segments[0].src))
+        flight, longest = front.start(mems), max(segment.src.shape[1] for segment in segments)
+        for diagonal in front.diagonals(segments):
+            hidden, flight = front(diagonal, flight)
+            if hidden is not None:
+                padding = longest - segments[len(outputs)].src.shape[1]
+                outputs.append(hidden[:, : hidden.shape[1] - padding])
+        return outputs, front.end(flight)
+    for segment in segments:
+        output, mems = model.cell(segment, mems)
+        outputs.append(output)
+    return outputs, mems
+
+
+def verify_rollout(model: SegmentModel, segments: Sequence[Segment], mems: Memory | None = None) -> replay.Verdict:
+    """Whether replay is right for a model, on a few segments; see :func:`~memformer.replay.verify`.
 
     Args:
         segments: at least one with a target.
-        mems: (batch, slots, dim), the memory before the first; None for the learned initial memory.
+        mems: the memory before the first, as the model returns it; None for the learned initial memory.
     """
-    cell, readout = _cell_and_readout(model)
-    verdict = replay.verify(cell, segments, mems, readout, readout_segments=_readout_segments(segments))
-    summary = verdict.summary.replace(_encode.__qualname__, type(model).__name__, 1)  # the name that a user knows
+    readout = functools.partial(_summed, functools.partial(_losses, model, None, None))
+    at_once = _readout_segments(model, segments)
+    verdict = replay.verify(functools.partial(_read, model), segments, mems, readout, readout_segments=at_once)
+    summary = verdict.summary.replace(_read.__qualname__, type(model).__name__, 1)  # the name that a user knows
     return dataclasses.replace(verdict, summary=summary)
 
 
 def memory_replay_backprop(
-    model: Memformer,
+    model: SegmentModel,
     src: Tensor,
     tgt: Targets = None,
     src_mask: Tensor | None = None,
     tgt_mask: Targets = None,
     *,
     reset: Targets = None,
-    mems: Tensor | None = None,
+    mems: Memory | None = None,
     loss_fn: Callable[[int, Tensor], Tensor | None] | None = None,
     reduction: Reduction = "segment_means",
     scale: Callable[[Tensor], Tensor] | None = None,
     options: replay.Options | None = None,
     **keywords: Unpack[OptionKeywords],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     """Back-propagate through a sequence of any length, holding the graph of one segment (paper, Algorithm 1, MRBP).
 
     The gradients are those of plain back-propagation through time, added to ``.grad`` as ``loss.backward()`` does.
 
     Args:
-        model: a :class:`~memformer.Memformer`.
-        src: (batch, length of any size) token ids, cut into segments of ``enc_max_seq_len``.
+        model: a :class:`~memformer.Memformer`, or a :class:`~memformer.CausalMemformer`.
+        src: (batch, length of any size) token ids, cut into segments of ``enc_max_seq_len`` or ``max_seq_len``.
         tgt: (batch, length) for the last segment, or a list with one such tensor or None per segment. Ids of -100 count
-            as masked.
+            as masked. A causal model's targets are labels like ``src``, or a list with such a tensor per segment; None
+            stands for ``src`` itself, each token of which is a target.
         src_mask: like ``src``, True for tokens that exist: booleans, or integers of 0 and 1. ``tgt_mask``: the same for
-            ``tgt``.
+            ``tgt``, of which a causal model's labels have none.
         reset: (batch,) of the same kind, lanes that begin the first segment with the learned initial memory (a new
             document), or a list with one such tensor or None per segment.
-        mems: (batch, slots, dim), the memory to start from; None for the learned initial memory.
+        mems: the memory to start from, as the model returns it; None for the learned initial memory.
         loss_fn: ``loss_fn(index, enc_out) -> scalar or None``, in place of a target (for encoder-only models): called
-            once per segment. Whatever it uses gets its gradients too.
+            once per segment, with the last layer's output. Whatever it uses gets its gradients too.
         reduction: how the targets' losses become one: ``"segment_means"``, the sum of each segment's mean, in which a
             target counts more where its segment has few; ``"mean"`` over all targets that count, so that it does not
             matter how they are cut; or ``"sum"`` over them.
@@ -122,16 +161,17 @@ def memory_replay_backprop(
         memory.
 
     Raises:
-        ValueError: as :meth:`Memformer.forward`, or if there is nothing to predict.
+        ValueError: as the model's ``forward``, or if there is nothing to predict.
         RuntimeError: ``check`` finds a segment whose replay differs.
     """
     options = replay.Options.of(options, keywords)
-    if not isinstance(model, Memformer):
+    if not isinstance(model, SegmentModel):
         raise ValueError(
-            f"model: expected a Memformer, got {type(model).__name__}. Other models, and wrapped ones, go through "
-            "memformer.replay.memory_replay"
+            f"model: expected a Memformer or a CausalMemformer, got {type(model).__name__}. Other models, and "
+            "wrapped ones, go through memformer.replay.memory_replay"
         )
-    if (loss_fn is None) == (tgt is None):
+    given = tgt is not None or (loss_fn is None and model.reads_its_targets)
+    if (loss_fn is not None) == given:
         raise ValueError("expected either tgt or loss_fn" + ("" if tgt is None else ", got both"))
     if tgt is None and tgt_mask is not None:
         raise ValueError("tgt_mask: given without tgt")
@@ -148,57 +188,24 @@ def memory_replay_backprop(
             f"scale: expected a function of the loss, such as scaler.scale, got {describe(scale)}; for a number s, "
             "lambda loss: s * loss"
         )
-    device = model.encoder.embedding.weight.device
-    src, src_mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
-    tgt, tgt_mask, reset = (
-        _each_as_tokens(name, x, device) for name, x in (("tgt", tgt), ("tgt_mask", tgt_mask), ("reset", reset))
-    )
-    model.check_source(src, mems, src_mask, None, max_len=sys.maxsize)
-    segments = [
-        _checked(model, i, s)
-        for i, s in enumerate(cut(model.config.enc_max_seq_len, src, tgt, src_mask, tgt_mask, reset))
-    ]
+    segments = model.segments(src, tgt, src_mask, tgt_mask, reset, mems)
     if loss_fn is not None:
         weights = weight_list(options.segment_weights, len(segments)) or [1.0] * len(segments)
         options = dataclasses.replace(options, segment_weights=None)
-        outputs, memory = replay.scan(functools.partial(_encode, model), segments, mems, options=options)
-        return _backprop_own_loss(loss_fn, outputs, weights, scale), memory.detach()
-    outcome = rollout(model, segments, mems, divisor=_divisor(segments, reduction), options=options)
+        outputs, memory = replay.scan(functools.partial(_read, model), segments, mems, options=options)
+        return _backprop_own_loss(loss_fn, outputs, weights, scale), _detached(memory)
+    outcome = rollout(model, segments, mems, divisor=_divisor(model, segments, reduction), options=options)
     (outcome.loss if scale is None else scale(outcome.loss)).backward()
-    return outcome.loss.detach(), outcome.memory.detach()
+    return outcome.loss.detach(), _detached(outcome.memory)
 
 
-def _each_as_tokens(name: str, given: Targets, device: torch.device) -> Targets:
-    """One for one segment, or one for each: see :func:`~memformer.checks.as_tokens`."""
-    if isinstance(given, (list, tuple)):
-        return [as_tokens(x, device) for x in given]
-    converted: Targets = as_tokens(given, device)
-    if converted is not None and not isinstance(converted, Tensor):
-        raise ValueError(f"{name}: expected one for one segment, or a list with one (or None) for each, got {given!r}")
-    return converted
-
-
-def _checked(model: Memformer, index: int, segment: Segment) -> Segment:
-    """A segment of a source that was checked, with boolean masks."""
-    segment = segment._replace(reset=as_mask("reset", segment.reset))
-    if segment.reset is not None:
-        model.check_source(segment.src, None, None, segment.reset)
-    tgt, tgt_mask = segment.tgt, as_mask("tgt_mask", segment.tgt_mask)
-    if tgt is not None:
-        tgt, tgt_mask = ignored_as_masked(tgt, tgt_mask)
-        model.check_target(tgt, tgt_mask, segment.src.shape[0])
-    elif tgt_mask is not None:
-        raise ValueError(f"tgt_mask: segment {index} has one, but no tgt")
-    return segment._replace(tgt=tgt, tgt_mask=tgt_mask)
-
-
-def _divisor(segments: Sequence[Segment], reduction: Reduction) -> Tensor | float | None:
+def _divisor(model: SegmentModel, segments: Sequence[Segment], reduction: Reduction) -> Tensor | float | None:
     """What each segment's summed loss is divided by; None for its own number of targets that count."""
     if reduction == "segment_means":
         return None
     if reduction == "sum":
         return 1.0
-    counts = [counted_targets(s.tgt, s.tgt_mask).sum() for s in segments if s.tgt is not None]
+    counts = [model.counted(segment).sum() for segment in segments if model.target(segment) is not None]
     return torch.stack(counts).sum().clamp(min=1) if counts else None
 
 
@@ -231,42 +238,33 @@ def _backprop_own_loss(
     return torch.stack(losses).sum()
 
 
-def _readout_segments(segments: Sequence[Segment]) -> int:
-    most = max((s.tgt.numel() for s in segments if s.tgt is not None), default=1)
+def _readout_segments(model: SegmentModel, segments: Sequence[Segment]) -> int:
+    most = max((target.numel() for target in map(model.target, segments) if target is not None), default=1)
     return max(1, READOUT_TOKENS // most)
 
 
-def _cell_and_readout(
-    model: Memformer, divisor: Tensor | float | None = None, *, summed: bool = True, tally: Tally | None = None
-) -> tuple[Cell, Readout]:
-    """What the engine is given: the encoder with its memory, and the decoder's loss, one or one for each segment."""
-    readout: Readout = functools.partial(_losses, model, divisor, tally)
-    return functools.partial(_encode, model), functools.partial(_summed, readout) if summed else readout
+def _detached(memory: Memory) -> Memory:
+    return tree_map(Tensor.detach, memory)
 
 
-def _encode(model: Memformer, segment: Segment, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-    return model.step(segment.src, memory, segment.src_mask, segment.reset)
+def _read(model: SegmentModel, segment: Segment, memory: Memory | None) -> tuple[Tensor, Memory]:
+    return model.cell(segment, memory)
 
 
 def _losses(
-    model: Memformer,
+    model: SegmentModel,
     divisor: Tensor | float | None,
     tally: Tally | None,
-    outputs: list[Tensor],
-    segments: list[Segment],
+    outputs: Sequence[Tensor],
+    segments: Sequence[Segment],
 ) -> Tensor | None:
-    """The decoder's loss on each of several segments, in one call; 0 for those without a target."""
-    kept = [i for i, s in enumerate(segments) if s.tgt is not None]
+    """The losses of several segments, from one call of the readout; 0 for those without a target."""
+    kept = [i for i, segment in enumerate(segments) if model.target(segment) is not None]
     if not kept:
         return None
-    assert model.decoder is not None  # there is a target, and targets are checked
-    src_masks = [segments[i].src_mask for i in kept]
-    enc_out, src_mask = _concatenate([outputs[i] for i in kept], src_masks)
-    src, _ = _concatenate([segments[i].src for i in kept], src_masks)
-    tgt, tgt_mask = _concatenate([s.tgt for s in segments if s.tgt is not None], [segments[i].tgt_mask for i in kept])
-    losses, counted = token_losses(model.decoder, tgt, enc_out, src_mask, tgt_mask, src)
+    targets, losses, counted = model.token_losses([outputs[i] for i in kept], [segments[i] for i in kept])
     if tally is not None:
-        tally(tgt, losses, counted)
+        tally(targets, losses, counted)
     per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
         divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)
@@ -281,16 +279,11 @@ def _summed(losses: Readout, outputs: list[Tensor], segments: list[Segment]) -> 
     return None if per_segment is None else per_segment.sum()
 
 
-def _concatenate(tensors: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Along the batch, padded to the longest; the mask is None where nothing is masked or padded."""
-    longest = max(x.shape[1] for x in tensors)
-    if all(mask is None for mask in masks) and all(x.shape[1] == longest for x in tensors):
-        return torch.cat(tensors), None
-    padded, padded_masks = [], []
-    for x, mask in zip(tensors, masks, strict=True):
-        missing = longest - x.shape[1]
-        if mask is None:
-            mask = x.new_ones(x.shape[:2], dtype=torch.bool)
-        padded.append(F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)))
-        padded_masks.append(F.pad(mask, (0, missing)))
-    return torch.cat(padded), torch.cat(padded_masks)
+def _advance(front: Wavefront, diagonal: Diagonal, flight: Any) -> tuple[Tensor | None, Any]:
+    return front(diagonal, flight)
+
+
+def _of_leaving(readout: Readout, hidden: Sequence[Tensor | None], diagonals: Sequence[Diagonal]) -> Tensor | None:
+    """The readout of those segments that come out of the last layer."""
+    left = [(h, d.leaving) for h, d in zip(hidden, diagonals, strict=True) if h is not None and d.leaving is not None]
+    return readout([h for h, _ in left], [segment for _, segment in left]) if left else None

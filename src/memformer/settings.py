@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hint
 import yaml
 
 from . import replay
-from .config import MemformerConfig, Positions, Typed, Writer, check_count, convert
+from .config import (
+    CausalConfig,
+    MemformerConfig,
+    MemoryLayout,
+    ModelConfig,
+    Positions,
+    Typed,
+    Writer,
+    check_count,
+    convert,
+)
 from .learning_rate import warmup_constant, warmup_cosine, warmup_stable_decay
 
 __all__ = [
@@ -95,18 +105,26 @@ class DocumentSettings(Typed):
 class ModelSettings(Typed):
     """Sizes of the model. Its vocabulary comes from the tokenizer."""
 
+    architecture: Literal["memformer", "causal"] = "memformer"
+    """memformer, an encoder that remembers and a decoder; or causal, one stack in which every layer does both."""
     dim: int = 64
     """Width of the model."""
     slots: int = 16
-    """Memory slots."""
+    """Memory slots; of a causal model, in each of its memories."""
     enc_depth: int = 1
     """Encoder layers."""
     dec_depth: int = 2
     """Decoder layers."""
     dec_overlap: int = 4
     """How many tokens of the previous segment the decoder also sees."""
+    depth: int = 3
+    """Layers of a causal model."""
+    overlap: int = 4
+    """How many tokens of the previous segment a causal model reads again."""
+    memory_layout: MemoryLayout = "layers"
+    """Of a causal model: layers, a memory in each layer; one, a memory that all layers read."""
     heads: int = 4
-    """Attention heads of the encoder, the decoder, and the reading and writing of the memory."""
+    """Attention heads of all layers, and of the reading and writing of the memory."""
     mem_updates: int = 1
     """How often the memory is written per segment."""
     memory_writer: Writer = "normalised"
@@ -122,29 +140,73 @@ class ModelSettings(Typed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dim", "slots", "enc_depth", "dec_depth", "heads", "mem_updates"):
+        for name in ("dim", "slots", "enc_depth", "dec_depth", "depth", "overlap", "heads", "mem_updates"):
             check_count(name, getattr(self, name))
         check_count("dec_overlap", self.dec_overlap, least=0)
+        others = next(own for architecture, own in _OWN.items() if architecture != self.architecture)
+        for name in others:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} has no meaning with the architecture {self.architecture}, which "
+                    f"has {', '.join(_OWN[self.architecture])}; leave it out"
+                )
 
-    def config(self, vocabulary: int, segment_length: int) -> MemformerConfig:
+    def config(self, vocabulary: int, segment_length: int) -> ModelConfig:
         """The model's configuration. Raises ValueError where settings do not fit together."""
-        same = dataclasses.asdict(self)
-        slots, heads, updates = (same.pop(name) for name in ("slots", "heads", "mem_updates"))
+        if self.architecture == "memformer":
+            return self.memformer_config(vocabulary, segment_length)
+        return CausalConfig(
+            **{name: getattr(self, name) for name in _SAME},
+            num_memory_slots=self.slots,
+            num_mem_updates=self.mem_updates,
+            num_tokens=vocabulary,
+            max_seq_len=segment_length,
+            depth=self.depth,
+            overlap=self.overlap,
+            memory=self.memory_layout,
+            heads=self.heads,
+            mem_update_attn_heads=self.heads,
+            dropout=self.dropout,
+        )
+
+    def memformer_config(self, vocabulary: int, segment_length: int) -> MemformerConfig:
+        """That of a Memformer. Raises ValueError for another architecture, and where settings do not fit together."""
+        if self.architecture != "memformer":
+            raise ValueError(f"architecture: expected memformer, got {self.architecture}")
         try:
             return MemformerConfig(
-                **same,
-                num_memory_slots=slots,
-                num_mem_updates=updates,
+                **{name: getattr(self, name) for name in (*_SAME, *_OWN["memformer"])},
+                num_memory_slots=self.slots,
+                num_mem_updates=self.mem_updates,
                 enc_num_tokens=vocabulary,
                 enc_max_seq_len=segment_length,
-                enc_heads=heads,
+                enc_heads=self.heads,
                 dec_num_tokens=vocabulary,
                 dec_max_seq_len=segment_length + 1,
-                dec_heads=heads,
-                mem_update_attn_heads=heads,
+                dec_heads=self.heads,
+                mem_update_attn_heads=self.heads,
+                dropout=self.dropout,
             )
         except ValueError as error:
             raise ValueError(str(error).replace("enc_heads", "heads")) from error  # as they are called here
+
+    @classmethod
+    def of(cls, config: ModelConfig, dropout: float) -> ModelSettings:
+        """Those of a model that there is, but for its dropout."""
+        known: dict[str, Any] = {name: getattr(config, name) for name in _SAME}
+        known |= {"slots": config.num_memory_slots, "dropout": dropout}
+        if isinstance(config, CausalConfig):
+            known |= {"architecture": "causal", "depth": config.depth, "overlap": config.overlap}
+            known |= {"memory_layout": config.memory, "heads": config.heads, "mem_updates": config.num_mem_updates}
+        elif isinstance(config, MemformerConfig):
+            known |= {name: getattr(config, name) for name in _OWN["memformer"]}
+            known |= {"heads": config.enc_heads, "mem_updates": config.num_mem_updates}
+        return cls(**known)
+
+
+_OWN = {"memformer": ("enc_depth", "dec_depth", "dec_overlap"), "causal": ("depth", "overlap", "memory_layout")}
+"""The settings that are of one architecture alone."""
+_SAME = ("dim", "memory_writer", "write_temperature", "positions", "tie_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,6 +475,8 @@ class TrainingConfig(Typed):
         check_count("seed", self.seed, least=0)
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
+        if self.model.architecture == "causal":
+            self._check_causal()
         self.model.config(1, self.rollout.segment_length)  # what does not fit together is found here
         if self.model.tie_embeddings and self.compute.parallel == "fsdp":
             raise ValueError(
@@ -428,6 +492,18 @@ class TrainingConfig(Typed):
                 "schedule: a budget measures a segment's graph, which FSDP fills with gathered weights; "
                 "use every or binomial:N"
             )
+
+    def _check_causal(self) -> None:
+        for name in ("infilling", "recall"):
+            if getattr(self.objective, name):
+                raise ValueError(
+                    f"{name}: a causal model predicts what it reads, so continuation is its one objective; leave it "
+                    "out, or use --architecture memformer"
+                )
+        if self.compute.parallel == "fsdp":
+            raise ValueError("parallel: fsdp does not divide a causal model yet; use --parallel ddp")
+        if self.compute.compile:
+            raise ValueError("compile: a causal model is not compiled yet; leave it out")
 
 
 def _check_not_negative(name: str, value: float) -> None:

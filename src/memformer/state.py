@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .checks import as_tokens, describe
 from .config import a_path, check_count, is_count
 from .files import replace_file
-from .pretrained import Pretrained, plain_state, unwrapped
+from .pretrained import DEFAULT_KIND, Pretrained, plain_state, unwrapped
 
 __all__ = ["MemoryState", "fingerprint"]
 
@@ -35,9 +35,10 @@ class MemoryState:
     """The state of a batch of lanes, which may stand at different places. Every operation gives a new one.
 
     Attributes:
-        memory: (batch, slots, dim), before ``segment`` is written. Zero in a lane that has not read a whole segment: it
-            stands before the model's initial memory.
-        segment: (batch, length), the last whole segment; before there is one, the start token.
+        memory: (batch, slots, dim), before ``segment`` is written; a causal model's is (batch, layers, slots, dim).
+            Zero in a lane that has not read a whole segment: it stands before the model's initial memory.
+        segment: (batch, length), the last whole segment; before there is one, the start token. Of a causal model the
+            ``overlap`` tokens before it come first.
         pending: (batch, length), the segment that is being read or written, filled up with the start token.
         position: (batch,), how many tokens were read or written, the start token not counted.
         start: the token that starts a document and the decoder.
@@ -50,11 +51,20 @@ class MemoryState:
     start: int
 
     @classmethod
-    def new(cls, batch_size: int, length: int, start: int, like: Tensor) -> MemoryState:
-        """Lanes that have read nothing. The memory takes the size, dtype and device of ``like``, (slots, dim)."""
-        tokens = torch.full((batch_size, length), start, device=like.device)
+    def new(cls, batch_size: int, length: int, start: int, like: Tensor, overlap: int = 0) -> MemoryState:
+        """Lanes that have read nothing. The memory takes the size, dtype and device of ``like``, of one lane.
+
+        ``overlap``: how many tokens before the last whole segment are kept, too.
+        """
+        tokens = torch.full((batch_size, overlap + length), start, device=like.device)
         memory = like.new_zeros(batch_size, *like.shape)
-        return cls(memory, tokens, tokens.clone(), tokens.new_zeros(batch_size), start)
+        return cls(memory, tokens, tokens[:, overlap:].clone(), tokens.new_zeros(batch_size), start)
+
+    def advance(self, lanes: Tensor, memory: Tensor) -> None:
+        """The pending segments of those lanes are full; ``memory`` is theirs after the segment before. In place."""
+        read = torch.cat([self.segment[lanes], self.pending[lanes]], 1)
+        self.memory[lanes], self.segment[lanes] = memory, read[:, self.length :]
+        self.pending[lanes] = self.start
 
     @property
     def batch_size(self) -> int:
@@ -157,7 +167,11 @@ class MemoryState:
         if batch_size < self.batch_size:
             raise ValueError(f"pad_to: expected at least the {self.batch_size} lanes there are, got {batch_size}")
         added = MemoryState.new(
-            batch_size - self.batch_size, self.length, self.start, self.memory.new_zeros(self.memory.shape[1:])
+            batch_size - self.batch_size,
+            self.length,
+            self.start,
+            self.memory.new_zeros(self.memory.shape[1:]),
+            self.segment.shape[1] - self.length,
         )
         return MemoryState.cat([self, added])
 
@@ -181,7 +195,7 @@ class MemoryState:
             "memformer_state": _FORMAT,
             "start": str(self.start),
             "fingerprint": fingerprint(model),
-            "config": json.dumps(model.config.to_dict()),
+            "config": json.dumps(model.described()),
             "checksum": _sha256(tensors, str(self.start)),
         }
         try:
@@ -288,6 +302,8 @@ def _plain(x: object) -> Iterator[object]:
 
 def _difference(header: dict[str, str], model: Pretrained) -> str:
     theirs, ours = json.loads(header["config"]), model.config.to_dict()
+    if (kind := theirs.pop("model", DEFAULT_KIND)) != model.kind:
+        return f"a {kind} there, a {model.kind} here"
     settings = [f"{k} {theirs.get(k)!r} there, {ours[k]!r} here" for k in ours if theirs.get(k) != ours[k]]
     prints = f"fingerprint {header['fingerprint'][:12]} there, {fingerprint(model)[:12]} here"
     return "; ".join(settings or ["the same settings, other weights"]) + f" ({prints})"

@@ -53,7 +53,7 @@ def run(settings: GenerationBenchmark) -> Iterator[str]:
     """
     yield machine(torch.device("cpu"))
     torch.manual_seed(settings.seed)
-    config = settings.model.config(_START + 1, settings.segment_tokens)
+    config = settings.model.memformer_config(_START + 1, settings.segment_tokens)
     model = Memformer(**config.to_dict()).eval()
     parameters = sum(p.numel() for p in model.parameters())
     yield f"{parameters:,} parameters, segments of {settings.segment_tokens}, {config.num_memory_slots} slots"

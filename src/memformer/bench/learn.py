@@ -145,7 +145,7 @@ def _tasks(name: str) -> tuple[Task, Task]:
 
 
 def _contestant(name: str, entrants: Mapping[str, Build], task: Task) -> Contestant:
-    return build(name, entrants, MODEL.config(task.vocabulary, task.length))
+    return build(name, entrants, MODEL.memformer_config(task.vocabulary, task.length))
 
 
 def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Trial) -> Result:

@@ -83,7 +83,7 @@ def run(settings: ReplayBenchmark) -> Iterator[str]:
         f"{settings.repeats} runs each, taking turns; gradients equal plain BPTT's"
     )
     torch.manual_seed(settings.seed)
-    model = Memformer(**sizes.config(settings.vocabulary, settings.segment_tokens).to_dict()).to(device)
+    model = Memformer(**sizes.memformer_config(settings.vocabulary, settings.segment_tokens).to_dict()).to(device)
     shape = (settings.batch_size, settings.segment_tokens)
     for horizon in settings.horizons:
         src, tgt = torch.randint(0, settings.vocabulary, (2, horizon, *shape)).to(device)

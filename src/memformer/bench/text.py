@@ -318,7 +318,7 @@ def _contestant(
     settings: TextBenchmark, entrants: Mapping[str, Build], variant: Variant, vocabulary: int
 ) -> Contestant:
     model = dataclasses.replace(settings.model, slots=variant.slots, dec_overlap=variant.overlap)
-    return build(variant.contestant, entrants, model.config(vocabulary, settings.segment_tokens))
+    return build(variant.contestant, entrants, model.memformer_config(vocabulary, settings.segment_tokens))
 
 
 def _costs(settings: TextBenchmark, entrants: Mapping[str, Build], variant: Variant, vocabulary: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ from ..data import load_tokenizer
 from ..data.tokenizers import SPECIAL
 from ..export import Format, export
 from ..folders import find
-from ..model import Memformer
+from ..models import load_model
 
 __all__ = ["ExportCommand", "run"]
 
@@ -29,7 +29,7 @@ class ExportCommand:
 def run(command: ExportCommand) -> int:
     """Write a model for other runtimes; returns the exit status."""
     folder = find(command.checkpoint)
-    model = Memformer.from_pretrained(folder).eval()
+    model = load_model(folder).eval()
     try:
         tokenizer = load_tokenizer(folder)
     except FileNotFoundError:

@@ -18,8 +18,8 @@ import tyro
 from torch import Tensor
 
 from ..data import TokenIds, Tokenizer
-from ..generation import Filters, Sampling
-from ..model import Memformer
+from ..generation import Filters, Sampling, stream
+from ..interface import SegmentModel
 from ..state import MemoryState
 from . import models
 
@@ -78,7 +78,7 @@ class _Saving:
             return f"; {self._path} holds what was written so far"
         return f"; {self._path} is as it was saved last" if self._path and self._path.exists() else ""
 
-    def save(self, state: MemoryState, model: Memformer) -> None:
+    def save(self, state: MemoryState, model: SegmentModel) -> None:
         if self._path is not None:
             state.save(self._path, model)
             self._saved = True
@@ -119,7 +119,7 @@ class _Interrupts:
                 raise KeyboardInterrupt
 
 
-def write(model: Memformer, tokenizer: Tokenizer, command: GenerateCommand) -> None:
+def write(model: SegmentModel, tokenizer: Tokenizer, command: GenerateCommand) -> None:
     """Print the prompt and its continuation, each character as soon as it is whole."""
     _continue(model, tokenizer, command, command.prompt or "", None, _generator(model, command, None), _Saving(command))
 
@@ -182,7 +182,7 @@ def _utf8(name: str, text: bytes) -> str:
         raise ValueError(f"{name}: expected UTF-8 text ({error})") from error
 
 
-def _generator(model: Memformer, command: GenerateCommand, state: MemoryState | None) -> torch.Generator:
+def _generator(model: SegmentModel, command: GenerateCommand, state: MemoryState | None) -> torch.Generator:
     """A stream that goes on must not draw the same numbers again."""
     before = 0 if state is None else int(state.position)
     device = next(model.parameters()).device
@@ -190,7 +190,7 @@ def _generator(model: Memformer, command: GenerateCommand, state: MemoryState | 
 
 
 def _continue(
-    model: Memformer,
+    model: SegmentModel,
     tokenizer: Tokenizer,
     command: GenerateCommand,
     text: str,
@@ -200,7 +200,8 @@ def _continue(
 ) -> MemoryState:
     device, end = next(model.parameters()).device, tokenizer.end
     ids = tokenizer.encode(text).tolist() if text else []
-    stream = model.eval().stream(
+    written = stream(
+        model.eval(),
         torch.tensor([ids], dtype=torch.int64, device=device),
         command.max_new_tokens,
         start=tokenizer.start,
@@ -212,12 +213,12 @@ def _continue(
         with _Interrupts() as interrupts:
             if command.prompt is not None and not command.interactive:
                 sys.stdout.write(f"{text} " if isinstance(tokenizer, TokenIds) and text else text)
-            _print(interrupts.whole(stream), tokenizer, command.stop)
+            _print(interrupts.whole(written), tokenizer, command.stop)
     except (KeyboardInterrupt, OSError):  # whoever read it has left, or the disk is full
-        saving.save(stream.state, model)
+        saving.save(written.state, model)
         raise
-    saving.save(stream.state, model)
-    return stream.state
+    saving.save(written.state, model)
+    return written.state
 
 
 def _print(tokens: Iterator[Tensor], tokenizer: Tokenizer, stops: Sequence[str]) -> None:

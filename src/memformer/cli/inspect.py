@@ -131,9 +131,10 @@ def describe(found: Inspection) -> str:
     ]
     decays = "" if found.slot_parameter == "initial content" else ", which weight decay shrinks if it is decayed"
     head = f"{'slot':>6} {'on itself':>9} {'norm':>8}"
+    layers = f" ({slots // found.memories} in each of {found.memories} layers, in their order)" * (found.memories > 1)
     return "\n".join(
         [
-            f"{plural(slots, 'slot')}, read over {plural(segments, 'segment')} of {plural(lanes, 'document')}",
+            f"{plural(slots, 'slot')}{layers}, read over {plural(segments, 'segment')} of {plural(lanes, 'document')}",
             "",
             f"slots attend, in the second half of the segments: {counts}",
             f"(on itself: the share of a slot's attention; norm: of its {found.slot_parameter}{decays})",

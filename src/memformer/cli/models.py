@@ -8,12 +8,13 @@ from pathlib import Path
 from ..data import Tokenizer, load_tokenizer
 from ..device import choose_device
 from ..folders import find, newest
-from ..model import Memformer
+from ..interface import SegmentModel
+from ..models import load_model
 
 __all__ = ["described", "load"]
 
 
-def load(checkpoint: Path, device: str) -> tuple[Memformer, Tokenizer]:
+def load(checkpoint: Path, device: str) -> tuple[SegmentModel, Tokenizer]:
     """A trained model, ready to use, and its tokenizer.
 
     Raises:
@@ -23,11 +24,12 @@ def load(checkpoint: Path, device: str) -> tuple[Memformer, Tokenizer]:
     folder = find(checkpoint)
     if folder != checkpoint:
         print(f"model       {described(checkpoint, folder)}", file=sys.stderr)
-    model, tokenizer = Memformer.from_pretrained(folder).to(choose_device(device)).eval(), load_tokenizer(folder)
-    if model.config.dec_num_tokens != tokenizer.vocabulary:
+    model, tokenizer = load_model(folder).to(choose_device(device)).eval(), load_tokenizer(folder)
+    *_, (name, size) = model.config.vocabularies.items()
+    if size != tokenizer.vocabulary:
         raise ValueError(
-            f"{folder}: expected a model with a decoder of {tokenizer.vocabulary} tokens, as memformer train makes it, "
-            f"got dec_num_tokens {model.config.dec_num_tokens}"
+            f"{folder}: expected a model that predicts one of {tokenizer.vocabulary} tokens, as memformer train makes "
+            f"it, got {name} {size}"
         )
     return model, tokenizer
 

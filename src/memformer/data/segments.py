@@ -1,4 +1,4 @@
-"""Cutting sequences, masks and targets into segments. Imports torch alone."""
+"""Cutting sequences, masks and targets into segments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Segment", "cut"]
+from ..checks import as_tokens
+
+__all__ = ["Segment", "Targets", "cut", "each_as_tokens"]
 
 Targets = Tensor | Sequence["Tensor | None"] | None
 """One tensor for one of the segments, or one or None for each."""
@@ -77,3 +79,13 @@ def _per_segment(name: str, given: Targets, count: int, at: int) -> list[Tensor 
     if len(items) != count:
         raise ValueError(f"{name}: expected one entry (or None) for each of the {count} segments, got {len(items)}")
     return items
+
+
+def each_as_tokens(name: str, given: Targets, device: torch.device) -> Targets:
+    """One for one segment, or one for each: see :func:`~memformer.checks.as_tokens`."""
+    if isinstance(given, (list, tuple)):
+        return [as_tokens(x, device) for x in given]
+    converted: Targets = as_tokens(given, device)
+    if converted is not None and not isinstance(converted, Tensor):
+        raise ValueError(f"{name}: expected one for one segment, or a list with one (or None) for each, got {given!r}")
+    return converted

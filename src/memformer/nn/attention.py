@@ -2,6 +2,8 @@
 
 Shapes: x (batch, tokens, dim); heads split dim. The context's keys and values come from outside because one product
 serves all layers of a stack (:class:`ContextProjection`), and because they need to be computed once per segment only.
+Any of these parts may stand for several layers at once, with a first dimension more in its parameters and in everything
+that it is given (``stacked.py``).
 """
 
 from __future__ import annotations
@@ -27,19 +29,25 @@ KeysValues = tuple[Tensor, Tensor]
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(batch, tokens, dim) -> (batch, heads, tokens, dim / heads)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(batch, heads, tokens, head_dim) -> (batch, tokens, heads * head_dim)."""
-    return x.transpose(1, 2).flatten(-2)
+    return x.transpose(-3, -2).flatten(-2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention without positions; shapes as in :class:`Positional`. All its cases stay on torch's fast path."""
     if causal and (mask is not None or q.shape[-2] != k.shape[-2]):
         mask, causal = with_causal(mask, q, k), False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    if q.dim() == 4:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    # Several layers at once: for torch's fast path they are more of the batch.
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    if mask is not None:
+        mask = mask.expand(*q.shape[:2], *mask.shape[-3:]).flatten(0, 1)
+    return F.scaled_dot_product_attention(flat[0], flat[1], flat[2], mask, is_causal=causal).unflatten(0, q.shape[:2])
 
 
 def causal_mask(tokens: int, keys: int, device: torch.device) -> Tensor:

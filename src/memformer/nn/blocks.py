@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from .attention import CrossAttention, KeysValues, Positional, SelfAttention
 
-__all__ = ["Block", "feed_forward"]
+__all__ = ["Block", "embedding_table", "feed_forward"]
+
+
+def embedding_table(tokens: int, dim: int) -> nn.Embedding:
+    """A vector for each token, about 1 long."""
+    embedding = nn.Embedding(tokens, dim)
+    nn.init.normal_(embedding.weight, std=dim**-0.5)
+    return embedding
 
 
 def feed_forward(dim: int, factor: int = 4) -> nn.Sequential:
@@ -23,13 +30,13 @@ class Block(nn.Module):
     context is the encoder's output and self-attention is causal.
     """
 
-    def __init__(self, dim: int, heads: int, positions: Positional, causal: bool, dropout: float):
+    def __init__(self, dim: int, heads: int, positions: Positional, causal: bool, dropout: float, factor: int = 4):
         super().__init__()
         self.causal = causal
         self.self_norm, self.context_norm, self.feed_norm = (nn.LayerNorm(dim) for _ in range(3))
         self.self_attention = SelfAttention(dim, heads, positions)
         self.context_attention = CrossAttention(dim, heads)
-        self.feed_forward = feed_forward(dim)
+        self.feed_forward = feed_forward(dim, factor)
         self.dropout = nn.Dropout(dropout)
 
     def forward(

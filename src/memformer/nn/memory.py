@@ -57,7 +57,7 @@ def slot_attention_weights(
     to_itself = (q * own_k).sum(-1, keepdim=True)  # (batch, heads, slots, 1)
     to_segment = q @ k.transpose(-1, -2)  # (batch, heads, slots, tokens)
     if mask is not None:
-        to_segment = to_segment.masked_fill(~mask[:, None, None, :], float("-inf"))
+        to_segment = to_segment.masked_fill(~mask[..., None, None, :], float("-inf"))
     on_itself, on_segment = torch.cat([to_itself, to_segment], -1).softmax(-1).split([1, k.shape[-2]], -1)
     return on_itself, on_segment
 
@@ -65,7 +65,7 @@ def slot_attention_weights(
 def normalise(memory: Tensor, bias: Tensor) -> Tensor:
     """Biased memory normalisation, the forgetting mechanism: (m + b) / |m + b|.
 
-    ``memory``, and the result: (batch, slots, dim); ``bias``: (slots, dim).
+    ``memory``, and the result: (batch, slots, dim); ``bias``: (slots, dim) or (1, slots, dim).
     """
     return F.normalize(memory + bias, dim=-1)
 
@@ -177,13 +177,13 @@ class NormalisedWriter(SlotWriter):
         return F.normalize(self.bias, dim=-1).expand(batch_size, -1, -1)
 
     def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
-        # (slots, dim), each as long as a normalised slot.
-        name = math.sqrt(memory.shape[-1]) * F.normalize(self.bias, dim=-1)
+        # (1, slots, dim), each as long as a normalised slot.
+        name = math.sqrt(memory.shape[-1]) * F.normalize(self.bias, dim=-1).unsqueeze(-3)
         q, own_k = self.slots_to_qk((self.norm(memory) + name) / math.sqrt(2)).chunk(2, -1)  # (batch, slots, dim)
         return [split_heads(part, self.heads) for part in (q, own_k, memory, *self.segment_to_kv(x).chunk(2, -1))]
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return normalise(self.attend(memory, x, mask), self.scale * self.bias)
+        return normalise(self.attend(memory, x, mask), self.scale * self.bias.unsqueeze(-3))
 
 
 class GatedWriter(SlotWriter):
@@ -219,7 +219,7 @@ class GatedWriter(SlotWriter):
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         found = self.to_out(self.attend(memory, x, mask))  # (batch, slots, dim)
         found = found + self.feed_forward(self.feed_norm(found))
-        return self.gru(found.flatten(0, 1), memory.flatten(0, 1)).view_as(memory)  # in between (batch * slots, dim)
+        return self.gru(found.flatten(-3, -2), memory.flatten(-3, -2)).view_as(memory)  # of (batch * slots, dim)
 
 
 WRITERS: dict[str, Callable[[int, int, int, float], SlotWriter]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import Positional, attend, distance_back, relative_distance, with_causal
 
-__all__ = ["BucketedBias", "RelativeEncoding", "Rotary"]
+__all__ = ["BucketedBias", "RelativeEncoding", "Rotary", "positions"]
 
 
 class Rotary(Positional):
@@ -112,12 +112,12 @@ class BucketedBias(Positional):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         distance = relative_distance(q.shape[-2], k.shape[-2], q.device)  # (tokens, keys)
-        bias = self.bias(self.bucket(distance)).permute(2, 0, 1).to(q.dtype)[None]  # (1, heads, tokens, keys)
+        bias = self.bias(self.bucket(distance)).movedim(-1, -3).to(q.dtype).unsqueeze(-4)  # (1, heads, tokens, keys)
         if causal:
             mask = with_causal(mask, q, k)
         if mask is not None:
             bias = bias.masked_fill(~mask, float("-inf"))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return attend(q, k, v, bias)
 
     def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         distance = distance_back(position, k.shape[-2])  # (batch, 1, tokens, keys)
@@ -140,8 +140,9 @@ class RelativeEncoding(Positional):
         tokens, keys = q.shape[-2], k.shape[-2]
         # The table's rows for the distances keys - 1 down to 1 - tokens: key j of query i is then at column
         # tokens - 1 - i + j, so that one shift per row turns distances into keys.
-        rows = self.table[self.max_len - tokens : self.max_len + keys - 1].flip(0)  # (distances, head_dim)
-        by_distance = q @ rows.T  # (batch, heads, tokens, distances)
+        rows = self.table[..., self.max_len - tokens : self.max_len + keys - 1, :].flip(-2)
+        rows = rows[..., None, None, :, :]  # (1, 1, distances, head_dim)
+        by_distance = q @ rows.mT  # (batch, heads, tokens, distances)
         logits = (q @ k.transpose(-1, -2) + _distance_to_key(by_distance, keys)) / math.sqrt(q.shape[-1])
         if causal:
             mask = with_causal(mask, q, k)
@@ -176,3 +177,10 @@ def _key_to_distance(x: Tensor) -> Tensor:
     distances = tokens + keys - 1
     flat = F.pad(F.pad(x, (0, distances - keys)).flatten(-2), (tokens - 1, 1))
     return flat.unflatten(-1, (tokens, distances + 1))[..., :distances]
+
+
+def positions(kind: str, heads: int, head_dim: int, max_len: int, causal: bool) -> Positional:
+    """The part that a configuration has a name for (``config.Positions``)."""
+    if kind == "bucketed":
+        return BucketedBias(heads, causal)
+    return {"rotary": Rotary, "relative": RelativeEncoding}[kind](head_dim, max_len)

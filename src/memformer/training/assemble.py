@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import replay
 from .._installation import __version__
 from ..data import Document, Lanes, Mixture, Tokenizer, encode_documents
 from ..device import check_compiler, choose_device, choose_precision, seeded
+from ..interface import SegmentModel
 from ..model import Memformer
+from ..models import make_model
 from ..parallel import Ranks, shard
 from ..settings import TrainingConfig, to_flat
 from . import checkpoints, resume, shards
@@ -127,28 +129,30 @@ def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: T
     )
 
 
-def _model(settings: TrainingConfig, tokenizer: Tokenizer, device: str) -> Memformer:
+def _model(settings: TrainingConfig, tokenizer: Tokenizer, device: str) -> SegmentModel:
     """With the seed's initial weights; on "meta" without any."""
     with seeded(settings.seed, torch.device(device)), torch.device(device):
         config = settings.model.config(tokenizer.vocabulary, settings.rollout.segment_length)
-        return Memformer(**config.to_dict())
+        return make_model(config)
 
 
-def _start_from(model: Memformer, weights: dict[str, Tensor]) -> None:
+def _start_from(model: SegmentModel, other: SegmentModel) -> None:
     """Raises ValueError where the weights are of another vocabulary."""
-    rows, here = (w["encoder.embedding.weight"].shape[0] for w in (weights, model.state_dict()))
+    rows, here = other.config.vocabulary, model.config.vocabulary
     if rows != here:
         raise ValueError(f"init_from: its model has {rows} tokens, and the tokenizer has {here}")
-    model.load_state_dict(weights)
+    model.load_state_dict(other.state_dict())
 
 
-def _parallel(model: Memformer, settings: TrainingConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+def _parallel(model: SegmentModel, settings: TrainingConfig, ranks: Ranks, device: torch.device) -> nn.Module:
     """The module whose call is a rollout: on its device, compiled and shared among processes as the settings say."""
     if settings.compute.compile:
+        assert isinstance(model, Memformer), "the settings check it"
         assert model.decoder is not None
         model.encoder.compile()
         model.decoder.compile()
     if ranks.size > 1 and settings.compute.parallel == "fsdp":
+        assert isinstance(model, Memformer), "the settings check it"
         shard(model, device)
     else:
         model.to(device)

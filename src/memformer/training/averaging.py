@@ -9,12 +9,13 @@ import torch
 
 from ..data.tokenizers import CONFIG, VOCABULARY_FILE
 from ..folders import find
-from ..model import Memformer
+from ..interface import SegmentModel
+from ..models import load_model
 
 __all__ = ["average"]
 
 
-def average(folders: Sequence[str | Path]) -> Memformer:
+def average(folders: Sequence[str | Path]) -> SegmentModel:
     """A model whose weights are the means of others', such as the last checkpoints of a run.
 
     Weights that did not come from one training, or from one beginning, have no useful mean.
@@ -33,10 +34,10 @@ def average(folders: Sequence[str | Path]) -> Memformer:
     if isinstance(folders, (str, Path)) or len(folders) < 2:
         raise ValueError(f"folders: expected a list of at least two models to average, got {folders!r}")
     first, *others = found = [find(folder) for folder in folders]
-    model = Memformer.from_pretrained(first)
+    model = load_model(first)
     sums = {name: p.detach().double() for name, p in model.named_parameters()}
     for folder in others:
-        other = Memformer.from_pretrained(folder)
+        other = load_model(folder)
         if other.config != model.config:
             raise ValueError(f"{folder}: its model is {other.config}, expected that of {first}, {model.config}")
         if _tokenizer(folder) != _tokenizer(first):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from torch import Tensor
-
 from .. import folders
 from ..data import Tokenizer, load_tokenizer
-from ..model import Memformer
+from ..interface import SegmentModel
+from ..models import load_model
 from ..settings import ModelSettings, TrainingConfig
 
 __all__ = ["load_initial", "sized_as"]
@@ -25,7 +24,7 @@ def sized_as(settings: TrainingConfig, path: str | Path) -> TrainingConfig:
         FileNotFoundError, ValueError: there is no model, or it is damaged.
     """
     folder = folders.find(path)
-    model, tokenizer = Memformer.from_pretrained(folder).config, _tokenizer_in(folder)
+    model, tokenizer = load_model(folder).config, _tokenizer_in(folder)
     documents = settings.documents
     if tokenizer is not None:
         documents = dataclasses.replace(documents, tokenizer=_kind(tokenizer), vocabulary=tokenizer.ordinary)
@@ -33,23 +32,13 @@ def sized_as(settings: TrainingConfig, path: str | Path) -> TrainingConfig:
         settings,
         init_from=Path(path),
         documents=documents,
-        model=ModelSettings(
-            slots=model.num_memory_slots,
-            heads=model.enc_heads,
-            mem_updates=model.num_mem_updates,
-            dropout=settings.model.dropout,
-            **{name: getattr(model, name) for name in _SAME},
-        ),
-        rollout=dataclasses.replace(settings.rollout, segment_length=model.enc_max_seq_len),
+        model=ModelSettings.of(model, settings.model.dropout),
+        rollout=dataclasses.replace(settings.rollout, segment_length=model.segment_length),
     )
 
 
-_SAME = ("dim", "enc_depth", "dec_depth", "dec_overlap", "memory_writer", "write_temperature", "positions",
-         "tie_embeddings")  # fmt: skip
-
-
-def load_initial(settings: TrainingConfig) -> tuple[dict[str, Tensor], Tokenizer | None] | None:
-    """The weights and, where it has one, the tokenizer of ``init_from``; None where there is no such setting.
+def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | None] | None:
+    """The model and, where it has one, the tokenizer of ``init_from``; None where there is no such setting.
 
     Raises:
         FileNotFoundError, ValueError: there is no model, it is damaged, or not of the settings' sizes.
@@ -57,21 +46,26 @@ def load_initial(settings: TrainingConfig) -> tuple[dict[str, Tensor], Tokenizer
     if settings.init_from is None:
         return None
     folder = folders.find(settings.init_from)
-    model, tokenizer = Memformer.from_pretrained(folder), _tokenizer_in(folder)
+    model, tokenizer = load_model(folder), _tokenizer_in(folder)
     there, found = model.config.to_dict(), settings.documents.tokenizer
     if tokenizer is not None and found != _kind(tokenizer):
         raise ValueError(
             f"documents.tokenizer: the model in {folder} has a tokenizer of {_kind(tokenizer)}, got {found}; leave it "
             "out, or take the settings from training.sized_as"
         )
-    given = settings.model.config(model.config.enc_num_tokens, settings.rollout.segment_length).to_dict()
+    if ModelSettings.of(model.config, 0).architecture != settings.model.architecture:
+        raise ValueError(
+            f"architecture: the model in {folder} is a {model.kind}, got {settings.model.architecture}; sizes come "
+            "with the weights, so take the settings from training.sized_as"
+        )
+    given = settings.model.config(model.config.vocabulary, settings.rollout.segment_length).to_dict()
     for name, value in given.items():
         if name != "dropout" and there[name] != value:
             raise ValueError(
                 f"{name}: the model in {folder} has {there[name]}, got {value}; sizes come with the weights, so leave "
                 "them out, or take the settings from training.sized_as"
             )
-    return dict(model.state_dict()), tokenizer
+    return model, tokenizer
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:

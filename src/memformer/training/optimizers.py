@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import Memformer
+from ..interface import SegmentModel
 from ..settings import OptimizerSettings
 
 __all__ = ["MuonBesideAdamW", "linear_maps", "make_optimizer"]
 
 
-def make_optimizer(model: Memformer, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def make_optimizer(model: SegmentModel, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer that the settings name, with the model's parameters in groups.
 
     Decay pulls a matrix towards zero, which keeps what it multiplies in proportion. So it is for the matrices of linear
@@ -48,11 +48,11 @@ def make_optimizer(model: Memformer, settings: OptimizerSettings) -> torch.optim
     return MuonBesideAdamW(muon, rest)
 
 
-def linear_maps(model: Memformer) -> list[nn.Parameter]:
+def linear_maps(model: SegmentModel) -> list[nn.Parameter]:
     """The matrices of the linear maps inside a model, in its order: neither an embedding nor the output projection."""
     outside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    if model.decoder is not None:
-        outside.add(id(model.decoder.to_logits.weight))
+    heads = (getattr(module, "to_logits", None) for module in model.modules())
+    outside |= {id(head.weight) for head in heads if isinstance(head, nn.Linear)}
     maps = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     return [p for p in model.parameters() if id(p) in maps - outside]
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import replay
 from ..data import Document, Lanes, Tokenizer
 from ..data.segments import Segment
 from ..device import compile_error
-from ..model import Memformer
+from ..interface import Memory, SegmentModel
 from ..parallel import Ranks, gradient_sync
 from ..rollouts import Tally, rollout
 
-__all__ = ["Best", "Change", "Parts", "Progress", "RolloutLoss", "begun_anew", "only_finite"]
+__all__ = ["Best", "Change", "Parts", "Progress", "RolloutLoss", "begun_anew", "by_name", "from_names", "only_finite"]
 
 
 class Best(TypedDict):
@@ -49,8 +50,8 @@ class Progress:
 
     step: int = 0
     """Steps that were taken."""
-    memory: Tensor | None = None
-    """(lanes of this process, slots, dim), carried from the last rollout; None before the first."""
+    memory: Memory | None = None
+    """Of this process's lanes, carried from the last rollout; None before the first."""
     best: Best | None = None
     evaluations_since_best: int = 0
     skipped: int = 0
@@ -65,20 +66,43 @@ class Progress:
     """Whether the evaluation of this step is still to be made."""
 
 
-def only_finite(memory: Tensor) -> tuple[Tensor, Tensor]:
-    """``(memory, lost)``: zeros for the lanes whose memory (lanes, slots, dim) is not finite, and how many they are.
+def only_finite(memory: Memory) -> tuple[Memory, Tensor]:
+    """``(memory, lost)``: zeros for the lanes whose memory is not finite, and how many they are.
 
     A memory of zeros, which no writer writes, begins anew: see :func:`begun_anew`.
     """
-    lost = ~memory.isfinite().flatten(1).all(1)
-    return memory.masked_fill(lost[:, None, None], 0), lost.sum()
+    lost = ~_each_lane(memory, torch.isfinite)
+
+    def cleared(part: Tensor) -> Tensor:
+        return part.masked_fill(lost.view(-1, *[1] * (part.dim() - 1)), 0) if part.is_floating_point() else part
+
+    return tree_map(cleared, memory), lost.sum()
 
 
-def begun_anew(segment: Segment, memory: Tensor | None) -> Segment:
+def _each_lane(memory: Memory, holds: Callable[[Tensor], Tensor]) -> Tensor:
+    """(lanes,): whether it holds for all of a lane's numbers, token ids left out."""
+    parts = [holds(part).flatten(1).all(1) for part in tree_leaves(memory) if part.is_floating_point()]
+    return torch.stack(parts).all(0)
+
+
+def by_name(memory: Memory) -> dict[str, Tensor]:
+    """A memory's tensors, by the names that checkpoints have for them."""
+    if isinstance(memory, Tensor):
+        return {"memory": memory}
+    return {f"memory/{name}": part for name, part in memory._asdict().items()}
+
+
+def from_names(tensors: Mapping[str, Tensor], like: Memory) -> Memory:
+    """The memory of such tensors, of the kind that ``like`` is of."""
+    named = [tensors[name] for name in by_name(like)]
+    return named[0] if isinstance(like, Tensor) else type(like)(*named)
+
+
+def begun_anew(segment: Segment, memory: Memory | None) -> Segment:
     """A segment that begins with the initial memory also in the lanes that :func:`only_finite` gave zeros."""
     if memory is None:
         return segment
-    lost = (memory == 0).flatten(1).all(1)
+    lost = _each_lane(memory, lambda part: part == 0)
     return segment._replace(reset=lost if segment.reset is None else segment.reset | lost)
 
 
@@ -110,7 +134,7 @@ class Parts:
     held_out_fingerprint: str
     tokenizer: Tokenizer
     stream: Lanes
-    model: Memformer
+    model: SegmentModel
     average: dict[str, Tensor]
     rollouts: nn.Module
     optimizer: torch.optim.Optimizer
@@ -130,28 +154,28 @@ class RolloutLoss(nn.Module):
     """The loss of a rollout as a module's call, for DistributedDataParallel to wrap.
 
     Args:
-        model: with a decoder.
+        model: one that predicts.
         options: how the gradients travel.
     """
 
-    def __init__(self, model: Memformer, options: replay.Options):
+    def __init__(self, model: SegmentModel, options: replay.Options):
         super().__init__()
         self.model, self.options = model, options
 
     def forward(
         self,
         segments: Sequence[Segment],
-        mems: Tensor | None,
+        mems: Memory | None,
         divisor: float,
         last: bool,
         watch: replay.MemoryGradients | None,
         tally: Tally | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Memory]:
         """The loss and the memory. Where FSDP divides the model the loss is back-propagated already, and detached.
 
         Args:
             segments: of one rollout, on the model's device.
-            mems: (lanes, slots, dim), the memory before the first; None for the initial memory.
+            mems: the memory before the first; None for the initial memory.
             divisor: what the summed loss is divided by.
             last: whether this is the step's last rollout, after which processes exchange gradients.
             watch: takes down the norms of the memory's gradient.

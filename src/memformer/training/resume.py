@@ -9,16 +9,18 @@ from typing import Literal, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .. import folders
 from ..data import Document, fingerprint
 from ..data.lanes import LanesState
 from ..device import seeded
-from ..model import Memformer
+from ..interface import SegmentModel
+from ..models import config_in, load_model, make_model
 from ..parallel import like
 from ..settings import TrainingConfig, absolute, read_saved, read_yaml, to_flat, to_plain
 from . import checkpoints, shards
-from .parts import Best, Change, Parts, only_finite
+from .parts import Best, Change, Parts, by_name, from_names, only_finite
 
 __all__ = [
     "ON_RESUMING",
@@ -217,11 +219,11 @@ def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
         for key, value in parts.optimizer.state[parameter].items():
             tensors[f"optimizer/{name}/{key}"] = value.cpu()
     assert parts.progress.memory is not None
-    tensors["memory"] = parts.ranks.gather(parts.progress.memory).cpu()
+    tensors |= {name: parts.ranks.gather(part).cpu() for name, part in by_name(parts.progress.memory).items()}
     with parts.ranks.together():
         if not parts.ranks.rank:
             with seeded(0, cpu := torch.device("cpu")), cpu:
-                plain = Memformer(**parts.model.config.to_dict())
+                plain = make_model(parts.model.config)
             plain.load_state_dict(average or weights, strict=False)
             _write(parts, settings, plain.save_pretrained, tensors)
 
@@ -319,7 +321,7 @@ def changes_since(
     return changes, kinds
 
 
-def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str, model: Memformer) -> Saved:
+def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: str, model: SegmentModel) -> Saved:
     """Check that a checkpoint is of this run, and take its weights into the model; returns the rest of its state.
 
     Args:
@@ -330,12 +332,12 @@ def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: s
     """
     numbers, tensors = checkpoints.load_state(checkpoint)
     changes, kinds = changes_since(checkpoint, settings, documents, held_out)
-    config, expected = Memformer.saved_config(checkpoint), model.config
+    config, expected = config_in(checkpoint), model.config
     if dataclasses.replace(config, dropout=expected.dropout) != expected:
         raise ValueError(f"{checkpoint}: its model is {config}, expected {expected}")
     if shards.found_in(checkpoint):
         return Saved(cast(_Numbers, numbers), tensors, changes, kinds, checkpoint)
-    loaded = Memformer.from_pretrained(checkpoint)
+    loaded = load_model(checkpoint)
     model.load_state_dict(loaded.state_dict())
     averages = {f"average/{name}": parameter.detach() for name, parameter in loaded.named_parameters()}
     weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
@@ -356,7 +358,8 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
         shards.load(parts, in_parts)
     else:
         _restore_optimizer(parts, tensors)
-        progress.memory = parts.ranks.own(tensors["memory"]).to(parts.device)
+        saved_memory = from_names(tensors, parts.model.get_initial_mem(1))
+        progress.memory = tree_map(lambda part: parts.ranks.own(part).to(parts.device), saved_memory)
         for name, parameter in parts.model.named_parameters() if parts.average else ():
             parts.average[name] = like(tensors[f"average/{name}"], parameter)
     if "stream" in kinds:

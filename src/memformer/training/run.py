@@ -18,7 +18,8 @@ from ..device import seeded, summing_device
 from ..evaluation import HeldOut, evaluate
 from ..files import replace_file
 from ..inspection import memory_health
-from ..model import Memformer
+from ..interface import Memory, SegmentModel
+from ..models import make_model
 from ..parallel import Ranks, full, gradient_sync
 from ..rollouts import verify_rollout
 from ..settings import TrainingConfig, to_yaml
@@ -125,7 +126,9 @@ class Run:
             )
         stream, progress = self.parts.stream, self.parts.progress
         place = stream.state_dict()
-        segments = [segment.to(self.parts.device) for segment in stream.rollout(VERIFIED_SEGMENTS)]
+        segments = [
+            self.model.of_stream(segment).to(self.parts.device) for segment in stream.rollout(VERIFIED_SEGMENTS)
+        ]
         segments[0] = begun_anew(segments[0], progress.memory)
         stream.load_state_dict(place)
         self.model.train()
@@ -247,7 +250,7 @@ class Run:
         first, last = self.parts.ranks.sum(ends.square()).sqrt().tolist()
         return first / last if last else None
 
-    def _health(self, segment: Segment, memory: Tensor | None) -> tuple[float, float]:
+    def _health(self, segment: Segment, memory: Memory | None) -> tuple[float, float]:
         """``(self_attention, slot_diversity)``, the mean over processes."""
         health, ranks = memory_health(self.model, segment, memory), self.parts.ranks
         own = [health.self_attention, health.slot_diversity]
@@ -290,7 +293,7 @@ class Run:
                 return
         self._callbacks.sample(text, self.step)
 
-    def averaged(self) -> contextlib.AbstractContextManager[Memformer]:
+    def averaged(self) -> contextlib.AbstractContextManager[SegmentModel]:
         """The model with the weights' moving average in place of the newest, where the run keeps one."""
         return self._update.averaged()
 
@@ -345,10 +348,10 @@ class Run:
         self._callbacks.metrics(event, metrics)
 
 
-def _whole(model: Memformer) -> Memformer:
+def _whole(model: SegmentModel) -> SegmentModel:
     """A copy, in each process, of a model whose parameters FSDP divides."""
     with seeded(0, torch.device("cpu")):
-        copy = Memformer(**model.config.to_dict())
+        copy = make_model(model.config)
     weights = {name: full(p.detach()) for name, p in model.named_parameters()}
     copy.load_state_dict(weights, strict=False)
     return copy.to(next(iter(weights.values())).device)

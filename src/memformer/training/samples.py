@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from ..data import Tokenizer
-from ..generation import Sampling
-from ..model import Memformer
+from ..generation import Sampling, stream
+from ..interface import SegmentModel
 
 __all__ = ["add_sample", "sample"]
 
 
-def sample(model: Memformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:
+def sample(model: SegmentModel, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:
     """A prompt (empty: a document's beginning) and its continuation, always with the same random numbers.
 
     The generators and the model's mode are left as they are.
@@ -24,7 +24,8 @@ def sample(model: Memformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> 
     was_training = model.training
     model.eval()
     try:
-        written = model.stream(
+        written = stream(
+            model,
             torch.tensor([ids], dtype=torch.int64, device=device),
             tokens,
             start=tokenizer.start,

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from .. import replay
 from ..data.lanes import LanesState
 from ..data.segments import Segment
 from ..device import seeded
+from ..interface import Memory
 from ..settings import TrainingConfig
 from .metrics import ByObjective
 from .parts import Parts, Progress, begun_anew, only_finite
@@ -37,7 +39,7 @@ class Step(NamedTuple):
     horizon: int
     segment: Segment
     """The last rollout's first one, and the memory before it."""
-    memory: Tensor | None
+    memory: Memory | None
     stopping: bool
     """Whether some process was asked to stop."""
 
@@ -105,7 +107,7 @@ class Stepper:
 
     def _differentiate(
         self, rollouts: list[list[Segment]], tokens: int, watch: replay.MemoryGradients | None
-    ) -> tuple[Tensor, Segment, Tensor | None]:
+    ) -> tuple[Tensor, Segment, Memory | None]:
         """The gradients of a step. Returns the loss, the last rollout's first segment, and the memory before it."""
         settings, ranks, device = self._settings, self._parts.ranks, self._parts.device
         progress = self._parts.progress
@@ -116,7 +118,7 @@ class Stepper:
         with seeded(seed, device) if settings.model.dropout > 0 else contextlib.nullcontext():
             for i, segments in enumerate(rollouts):
                 last = i == len(rollouts) - 1
-                segments = [segment.to(device) for segment in segments]
+                segments = [self._parts.model.of_stream(segment).to(device) for segment in segments]
                 segments[0] = begun_anew(segments[0], progress.memory)
                 first, before = segments[0], progress.memory
                 loss += self._back_propagate(segments, tokens / ranks.size, last, watch if last else None)
@@ -134,7 +136,7 @@ class Stepper:
                 loss, memory = module(segments, progress.memory, divisor, last, watch, tally)
             if loss.requires_grad:
                 self._parts.scaler.scale(loss).backward()
-        progress.memory, lost = only_finite(memory.detach())
+        progress.memory, lost = only_finite(tree_map(Tensor.detach, memory))
         self.lost_memories += lost
         return loss.detach()
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..model import Memformer
+from ..interface import SegmentModel
 from ..parallel import full
 from ..settings import TrainingConfig
 from . import checkpoints
@@ -89,7 +89,7 @@ class Update:
             average[name].lerp_(parameter.detach(), weight)
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[Memformer]:
+    def averaged(self) -> Iterator[SegmentModel]:
         """The model with the weights' moving average in place of the newest, where the run keeps one."""
         model, average = self._parts.model, self._parts.average
         parameters = dict(model.named_parameters()) if average else {}

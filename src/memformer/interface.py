@@ -1,0 +1,167 @@
+"""What training, evaluation and generation ask of a model: every model of this library is a :class:`SegmentModel`.
+
+A model reads a stream segment by segment and carries a memory of fixed size: a tensor, or a named tuple of them. What
+is *not* known here: how a model computes, and the replay engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .data.segments import Segment, Targets
+from .nn.memory import SlotWriter
+from .pretrained import Pretrained
+from .state import MemoryState
+
+__all__ = ["Memory", "SegmentModel", "TokenLosses"]
+
+Memory = Any
+"""A tensor, or a named tuple of tensors, batch first: what :meth:`SegmentModel.get_initial_mem` returns."""
+
+
+class TokenLosses(NamedTuple):
+    """The losses of some segments' predictions, segment after segment, lane after lane.
+
+    Attributes:
+        targets: (segments * batch, any number), as the model takes them.
+        losses: (segments * batch, predictions), in nats, zero where it does not count.
+        counted: (segments * batch, predictions), whether it counts.
+    """
+
+    targets: Tensor
+    losses: Tensor
+    counted: Tensor
+
+
+class SegmentModel(Pretrained):
+    """A model with a memory. Its ``config`` has ``segment_length``, ``vocabulary`` and ``vocabularies``.
+
+    Attributes:
+        reads_its_targets: whether what it reads is what it predicts, so that no target has to be given.
+    """
+
+    reads_its_targets: ClassVar[bool]
+
+    def resize_memory(self, num_memory_slots: int, *, generator: torch.Generator | None = None) -> None:
+        """Give the memory, or each of several, another number of slots, in place.
+
+        The first slots are kept, with what they have learned; if there are to be more, new ones are added as at
+        construction, drawn from ``generator``; if there are to be fewer, the last ones are dropped. Slots never see
+        each other when they are written, so a kept slot begins as before and, from the same layer's output, is written
+        as before. A layer reads all slots at once, so its output changes with the new slots, or without the dropped
+        ones. To grow and then to shrink again gives back the same model, bit by bit.
+
+        A memory that was carried so far needs ``resize_mems``. Build optimizers, and wrap the model for
+        distributed training, after this call: the parameter of the slots is a new one.
+
+        >>> mems = model.get_initial_mem(2)
+        >>> model.resize_memory(6)
+        >>> model.resize_mems(mems).shape, model.config.num_memory_slots
+        (torch.Size([2, 6, 32]), 6)
+
+        Raises:
+            ValueError: ``num_memory_slots`` is not a whole number of at least 1.
+        """
+        config = dataclasses.replace(self.config, num_memory_slots=num_memory_slots)
+        if config != self.config:
+            for writer in self.writers():
+                writer.resize(num_memory_slots, generator)
+            self.config = config
+
+    @abstractmethod
+    def resize_mems(self, mems: Memory) -> Memory:
+        """A memory carried from before :meth:`resize_memory`, for the model as it is now."""
+
+    # --- What a rollout asks for ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def get_initial_mem(self, batch_size: int) -> Memory:
+        """The learned memory before a document."""
+
+    @abstractmethod
+    def forget(self, memory: Memory) -> Memory:
+        """The initial slots in place of those of a memory, and whatever else it holds."""
+
+    @abstractmethod
+    def cell(self, segment: Segment, memory: Memory | None) -> tuple[Tensor, Memory]:
+        """Read a segment and write the memory, the critical path: what the losses need, and the memory after it."""
+
+    @abstractmethod
+    def target(self, segment: Segment) -> Tensor | None:
+        """What is predicted in a segment, (batch, any number); None where there is nothing."""
+
+    @abstractmethod
+    def counted(self, segment: Segment) -> Tensor:
+        """Which of the predictions in a segment with a target count, (batch, predictions)."""
+
+    @abstractmethod
+    def token_losses(self, outputs: Sequence[Tensor], segments: Sequence[Segment]) -> TokenLosses:
+        """The losses of segments with targets, which need not be of one length, given what :meth:`cell` made of them.
+
+        The readout, off the critical path; one call for all of them.
+        """
+
+    @abstractmethod
+    def segments(
+        self,
+        src: Any,
+        tgt: Targets,
+        src_mask: Any,
+        tgt_mask: Targets,
+        reset: Targets,
+        mems: Memory | None,
+    ) -> list[Segment]:
+        """What a caller gives for a sequence of any length, checked and cut.
+
+        Raises:
+            ValueError: something does not fit; the message says what was expected.
+        """
+
+    @abstractmethod
+    def silent(self, segment: Segment) -> Segment:
+        """A segment of which nothing is predicted, or nothing that counts."""
+
+    @abstractmethod
+    def of_stream(self, segment: Segment) -> Segment:
+        """A segment of :class:`~memformer.data.Lanes`, with continuation as its target, as this model reads it."""
+
+    # --- What is looked at ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def writers(self) -> list[SlotWriter]:
+        """One for each memory, in the order of :meth:`slots_of`."""
+
+    @abstractmethod
+    def slots_of(self, memory: Memory) -> Tensor:
+        """The slots of a memory, (batch, memories, slots, dim)."""
+
+    # --- What generation asks for -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_writes(self, purpose: str) -> None:
+        """Raise ValueError, which names the purpose, where the model cannot write text."""
+
+    @abstractmethod
+    def new_state(self, batch_size: int, start: int) -> MemoryState:
+        """Lanes that have read nothing."""
+
+    @abstractmethod
+    def memory_after(self, state: MemoryState) -> Tensor:
+        """The slots after each lane's last whole segment, as a state holds them."""
+
+    @abstractmethod
+    def open(self, state: MemoryState) -> Any:
+        """All that is needed to go on from a state, computed once for the rest of the pending segments.
+
+        A tree of tensors, batch first; its ``memory`` is :meth:`memory_after`.
+        """
+
+    @abstractmethod
+    def next_logits(self, state: MemoryState, opened: Any) -> Tensor:
+        """Logits of each lane's next token, (batch, vocabulary). What was opened takes in each lane's last token."""

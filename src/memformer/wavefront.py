@@ -1,0 +1,174 @@
+"""All layers of a causal stack at once, each at work on another segment (a wavefront; compare arXiv 2506.05229).
+
+Where each layer has slots of its own, layer l at segment t needs only layer l - 1 at segment t and its own slots after
+segment t - 1. So the layers of a diagonal, t + l = s, run as one step with stacked weights: T + N - 1 steps for T
+segments and N layers, each of one product where one after the other would be N. The values are the same.
+
+To the replay engine a diagonal is a segment, and the memory is :class:`Flight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .causal import CausalMemformer, CausalMemory, last_tokens, visible_to
+from .data.segments import Segment
+from .interface import SegmentModel
+from .nn.causal import CausalLayer, MemoryInEachLayer
+from .nn.stacked import call, part, stack, twin
+
+__all__ = ["Diagonal", "Flight", "Wavefront", "pays"]
+
+
+class Diagonal(NamedTuple):
+    """One step of all layers.
+
+    Attributes:
+        entering: the segment that comes to the first layer; None when there are no more.
+        leaving: the one that comes out of the last layer; None before the first does.
+        layers: (2,) on the CPU, the first and the last layer that have a segment.
+    """
+
+    entering: Segment | None
+    leaving: Segment | None
+    layers: Tensor
+
+
+class Flight(NamedTuple):
+    """What a wavefront carries from step to step.
+
+    Attributes:
+        slots: (layers, batch, slots, dim).
+        last: (batch, overlap), the last tokens that entered.
+        x: (segments, batch, overlap + tokens, dim), on their way to the next layer, the newest first; None for none.
+        kept: (segments, batch, tokens), which of their tokens exist; None for all.
+        reset: (segments, batch), which lanes begin with the initial memory; None for none.
+    """
+
+    slots: Tensor
+    last: Tensor
+    x: Tensor | None = None
+    kept: Tensor | None = None
+    reset: Tensor | None = None
+
+
+class Wavefront:
+    """A causal model's layers with their weights stacked, for one rollout.
+
+    Args:
+        model: with a memory in each layer.
+
+    Attributes:
+        parameters: the stacked weights and what else was made of the model's parameters, for the engine's ``params=``.
+
+    Raises:
+        ValueError: the model has one memory for all layers, which wait for each other.
+    """
+
+    def __init__(self, model: CausalMemformer, batch_size: int):
+        if not isinstance(model.stack, MemoryInEachLayer):
+            raise ValueError("wavefront: layers that share a memory wait for each other; expected memory='layers'")
+        layers = list(model.stack.layers)
+        assert isinstance(layers[0], CausalLayer)
+        self.model, self.depth = model, len(layers)
+        self._twin, self._stacked = twin(layers[0]), stack(layers)
+        self._initial = model.get_initial_mem(batch_size)
+        self.parameters = [*self._stacked.values(), self._initial.slots, *model.embedding.parameters()]
+
+    @classmethod
+    def of(cls, model: SegmentModel, batch_size: int) -> Wavefront:
+        """That of a model which has one. Raises ValueError for another."""
+        if not isinstance(model, CausalMemformer):
+            raise ValueError(f"wavefront: expected a CausalMemformer, got {type(model).__name__}")
+        return cls(model, batch_size)
+
+    def diagonals(self, segments: Sequence[Segment]) -> list[Diagonal]:
+        """The steps that take segments through all layers, padded to one length."""
+        return list(self._diagonals(_alike(segments)))
+
+    def _diagonals(self, segments: Sequence[Segment]) -> Iterator[Diagonal]:
+        count, depth = len(segments), self.depth
+        for step in range(count + depth - 1):
+            first, last = max(0, step - count + 1), min(depth - 1, step)
+            yield Diagonal(
+                segments[step] if step < count else None,
+                segments[step - depth + 1] if step >= depth - 1 else None,
+                torch.tensor([first, last]),
+            )
+
+    def start(self, mems: CausalMemory | None) -> Flight:
+        """Before the first step: nothing is on its way."""
+        slots, last = self._initial if mems is None else mems
+        return Flight(slots.transpose(0, 1), last)
+
+    def end(self, flight: Flight) -> CausalMemory:
+        """The memory after the last step."""
+        return CausalMemory(flight.slots.transpose(0, 1), flight.last)
+
+    def __call__(self, diagonal: Diagonal, flight: Flight) -> tuple[Tensor | None, Flight]:
+        """One step: ``(hidden, flight)``, of the segment that leaves as :meth:`CausalMemformer.step` gives it."""
+        model, (first, last) = self.model, diagonal.layers.tolist()
+        slots, tokens, x, kept, reset = flight
+        if diagonal.entering is not None:
+            ids, mask, begins, *_ = diagonal.entering
+            if begins is not None:
+                tokens = torch.where(begins[:, None], self._initial.last, tokens)
+            entered, _ = model.embed(ids, tokens, mask)
+            tokens = last_tokens(tokens, ids, mask)
+            x, kept, reset = _before(entered, x), _before(mask, kept), _before(begins, reset)
+        assert x is not None
+        every = (first, last) == (0, self.depth - 1)
+        active = slots if every else slots[first : last + 1]
+        if reset is not None:
+            initial = self._initial.slots.transpose(0, 1)[first : last + 1]
+            active = torch.where(reset[..., None, None], initial, active)
+        overlap = model.config.overlap
+        visible = None if kept is None else visible_to(F.pad(kept, (overlap, 0), value=True))
+        weights = self._stacked if every else part(self._stacked, first, last)
+        x, written = call(self._twin, weights, x, active, visible, kept, overlap)
+        slots = written if every else torch.cat([slots[:first], written, slots[last + 1 :]])
+        hidden = None
+        if diagonal.leaving is not None:
+            hidden = model.predicting(x[-1])
+            x, kept, reset = (None if p is None or len(p) == 1 else p[:-1] for p in (x, kept, reset))
+        return hidden, Flight(slots, tokens, x, kept, reset)
+
+
+def pays(model: SegmentModel, segments: int) -> bool:
+    """Whether a wavefront over so many segments is expected to be the faster way.
+
+    It saves calls where there are several layers and several segments; docs/results.md has the measurements.
+    """
+    if not isinstance(model, CausalMemformer) or not isinstance(model.stack, MemoryInEachLayer):
+        return False
+    return model.config.depth >= 3 and segments >= 3
+
+
+def _before(new: Tensor | None, others: Tensor | None) -> Tensor | None:
+    """The newest segment before those that are on their way."""
+    if new is None:
+        return None
+    return new[None] if others is None else torch.cat([new[None], others])
+
+
+def _alike(segments: Sequence[Segment]) -> list[Segment]:
+    """Segments of one length, all with a mask or none, all with resets or none."""
+    longest = max(s.src.shape[1] for s in segments)
+    masked = any(s.src_mask is not None or s.src.shape[1] < longest for s in segments)
+    resets = any(s.reset is not None for s in segments)
+    made = []
+    for segment in segments:
+        src, mask, reset, tgt, _ = segment
+        missing = longest - src.shape[1]
+        if masked:
+            mask = F.pad(torch.ones_like(src, dtype=torch.bool) if mask is None else mask, (0, missing))
+        if resets and reset is None:
+            reset = torch.zeros_like(src[:, 0], dtype=torch.bool)
+        tgt = None if tgt is None else F.pad(tgt, (0, missing), value=-100)
+        made.append(Segment(F.pad(src, (0, missing)), mask, reset, tgt))
+    return made
