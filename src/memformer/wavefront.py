@@ -142,7 +142,8 @@ class Wavefront:
 def pays(model: SegmentModel, segments: int) -> bool:
     """Whether a wavefront over so many segments is expected to be the faster way.
 
-    It saves calls where there are several layers and several segments; docs/results.md has the measurements.
+    It saves calls where there are several layers and several segments; docs/causal.md has the measurements, in which it
+    was never slower from three layers on.
     """
     if not isinstance(model, CausalMemformer) or not isinstance(model.stack, MemoryInEachLayer):
         return False

@@ -19,6 +19,7 @@ from ..device import compile_error
 from ..interface import Memory, SegmentModel
 from ..parallel import Ranks, gradient_sync
 from ..rollouts import Tally, rollout
+from ..wavefront import pays
 
 __all__ = ["Best", "Change", "Parts", "Progress", "RolloutLoss", "begun_anew", "by_name", "from_names", "only_finite"]
 
@@ -189,6 +190,8 @@ class RolloutLoss(nn.Module):
                 switch(last and last_backward)
 
             method = functools.partial(replay.accumulate, sync=sync)
+        if pays(self.model, len(segments)):
+            watch = None  # the gradient of a memory between segments is nowhere to be seen when all layers work at once
         options = dataclasses.replace(self.options, memory_gradients=watch)
         try:
             outcome = rollout(self.model, segments, mems, divisor=divisor, method=method, options=options, tally=tally)
