@@ -216,7 +216,8 @@ class Run:
     def _metrics(self, taken: Step, sums: _Sums, watch: replay.MemoryGradients | None, pace: Pace) -> StepMetrics:
         """The line after a step, which all processes make together."""
         progress, device = self.parts.progress, self.parts.device
-        mean = float(self.parts.ranks.sum(torch.as_tensor(sums.nats))) / sums.judged if sums.judged else math.nan
+        nats = float(self.parts.ranks.sum(torch.as_tensor(sums.nats, device=device)))
+        mean = nats / sums.judged if sums.judged else math.nan
         self_attention, slot_diversity = self._health(taken.segment, taken.memory)
         progress.seconds = time.perf_counter() - self._entered
         self._warn_of_lost_memories()
