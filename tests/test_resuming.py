@@ -388,6 +388,15 @@ def test_the_newest_checkpoint_that_is_finite_is_named(settings: Settings, tmp_p
     assert checkpoints.newest_finite(tmp_path / "run") == tmp_path / "run" / "step-000002"
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is open")
+def test_a_resumed_run_holds_no_file_of_its_checkpoint(settings: Settings, tmp_path: Path) -> None:
+    """On a network folder what is held cannot be deleted, and each resume would leave a checkpoint behind."""
+    train(settings(steps=2))
+    run = Run(settings(steps=4, resume=True))
+    assert str(tmp_path / "run" / "step-") not in Path("/proc/self/maps").read_text()
+    list(run.train())
+
+
 def test_weights_that_are_not_finite_are_not_saved(settings: Settings, tmp_path: Path) -> None:
     run = Run(settings())
     steps = run.train()

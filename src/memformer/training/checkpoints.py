@@ -239,7 +239,9 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: the files are missing or damaged.
     """
     try:
-        return load_numbers(folder), load_file(folder / "training.safetensors")
+        mapped = load_file(folder / "training.safetensors")
+        # Copies, or the file would be held as long as the run goes on, and could not be deleted on a network folder.
+        return load_numbers(folder), {name: tensor.clone() for name, tensor in mapped.items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder}: the state of its training run is missing or damaged ({error})") from error
 
