@@ -310,8 +310,10 @@ def test_pieces_of_a_text_are_the_whole(style, small_blocks, seed, parts, cuts):
     text = "".join(rng.choice(parts, 900))
     expected = whole(tokenizer, text)
     if tokenizer._unknown is not None and tokenizer._unknown in expected:
-        with pytest.raises(ValueError, match="no token for"):
-            tokenizer.encode(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a cut that came before that character
+            with pytest.raises(ValueError, match="no token for"):
+                tokenizer.encode(text)
         return
     raw = text.encode()
     edges = [0, *sorted(min(cut, len(raw)) for cut in cuts), len(raw)]
