@@ -10,8 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from memformer import Memformer, replay
-from memformer.data.segments import cut
+from memformer import CausalMemformer, Memformer, replay
+from memformer.data.segments import Segment, cut
+from memformer.interface import SegmentModel
+from memformer.parallel import full, shard
+from memformer.rollouts import rollout
+from memformer.training.parts import RolloutLoss
 from processes import WORLD, two_processes
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -108,43 +112,6 @@ def test_ddp_equals_one_process_and_ranks_agree(tmp_path):
     assert_all_close(first["unequal"], gradients(model), 1e-6)
 
 
-class MemformerStep(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = Memformer(
-            dim=16, num_memory_slots=2, enc_num_tokens=11, enc_max_seq_len=4, enc_depth=1, enc_heads=2,
-            dec_num_tokens=11, dec_max_seq_len=4, dec_depth=1, dec_heads=2, mem_update_attn_heads=2,
-        )  # fmt: skip
-
-    def forward(self, src: Tensor, tgt: list[Tensor]) -> Tensor:
-        from memformer.rollouts import rollout
-
-        return rollout(self.model, cut(4, src, tgt)).loss
-
-
-def memformer_step(rank: int) -> list[Tensor]:
-    torch.manual_seed(0)
-    model = MemformerStep()
-    src, tgt = memformer_data()
-    wrapped = DistributedDataParallel(model)
-    wrapped(src[rank::WORLD], [t[rank::WORLD] for t in tgt]).backward()
-    return gradients(model)
-
-
-def memformer_data() -> tuple[Tensor, list[Tensor]]:
-    draw = torch.Generator().manual_seed(2)
-    return torch.randint(0, 11, (BATCH, 12), generator=draw), list(torch.randint(0, 11, (3, BATCH, 4), generator=draw))
-
-
-def test_ddp_memformer(tmp_path):
-    first, second = two_processes(memformer_step, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    torch.manual_seed(0)
-    model = MemformerStep()
-    model(*memformer_data()).backward()
-    assert_all_close(first, gradients(model), 1e-6)
-
-
 # --- FSDP2, by replay.accumulate
 
 
@@ -232,6 +199,65 @@ def test_fsdp2_equals_one_process_and_ranks_agree(tmp_path):
         rollout.loss.backward()
         torch.testing.assert_close(result["norms"][0][1:], torch.tensor(watch.norms)[1:], rtol=1e-4, atol=1e-6)
     assert_all_close(first["clipped"], [g / WORLD for g in gradients(model)], 1e-6)
+
+
+# --- The library's models, as training wraps them
+
+CAUSAL = dict(dim=16, num_memory_slots=2, num_tokens=11, max_seq_len=4, heads=2, mem_update_attn_heads=2, depth=3)
+MODELS: dict[str, Callable[..., SegmentModel]] = {
+    "memformer": lambda tied: Memformer(
+        dim=16, num_memory_slots=2, enc_num_tokens=11, enc_max_seq_len=4, enc_depth=1, enc_heads=2, dec_num_tokens=11,
+        dec_max_seq_len=4, dec_depth=1, dec_heads=2, mem_update_attn_heads=2, tie_embeddings=tied,
+    ),
+    "causal": lambda tied: CausalMemformer(**CAUSAL, tie_embeddings=tied),
+    "causal, one memory": lambda tied: CausalMemformer(**CAUSAL, tie_embeddings=tied, memory="one"),
+}  # fmt: skip
+
+
+def made(kind: str, tied: bool) -> SegmentModel:
+    torch.manual_seed(0)
+    return MODELS[kind](tied).double()
+
+
+def rows(kind: str, rank: int = 0, world: int = 1) -> list[Segment]:
+    """A rank's lanes, with masks, and in the third segment new documents."""
+    draw = torch.Generator().manual_seed(2)
+    src, mask = torch.randint(0, 11, (BATCH, 16), generator=draw), torch.rand(BATCH, 16, generator=draw) > 0.2
+    tgt = list(torch.randint(0, 11, (4, BATCH, 4), generator=draw)[:, rank::world]) if kind == "memformer" else None
+    reset = [None, None, torch.tensor([True, False, False, True])[rank::world], None]
+    return cut(4, src[rank::world], tgt, mask[rank::world], None, reset)
+
+
+def model_steps(rank: int) -> dict[str, list[Tensor]]:
+    found = {}
+    for kind in MODELS:
+        for parallel in ("ddp", "fsdp"):
+            model = made(kind, tied=parallel == "ddp")
+            if parallel == "fsdp":
+                shard(model, torch.device("cpu"))
+                model.get_initial_mem(1)  # whatever is asked for first
+                if kind == "causal":
+                    with pytest.raises(ValueError, match="wavefront: FSDP divides this model"):
+                        rollout(model, rows(kind), wavefront=True)
+            rollouts: nn.Module = RolloutLoss(model, replay.Options())
+            wrapped = DistributedDataParallel(rollouts) if parallel == "ddp" else rollouts
+            loss, _ = wrapped(rows(kind, rank, WORLD), None, 1.0, True, None)
+            if loss.requires_grad:
+                loss.backward()
+            found[f"{kind} {parallel}"] = [full(p.grad) for p in model.parameters()]
+    return found
+
+
+def test_gradients_of_the_models(tmp_path):
+    """Two processes, whichever order the layers of a causal model have, against plain autograd in one."""
+    first, second = two_processes(model_steps, tmp_path)
+    for kind in MODELS:
+        for parallel in ("ddp", "fsdp"):
+            key = f"{kind} {parallel}"
+            assert all(torch.equal(a, b) for a, b in zip(first[key], second[key], strict=True)), key
+            model = made(kind, tied=parallel == "ddp")
+            rollout(model, rows(kind), divisor=WORLD, wavefront=False, method=replay.full_bptt).loss.backward()
+            assert_all_close(first[key], gradients(model), 1e-10)
 
 
 # --- Ranks of different lengths

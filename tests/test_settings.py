@@ -223,7 +223,7 @@ def test_what_is_of_the_other_architecture_is_refused():
     causal = ModelSettings(architecture="causal")
     for changes, message in (
         ({"objective": ObjectiveSettings(recall=0.5)}, "recall: a causal model predicts what it reads"),
-        ({"compute": ComputeSettings(parallel="fsdp")}, "parallel: fsdp does not divide a causal model yet"),
+        ({"compute": ComputeSettings(parallel="fsdp")}, "tie_embeddings: FSDP cannot share"),
         ({"compute": ComputeSettings(compile=True)}, "compile: a causal model is not compiled yet"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -144,8 +144,10 @@ class CausalMemformer(SegmentModel):
     def get_initial_mem(self, batch_size: int) -> CausalMemory:
         """The learned memory before a document."""
         slots = self.stack.initial(batch_size).transpose(0, 1)  # (batch, layers, slots, dim)
-        last = torch.full((batch_size, self.config.overlap), NOTHING, device=slots.device)
-        return CausalMemory(slots, last)
+        return CausalMemory(slots, self._nothing(batch_size, slots.device))
+
+    def _nothing(self, batch_size: int, device: torch.device) -> Tensor:
+        return torch.full((batch_size, self.config.overlap), NOTHING, device=device)
 
     def forward(
         self,
@@ -194,13 +196,12 @@ class CausalMemformer(SegmentModel):
             ``(hidden, mem)``: hidden (batch, tokens + 1, dim) is the last layer's output at the last token before the
             segment and at each of its tokens (without an overlap, only those), for :meth:`head`.
         """
-        initial = self.get_initial_mem(tokens.shape[0])
-        slots, last = initial if mems is None else mems
+        slots, last = (None, self._nothing(len(tokens), tokens.device)) if mems is None else mems
         if reset is not None:
-            slots = torch.where(reset[:, None, None, None], initial.slots, slots)
-            last = torch.where(reset[:, None], initial.last, last)
+            last = torch.where(reset[:, None], NOTHING, last)
         x, visible = self.embed(tokens, last, mask)
-        x, written = self.stack(x, slots.transpose(0, 1), visible, mask, self.config.overlap)
+        before = None if slots is None else slots.transpose(0, 1)
+        x, written = self.stack(x, before, visible, mask, self.config.overlap, reset)
         return self.predicting(x), CausalMemory(written.transpose(0, 1), last_tokens(last, tokens, mask))
 
     def embed(self, tokens: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

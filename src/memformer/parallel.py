@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .interface import SegmentModel
-from .model import Memformer
+from .pretrained import divided
 
 __all__ = ["Ranks", "as_rows", "full", "gradient_sync", "joined", "like", "shard"]
 
@@ -285,7 +285,7 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"^\[\S*/(\S+)\] ", "", str(error).strip().split("\n")[0].split(". This may indicate")[0])
 
 
-def shard(model: Memformer, device: torch.device) -> None:
+def shard(model: SegmentModel, device: torch.device) -> None:
     """Divide a model's parameters among the processes by FSDP2, in place, and move them to a device, layer by layer.
 
     Parameters on the device "meta" have no values afterwards; a checkpoint is to be read into them.
@@ -295,17 +295,15 @@ def shard(model: Memformer, device: torch.device) -> None:
 
     # Nothing here changes what a module returned in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    # What a rollout calls are the encoder, the writer and the decoder: each is a root of its own.
-    roots: list[nn.Module] = [model.encoder, model.writer]
-    stacks: list[nn.Module] = [*model.encoder.layers]
-    if model.decoder is not None:
-        roots.append(model.decoder)
-        stacks += [*model.decoder.layers]
+    # What a rollout calls are a model's parts (an encoder, a writer, a stack, a norm): each is a root of its own.
+    roots = [part for part in model.children() if any(True for _ in part.parameters())]
+    stacks = [stack for root in roots for stack in root.modules() if isinstance(stack, nn.ModuleList)]
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in [*stacks, *roots]:
+    for part in [*(layer for stack in stacks for layer in stack), *roots]:
         # A root would keep what it gathered, and use it when it is stale.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    register_fsdp_forward_method(model.writer, "initial")
+        if hasattr(part, "initial"):
+            register_fsdp_forward_method(part, "initial")
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)  # the tables of positions make themselves anew
     model.to(device)
@@ -313,11 +311,11 @@ def shard(model: Memformer, device: torch.device) -> None:
 
 def gradient_sync(model: SegmentModel) -> Callable[[bool], None] | None:
     """What switches the exchange of gradients between processes, where :func:`shard` divided the model; else None."""
-    if not isinstance(model, Memformer) or not hasattr(model.encoder, "set_requires_gradient_sync"):
+    if not divided(model):
         return None
     from torch.distributed.fsdp import FSDPModule
 
-    parts = [cast(FSDPModule, part) for part in (model.encoder, model.writer, model.decoder) if part is not None]
+    parts = [part for part in model.children() if isinstance(part, FSDPModule)]
 
     def switch(exchange: bool) -> None:
         for part in parts:

@@ -154,6 +154,11 @@ def unwrapped(model: nn.Module) -> Pretrained:
     return inner
 
 
+def divided(model: nn.Module) -> bool:
+    """Whether FSDP has divided a model's parameters among processes, so that none holds it whole."""
+    return hasattr(next(model.parameters()), "full_tensor")
+
+
 def plain_state(model: Pretrained) -> dict[str, Any]:
     """A model's ``state_dict`` with whole tensors, under the names that they have where no part of it is wrapped."""
     return {

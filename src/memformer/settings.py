@@ -480,7 +480,7 @@ class TrainingConfig(Typed):
         self.model.config(1, self.rollout.segment_length)  # what does not fit together is found here
         if self.model.tie_embeddings and self.compute.parallel == "fsdp":
             raise ValueError(
-                "tie_embeddings: FSDP cannot share a matrix between encoder and decoder; add --no-tie-embeddings, or "
+                "tie_embeddings: FSDP cannot share a matrix between two parts of a model; add --no-tie-embeddings, or "
                 "use --parallel ddp"
             )
         if self.compute.precision == "fp16" and self.compute.parallel == "fsdp":
@@ -500,8 +500,6 @@ class TrainingConfig(Typed):
                     f"{name}: a causal model predicts what it reads, so continuation is its one objective; leave it "
                     "out, or use --architecture memformer"
                 )
-        if self.compute.parallel == "fsdp":
-            raise ValueError("parallel: fsdp does not divide a causal model yet; use --parallel ddp")
         if self.compute.compile:
             raise ValueError("compile: a causal model is not compiled yet; leave it out")
 

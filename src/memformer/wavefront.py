@@ -21,6 +21,7 @@ from .data.segments import Segment
 from .interface import SegmentModel
 from .nn.causal import CausalLayer, MemoryInEachLayer
 from .nn.stacked import call, part, stack, twin
+from .pretrained import divided
 
 __all__ = ["Diagonal", "Flight", "Wavefront", "pays"]
 
@@ -67,12 +68,16 @@ class Wavefront:
         parameters: the stacked weights and what else was made of the model's parameters, for the engine's ``params=``.
 
     Raises:
-        ValueError: the model has one memory for all layers, which wait for each other.
+        ValueError: the model has one memory for all layers, which wait for each other; or FSDP divides it.
     """
 
     def __init__(self, model: CausalMemformer, batch_size: int):
         if not isinstance(model.stack, MemoryInEachLayer):
             raise ValueError("wavefront: layers that share a memory wait for each other; expected memory='layers'")
+        if divided(model):
+            raise ValueError(
+                "wavefront: FSDP divides this model, whose layers are gathered one after the other; leave it out"
+            )
         layers = list(model.stack.layers)
         assert isinstance(layers[0], CausalLayer)
         self.model, self.depth = model, len(layers)
@@ -143,9 +148,10 @@ def pays(model: SegmentModel, segments: int) -> bool:
     """Whether a wavefront over so many segments is expected to be the faster way.
 
     It saves calls where there are several layers and several segments; docs/causal.md has the measurements, in which it
-    was never slower from three layers on.
+    was never slower from three layers on. Where FSDP divides a model it never does: its stacked weights would be the
+    whole model, gathered in each process.
     """
-    if not isinstance(model, CausalMemformer) or not isinstance(model.stack, MemoryInEachLayer):
+    if not isinstance(model, CausalMemformer) or not isinstance(model.stack, MemoryInEachLayer) or divided(model):
         return False
     return model.config.depth >= 3 and segments >= 3
 

@@ -21,8 +21,9 @@ from ..data import Document, folders, order2_bits_per_byte, xz_bits_per_byte
 from ..data.documents import limited
 from ..evaluation import HeldOut, evaluate
 from ..parallel import Ranks, joined
+from ..pretrained import divided
 from ..settings import RECIPES, TrainingConfig, build, read_yaml, to_plain
-from ..training import Run, checkpoints, last_settings, shards, sized_as
+from ..training import Run, checkpoints, last_settings, sized_as
 from ..training.metrics import held_out_at
 from . import models
 from .evaluate import describe, perplexity
@@ -266,7 +267,7 @@ def _show_sample(training_run: Run) -> None:
     """What the model writes. Where it cannot, the training is done all the same."""
     settings = training_run.settings
     # A model that is divided among processes may be too large for one.
-    if not settings.output.sample_tokens or shards.divided(training_run.parts):
+    if not settings.output.sample_tokens or divided(training_run.model):
         return
     prompt, length = "" if settings.data else "def ", settings.output.sample_tokens
     sample = GenerateCommand(checkpoint=settings.out, prompt=prompt, max_new_tokens=length, device=settings.device)

@@ -14,7 +14,19 @@ from .attention import ContextProjection, KeysValues
 from .blocks import Block
 from .memory import SlotWriter
 
-__all__ = ["CausalLayer", "MemoryInEachLayer", "OneMemory", "writes"]
+__all__ = ["CausalLayer", "MemoryInEachLayer", "OneMemory", "begun", "writes"]
+
+
+def begun(writer: SlotWriter, memory: Tensor | None, reset: Tensor | None, batch_size: int) -> Tensor:
+    """The memory before a segment, (batch, slots, dim): the learned initial one where there is none, or a reset.
+
+    Args:
+        memory: (batch, slots, dim), after the segment before; None for none.
+        reset: (batch,), True in lanes that begin anew; None for none.
+    """
+    if memory is None:
+        return writer.initial(batch_size)
+    return memory if reset is None else torch.where(reset[:, None, None], writer.initial(batch_size), memory)
 
 
 def writes(writer: SlotWriter, updates: int, memory: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
@@ -48,20 +60,33 @@ class CausalLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.writer = writer
 
+    def initial(self, batch_size: int) -> Tensor:
+        """The learned memory before a document, (batch, slots, dim)."""
+        return self.writer.initial(batch_size)
+
     def context(self, memory: Tensor) -> KeysValues:
         """(batch, slots, dim) -> their keys and values."""
         return self.memory_projection(self.memory_norm(memory))[0]
 
     def forward(
-        self, x: Tensor, memory: Tensor, visible: Tensor | None, kept: Tensor | None, overlap: int
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        visible: Tensor | None,
+        kept: Tensor | None,
+        overlap: int,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(batch, overlap + tokens, dim) and (batch, slots, dim) -> the same, after the layer.
 
         Args:
+            memory: None for the initial one, which ``reset`` (batch,) puts into the lanes that begin anew: a layer
+                takes it from its own writer, whose weights are at hand in here alone where FSDP divides the model.
             visible: (batch, 1, overlap + tokens, overlap + tokens), where self-attention may look; None for the past.
             kept: (batch, tokens), True for tokens that exist.
             overlap: how many of the tokens are of the segment before, and so are in the memory already.
         """
+        memory = begun(self.writer, memory, reset, len(x))
         x = self.block(x, self.context(memory), visible)
         return x, writes(self.writer, self.updates, memory, self.norm(x[..., overlap:, :]), kept)
 
@@ -75,15 +100,22 @@ class MemoryInEachLayer(nn.Module):
 
     def initial(self, batch_size: int) -> Tensor:
         """The learned memories before a document, (layers, batch, slots, dim)."""
-        return torch.stack([layer.writer.initial(batch_size) for layer in self._layers])
+        return torch.stack([layer.initial(batch_size) for layer in self._layers])
 
     def forward(
-        self, x: Tensor, memory: Tensor, visible: Tensor | None, kept: Tensor | None, overlap: int
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        visible: Tensor | None,
+        kept: Tensor | None,
+        overlap: int,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(batch, overlap + tokens, dim) and (layers, batch, slots, dim) -> the same; see :class:`CausalLayer`."""
         written = []
-        for layer, slots in zip(self._layers, memory.unbind(0), strict=True):
-            x, new = layer(x, slots, visible, kept, overlap)
+        each = [None] * len(self.layers) if memory is None else memory.unbind(0)
+        for layer, slots in zip(self._layers, each, strict=True):
+            x, new = layer(x, slots, visible, kept, overlap, reset)
             written.append(new)
         return x, torch.stack(written)
 
@@ -121,12 +153,19 @@ class OneMemory(nn.Module):
         return self.writer.initial(batch_size)[None]
 
     def forward(
-        self, x: Tensor, memory: Tensor, visible: Tensor | None, kept: Tensor | None, overlap: int
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        visible: Tensor | None,
+        kept: Tensor | None,
+        overlap: int,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(batch, overlap + tokens, dim) and (1, batch, slots, dim) -> the same; see :class:`CausalLayer`."""
-        for block, context in zip(self.blocks, self.contexts(memory), strict=True):
+        slots = begun(self.writer, None if memory is None else memory[0], reset, len(x))
+        for block, context in zip(self.blocks, self.contexts(slots[None]), strict=True):
             x = block(x, context, visible)
-        return x, writes(self.writer, self.updates, memory[0], self.norm(x[:, overlap:]), kept)[None]
+        return x, writes(self.writer, self.updates, slots, self.norm(x[:, overlap:]), kept)[None]
 
     def contexts(self, memory: Tensor) -> list[KeysValues]:
         """(1, batch, slots, dim) -> the slots' keys and values for each layer."""

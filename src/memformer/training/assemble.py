@@ -152,7 +152,6 @@ def _parallel(model: SegmentModel, settings: TrainingConfig, ranks: Ranks, devic
         model.encoder.compile()
         model.decoder.compile()
     if ranks.size > 1 and settings.compute.parallel == "fsdp":
-        assert isinstance(model, Memformer), "the settings check it"
         shard(model, device)
     else:
         model.to(device)

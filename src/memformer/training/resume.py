@@ -18,6 +18,7 @@ from ..device import seeded
 from ..interface import SegmentModel
 from ..models import config_in, load_model, make_model
 from ..parallel import like
+from ..pretrained import divided
 from ..settings import TrainingConfig, absolute, read_saved, read_yaml, to_flat, to_plain
 from . import checkpoints, shards
 from .parts import Best, Change, Parts, by_name, from_names, only_finite
@@ -205,7 +206,7 @@ def save(parts: Parts, settings: TrainingConfig) -> None:
             own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             if not own.isfinite().all():
                 raise FloatingPointError(f"step {parts.progress.step}: {name} is not finite, so nothing is saved")
-    if shards.divided(parts):
+    if divided(parts.model):
         _save_in_parts(parts, settings)
     else:
         _save_whole(parts, settings)
@@ -355,13 +356,13 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
     numbers, tensors, _, kinds, in_parts = saved
     progress = parts.progress
     if in_parts is not None:
-        shards.load(parts, in_parts)
+        tensors = shards.load(parts, in_parts)
     else:
         _restore_optimizer(parts, tensors)
-        saved_memory = from_names(tensors, parts.model.get_initial_mem(1))
-        progress.memory = tree_map(lambda part: parts.ranks.own(part).to(parts.device), saved_memory)
         for name, parameter in parts.model.named_parameters() if parts.average else ():
             parts.average[name] = like(tensors[f"average/{name}"], parameter)
+    saved_memory = from_names(tensors, parts.model.get_initial_mem(1))
+    progress.memory = tree_map(lambda part: parts.ranks.own(part).to(parts.device), saved_memory)
     if "stream" in kinds:
         progress.memory = None
         state, before = parts.stream.state_dict(), numbers["stream"]

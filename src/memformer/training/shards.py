@@ -18,17 +18,12 @@ from torch import Tensor
 
 from ..parallel import as_rows
 from ..pretrained import SHARDS
-from .parts import Parts
+from .parts import Parts, by_name
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-__all__ = ["SHARDS", "divided", "found_in", "load", "write"]
-
-
-def divided(parts: Parts) -> bool:
-    """Whether each process holds a part of the model."""
-    return any(hasattr(parameter, "full_tensor") for parameter in parts.model.parameters())
+__all__ = ["SHARDS", "found_in", "load", "write"]
 
 
 def found_in(checkpoint: Path) -> bool:
@@ -57,7 +52,8 @@ def write(parts: Parts, folder: Path) -> None:
                 "several machines need an --out that all of them share"
             )
     assert parts.progress.memory is not None
-    memory = as_rows(parts.progress.memory, next(parts.model.parameters()))
+    divided = next(parts.model.parameters())
+    memory = {name: as_rows(part, divided) for name, part in by_name(parts.progress.memory).items()}
     with _explained(folder):
         save(
             _tensors(parts, memory, bool(parts.average)),
@@ -65,8 +61,11 @@ def write(parts: Parts, folder: Path) -> None:
         )
 
 
-def load(parts: Parts, checkpoint: Path) -> None:
+def load(parts: Parts, checkpoint: Path) -> dict[str, Tensor]:
     """Put the tensors of a checkpoint in parts into a run with any number of processes, in place.
+
+    Returns:
+        those of the memory of all lanes, by name, which are not put anywhere.
 
     Raises:
         OSError, ValueError: a file cannot be read, or does not fit.
@@ -85,16 +84,20 @@ def load(parts: Parts, checkpoint: Path) -> None:
                 like = parameter.detach() if as_the_parameter else torch.empty(saved[key].size, device=parameter.device)
                 value = torch.empty_like(like, dtype=saved[key].properties.dtype)
                 parts.optimizer.state[parameter][key.removeprefix(prefix)] = value
-        memory = torch.empty(saved["memory"].size, dtype=saved["memory"].properties.dtype, device="cpu")
+        memory = {
+            name: torch.empty(part.size, dtype=part.properties.dtype, device="cpu")
+            for name, part in saved.items()
+            if name.split("/")[0] == "memory"
+        }
         apart = any(key.startswith("weights/") for key in saved)
         # Each process reads for itself: nothing has to be agreed upon, and one process needs no process group.
         load(_tensors(parts, memory, apart), storage_reader=reader, no_dist=True)
         for name, parameter in parts.model.named_parameters() if parts.average and not apart else ():
             parts.average[name].copy_(parameter.detach())
-    parts.progress.memory = parts.ranks.own(memory).to(parts.device)
+    return memory
 
 
-def _tensors(parts: Parts, memory: Tensor, apart: bool) -> dict[str, Tensor]:
+def _tensors(parts: Parts, memory: dict[str, Tensor], apart: bool) -> dict[str, Tensor]:
     """Everything that a run's checkpoint holds, by name: what is there is written or, in place, read.
 
     What a user loads is ``model/``: the weights, or their average, which the checkpoint of a run that keeps one has
@@ -106,7 +109,7 @@ def _tensors(parts: Parts, memory: Tensor, apart: bool) -> dict[str, Tensor]:
         named |= {f"model/{name}": tensor for name, tensor in parts.average.items()}
     for name, parameter in parts.model.named_parameters():
         named |= {f"optimizer/{name}/{key}": value for key, value in parts.optimizer.state[parameter].items()}
-    return {**named, "memory": memory}
+    return named | memory
 
 
 @contextmanager
