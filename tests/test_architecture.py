@@ -46,9 +46,10 @@ LAYERS = [
     },
     {"replay.options", "replay.readout", "replay.sizes", "nn.memory", "state"},
     {"replay.engine", "interface", "nn.causal", "nn.stacked"},
-    {"replay.functions", "network", "generation"},
+    {"replay.functions", "network", "wavefront"},
+    {"generation"},
     {"replay.verdict", "model", "causal", "export"},
-    {"models", "wavefront"},
+    {"models"},
     {
         "replay",
         "nn",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from helpers import lively, lively_causal, tokens, training_settings
@@ -22,10 +23,11 @@ from memformer.evaluation import evaluate
 from memformer.export import export
 from memformer.folders import all_checkpoints
 from memformer.inspection import inspect, slot_diversity
-from memformer.rollouts import read_segments, rollout, verify_rollout
+from memformer.rollouts import rollout, verify_rollout
 from memformer.settings import TrainingConfig
 from memformer.training import Run, average, checkpoints, sized_as
 from memformer.training.parts import begun_anew, by_name, from_names, only_finite
+from memformer.wavefront import read_segments
 
 WORDS = "the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
 Settings = Callable[..., TrainingConfig]
@@ -116,7 +118,8 @@ def test_what_does_not_predict_each_token_is_not_evaluated() -> None:
 def test_segments_read_at_once_are_those_read_one_by_one(lengths: list[int]) -> None:
     model = lively_causal()
     segments = [Segment(tokens(2, n), torch.rand(2, n) > 0.2, torch.rand(2) > 0.7) for n in lengths]
-    outputs, mems = read_segments(model, segments, None)
+    outputs: list[Tensor] = []
+    mems = read_segments(model, segments, None, outputs.append)
     memory = None
     for segment, output in zip(segments, outputs, strict=True):
         expected, memory = model.cell(segment, memory)

@@ -33,6 +33,7 @@ from memformer.generation import (
     penalise_repetition,
 )
 from memformer.state import MemoryState
+from memformer.wavefront import Wavefront
 
 START = VOCABULARY - 1
 LENGTH = 5
@@ -301,6 +302,29 @@ def test_pieces_of_any_size_are_read_as_the_whole(lively: Lively, data: st.DataO
         whole = [torch.cat(pair) for pair in zip(whole, piece, strict=True)]
         state = model.read(piece, state, start=START)
     assert_same_state(state, model.read(whole, start=START))
+
+
+@pytest.mark.parametrize("overlap", [1, LENGTH])
+@both
+def test_many_segments_are_read_as_one_by_one(lively: Lively, overlap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes of other lengths, begun in the middle of a segment, at a border, or anew; against token by token."""
+    causal = lively is lively_causal
+    model = lively(**{"overlap" if causal else "dec_overlap": overlap})
+    begun = model.read(prompts(3, 0, 10, 7, 22, 9), start=START).reset([3])
+    texts = prompts(41, 60, 2, 58, 19, 0)
+    fronts: list[Any] = []
+    made = Wavefront.__init__
+    monkeypatch.setattr(Wavefront, "__init__", lambda self, *given: fronts.append(self) or made(self, *given))
+    whole = model.read(texts, begun)
+    assert len(fronts) == (3 if causal else 0), "for lanes 0, 1, 3 and 4; 0, 1 and 3; 1 and 3"
+    state, fronts[:] = begun, []
+    for k in range(60):
+        state = model.read([text[k : k + 1] for text in texts], state)
+    assert not fronts
+    assert_same_state(whole, state, 1e-12)
+    assert_close(
+        model.generate(None, 7, state=whole, temperature=0)[0], model.generate(None, 7, state=state, temperature=0)[0]
+    )
 
 
 def test_reading_is_encoding_segment_by_segment() -> None:

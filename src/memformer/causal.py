@@ -19,29 +19,14 @@ from .checks import IGNORED, as_mask, as_tokens, check_mask, check_tokens, descr
 from .config import CausalConfig, MemoryLayout, Positions, Writer
 from .data.segments import Segment, Targets, cut, each_as_tokens
 from .interface import SegmentModel, TokenLosses
-from .nn.attention import KeysValues, causal_mask
+from .nn.attention import KeysValues
 from .nn.blocks import Block, embedding_table
-from .nn.causal import CausalLayer, MemoryInEachLayer, OneMemory
+from .nn.causal import NOTHING, CausalLayer, CausalMemory, MemoryInEachLayer, OneMemory, last_tokens, visible_to
 from .nn.memory import WRITERS, SlotWriter
 from .nn.positions import positions as positions_of
 from .state import MemoryState
 
 __all__ = ["CausalMemformer", "CausalMemory", "CausalResults", "causal_losses"]
-
-NOTHING = -1
-"""In place of a token before a document's first."""
-
-
-class CausalMemory(NamedTuple):
-    """What a causal model carries from segment to segment: of fixed size, and all that it knows of what it read.
-
-    Attributes:
-        slots: (batch, layers, slots, dim); one layer where all share a memory.
-        last: (batch, overlap), the last tokens that were read, -1 where a document has just begun.
-    """
-
-    slots: Tensor
-    last: Tensor
 
 
 class Opened(NamedTuple):
@@ -355,14 +340,22 @@ class CausalMemformer(SegmentModel):
         like, config = self.get_initial_mem(1).slots[0], self.config
         return MemoryState.new(batch_size, config.max_seq_len, start, like, config.overlap)
 
-    def memory_after(self, state: MemoryState) -> Tensor:
-        """The slots after each lane's last whole segment, (batch, layers, slots, dim)."""
-        return self._after(state).slots
+    def resumed(self, state: MemoryState) -> tuple[list[Segment], CausalMemory]:
+        """Each lane's last whole segment, which begins a document where nothing stands before it."""
+        fresh, (last, segment) = state.fresh, state.segment.tensor_split([self.config.overlap], 1)
+        if fresh.all():
+            return [], self.get_initial_mem(state.batch_size)
+        mask = ~fresh[:, None].expand_as(segment) if fresh.any() else None
+        # Of a lane's first whole segment nothing stands before.
+        last = torch.where((state.position < 2 * state.length)[:, None], NOTHING, last)
+        return [Segment(segment, mask, fresh)], CausalMemory(state.memory, last)
 
     def open(self, state: MemoryState) -> Opened:
         """All that the stack needs to go on from a state, computed once for the rest of the pending segments."""
         overlap, config = self.config.overlap, self.config
-        memory = self._after(state)
+        segments, memory = self.resumed(state)
+        for segment in segments:
+            _, memory = self.cell(segment, memory)
         contexts = [(k.contiguous(), v.contiguous()) for k, v in self.stack.contexts(memory.slots.transpose(0, 1))]
         shape = (state.batch_size, config.heads, overlap + state.length, config.dim // config.heads)
         cache = [(memory.slots.new_zeros(shape), memory.slots.new_zeros(shape)) for _ in contexts]
@@ -379,23 +372,6 @@ class CausalMemformer(SegmentModel):
         position = state.filled + self.config.overlap - 1
         token = torch.cat([opened.last, state.pending], 1).gather(1, position[:, None])
         return self.head(self._extend(token, position[:, None], opened.contexts, opened.cache)[:, 0])
-
-    def _after(self, state: MemoryState) -> CausalMemory:
-        """The memory after each lane's last whole segment; the initial one where there is none yet."""
-        overlap, fresh = self.config.overlap, state.fresh
-        last, segment = state.segment.tensor_split([overlap], 1)
-        # Of a lane's first whole segment nothing stands before.
-        last = torch.where((state.position < 2 * state.length)[:, None], NOTHING, last)
-        memory = CausalMemory(state.memory, last)
-        if fresh.any():
-            initial = self.get_initial_mem(state.batch_size)
-            if fresh.all():
-                return initial
-            lanes = fresh[:, None, None, None]
-            memory = CausalMemory(torch.where(lanes, initial.slots, memory.slots), last)
-        mask = ~fresh[:, None].expand_as(segment) if fresh.any() else None
-        _, memory = self.step(segment, memory, mask)
-        return memory._replace(last=torch.where(fresh[:, None], NOTHING, memory.last))
 
     def _extend(
         self, tokens: Tensor, position: Tensor, contexts: Sequence[KeysValues], cache: Sequence[KeysValues]
@@ -451,23 +427,6 @@ class CausalMemformer(SegmentModel):
         if not isinstance(mems[1], Tensor) or mems[1].shape != (batch, config.overlap) or mems[1].is_floating_point():
             expected = f"token ids of shape {(batch, config.overlap)}, the overlap"
             raise ValueError(f"mems: expected as last tokens {expected}, got {describe(mems[1])}")
-
-
-def visible_to(kept: Tensor) -> Tensor:
-    """(..., tokens), True for tokens that exist -> (..., 1, tokens, tokens): each sees those before it, and itself."""
-    tokens = kept.shape[-1]
-    itself = torch.eye(tokens, dtype=torch.bool, device=kept.device)
-    return (kept[..., None, None, :] & causal_mask(tokens, tokens, kept.device)) | itself
-
-
-def last_tokens(last: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """The last ``overlap`` tokens that exist, of those before a segment and those in it."""
-    overlap, read = last.shape[1], torch.cat([last.to(tokens.dtype), tokens], 1)
-    if mask is None:
-        return read[:, read.shape[1] - overlap :]
-    # A stable sort puts the tokens that exist last, in their order.
-    order = F.pad(mask, (overlap, 0), value=True).byte().argsort(dim=1, stable=True)
-    return read.gather(1, order[:, order.shape[1] - overlap :])
 
 
 def causal_losses(logits: Tensor, length: int, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

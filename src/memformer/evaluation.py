@@ -17,7 +17,7 @@ from .device import summing_device
 from .interface import SegmentModel
 from .parallel import Ranks
 from .pretrained import unwrapped
-from .rollouts import read_segments
+from .wavefront import read_segments
 
 __all__ = ["ByDepth", "Depth", "DepthSum", "HeldOut", "evaluate"]
 
@@ -224,10 +224,10 @@ def _read(
             depth = torch.where(segment.reset, 1, depth + 1)
             depths.append(depth)  # (rows,)
         read = [model.of_stream(segment).to(device) for segment in segments]
+        outputs: list[Tensor] = []
         if memory:
-            outputs, mems = read_segments(model, read, mems)
+            mems = read_segments(model, read, mems, outputs.append)
         else:
-            outputs = []
             for segment in read:
                 output, mems = model.cell(segment, None if mems is None else model.forget(mems))
                 outputs.append(output)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict, Unpack, cast
@@ -22,10 +23,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .checks import as_mask, as_tokens, describe, is_tensor
 from .config import ModelConfig, check_count, check_number, is_count
+from .data.segments import Segment
 from .device import summing_device
 from .interface import SegmentModel
 from .pretrained import unwrapped
 from .state import MemoryState
+from .wavefront import read_segments
 
 __all__ = [
     "Filters",
@@ -249,18 +252,26 @@ class _Choice:
 
 
 def _read(model: SegmentModel, lanes: Sequence[Tensor], state: MemoryState) -> MemoryState:
-    """Segment by segment; lanes whose segments become full in the same round are encoded together."""
-    state, rest, filled = state.clone(), list(lanes), state.filled.tolist()
-    while any(len(tokens) for tokens in rest):
-        full = [i for i, tokens in enumerate(rest) if filled[i] + len(tokens) >= state.length]
-        index = torch.tensor(full, dtype=torch.int64, device=state.position.device)
-        memory = model.memory_after(state.select(index)) if full else state.memory[:0]
-        for i, tokens in enumerate(rest):
-            piece, rest[i] = tokens.tensor_split([state.length - filled[i]])
-            state.pending[i, filled[i] : filled[i] + len(piece)] = piece
-            state.position[i] += len(piece)
-            filled[i] = (filled[i] + len(piece)) % state.length
-        state.advance(index, memory)
+    """The state after these tokens. Each lane's last whole segment stays unread, as a state has it.
+
+    Lanes read together, and where it pays with all layers at once, until the first of them has no more to read.
+    """
+    state, length, begun = state.clone(), state.length, state.filled.tolist()
+    texts = [torch.cat([row[:n], lane]) for row, n, lane in zip(state.pending, begun, lanes, strict=True)]
+    whole = [len(text) // length for text in texts]
+    going, done = [i for i, count in enumerate(whole) if count], 0
+    segments, memory = model.resumed(state.select(going)) if going else ([], None)
+    while going:
+        until = min(whole[i] for i in going) - 1
+        for k in range(done, until):
+            segments.append(Segment(torch.stack([texts[i][k * length : (k + 1) * length] for i in going])))
+        memory = read_segments(model, segments, memory, each=lambda output: None)
+        index, left = torch.tensor([(i, whole[i] - 1 > until) for i in going], device=state.position.device).unbind(1)
+        over, goes_on = index[left == 0], left == 1
+        state.memory[over] = model.slots_of(memory)[~goes_on].view(len(over), *state.memory.shape[1:])
+        memory = tree_map(operator.itemgetter(goes_on), memory)
+        going, segments, done = index[goes_on].tolist(), [], until
+    state.extend(lanes)
     return state
 
 

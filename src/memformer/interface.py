@@ -152,14 +152,18 @@ class SegmentModel(Pretrained):
         """Lanes that have read nothing."""
 
     @abstractmethod
-    def memory_after(self, state: MemoryState) -> Tensor:
-        """The slots after each lane's last whole segment, as a state holds them."""
+    def resumed(self, state: MemoryState) -> tuple[list[Segment], Memory | None]:
+        """What is to be read first in going on from a state, each lane's last whole segment; and the memory before it.
+
+        A lane that has none yet gets what begins a document. At most one segment; none where there is nothing to read.
+        """
 
     @abstractmethod
     def open(self, state: MemoryState) -> Any:
         """All that is needed to go on from a state, computed once for the rest of the pending segments.
 
-        A tree of tensors, batch first; its ``memory`` is :meth:`memory_after`.
+        A tree of tensors, batch first; its ``memory`` are the slots after each lane's last whole segment, as a state
+        holds them.
         """
 
     @abstractmethod

@@ -352,9 +352,12 @@ class Network(SegmentModel):
         """Lanes that have read nothing."""
         return MemoryState.new(batch_size, self.config.segment_length, start, self.get_initial_mem(1)[0])
 
-    def memory_after(self, state: MemoryState) -> Tensor:
-        """The memory after each lane's last whole segment, (batch, slots, dim)."""
-        return self._read(state).mem
+    def resumed(self, state: MemoryState) -> tuple[list[Segment], Tensor | None]:
+        """Each lane's last whole segment, or the start token where there is none yet."""
+        fresh = state.fresh
+        if fresh.all():
+            return [Segment(state.segment[:, :1])], None
+        return [Segment(state.segment, _source_mask(state) if fresh.any() else None, fresh)], state.memory
 
     def open(self, state: MemoryState) -> Opened:
         """All that the decoder needs to go on from a state, computed once for the rest of the pending segments.
@@ -362,7 +365,8 @@ class Network(SegmentModel):
         Its shapes are those of a whole segment also at the start of a document, so that compiled code serves both.
         """
         decoder = self.need_decoder("open")
-        enc_out, memory = self._read(state)
+        (segment,), memory = self.resumed(state)
+        enc_out, memory = self.cell(segment, memory)
         enc_out = F.pad(enc_out, (0, 0, 0, state.length - enc_out.shape[1]))  # (batch, length, dim)
         contexts = [(k.contiguous(), v.contiguous()) for k, v in decoder.context_projection(enc_out)]
         context_mask, cache = _source_mask(state), decoder.new_cache(state.batch_size, state.length)
@@ -380,13 +384,6 @@ class Network(SegmentModel):
         position = state.filled + decoder.overlap
         token = _targets(state, decoder.overlap).gather(1, position[:, None])[:, 0]
         return decoder.step(token, position, opened.cache, opened.contexts, opened.context_mask)
-
-    def _read(self, state: MemoryState) -> EncOnlyResults:
-        """Each lane's last whole segment, or the start token where there is none yet."""
-        fresh = state.fresh
-        if fresh.all():
-            return self.step(state.segment[:, :1])
-        return self.step(state.segment, state.memory, _source_mask(state) if fresh.any() else None, fresh)
 
 
 def _source_mask(state: MemoryState) -> Tensor:

@@ -23,7 +23,7 @@ from .replay.inputs import Readout, weight_list
 from .replay.options import OptionKeywords
 from .wavefront import Diagonal, Wavefront, pays
 
-__all__ = ["Tally", "memory_replay_backprop", "read_segments", "rollout", "verify_rollout"]
+__all__ = ["Tally", "memory_replay_backprop", "rollout", "verify_rollout"]
 
 Reduction = Literal["segment_means", "mean", "sum"]
 
@@ -76,29 +76,11 @@ def rollout(
         return method(functools.partial(_read, model), segments, mems, readout, options=options)
     if each or options.memory_gradients is not None:
         raise ValueError("wavefront: its steps are no segments; leave segment_weights and memory_gradients out")
-    front = Wavefront.of(model, len(segments[0].src))
+    front = Wavefront(model, len(segments[0].src))
     run: Any = functools.partial(cast(Any, method), params=front.parameters)  # which every method takes
     cell, diagonals = functools.partial(_advance, front), front.diagonals(segments)
     outcome = run(cell, diagonals, front.start(mems), functools.partial(_of_leaving, readout), options=options)
     return dataclasses.replace(outcome, memory=front.end(outcome.memory))
-
-
-def read_segments(model: SegmentModel, segments: Sequence[Segment], mems: Memory | None) -> tuple[list[Tensor], Memory]:
-    """What a model's cell makes of segments that were checked already, and the memory after them; the fastest way."""
-    outputs: list[Tensor] = []
-    if pays(model, len(segments)):
-        front = Wavefront.of(model, len(segments[0].src))
-        flight, longest = front.start(mems), max(segment.src.shape[1] for segment in segments)
-        for diagonal in front.diagonals(segments):
-            hidden, flight = front(diagonal, flight)
-            if hidden is not None:
-                padding = longest - segments[len(outputs)].src.shape[1]
-                outputs.append(hidden[:, : hidden.shape[1] - padding])
-        return outputs, front.end(flight)
-    for segment in segments:
-        output, mems = model.cell(segment, mems)
-        outputs.append(output)
-    return outputs, mems
 
 
 def verify_rollout(model: SegmentModel, segments: Sequence[Segment], mems: Memory | None = None) -> replay.Verdict:

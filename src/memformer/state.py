@@ -66,6 +66,19 @@ class MemoryState:
         self.memory[lanes], self.segment[lanes] = memory, read[:, self.length :]
         self.pending[lanes] = self.start
 
+    def extend(self, lanes: Sequence[Tensor]) -> None:
+        """So many tokens of each lane come behind those that are pending. In place, but for the memory.
+
+        That is to become the one before what is the last whole segment then.
+        """
+        width = self.segment.shape[1]
+        for i, (filled, tokens) in enumerate(zip(self.filled.tolist(), lanes, strict=True)):
+            read = torch.cat([self.segment[i], self.pending[i, :filled], tokens])
+            end = len(read) - (filled + len(tokens)) % self.length
+            self.segment[i], self.pending[i] = read[end - width : end], self.start
+            self.pending[i, : len(read) - end] = read[end:]
+            self.position[i] += len(tokens)
+
     @property
     def batch_size(self) -> int:
         """How many lanes there are."""

@@ -9,21 +9,34 @@ To the replay engine a diagonal is a segment, and the memory is :class:`Flight`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .causal import CausalMemformer, CausalMemory, last_tokens, visible_to
+from .config import CausalConfig
 from .data.segments import Segment
-from .interface import SegmentModel
-from .nn.causal import CausalLayer, MemoryInEachLayer
+from .interface import Memory, SegmentModel
+from .nn.causal import CausalLayer, CausalMemory, MemoryInEachLayer, OneMemory, last_tokens, visible_to
 from .nn.stacked import call, part, stack, twin
 from .pretrained import divided
 
-__all__ = ["Diagonal", "Flight", "Wavefront", "pays"]
+__all__ = ["Diagonal", "Flight", "Wavefront", "pays", "read_segments"]
+
+
+class _Layered(Protocol):
+    """What is asked of a model: a :class:`~memformer.CausalMemformer` has it."""
+
+    config: CausalConfig
+    embedding: nn.Embedding
+
+    def get_initial_mem(self, batch_size: int) -> CausalMemory: ...
+
+    def embed(self, tokens: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+
+    def predicting(self, x: Tensor) -> Tensor: ...
 
 
 class Diagonal(NamedTuple):
@@ -62,35 +75,31 @@ class Wavefront:
     """A causal model's layers with their weights stacked, for one rollout.
 
     Args:
-        model: with a memory in each layer.
+        model: a :class:`~memformer.CausalMemformer` with a memory in each layer.
 
     Attributes:
         parameters: the stacked weights and what else was made of the model's parameters, for the engine's ``params=``.
 
     Raises:
-        ValueError: the model has one memory for all layers, which wait for each other; or FSDP divides it.
+        ValueError: another model; it has one memory for all layers, which wait for each other; or FSDP divides it.
     """
 
-    def __init__(self, model: CausalMemformer, batch_size: int):
-        if not isinstance(model.stack, MemoryInEachLayer):
+    def __init__(self, model: SegmentModel, batch_size: int):
+        stacked = getattr(model, "stack", None)
+        if not isinstance(stacked, MemoryInEachLayer | OneMemory):
+            raise ValueError(f"wavefront: expected a CausalMemformer, got {type(model).__name__}")
+        if isinstance(stacked, OneMemory):
             raise ValueError("wavefront: layers that share a memory wait for each other; expected memory='layers'")
         if divided(model):
             raise ValueError(
                 "wavefront: FSDP divides this model, whose layers are gathered one after the other; leave it out"
             )
-        layers = list(model.stack.layers)
+        layers = list(stacked.layers)
         assert isinstance(layers[0], CausalLayer)
-        self.model, self.depth = model, len(layers)
+        self.model, self.depth = cast(_Layered, model), len(layers)
         self._twin, self._stacked = twin(layers[0]), stack(layers)
-        self._initial = model.get_initial_mem(batch_size)
-        self.parameters = [*self._stacked.values(), self._initial.slots, *model.embedding.parameters()]
-
-    @classmethod
-    def of(cls, model: SegmentModel, batch_size: int) -> Wavefront:
-        """That of a model which has one. Raises ValueError for another."""
-        if not isinstance(model, CausalMemformer):
-            raise ValueError(f"wavefront: expected a CausalMemformer, got {type(model).__name__}")
-        return cls(model, batch_size)
+        self._initial = self.model.get_initial_mem(batch_size)
+        self.parameters = [*self._stacked.values(), self._initial.slots, *self.model.embedding.parameters()]
 
     def diagonals(self, segments: Sequence[Segment]) -> list[Diagonal]:
         """The steps that take segments through all layers, padded to one length."""
@@ -116,7 +125,7 @@ class Wavefront:
         return CausalMemory(flight.slots.transpose(0, 1), flight.last)
 
     def __call__(self, diagonal: Diagonal, flight: Flight) -> tuple[Tensor | None, Flight]:
-        """One step: ``(hidden, flight)``, of the segment that leaves as :meth:`CausalMemformer.step` gives it."""
+        """One step: ``(hidden, flight)``, of the segment that leaves as the model's cell gives it."""
         model, (first, last) = self.model, diagonal.layers.tolist()
         slots, tokens, x, kept, reset = flight
         if diagonal.entering is not None:
@@ -151,9 +160,31 @@ def pays(model: SegmentModel, segments: int) -> bool:
     was never slower from three layers on. Where FSDP divides a model it never does: its stacked weights would be the
     whole model, gathered in each process.
     """
-    if not isinstance(model, CausalMemformer) or not isinstance(model.stack, MemoryInEachLayer) or divided(model):
-        return False
-    return model.config.depth >= 3 and segments >= 3
+    stacked = getattr(model, "stack", None)
+    return isinstance(stacked, MemoryInEachLayer) and len(stacked.layers) >= 3 and segments >= 3 and not divided(model)
+
+
+def read_segments(
+    model: SegmentModel, segments: Sequence[Segment], mems: Memory | None, each: Callable[[Tensor], object]
+) -> Memory:
+    """The memory after segments that were checked already, read the fastest way, without gradients or with plain ones.
+
+    Args:
+        mems: the memory before the first; None for the learned initial memory.
+        each: called with what the model's cell makes of each segment, in their order.
+    """
+    if not pays(model, len(segments)):
+        for segment in segments:
+            output, mems = model.cell(segment, mems)
+            each(output)
+        return mems
+    front = Wavefront(model, len(segments[0].src))
+    flight, longest, lengths = front.start(mems), max(s.src.shape[1] for s in segments), iter(segments)
+    for diagonal in front.diagonals(segments):
+        hidden, flight = front(diagonal, flight)
+        if hidden is not None:
+            each(hidden[:, : hidden.shape[1] - longest + next(lengths).src.shape[1]])
+    return front.end(flight)
 
 
 def _before(new: Tensor | None, others: Tensor | None) -> Tensor | None:

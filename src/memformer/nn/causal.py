@@ -6,15 +6,58 @@ Shapes: x (batch, tokens, dim), memories (layers, batch, slots, dim); one memory
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import ContextProjection, KeysValues
+from .attention import ContextProjection, KeysValues, causal_mask
 from .blocks import Block
 from .memory import SlotWriter
 
-__all__ = ["CausalLayer", "MemoryInEachLayer", "OneMemory", "begun", "writes"]
+__all__ = [
+    "CausalLayer",
+    "CausalMemory",
+    "MemoryInEachLayer",
+    "OneMemory",
+    "begun",
+    "last_tokens",
+    "visible_to",
+    "writes",
+]
+
+NOTHING = -1
+"""In place of a token before a document's first."""
+
+
+class CausalMemory(NamedTuple):
+    """What a causal model carries from segment to segment: of fixed size, and all that it knows of what it read.
+
+    Attributes:
+        slots: (batch, layers, slots, dim); one layer where all share a memory.
+        last: (batch, overlap), the last tokens that were read, -1 where a document has just begun.
+    """
+
+    slots: Tensor
+    last: Tensor
+
+
+def visible_to(kept: Tensor) -> Tensor:
+    """(..., tokens), True for tokens that exist -> (..., 1, tokens, tokens): each sees those before it, and itself."""
+    tokens = kept.shape[-1]
+    itself = torch.eye(tokens, dtype=torch.bool, device=kept.device)
+    return (kept[..., None, None, :] & causal_mask(tokens, tokens, kept.device)) | itself
+
+
+def last_tokens(last: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The last ``overlap`` tokens that exist, of those before a segment and those in it."""
+    overlap, read = last.shape[1], torch.cat([last.to(tokens.dtype), tokens], 1)
+    if mask is None:
+        return read[:, read.shape[1] - overlap :]
+    # A stable sort puts the tokens that exist last, in their order.
+    order = F.pad(mask, (overlap, 0), value=True).byte().argsort(dim=1, stable=True)
+    return read.gather(1, order[:, order.shape[1] - overlap :])
 
 
 def begun(writer: SlotWriter, memory: Tensor | None, reset: Tensor | None, batch_size: int) -> Tensor:
