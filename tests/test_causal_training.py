@@ -127,6 +127,31 @@ def test_segments_read_at_once_are_those_read_one_by_one(lengths: list[int]) -> 
     assert_close(mems, memory)
 
 
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_stretch_begins_as_in_its_document(length: int) -> None:
+    """But for the memory: the last tokens before it are read, as in a document that was not cut."""
+    model, ids = lively_causal(max_seq_len=length, overlap=min(2, length)), torch.randint(10, (12 * length,)).numpy()
+    cut, whole = (Lanes([ids], lanes=lanes, length=length, start=10, epochs=2, spread=True, seed=1) for lanes in (3, 1))
+    begun, memory, expected = model.of_stream(next(cut)), None, {}
+    for k, segment in enumerate(model.of_stream(segment) for segment in whole.rollout(12)):
+        if k % 4 == 0:
+            output, _ = model.cell(segment, memory if memory is None else model.forget(memory))
+            expected[k // 4] = output
+        _, memory = model.cell(segment, memory)
+    order = [lane["begin"] // (4 * length) for lane in cut.state_dict()["lanes"]]
+    _, memory = model.cell(begun, None)
+    for mems in (None, memory):
+        assert_close(model.cell(begun, mems)[0], torch.cat([expected[k] for k in order]), rtol=1e-12, atol=1e-12)
+    # The same where a stretch begins in the middle of a rollout, and all layers read at once.
+    segments = [begun, *(model.of_stream(segment) for segment in cut.rollout(6))]
+    outputs: list[Tensor] = []
+    read_segments(model, segments, None, outputs.append)
+    memory = None
+    for segment, output in zip(segments, outputs, strict=True):
+        one, memory = model.cell(segment, memory)
+        assert_close(output, one, rtol=1e-12, atol=1e-12)
+
+
 def test_replay_is_right_for_segments_of_a_stream() -> None:
     model = lively_causal(dropout=0.1).train()
     lanes = Lanes([tokens(n).numpy() for n in (3, 17, 9, 30)], lanes=2, length=5, start=10, spread=True, seed=0)

@@ -1,5 +1,6 @@
 """Long documents are cut into stretches, so that lanes read different text; short ones stream as if nothing was cut."""
 
+import functools
 import itertools
 import math
 
@@ -59,6 +60,8 @@ def stretches_of(stream):
         for lane in range(len(segment.src)):
             source = segment.src[lane][segment.src_mask[lane]].tolist()
             target = segment.tgt[lane][segment.tgt_mask[lane]].tolist()
+            before = segment.before[lane][segment.before[lane] >= 0].tolist()
+            assert before == (source if source != [START] else []), "what stands before it in the document"
             if not target:
                 assert not source
                 assert not segment.reset[lane]
@@ -299,7 +302,11 @@ def book(tmp_path):
     return make
 
 
-def test_a_run_on_one_book_reads_it_in_every_lane_and_goes_on_where_it_stopped(book, tmp_path):
+@pytest.mark.parametrize(
+    "kind", [{}, {"architecture": "causal", "depth": 3, "dec_depth": 2}], ids=["memformer", "causal"]
+)
+def test_a_run_on_one_book_reads_it_in_every_lane_and_goes_on_where_it_stopped(book, tmp_path, kind):
+    book = functools.partial(book, **kind)
     whole = Run(book(out=tmp_path / "whole"))
     assert whole.parts.stream.stretches == 4
     list(whole.train())

@@ -174,8 +174,13 @@ class CausalMemformer(SegmentModel):
         mems: CausalMemory | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, CausalMemory]:
         """Read one segment and write the memory: the critical path of a rollout. The arguments are :meth:`forward`'s.
+
+        Args:
+            before: (batch, overlap), the last tokens before the segment in lanes that are reset inside a document, -1
+                for none; None where all of them begin one.
 
         Returns:
             ``(hidden, mem)``: hidden (batch, tokens + 1, dim) is the last layer's output at the last token before the
@@ -183,10 +188,10 @@ class CausalMemformer(SegmentModel):
         """
         slots, last = (None, self._nothing(len(tokens), tokens.device)) if mems is None else mems
         if reset is not None:
-            last = torch.where(reset[:, None], NOTHING, last)
+            last = torch.where(reset[:, None], NOTHING if before is None else before, last)
         x, visible = self.embed(tokens, last, mask)
-        before = None if slots is None else slots.transpose(0, 1)
-        x, written = self.stack(x, before, visible, mask, self.config.overlap, reset)
+        by_layer = None if slots is None else slots.transpose(0, 1)
+        x, written = self.stack(x, by_layer, visible, mask, self.config.overlap, reset)
         return self.predicting(x), CausalMemory(written.transpose(0, 1), last_tokens(last, tokens, mask))
 
     def embed(self, tokens: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -250,7 +255,7 @@ class CausalMemformer(SegmentModel):
 
     def cell(self, segment: Segment, memory: CausalMemory | None) -> tuple[Tensor, CausalMemory]:
         """The stack with its memories; see :meth:`step`."""
-        return self.step(segment.src, memory, segment.src_mask, segment.reset)
+        return self.step(segment.src, memory, segment.src_mask, segment.reset, segment.before)
 
     def target(self, segment: Segment) -> Tensor:
         """The labels; where there are none, the tokens themselves."""
@@ -312,10 +317,16 @@ class CausalMemformer(SegmentModel):
         return segment._replace(tgt=torch.full_like(segment.src, IGNORED))
 
     def of_stream(self, segment: Segment) -> Segment:
-        """The tokens that a decoder would write of the segment: each of a document comes once."""
+        """The tokens that a decoder would write of the segment: each of a document comes once.
+
+        Also where a lane begins inside a document, what stands before them is read again.
+        """
         assert segment.tgt is not None
         mask = None if segment.tgt_mask is None else segment.tgt_mask[:, 1:]
-        return Segment(segment.tgt[:, 1:], mask, segment.reset)
+        before = segment.before
+        if before is not None:
+            before = before[:, before.shape[1] - self.config.overlap :]
+        return Segment(segment.tgt[:, 1:], mask, segment.reset, before=before)
 
     def writers(self) -> list[SlotWriter]:
         """One for each layer, or the one there is."""

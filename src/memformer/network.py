@@ -331,8 +331,8 @@ class Network(SegmentModel):
         return segment._replace(tgt=None, tgt_mask=None)
 
     def of_stream(self, segment: Segment) -> Segment:
-        """The segment as it is: a source, and the next one as its target."""
-        return segment
+        """The segment as it is: its source is what was before, and the next one is its target."""
+        return segment._replace(before=None)
 
     def writers(self) -> list[SlotWriter]:
         """The one there is."""

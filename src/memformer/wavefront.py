@@ -129,9 +129,9 @@ class Wavefront:
         model, (first, last) = self.model, diagonal.layers.tolist()
         slots, tokens, x, kept, reset = flight
         if diagonal.entering is not None:
-            ids, mask, begins, *_ = diagonal.entering
+            ids, mask, begins, _, _, before = diagonal.entering
             if begins is not None:
-                tokens = torch.where(begins[:, None], self._initial.last, tokens)
+                tokens = torch.where(begins[:, None], self._initial.last if before is None else before, tokens)
             entered, _ = model.embed(ids, tokens, mask)
             tokens = last_tokens(tokens, ids, mask)
             x, kept, reset = _before(entered, x), _before(mask, kept), _before(begins, reset)
@@ -201,12 +201,12 @@ def _alike(segments: Sequence[Segment]) -> list[Segment]:
     resets = any(s.reset is not None for s in segments)
     made = []
     for segment in segments:
-        src, mask, reset, tgt, _ = segment
+        src, mask, reset, tgt, _, before = segment
         missing = longest - src.shape[1]
         if masked:
             mask = F.pad(torch.ones_like(src, dtype=torch.bool) if mask is None else mask, (0, missing))
         if resets and reset is None:
             reset = torch.zeros_like(src[:, 0], dtype=torch.bool)
         tgt = None if tgt is None else F.pad(tgt, (0, missing), value=-100)
-        made.append(Segment(F.pad(src, (0, missing)), mask, reset, tgt))
+        made.append(Segment(F.pad(src, (0, missing)), mask, reset, tgt, before=before))
     return made
