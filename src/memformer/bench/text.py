@@ -439,7 +439,9 @@ def _fixed(settings: TextBenchmark) -> dict[str, object]:
     fixed = dataclasses.asdict(settings)
     for name in studies | of_a_trial | {"shakespeare", "jobs", "out", "plot"}:
         del fixed[name]
-    for name in ("slots", "dec_overlap"):  # of a variant
+    of_a_variant = {"slots", "dec_overlap"}
+    of_another_architecture = {"architecture", "depth", "overlap", "memory_layout"}
+    for name in of_a_variant | of_another_architecture:
         del fixed["model"][name]
     return fixed
 
