@@ -152,7 +152,8 @@ class MemoryOff(WithMemory):
 class Causal(Contestant):
     """:class:`~memformer.CausalMemformer`, with as many layers as both stacks together, which share out the slots.
 
-    The width of its feed-forwards is what gives it as many parameters.
+    It reads at least one token of the segment before, without which a segment's first token is not predicted. The width
+    of its feed-forwards is what gives it as many parameters.
     """
 
     network: CausalMemformer
