@@ -30,13 +30,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from memformer import Memformer
+from memformer.bench.contestants import number_of_parameters, of_equal_size
 from memformer.bench.meters import check_no_dropout, machine, spread
 from memformer.config import check_count
 from memformer.nn.attention import merge_heads, split_heads
 from memformer.nn.positions import Rotary
 from memformer.settings import ModelSettings
 
-from .rivals import importing, number_of_parameters, of_equal_size
+from .rivals import importing
 
 __all__ = ["Generate", "run"]
 

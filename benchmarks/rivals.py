@@ -6,13 +6,12 @@ They come from the package index and are looked for only when they are asked for
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memformer import Memformer, MemformerConfig
-from memformer.bench.contestants import OWN, Build, Contestant, EncoderDecoder
+from memformer import MemformerConfig
+from memformer.bench.contestants import OWN, Build, Contestant, EncoderDecoder, of_equal_size, parameters
 from memformer.tasks import START, Episode
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "Folders",
     "earlier_settings",
     "importing",
-    "of_equal_size",
 ]
 
 INSTALL_RIVALS = (
@@ -55,7 +53,7 @@ class Earlier(EncoderDecoder):
                 network: nn.Module = package.Memformer(**earlier_settings(config) | {"dim": dim})
                 return network
 
-            super().__init__(of_equal_size(make, _dims(config), _parameters(config)))
+            super().__init__(of_equal_size(make, _dims(config), parameters(config)))
 
     def encode(self, tokens: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         encoded, memory, _ = self.network(tokens, mems=memory)
@@ -113,7 +111,7 @@ class RMT(DecoderOnly):
             return network
 
         with importing(folder, "recurrent_memory_transformer_pytorch") as package:
-            super().__init__(of_equal_size(make, _feeds(config), _parameters(config)))
+            super().__init__(of_equal_size(make, _feeds(config), parameters(config)))
 
     def step(self, tokens: Tensor, memory: Any) -> tuple[Tensor, Any, Tensor | float]:
         with warnings.catch_warnings():
@@ -146,7 +144,7 @@ class TransformerXL(DecoderOnly):
             return network
 
         with importing(folder, "x_transformers") as package:
-            super().__init__(of_equal_size(make, _feeds(config), _parameters(config)))
+            super().__init__(of_equal_size(make, _feeds(config), parameters(config)))
 
     def step(self, tokens: Tensor, memory: Any) -> tuple[Tensor, Any, Tensor | float]:
         logits, memory = self.network(tokens, mems=memory, return_mems=True)
@@ -187,34 +185,13 @@ class Compressive(DecoderOnly):
             return network
 
         with importing(folder, "compressive_transformer_pytorch") as package:
-            super().__init__(of_equal_size(make, _dims(config), _parameters(config)))
+            super().__init__(of_equal_size(make, _dims(config), parameters(config)))
 
     def step(self, tokens: Tensor, memory: Any) -> tuple[Tensor, Any, Tensor | float]:
         logits, memory, extra_loss = self.network(tokens, memories=memory)
         # It detaches the weight of its keys and values in place, which would then never be trained again.
         self.network.requires_grad_()
         return logits, tuple(memory), extra_loss.squeeze()
-
-
-def of_equal_size(make: Callable[[int], nn.Module], choices: Sequence[int], parameters: int) -> nn.Module:
-    """The network whose number of parameters is nearest to ``parameters``; ``make`` takes a size, of ``choices``."""
-
-    def count(choice: int) -> int:
-        with torch.device("meta"):
-            return number_of_parameters(make(choice))
-
-    first = bisect.bisect_left(choices, parameters, key=count)
-    near = choices[max(0, first - 1) : first + 1]
-    return make(min(near, key=lambda choice: abs(count(choice) - parameters)))
-
-
-def number_of_parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _parameters(config: MemformerConfig) -> int:
-    with torch.device("meta"):
-        return number_of_parameters(Memformer(**config.to_dict()))
 
 
 def _depth(config: MemformerConfig) -> int:

@@ -197,7 +197,7 @@ def test_pixels_are_compared_in_bits():
         ({"tasks": ("chess",)}, r"tasks: expected some of copy, .*pixels, got 'chess'"),
         (
             {"contestants": ("RMT",)},
-            r"contestants: expected some of memformer, memory off, got 'RMT'\. .*-m benchmarks",
+            r"contestants: expected some of memformer, memory off, causal, .*got 'RMT'\. .*-m benchmarks",
         ),
         ({"seeds": (1, 1)}, "seeds: expected one or more, all different, got 1, 1"),
         ({"learning_rates": ()}, "learning_rates: expected one or more"),

@@ -83,7 +83,7 @@ class CausalMemformer(SegmentModel):
         num_mem_updates: how often a memory is written per segment.
         mem_update_attn_heads: heads of the writing attention.
         memory_writer, write_temperature, positions: as in :class:`~memformer.Memformer`.
-        feed_forward_factor: the width of the feed-forward layers, as a multiple of ``dim``.
+        feed_forward_factor: the width of the feed-forward layers, as a multiple of ``dim``; not only whole ones.
         dropout: probability, on the embeddings and on every sublayer's output.
         tie_embeddings: one matrix for the embeddings and the output projection.
 
@@ -112,7 +112,7 @@ class CausalMemformer(SegmentModel):
         memory_writer: Writer = "normalised",
         write_temperature: float = 0.25,
         positions: Positions = "rotary",
-        feed_forward_factor: int = 4,
+        feed_forward_factor: float = 4,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
     ):

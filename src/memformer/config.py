@@ -216,14 +216,19 @@ class CausalConfig(ModelConfig):
     memory_writer: Writer = "normalised"
     write_temperature: float = 0.25
     positions: Positions = "rotary"
-    feed_forward_factor: int = 4
+    feed_forward_factor: float = 4
     dropout: float = 0.0
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dim", "num_memory_slots", "num_tokens", "max_seq_len", "depth", "heads", "num_mem_updates",
-                     "mem_update_attn_heads", "feed_forward_factor"):  # fmt: skip
+                     "mem_update_attn_heads"):  # fmt: skip
             check_count(name, getattr(self, name))
+        check_number("feed_forward_factor", self.feed_forward_factor)
+        if not 0.5 < self.feed_forward_factor * self.dim < math.inf:
+            raise ValueError(
+                f"feed_forward_factor: expected a width of at least 1, got {self.feed_forward_factor} x {self.dim}"
+            )
         check_count("overlap", self.overlap, least=0)
         if self.overlap > self.max_seq_len:
             raise ValueError(

@@ -6,19 +6,36 @@ Knows neither data nor optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..causal import CausalMemformer, CausalMemory
 from ..config import MemformerConfig
+from ..data.segments import Segment
 from ..model import Memformer
+from ..rollouts import read_segments
 from ..tasks import START, Episode
 
-__all__ = ["OWN", "Build", "Contestant", "EncoderDecoder", "Outcome", "build"]
+__all__ = [
+    "OWN",
+    "Build",
+    "Contestant",
+    "EncoderDecoder",
+    "Outcome",
+    "build",
+    "number_of_parameters",
+    "of_equal_size",
+    "parameters",
+]
+
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Outcome(NamedTuple):
@@ -132,6 +149,85 @@ class MemoryOff(WithMemory):
         return super().encode(tokens, None)[0], None
 
 
+class Causal(Contestant):
+    """:class:`~memformer.CausalMemformer`, with as many layers as both stacks together, which share out the slots.
+
+    It reads at least one token of the segment before, without which a segment's first token is not predicted. The width
+    of its feed-forwards is what gives it as many parameters.
+    """
+
+    network: CausalMemformer
+
+    def __init__(self, config: MemformerConfig):
+        depth = config.enc_depth + config.dec_depth
+
+        def make(feed: int) -> CausalMemformer:
+            return CausalMemformer(
+                dim=config.dim,
+                num_memory_slots=max(1, round(config.num_memory_slots / depth)),
+                num_tokens=config.vocabulary,
+                max_seq_len=config.segment_length,
+                depth=depth,
+                heads=config.enc_heads,
+                overlap=max(1, config.dec_overlap),
+                num_mem_updates=config.num_mem_updates,
+                mem_update_attn_heads=config.mem_update_attn_heads,
+                memory_writer=config.memory_writer,
+                write_temperature=config.write_temperature,
+                positions=config.positions,
+                feed_forward_factor=feed / config.dim,
+                dropout=config.dropout,
+                tie_embeddings=config.tie_embeddings,
+            )
+
+        super().__init__(of_equal_size(make, range(1, 8 * config.dim), parameters(config)))
+
+    def read(self, episode: Episode, state: Any) -> tuple[Tensor, Any, Tensor]:
+        outputs, memory = self.outputs(episode.tokens, state)
+        wanted = [x[:, :-1] for x, w in zip(outputs, episode.answers.any(2).any(0).tolist(), strict=True) if w]
+        logits = self.network.head(torch.stack(wanted, 1))
+        return logits, memory, logits.new_zeros(())
+
+    def outputs(self, tokens: Tensor, memory: CausalMemory | None) -> tuple[Sequence[Tensor], CausalMemory]:
+        """The last layer's, for each segment of (batch, segments, length), and the memory after them."""
+        return read_segments(self.network, [Segment(segment) for segment in tokens.unbind(1)], memory)
+
+
+class CausalMemoryOff(Causal):
+    """Each segment starts from the initial memories, so a prediction sees the overlap and no further: all at once."""
+
+    def outputs(self, tokens: Tensor, memory: CausalMemory | None) -> tuple[Sequence[Tensor], CausalMemory]:
+        batch, segments, _ = tokens.shape
+        overlap, initial = self.network.config.overlap, self.network.get_initial_mem(batch * segments)
+        first = (initial if memory is None else memory).last[:batch, None]
+        last = torch.cat([first, tokens[:, :, -overlap:]], 1)  # (batch, segments + 1, overlap)
+        flat = initial._replace(last=last[:, :-1].flatten(0, 1))
+        hidden, _ = self.network.step(tokens.flatten(0, 1), flat)
+        return hidden.unflatten(0, (batch, segments)).unbind(1), CausalMemory(tokens.new_zeros(0), last[:, -1])
+
+
+def of_equal_size(make: Callable[[int], Network], choices: Sequence[int], parameters: int) -> Network:
+    """The network whose number of parameters is nearest to ``parameters``; ``make`` takes a size, of ``choices``."""
+
+    def count(choice: int) -> int:
+        with torch.device("meta"):
+            return number_of_parameters(make(choice))
+
+    first = bisect.bisect_left(choices, parameters, key=count)
+    near = choices[max(0, first - 1) : first + 1]
+    return make(min(near, key=lambda choice: abs(count(choice) - parameters)))
+
+
+def number_of_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def parameters(config: MemformerConfig) -> int:
+    """How many the Memformer of a configuration has."""
+    with torch.device("meta"):
+        return number_of_parameters(Memformer(**config.to_dict()))
+
+
 Build = Callable[[MemformerConfig], Contestant]
 """Makes a contestant with new weights, drawn from torch's global generator. The configuration is this model's; others
 get about as many parameters, and carry about as many numbers from segment to segment.
@@ -139,8 +235,13 @@ get about as many parameters, and carry about as many numbers from segment to se
 Other processes build contestants too: what builds one must be found by its name there (a class, a function, or a
 ``functools.partial`` of these)."""
 
-OWN: dict[str, Build] = {"memformer": WithMemory, "memory off": MemoryOff}
-"""By name: this model, and the same without its memory."""
+OWN: dict[str, Build] = {
+    "memformer": WithMemory,
+    "memory off": MemoryOff,
+    "causal": Causal,
+    "causal memory off": CausalMemoryOff,
+}
+"""By name: the models of this library, and each without its memory."""
 
 
 def build(name: str, entrants: Mapping[str, Build], config: MemformerConfig) -> Contestant:

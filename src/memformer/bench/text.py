@@ -82,10 +82,12 @@ class TextBenchmark:
     """Tokens of the BPE."""
     held_out_share: int = 24
     """Hold out one document in this many; of the rest, one in N + 1 is used for tuning."""
+    contestant: str = "memformer"
+    """In the studies of horizons, slots and overlaps: whose; memformer or causal."""
     horizons: tuple[int, ...] = (1, 2, 4, 8, 16)
     """In the study of horizons: how many segments a gradient reaches back."""
     slot_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """In the study of slots: how many the memory has."""
+    """In the study of slots: how many the memory has; of a causal model, its layers share them out."""
     overlaps: tuple[int, ...] = (0, 1, 4, 16)
     """In the study of overlaps: how many tokens of the previous segment the decoder also sees."""
     contestants: tuple[str, ...] = ()
@@ -126,6 +128,8 @@ class TextBenchmark:
         for horizon in self.horizons if self.study == "horizon" else (self.horizon,):
             if self.window % horizon:
                 raise ValueError(f"horizon: expected a divisor of window, {self.window}, got {horizon}")
+        if self.study == "overlap" and self.contestant == "causal" and 0 in self.overlaps:
+            raise ValueError("overlaps: a causal model predicts a segment's first token from an overlap, of at least 1")
         for overlap in self.overlaps if self.study == "overlap" else (self.model.dec_overlap,):
             if overlap > self.segment_tokens:
                 raise ValueError(f"overlap: expected at most a segment's {self.segment_tokens} tokens, got {overlap}")
@@ -147,6 +151,8 @@ def _usual(settings: TextBenchmark) -> Variant:
 def _variants(settings: TextBenchmark, entrants: Mapping[str, Build]) -> dict[str, Variant]:
     """By the name that the study gives them."""
     usual = _usual(settings)
+    if settings.study != "peers":
+        usual = usual._replace(contestant=settings.contestant)
     if settings.study == "horizon":
         return {f"horizon {n}": usual._replace(horizon=n) for n in settings.horizons}
     if settings.study == "slots":
@@ -434,12 +440,14 @@ def run(settings: TextBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterato
 
 def _fixed(settings: TextBenchmark) -> dict[str, object]:
     """What all trials of a file have in common, whatever the study."""
-    studies = {"study", "horizons", "slot_counts", "overlaps", "contestants"}
+    studies = {"study", "contestant", "horizons", "slot_counts", "overlaps", "contestants"}
     of_a_trial = {"horizon", "steps", "learning_rates", "seeds"}
     fixed = dataclasses.asdict(settings)
     for name in studies | of_a_trial | {"shakespeare", "jobs", "out", "plot"}:
         del fixed[name]
-    for name in ("slots", "dec_overlap"):  # of a variant
+    of_a_variant = {"slots", "dec_overlap"}
+    of_another_architecture = {"architecture", "depth", "overlap", "memory_layout"}
+    for name in of_a_variant | of_another_architecture:
         del fixed["model"][name]
     return fixed
 

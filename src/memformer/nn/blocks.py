@@ -18,9 +18,10 @@ def embedding_table(tokens: int, dim: int) -> nn.Embedding:
     return embedding
 
 
-def feed_forward(dim: int, factor: int = 4) -> nn.Sequential:
-    """dim -> factor * dim -> dim."""
-    return nn.Sequential(nn.Linear(dim, factor * dim), nn.GELU(), nn.Linear(factor * dim, dim))
+def feed_forward(dim: int, factor: float = 4) -> nn.Sequential:
+    """dim -> factor * dim, to the nearest whole number -> dim."""
+    width = round(factor * dim)
+    return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, dim))
 
 
 class Block(nn.Module):
@@ -30,7 +31,7 @@ class Block(nn.Module):
     context is the encoder's output and self-attention is causal.
     """
 
-    def __init__(self, dim: int, heads: int, positions: Positional, causal: bool, dropout: float, factor: int = 4):
+    def __init__(self, dim: int, heads: int, positions: Positional, causal: bool, dropout: float, factor: float = 4):
         super().__init__()
         self.causal = causal
         self.self_norm, self.context_norm, self.feed_norm = (nn.LayerNorm(dim) for _ in range(3))
