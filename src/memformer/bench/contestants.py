@@ -19,8 +19,8 @@ from ..causal import CausalMemformer, CausalMemory
 from ..config import MemformerConfig
 from ..data.segments import Segment
 from ..model import Memformer
-from ..rollouts import read_segments
 from ..tasks import START, Episode
+from ..wavefront import read_segments
 
 __all__ = [
     "OWN",
@@ -190,7 +190,10 @@ class Causal(Contestant):
 
     def outputs(self, tokens: Tensor, memory: CausalMemory | None) -> tuple[Sequence[Tensor], CausalMemory]:
         """The last layer's, for each segment of (batch, segments, length), and the memory after them."""
-        return read_segments(self.network, [Segment(segment) for segment in tokens.unbind(1)], memory)
+        found: list[Tensor] = []
+        segments = [Segment(segment) for segment in tokens.unbind(1)]
+        memory = read_segments(self.network, segments, memory, found.append)
+        return found, memory
 
 
 class CausalMemoryOff(Causal):
@@ -219,6 +222,7 @@ def of_equal_size(make: Callable[[int], Network], choices: Sequence[int], parame
 
 
 def number_of_parameters(network: nn.Module) -> int:
+    """How many numbers a network learns."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
