@@ -331,6 +331,11 @@ class CausalMemformer(SegmentModel):
         mask = None if segment.tgt_mask is None else segment.tgt_mask[:, 1:]
         return Segment(segment.tgt[:, 1:], mask, segment.reset)
 
+    def compile_parts(self) -> None:
+        """Each layer's block and each writer; all layers have the code of one. They then run one after the other."""
+        for part in [*self.stack.each_block(), *self.writers()]:
+            part.compile()
+
     def writers(self) -> list[SlotWriter]:
         """One for each layer, or the one there is."""
         return self.stack.writers()

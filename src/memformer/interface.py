@@ -162,6 +162,10 @@ class SegmentModel(Pretrained):
     def of_stream(self, segment: Segment) -> Segment:
         """A segment of :class:`~memformer.data.Lanes`, with continuation as its target, as this model reads it."""
 
+    @abstractmethod
+    def compile_parts(self) -> None:
+        """Compile, in place, the parts in which a rollout spends its time; see :meth:`torch.nn.Module.compile`."""
+
     # --- What is looked at ------------------------------------------------------------------------------------------
 
     @abstractmethod

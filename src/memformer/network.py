@@ -334,6 +334,12 @@ class Network(SegmentModel):
         """The segment as it is: a source, and the next one as its target."""
         return segment
 
+    def compile_parts(self) -> None:
+        """The encoder and the decoder."""
+        self.encoder.compile()
+        if self.decoder is not None:
+            self.decoder.compile()
+
     def writers(self) -> list[SlotWriter]:
         """The one there is."""
         return [self.writer]

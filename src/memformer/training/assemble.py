@@ -147,10 +147,7 @@ def _start_from(model: SegmentModel, other: SegmentModel) -> None:
 def _parallel(model: SegmentModel, settings: TrainingConfig, ranks: Ranks, device: torch.device) -> nn.Module:
     """The module whose call is a rollout: on its device, compiled and shared among processes as the settings say."""
     if settings.compute.compile:
-        assert isinstance(model, Memformer), "the settings check it"
-        assert model.decoder is not None
-        model.encoder.compile()
-        model.decoder.compile()
+        model.compile_parts()
     if ranks.size > 1 and settings.compute.parallel == "fsdp":
         assert isinstance(model, Memformer), "the settings check it"
         shard(model, device)
