@@ -217,7 +217,7 @@ def test_the_command_says_where_the_slots_are() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which dynamo looks at
 @pytest.mark.parametrize("layout", ["layers", "one"])
-def test_a_compiled_model_has_the_same_gradients_and_compiles_once_for_all_layers(
+def test_a_compiled_model_has_the_same_gradients_and_is_compiled_once(
     monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     model, segments = lively_causal(memory=layout, depth=4), [Segment(tokens(2, 5)) for _ in range(3)]
@@ -233,8 +233,7 @@ def test_a_compiled_model_has_the_same_gradients_and_compiles_once_for_all_layer
     assert not pays(model, 3)
     assert_close(step(), expected)
     compiled = counter.frame_count
-    # A block and a writer, without and with gradients; a writer's initial memory has other strides.
-    assert 4 <= compiled <= 6
+    assert 2 <= compiled <= 4  # without and with gradients; the initial memory has other strides
     assert_close(step(), expected)
     assert counter.frame_count == compiled
 

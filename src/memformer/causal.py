@@ -332,9 +332,8 @@ class CausalMemformer(SegmentModel):
         return Segment(segment.tgt[:, 1:], mask, segment.reset)
 
     def compile_parts(self) -> None:
-        """Each layer's block and each writer; all layers have the code of one. They then run one after the other."""
-        for part in [*self.stack.each_block(), *self.writers()]:
-            part.compile()
+        """The stack of all layers, which then run one after the other."""
+        self.stack.compile()
 
     def writers(self) -> list[SlotWriter]:
         """One for each layer, or the one there is."""

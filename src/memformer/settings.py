@@ -377,7 +377,7 @@ class ComputeSettings(Typed):
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Type for autocast; auto is bf16 on an accelerator that computes it natively, else float32."""
     compile: bool = False
-    """Compile encoder and decoder, or a causal model's layers: a slow start, then faster steps."""
+    """Compile encoder and decoder, or a causal model's stack: a slow start, then faster steps."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a copy of the model in each process, or its parameters divided among them."""
     timeout: float = 30.0

@@ -143,12 +143,12 @@ def pays(model: SegmentModel, segments: int) -> bool:
     """Whether a wavefront over so many segments is expected to be the faster way.
 
     It saves calls where there are several layers and several segments; docs/causal.md has the measurements, in which it
-    was never slower from three layers on. Compiled layers are faster one after the other: each number of layers that
-    work at once would be compiled anew.
+    was never slower from three layers on. A compiled stack is faster one layer after the other: each number of
+    layers that work at once would be compiled anew.
     """
     if not isinstance(model, CausalMemformer) or not isinstance(model.stack, MemoryInEachLayer):
         return False
-    if any(part._compiled_call_impl is not None for part in model.stack.modules()):
+    if model.stack._compiled_call_impl is not None:
         return False
     return model.config.depth >= 3 and segments >= 3
 
