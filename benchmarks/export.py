@@ -1,4 +1,5 @@
 """The exported steps in onnxruntime against PyTorch, at batch 1, in one run: an encoder step, a decode step, and text.
+Of a Memformer, or with ``--architecture causal`` of a causal model.
 
 Weights are random: only speed is measured, after both were shown to give the same numbers over 20 carried segments and
 to write the same text. PyTorch runs the same steps eagerly. Both take turns and have the same number of threads.
@@ -6,6 +7,7 @@ to write the same text. PyTorch runs the same steps eagerly. Both take turns and
 
 from __future__ import annotations
 
+import functools
 import json
 import runpy
 import statistics
@@ -15,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from memformer import Memformer
 from memformer.bench.meters import check_no_dropout, machine, spread, taking_turns
 from memformer.config import check_count
-from memformer.export import DecodeStep, EncodeStep, export
+from memformer.export import Exported, export
+from memformer.generation import generate
+from memformer.interface import SegmentModel
+from memformer.models import make_model
 from memformer.settings import ModelSettings
 
 __all__ = ["Export", "run"]
@@ -29,7 +33,8 @@ __all__ = ["Export", "run"]
 EXAMPLE = Path(__file__).parent.parent / "examples" / "onnx_generate.py"
 START, VOCABULARY = 256, 257
 _Session = Any  # onnxruntime has no types
-MODEL = ModelSettings(dim=256, slots=32, enc_depth=2, dec_depth=4, heads=4, dec_overlap=0, tie_embeddings=False)
+_Tensors = dict[str, Tensor]
+MODEL = ModelSettings(dim=256, slots=32, tie_embeddings=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ def run(settings: Export) -> Iterator[str]:
     except ImportError as error:
         raise ImportError("exported steps run in onnxruntime, which is not installed", name="onnxruntime") from error
     torch.manual_seed(0)
-    model = Memformer(**settings.model.memformer_config(VOCABULARY, settings.segment_tokens).to_dict()).eval()
+    model = make_model(settings.model.config(VOCABULARY, settings.segment_tokens)).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield f"{machine(torch.device('cpu'))}, onnxruntime {onnxruntime.__version__}"
     yield (
@@ -76,38 +81,37 @@ def run(settings: Export) -> Iterator[str]:
         yield from _measure(model, json.loads((folder / "export.json").read_text()), encode, decode, settings.runs)
 
 
-def _measure(
-    model: Memformer,
-    about: object,
-    encode: _Session,
-    decode: _Session,
-    runs: int,
-) -> Iterator[str]:
-    assert model.decoder is not None, "it was made with one"
-    config = model.config
-    length = config.segment_length
-    torch_encode, torch_decode = EncodeStep(model), DecodeStep(model.decoder)
-    size = (config.dec_depth, 2, 1, config.dec_heads, length + 1, config.dim // config.dec_heads)
+def _measure(model: SegmentModel, about: Exported, encode: _Session, decode: _Session, runs: int) -> Iterator[str]:
+    length, steps, sessions = about["segment_length"], model.steps(), {"encode": encode, "decode": decode}
 
-    difference = 0.0
-    memory, torch_memory = np.zeros((1, config.num_memory_slots, config.dim), np.float32), model.get_initial_mem(1)
-    mask = torch.ones(1, length, dtype=torch.bool)
+    def by_torch(name: str, given: _Tensors) -> _Tensors:
+        return dict(zip(steps[name].outputs, steps[name].module(*given.values()), strict=True))
+
+    def by_onnx(name: str, given: _Tensors) -> _Tensors:
+        found = sessions[name].run(None, {x: tensor.numpy() for x, tensor in given.items()})
+        return {x: torch.from_numpy(array) for x, array in zip(steps[name].outputs, found, strict=True)}
+
+    begin = {x: torch.zeros_like(example[:1]) for x, (example, _) in steps["encode"].inputs.items()}
+    begin["cache"] = steps["decode"].inputs["cache"][0][:, :, :1]
+    sides, difference = [(by_torch, begin), (by_onnx, dict(begin))], 0.0  # each with what it carries
+    last: dict[str, _Tensors] = {}  # what each step was given
+
+    def both(name: str, **given: Tensor) -> float:
+        """Run a step on both sides; how far the outputs are apart."""
+        found = []
+        for run, carried in sides:
+            carried |= given
+            last[name] = {x: carried[x] for x in steps[name].inputs}
+            found.append(run(name, last[name]))
+            carried |= {x.removesuffix("_after"): tensor for x, tensor in found[-1].items()}
+        return max(float((x - y).abs().max()) for x, y in zip(*(side.values() for side in found), strict=True))
+
     for i in range(20):
-        tokens, reset = torch.randint(VOCABULARY - 1, (1, length)), torch.tensor([i == 0])
-        inputs = {"tokens": tokens.numpy(), "mask": mask.numpy(), "memory": memory, "reset": reset.numpy()}
-        _, memory, context = encode.run(None, inputs)
-        torch_inputs = tokens, mask, torch_memory, reset
-        _, torch_memory, torch_context = torch_encode(*torch_inputs)
-        cache, torch_cache = np.zeros(size, np.float32), torch.zeros(size)
+        tokens, mask = torch.randint(VOCABULARY - 1, (1, length)), torch.ones(1, length, dtype=torch.bool)
+        difference = max(difference, both("encode", tokens=tokens, mask=mask, reset=torch.tensor([i == 0])))
         for position in range(length):
-            at = torch.tensor([position])
-            step = {"token": tokens[:, position].numpy(), "position": at.numpy(), "cache": cache,
-                    "context": context, "mask": mask.numpy()}  # fmt: skip
-            logits, cache = decode.run(None, step)
-            torch_step = tokens[:, position], at, torch_cache, torch_context, mask
-            torch_logits, torch_cache = torch_decode(*torch_step)
-            difference = max(difference, float((torch_logits - torch.from_numpy(logits)).abs().max()))
-        difference = max(difference, float((torch_memory - torch.from_numpy(memory)).abs().max()))
+            step = {"token": tokens[:, position], "position": torch.tensor([position])}
+            difference = max(difference, both("decode", **step))
     yield f"largest difference of memory and logits over 20 carried segments: {difference:.1e}"
     if not difference < 1e-4:
         raise RuntimeError(f"the exported steps differ from the model's by {difference:.1e}")
@@ -119,7 +123,7 @@ def _measure(
 
     def written_by_torch() -> list[int]:
         empty = torch.zeros(1, 0, dtype=torch.int64)
-        written: list[int] = model.generate(empty, count, start=START, temperature=0).tokens[0].tolist()
+        written: list[int] = generate(model, empty, count, start=START, temperature=0).tokens[0].tolist()
         return written
 
     if written_by_onnx() != written_by_torch():
@@ -130,8 +134,14 @@ def _measure(
         f"{'milliseconds':24}{'PyTorch: min':>14}{'median':>9}{'max':>9}{'ONNX: min':>14}{'median':>9}{'max':>9}"
         f"{'ratio':>9}"
     )
-    yield _compare("encoder step", runs, lambda: torch_encode(*torch_inputs), lambda: encode.run(None, inputs))
-    yield _compare("decode step", runs, lambda: torch_decode(*torch_step), lambda: decode.run(None, step))
+    for name, title in (("encode", "encoder step"), ("decode", "decode step")):
+        arrays = {x: tensor.numpy() for x, tensor in last[name].items()}
+        yield _compare(
+            title,
+            runs,
+            functools.partial(steps[name].module, *last[name].values()),
+            functools.partial(sessions[name].run, None, arrays),
+        )
     yield _compare(f"{count} tokens of text", max(3, runs // 10), written_by_torch, written_by_onnx)
 
 

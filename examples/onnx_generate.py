@@ -31,31 +31,36 @@ def load(folder: Path) -> Exported:
 def generate(exported: Exported, prompt: Sequence[int], count: int) -> Iterator[int]:
     """The likeliest tokens after a prompt."""
     about, encode, decode = exported
-    length, special, overlap = about["segment_length"], about["special_tokens"], about["model"]["dec_overlap"]
-    shapes = {name: [size if size != "batch" else 1 for size in x["shape"]]
-              for step in about["steps"].values() for name, x in step["inputs"].items()}  # fmt: skip
-    cache = np.zeros(shapes["cache"], np.float32)
+    length, special, causal = about["segment_length"], about["special_tokens"], about["kind"] == "CausalMemformer"
+    start = special["start"]
 
-    def read(segment: Sequence[int], memory: np.ndarray | None = None) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """What the decoder looks at, and the memory after the segment; without a memory a document begins."""
-        mask = np.ones((1, len(segment)), bool)
-        begins = np.array([memory is None])
-        if memory is None:
-            memory = np.zeros(shapes["memory"], np.float32)
-        inputs = {"tokens": np.array([segment]), "mask": mask, "memory": memory, "reset": begins}
-        memory, context = encode.run(["memory_after", "context"], inputs)
-        return {"context": context, "mask": mask}, memory
+    def zeros(tensor: dict[str, Any]) -> np.ndarray:
+        return np.zeros([size if size != "batch" else 1 for size in tensor["shape"]], tensor["dtype"])
 
-    def begin(segment: Sequence[int]) -> list[int]:
-        """What the decoder reads before it goes on from a segment: the start token, and the segment's last tokens."""
-        return [special["start"], *([special["start"]] * overlap + [*segment])[len(segment) :]]
+    steps = about["steps"].values()
+    # What a step is given as x, and gives back as x_after.
+    kept = {name: zeros(x) for step in steps for name, x in step["inputs"].items()
+            if f"{name}_after" in step["outputs"]}  # fmt: skip
+    cache = kept.pop("cache")
 
-    segment, rest = [special["start"]], list(prompt)
-    looked_at, memory = read(segment)
+    def read(segment: Sequence[int], begins: bool = False) -> tuple[dict[str, np.ndarray], list[int]]:
+        """What the decoder looks at after a segment, and the tokens that it reads first; the memory advances."""
+        nonlocal kept
+        mask = np.full((1, len(segment)), not (causal and begins))  # a causal model has no token before a document
+        given = {"tokens": np.array([segment]), "mask": mask, "reset": np.array([begins])}
+        context, *after = encode.run(["context", *(f"{name}_after" for name in kept)], given | kept)
+        kept = dict(zip(kept, after, strict=True))
+        if causal:
+            return {"context": context}, kept["last"][0].tolist()
+        before = [start] * about["model"]["dec_overlap"] + [*segment]
+        return {"context": context, "mask": mask}, [start, *before[len(segment) :]]
+
+    looked_at, before = read([start], begins=True)
+    rest = list(prompt)
     while len(rest) >= length:
-        segment, rest = rest[:length], rest[length:]
-        looked_at, memory = read(segment, memory)
-    written, known = [*begin(segment), *rest], 0  # the decoder's tokens, and how many of them it has read
+        looked_at, before = read(rest[:length])
+        rest = rest[length:]
+    written, known = [*before, *rest], 0  # the decoder's tokens, and how many of them it has read
     for _ in range(count):
         for position in range(known, len(written)):
             step = {"token": np.array([written[position]]), "position": np.array([position]), "cache": cache}
@@ -65,10 +70,9 @@ def generate(exported: Exported, prompt: Sequence[int], count: int) -> Iterator[
         yield token
         known = len(written)
         written.append(token)
-        if len(written) == 1 + overlap + length:
-            segment = written[-length:]
-            looked_at, memory = read(segment, memory)
-            written, known = begin(segment), 0
+        if len(written) == len(before) + length:
+            looked_at, before = read(written[-length:])
+            written, known = [*before], 0
 
 
 def main() -> None:

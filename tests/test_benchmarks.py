@@ -22,7 +22,8 @@ from memformer.bench import learn
 from memformer.tasks import AssociativeRetrieval
 
 ROOT = Path(__file__).parents[1]
-MODEL = ["--dim", "16", "--heads", "2", "--slots", "2", "--enc-depth", "1", "--dec-depth", "1"]
+SIZES = ["--dim", "16", "--heads", "2", "--slots", "2"]
+MODEL = [*SIZES, "--enc-depth", "1", "--dec-depth", "1"]
 
 
 def report(capsys: pytest.CaptureFixture[str], *command: str) -> list[str]:
@@ -128,10 +129,11 @@ def test_all_layers_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.count("->") == line.count(" x") == 2 for line in lines[5:])
 
 
-def test_the_exported_steps(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("model", [MODEL, ["--architecture", "causal", *SIZES]])
+def test_the_exported_steps(capsys: pytest.CaptureFixture[str], model: list[str]) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    lines = report(capsys, "export", "--segment-tokens", "4", "--runs", "1", *MODEL)
+    lines = report(capsys, "export", "--segment-tokens", "4", "--runs", "1", *model)
     assert any(line == "the likeliest 8 tokens are the same" for line in lines)
     assert rows(lines, "milliseconds") == ["encoder step", "decode step", "8 tokens of text"]
 

@@ -11,23 +11,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
-from helpers import lively, lively_causal, tokens, training_settings
+from helpers import lively, lively_causal, take_grads, tokens, training_settings
 from memformer import CausalMemformer, Memformer, load_model, memory_replay_backprop, replay
 from memformer.cli.inspect import describe
 from memformer.data import ByteTokenizer, Lanes, encode_documents
 from memformer.data.documents import Document
 from memformer.data.segments import Segment
 from memformer.evaluation import evaluate
-from memformer.export import export
 from memformer.folders import all_checkpoints
 from memformer.inspection import inspect, slot_diversity
 from memformer.rollouts import rollout, verify_rollout
 from memformer.settings import TrainingConfig
 from memformer.training import Run, average, checkpoints, sized_as
 from memformer.training.parts import begun_anew, by_name, from_names, only_finite
-from memformer.wavefront import read_segments
+from memformer.wavefront import pays, read_segments
 
 WORDS = "the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
 Settings = Callable[..., TrainingConfig]
@@ -242,9 +242,27 @@ def test_the_command_says_where_the_slots_are() -> None:
     assert describe(found).startswith("9 slots (3 in each of 3 layers, in their order), read over 4 segments of 1 doc")
 
 
-def test_what_a_causal_model_cannot_do_yet_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got CausalMemformer, which cannot be exported yet"):
-        export(lively_causal().float(), tmp_path)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which dynamo looks at
+@pytest.mark.parametrize("layout", ["layers", "one"])
+def test_a_compiled_model_has_the_same_gradients_and_is_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    model, segments = lively_causal(memory=layout, depth=4), [Segment(tokens(2, 5)) for _ in range(3)]
+
+    def step() -> list[torch.Tensor | None]:
+        rollout(model, segments).loss.backward()
+        return list(take_grads(model).values())
+
+    expected, counter, compile_it = step(), CompileCounter(), torch.nn.Module.compile
+    assert pays(model, 3) == (layout == "layers")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_it(self, backend=counter))
+    model.compile_parts()
+    assert not pays(model, 3)
+    assert_close(step(), expected)
+    compiled = counter.frame_count
+    assert 2 <= compiled <= 4  # without and with gradients; the initial memory has other strides
+    assert_close(step(), expected)
+    assert counter.frame_count == compiled
 
 
 @pytest.mark.parametrize("layout", ["layers", "one"])

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 import naive
 from helpers import POSITIONS, WRITERS
-from memformer import Memformer
+from memformer import CausalMemformer, Memformer
+from memformer.causal import CausalMemory
 from memformer.cli import main
 from memformer.data import ByteTokenizer
 from memformer.export import export
@@ -32,11 +33,22 @@ def small(**changes):
     if not changes.get("encoder_only"):
         settings |= {"dec_num_tokens": BYTES.vocabulary, "dec_depth": 1, "dec_heads": 2, "dec_max_seq_len": LENGTH + 1}
         settings["dec_overlap"] = min(2, changes.get("enc_max_seq_len", LENGTH))
-    model = Memformer(**(settings | changes)).eval()
+    return perturbed(Memformer(**(settings | changes)))
+
+
+def small_causal(**changes):
+    settings = {
+        "dim": 16, "num_memory_slots": 3, "mem_update_attn_heads": 2, "num_tokens": BYTES.vocabulary, "depth": 2,
+        "heads": 2, "max_seq_len": LENGTH, "overlap": 2, "tie_embeddings": False,
+    }  # fmt: skip
+    return perturbed(CausalMemformer(**(settings | changes)))
+
+
+def perturbed(model):
     with torch.no_grad():
         for parameter in model.parameters():  # else position tables and biases are too small to be missed
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return model.eval()
 
 
 def load(folder):
@@ -56,19 +68,25 @@ def load(folder):
     return {name: step(**of_step) for name, of_step in about["steps"].items()}
 
 
-@torch.no_grad()
-def assert_same_over_segments(model, steps, batch_size, segments=20):
-    """Random lengths, masks and resets; each side carries its own memory and cache."""
-    generator = torch.Generator().manual_seed(1)
-    memory, expected_memory = torch.zeros(batch_size, 3, 16), model.get_initial_mem(batch_size)
-    lanes = torch.arange(batch_size)
-    for i in range(segments):
-        length = int(torch.randint(1, model.config.enc_max_seq_len + 1, (), generator=generator))
-        tokens = torch.randint(model.config.enc_num_tokens, (batch_size, length), generator=generator)
+def random_segments(config, batch_size, generator):
+    """Tokens, masks and resets of twenty segments of random lengths; the first begin a document."""
+    for i in range(20):
+        length = int(torch.randint(1, config.segment_length + 1, (), generator=generator))
+        tokens = torch.randint(config.vocabulary, (batch_size, length), generator=generator)
         mask = torch.rand(batch_size, length, generator=generator) < 0.8
         reset = torch.rand(batch_size, generator=generator) < 0.1 if i else torch.ones(batch_size, dtype=torch.bool)
         if i % 7 == 3:
             mask[0] = False
+        yield tokens, mask, reset
+
+
+@torch.no_grad()
+def assert_same_over_segments(model, steps, batch_size):
+    """Random lengths, masks and resets; each side carries its own memory and cache."""
+    generator = torch.Generator().manual_seed(1)
+    memory, expected_memory = torch.zeros(batch_size, 3, 16), model.get_initial_mem(batch_size)
+    lanes = torch.arange(batch_size)
+    for tokens, mask, reset in random_segments(model.config, batch_size, generator):
         out = steps["encode"](tokens=tokens, mask=mask, memory=memory, reset=reset)
         memory = out["memory_after"]
         encoded, expected_memory = model.encode(tokens, expected_memory, mask, reset)
@@ -91,12 +109,55 @@ def assert_same_over_segments(model, steps, batch_size, segments=20):
             assert_close(out["logits"][told], expected[lanes, position - overlap][told], rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def assert_same_causal(model, steps, batch_size):
+    """The same for a causal model: its slots and last tokens, then the next tokens with and without a cache."""
+    config, generator = model.config, torch.Generator().manual_seed(1)
+    expected, lanes = model.get_initial_mem(batch_size), torch.arange(batch_size)
+    carried = {"memory": torch.zeros_like(expected.slots)}
+    if config.overlap:
+        carried["last"] = torch.zeros(batch_size, config.overlap, dtype=torch.int64)
+    for tokens, mask, reset in random_segments(config, batch_size, generator):
+        out = steps["encode"](tokens=tokens, mask=mask, reset=reset, **carried)
+        carried = {name: out[f"{name}_after"] for name in carried}
+        logits = model(tokens, expected, mask, reset).logits
+        hidden, expected = model.step(tokens, expected, mask, reset)
+        assert_close(out["logits"][:, -tokens.shape[1] :][mask], logits[mask], rtol=0, atol=1e-4)
+        assert_close(carried["memory"], expected.slots, rtol=0, atol=1e-4)
+        if not config.overlap:
+            assert out["logits"].shape == logits.shape
+            continue
+        assert_close(out["logits"][:, 0], model.head(hidden[:, 0]), rtol=0, atol=1e-4)
+        assert torch.equal(carried["last"], expected.last)
+        pending = torch.randint(config.num_tokens, (batch_size, config.max_seq_len), generator=generator)
+        found = model.head(model.step(pending, CausalMemory(expected.slots, expected.last))[0])
+        cache = torch.full(
+            (config.depth, 2, batch_size, 2, config.overlap + config.max_seq_len, 8), 9.0
+        )  # what lies ahead does not matter
+        written = torch.cat([expected.last, pending], 1)
+        for turn in range(written.shape[1]):
+            position = (turn - lanes).clamp(min=0)  # each lane is one token behind the one before
+            given = {"token": written[lanes, position], "position": position, "cache": cache}
+            out |= steps["decode"](**given, context=out["context"])
+            cache, told = out["cache_after"], position - config.overlap + 1
+            wanted = found[lanes, told.clamp(min=0)]
+            assert_close(out["logits"][told >= 0], wanted[told >= 0], rtol=0, atol=1e-4)
+
+
+KINDS = {"memformer": (small, assert_same_over_segments), "causal": (small_causal, assert_same_causal)}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(kind, tmp_path_factory):
     """A model of bytes, and the folder to which the command exported it for onnxruntime."""
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
-    model = small()
+    model = KINDS[kind][0]()
     model.save_pretrained(folder / "model")
     BYTES.save(folder / "model")
     assert main(["export", "--checkpoint", str(folder / "model"), "--out", str(folder / "onnx")]) == 0
@@ -104,9 +165,9 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_onnx_over_twenty_segments(exported, batch_size):
+def test_onnx_over_twenty_segments(kind, exported, batch_size):
     model, folder = exported
-    assert_same_over_segments(model, load(folder), batch_size)
+    KINDS[kind][1](model, load(folder), batch_size)
 
 
 def test_export_json_says_what_the_files_take(exported):
@@ -114,7 +175,8 @@ def test_export_json_says_what_the_files_take(exported):
     about = json.loads((folder / "export.json").read_text())
     assert about["segment_length"] == LENGTH
     assert about["special_tokens"] == {"start": 256, "infill": 257, "recall": 258, "mask": 259}
-    assert Memformer(**about["model"]).config == model.config
+    assert about["kind"] == type(model).__name__
+    assert type(model)(**about["model"]).config == model.config
     assert json.loads((folder / "tokenizer_config.json").read_text())["kind"] == "bytes"
     for step in about["steps"].values():
         session = onnxruntime.InferenceSession(folder / step["file"])
@@ -154,6 +216,23 @@ def test_torch_export(tmp_path):
     assert_same_over_segments(model, load(tmp_path), batch_size=3)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, when it loads
+def test_torch_export_of_one_memory_for_all_layers(tmp_path):
+    model = small_causal(memory="one", memory_writer="gated", positions="relative")
+    export(model, tmp_path, format="torch")
+    assert_same_causal(model, load(tmp_path), batch_size=3)
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, when it loads
+def test_a_causal_model_without_an_overlap_has_only_encode(tmp_path):
+    model = small_causal(overlap=0)
+    about = export(model, tmp_path, format="torch")
+    assert list(about["steps"]["encode"]["inputs"]) == ["tokens", "mask", "memory", "reset"]
+    steps = load(tmp_path)
+    assert list(steps) == ["encode"]
+    assert_same_causal(model, steps, batch_size=3)
+
+
 def test_encoder_only(tmp_path, capsys):
     model = small(encoder_only=True, dropout=0.5)
     model.save_pretrained(tmp_path / "model")
@@ -190,6 +269,29 @@ def test_every_kind_of_model(tmp_path, format, writer, positions):
     export(model, tmp_path, format=format)
     for batch_size in (1, 2, 5):
         assert_same_over_segments(model, load(tmp_path), batch_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+@pytest.mark.parametrize("memory", ["layers", "one"])
+@pytest.mark.parametrize(("writer", "positions"), list(product(WRITERS, POSITIONS)))
+def test_every_kind_of_causal_model(tmp_path, format, memory, writer, positions):
+    model = small_causal(
+        memory=memory, memory_writer=writer, positions=positions, num_mem_updates=2, tie_embeddings=True, overlap=7
+    )
+    export(model, tmp_path, format=format)
+    for batch_size in (1, 2, 5):
+        assert_same_causal(model, load(tmp_path), batch_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [0, 2])
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_short_causal_segments(tmp_path, format, length, overlap):
+    model = small_causal(max_seq_len=length, overlap=overlap)
+    export(model, tmp_path, format=format)
+    assert_same_causal(model, load(tmp_path), batch_size=2)
 
 
 @pytest.mark.slow

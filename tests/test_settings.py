@@ -224,7 +224,6 @@ def test_what_is_of_the_other_architecture_is_refused():
     for changes, message in (
         ({"objective": ObjectiveSettings(recall=0.5)}, "recall: a causal model predicts what it reads"),
         ({"compute": ComputeSettings(parallel="fsdp")}, "tie_embeddings: FSDP cannot share"),
-        ({"compute": ComputeSettings(compile=True)}, "compile: a causal model is not compiled yet"),
     ):
         with pytest.raises(ValueError, match=message):
             TrainingConfig(model=causal, **changes)
@@ -233,8 +232,12 @@ def test_what_is_of_the_other_architecture_is_refused():
 def test_recipes_make_models():
     for recipe in RECIPES.values():
         config = recipe.model.config(300, recipe.rollout.segment_length)
-        assert config.dec_max_seq_len == recipe.rollout.segment_length + 1
+        assert config.segment_length == recipe.rollout.segment_length
     assert RECIPES["tiny"] == TrainingConfig()
     paper = RECIPES["paper-v1"]
     assert (paper.model.enc_depth, paper.model.dec_depth, paper.model.dim, paper.model.slots) == (4, 8, 512, 32)
     assert dataclasses.astuple(paper.objective) == (0.6, 0.3, 0.1)
+    assert {name for name, recipe in RECIPES.items() if recipe.model.architecture == "causal"} == {
+        "causal",
+        "causal-tiny",
+    }

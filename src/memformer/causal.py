@@ -18,7 +18,7 @@ from . import generation
 from .checks import IGNORED, as_mask, as_tokens, check_mask, check_tokens, describe, has_values, is_tensor
 from .config import CausalConfig, MemoryLayout, Positions, Writer
 from .data.segments import Segment, Targets, cut, each_as_tokens
-from .interface import SegmentModel, TokenLosses
+from .interface import SegmentModel, Step, TokenLosses, as_pairs, as_tensor
 from .nn.attention import KeysValues
 from .nn.blocks import Block, embedding_table
 from .nn.causal import NOTHING, CausalLayer, CausalMemory, MemoryInEachLayer, OneMemory, last_tokens, visible_to
@@ -328,6 +328,10 @@ class CausalMemformer(SegmentModel):
             before = before[:, before.shape[1] - self.config.overlap :]
         return Segment(segment.tgt[:, 1:], mask, segment.reset, before=before)
 
+    def compile_parts(self) -> None:
+        """The stack of all layers, which then run one after the other."""
+        self.stack.compile()
+
     def writers(self) -> list[SlotWriter]:
         """One for each layer, or the one there is."""
         return self.stack.writers()
@@ -363,31 +367,74 @@ class CausalMemformer(SegmentModel):
 
     def open(self, state: MemoryState) -> Opened:
         """All that the stack needs to go on from a state, computed once for the rest of the pending segments."""
-        overlap, config = self.config.overlap, self.config
+        overlap = self.config.overlap
         segments, memory = self.resumed(state)
         for segment in segments:
             _, memory = self.cell(segment, memory)
         contexts = [(k.contiguous(), v.contiguous()) for k, v in self.stack.contexts(memory.slots.transpose(0, 1))]
-        shape = (state.batch_size, config.heads, overlap + state.length, config.dim // config.heads)
-        cache = [(memory.slots.new_zeros(shape), memory.slots.new_zeros(shape)) for _ in contexts]
+        cache = self._new_cache(state.batch_size)
         begun = overlap - 1 + int(state.filled.max())
         if begun:
             # What shorter lanes put into the cache beyond their end is written over before it is looked at.
             tokens = torch.cat([memory.last, state.pending], 1)[:, :begun]
             position = torch.arange(begun, device=tokens.device).expand_as(tokens)
-            self._extend(tokens, position, contexts, cache)
+            self.extend(tokens, position, contexts, cache)
         return Opened(contexts, memory.last, memory.slots, cache)
 
     def next_logits(self, state: MemoryState, opened: Opened) -> Tensor:
         """Logits of each lane's next token, (batch, vocabulary). The cache takes in each lane's last token."""
         position = state.filled + self.config.overlap - 1
         token = torch.cat([opened.last, state.pending], 1).gather(1, position[:, None])
-        return self.head(self._extend(token, position[:, None], opened.contexts, opened.cache)[:, 0])
+        return self.head(self.extend(token, position[:, None], opened.contexts, opened.cache)[:, 0])
 
-    def _extend(
+    # --- What an export asks for ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def steps(self) -> dict[str, Step]:
+        """:class:`EncodeStep` and, if a segment's first token is predicted, :class:`DecodeStep`."""
+        # Two lanes and two tokens: the tracer takes a size of one for a constant.
+        batch, config, memory = 2, self.config, self.get_initial_mem(2)
+        tokens = torch.zeros(batch, min(2, config.max_seq_len), dtype=torch.int64, device=memory.last.device)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        encode = EncodeStep(self)
+        inputs = {
+            "tokens": (tokens, {0: "batch", 1: "length"}),
+            "mask": (mask, {0: "batch", 1: "length"}),
+            "memory": (memory.slots.clone(), {0: "batch"}),
+            "reset": (mask.all(1), {0: "batch"}),
+        }
+        if not self.has_overlap:
+            outputs = {"logits": {0: "batch", 1: "length"}, "memory_after": {0: "batch"}}
+            return {"encode": Step(encode, inputs, outputs)}
+        inputs["last"] = (memory.last, {0: "batch"})
+        outputs = {"logits": {0: "batch", 1: "length + 1"}, "memory_after": {0: "batch"}, "last_after": {0: "batch"}}
+        *_, context = encode(*(tensor for tensor, _ in inputs.values()))
+        next_inputs = {
+            "token": (tokens[:, 0].clone(), {0: "batch"}),
+            "position": (tokens[:, 0].clone(), {0: "batch"}),
+            "cache": (as_tensor(self._new_cache(batch)), {2: "batch"}),
+            "context": (context, {2: "batch"}),
+        }
+        decode = Step(DecodeStep(self), next_inputs, {"logits": {0: "batch"}, "cache_after": {2: "batch"}})
+        return {"encode": Step(encode, inputs, outputs | {"context": {2: "batch"}}), "decode": decode}
+
+    def _new_cache(self, batch_size: int) -> list[KeysValues]:
+        """Room for the overlap and a segment, for :meth:`extend`."""
+        config, like = self.config, self.norm.weight  # other weights may be quantised
+        shape = (batch_size, config.heads, config.overlap + config.max_seq_len, config.dim // config.heads)
+        return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.depth)]
+
+    def extend(
         self, tokens: Tensor, position: Tensor, contexts: Sequence[KeysValues], cache: Sequence[KeysValues]
     ) -> Tensor:
-        """The last layer's output (batch, new, dim) at new tokens of the pending segments; the cache takes them in."""
+        """The last layer's output (batch, new, dim) at new tokens of segments, which the cache takes in.
+
+        Args:
+            tokens: (batch, new) token ids, those of the overlap among them; -1 where there are none before a document.
+            position: (batch, new), where each stands, from the overlap's first on.
+            contexts: the slots' keys and values for each layer.
+            cache: written in place, at ``position``; what lies ahead of a position is not looked at.
+        """
         x = self._embedded(tokens)
         for block, context, kept in zip(self.stack.each_block(), contexts, cache, strict=True):
             x = block.extend(x, kept, position, context)
@@ -438,6 +485,47 @@ class CausalMemformer(SegmentModel):
         if not isinstance(mems[1], Tensor) or mems[1].shape != (batch, config.overlap) or mems[1].is_floating_point():
             expected = f"token ids of shape {(batch, config.overlap)}, the overlap"
             raise ValueError(f"mems: expected as last tokens {expected}, got {describe(mems[1])}")
+
+
+class EncodeStep(nn.Module):
+    """Read one segment and write the memory, and what the tokens after it will look at.
+
+    Where there is no overlap, neither last tokens nor a context come out: no text is written then.
+    """
+
+    def __init__(self, model: CausalMemformer):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, tokens: Tensor, mask: Tensor, memory: Tensor, reset: Tensor, last: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """``(logits, memory)``, and ``last`` and ``context`` if there is an overlap.
+
+        The logits (batch, length + 1, num_tokens) are those of each token and of one more; without an overlap (batch,
+        length, num_tokens), of what follows each.
+        """
+        before = CausalMemory(memory, tokens[:, :0] if last is None else last)
+        hidden, after = self.model.step(tokens, before, mask, reset)
+        logits = self.model.head(hidden)
+        if last is None:
+            return logits, after.slots
+        return logits, *after, as_tensor(self.model.stack.contexts(after.slots.transpose(0, 1)))
+
+
+class DecodeStep(nn.Module):
+    """One token per lane: :meth:`CausalMemformer.extend`, with the cache as a value that goes in and comes out."""
+
+    def __init__(self, model: CausalMemformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, token: Tensor, position: Tensor, cache: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and position (batch,) -> logits (batch, num_tokens) of the next, and the cache."""
+        # Each by itself: ONNX loses the free batch where what is written is a view.
+        kept = [(keys.clone(), values.clone()) for keys, values in as_pairs(cache)]
+        x = self.model.extend(token[:, None], position[:, None], as_pairs(context), kept)
+        return self.model.head(x[:, 0]), as_tensor(kept)
 
 
 def causal_losses(logits: Tensor, length: int, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,17 +12,48 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data.segments import Segment, Targets
+from .nn.attention import KeysValues
 from .nn.memory import SlotWriter
 from .pretrained import Pretrained
 from .state import MemoryState
 
-__all__ = ["Memory", "SegmentModel", "TokenLosses"]
+__all__ = ["Axes", "Memory", "SegmentModel", "Step", "TokenLosses", "as_pairs", "as_tensor"]
 
 Memory = Any
 """A tensor, or a named tuple of tensors, batch first: what :meth:`SegmentModel.get_initial_mem` returns."""
+
+
+Axes = dict[int, str]
+"""The free axes of a tensor, by name: "batch", "length" (of a segment), or one more than it, "length + 1"."""
+
+
+class Step(NamedTuple):
+    """What a model does at once with tensors alone, so that it can be written as a file.
+
+    What is carried from call to call goes in as ``x`` and comes out as ``x_after``.
+
+    Attributes:
+        module: its positional arguments are the inputs, its tuple the outputs.
+        inputs: an example of each in order, with two lanes and up to two tokens, and its free axes; by name.
+        outputs: the free axes of each in order, by name.
+    """
+
+    module: nn.Module
+    inputs: dict[str, tuple[Tensor, Axes]]
+    outputs: dict[str, Axes]
+
+
+def as_tensor(pairs: Sequence[KeysValues]) -> Tensor:
+    """Keys and values of each layer, (batch, heads, keys, head_dim), as (layers, 2, batch, heads, keys, head_dim)."""
+    return torch.stack([torch.stack(pair) for pair in pairs])
+
+
+def as_pairs(stacked: Tensor) -> list[KeysValues]:
+    """What :func:`as_tensor` was given."""
+    return [(pair[0], pair[1]) for pair in stacked]
 
 
 class TokenLosses(NamedTuple):
@@ -131,6 +162,10 @@ class SegmentModel(Pretrained):
     def of_stream(self, segment: Segment) -> Segment:
         """A segment of :class:`~memformer.data.Lanes`, with continuation as its target, as this model reads it."""
 
+    @abstractmethod
+    def compile_parts(self) -> None:
+        """Compile, in place, the parts in which a rollout spends its time; see :meth:`torch.nn.Module.compile`."""
+
     # --- What is looked at ------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -169,3 +204,11 @@ class SegmentModel(Pretrained):
     @abstractmethod
     def next_logits(self, state: MemoryState, opened: Any) -> Tensor:
         """Logits of each lane's next token, (batch, vocabulary). What was opened takes in each lane's last token."""
+
+    # --- What an export asks for ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def steps(self) -> dict[str, Step]:
+        """``encode``, which reads a segment and writes the memory, and, where text can be written, ``decode``, which
+        takes one token per lane and gives the logits of the next.
+        """

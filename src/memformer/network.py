@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import MemformerConfig
 from .data.segments import Segment
-from .interface import SegmentModel, TokenLosses
+from .interface import SegmentModel, Step, TokenLosses, as_pairs, as_tensor
 from .nn.attention import ContextProjection, KeysValues, causal_mask
 from .nn.blocks import Block, embedding_table
 from .nn.memory import WRITERS, SlotWriter
@@ -334,6 +334,12 @@ class Network(SegmentModel):
         """The segment as it is: its source is what was before, and the next one is its target."""
         return segment._replace(before=None)
 
+    def compile_parts(self) -> None:
+        """The encoder and the decoder."""
+        self.encoder.compile()
+        if self.decoder is not None:
+            self.decoder.compile()
+
     def writers(self) -> list[SlotWriter]:
         """The one there is."""
         return [self.writer]
@@ -384,6 +390,72 @@ class Network(SegmentModel):
         position = state.filled + decoder.overlap
         token = _targets(state, decoder.overlap).gather(1, position[:, None])[:, 0]
         return decoder.step(token, position, opened.cache, opened.contexts, opened.context_mask)
+
+    # --- What an export asks for ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def steps(self) -> dict[str, Step]:
+        """:class:`EncodeStep` and, if there is a decoder, :class:`DecodeStep`."""
+        # Two lanes and two tokens: the tracer takes a size of one for a constant.
+        batch = 2
+        tokens = torch.zeros(batch, min(2, self.config.enc_max_seq_len), dtype=torch.int64)
+        tokens = tokens.to(self.encoder.embedding.weight.device)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        encode = EncodeStep(self)
+        inputs = {
+            "tokens": (tokens, {0: "batch", 1: "length"}),
+            "mask": (mask, {0: "batch", 1: "length"}),
+            "memory": (self.get_initial_mem(batch).clone(), {0: "batch"}),
+            "reset": (mask.all(1), {0: "batch"}),
+        }
+        outputs = {"encoded": {0: "batch", 1: "length"}, "memory_after": {0: "batch"}}
+        if self.decoder is None:
+            return {"encode": Step(encode, inputs, outputs)}
+        context_axes = {2: "batch", 4: "length"}
+        *_, context = encode(*(tensor for tensor, _ in inputs.values()))
+        cache = as_tensor(self.decoder.new_cache(batch, self.config.dec_max_seq_len or 0))
+        next_inputs = {
+            "token": (tokens[:, 0].clone(), {0: "batch"}),
+            "position": (tokens[:, 0].clone(), {0: "batch"}),
+            "cache": (cache, {2: "batch"}),
+            "context": (context, context_axes),
+            "mask": inputs["mask"],
+        }
+        decode = Step(DecodeStep(self.decoder), next_inputs, {"logits": {0: "batch"}, "cache_after": {2: "batch"}})
+        return {"encode": Step(encode, inputs, outputs | {"context": context_axes}), "decode": decode}
+
+
+class EncodeStep(nn.Module):
+    """Read one segment and write the memory: :meth:`Network.step`, and what the decoder will look at."""
+
+    def __init__(self, model: Network):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, mask: Tensor, memory: Tensor, reset: Tensor) -> tuple[Tensor, ...]:
+        """``(encoded, memory)``, and ``context`` if there is a decoder; ``reset`` (batch,): lanes that begin anew."""
+        encoded, written = self.model.step(tokens, memory, mask, reset)
+        if self.model.decoder is None:
+            return encoded, written
+        return encoded, written, as_tensor(self.model.decoder.context_projection(encoded))
+
+
+class DecodeStep(nn.Module):
+    """One target per lane: :meth:`Decoder.step`, with the cache as a value that goes in and comes out."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self, token: Tensor, position: Tensor, cache: Tensor, context: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Token and position (batch,) -> logits (batch, tokens) of the next; ``mask``: that of the encoded segment."""
+        # Each by itself: ONNX loses the free batch where what is written is a view.
+        kept = [(keys.clone(), values.clone()) for keys, values in as_pairs(cache)]
+        # A lane with nothing to look at looks at zeros, as in the encoder.
+        logits = self.decoder.step(token, position, kept, as_pairs(context), mask | ~mask.any(1, keepdim=True))
+        return logits, as_tensor(kept)
 
 
 def _source_mask(state: MemoryState) -> Tensor:

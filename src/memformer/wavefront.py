@@ -158,10 +158,13 @@ def pays(model: SegmentModel, segments: int) -> bool:
 
     It saves calls where there are several layers and several segments; docs/causal.md has the measurements, in which it
     was never slower from three layers on. Where FSDP divides a model it never does: its stacked weights would be the
-    whole model, gathered in each process.
+    whole model, gathered in each process. A compiled stack is faster one layer after the other: each number of layers
+    that work at once would be compiled anew.
     """
     stacked = getattr(model, "stack", None)
-    return isinstance(stacked, MemoryInEachLayer) and len(stacked.layers) >= 3 and segments >= 3 and not divided(model)
+    if not isinstance(stacked, MemoryInEachLayer) or stacked._compiled_call_impl is not None:
+        return False
+    return len(stacked.layers) >= 3 and segments >= 3 and not divided(model)
 
 
 def read_segments(

@@ -16,7 +16,7 @@ __all__ = ["ExportCommand", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
-    """Write one encoder step and one decode step as files that run without this package."""
+    """Write a step that reads a segment and one that writes a token as files that run without this package."""
 
     checkpoint: Path
     """A run's folder, or one checkpoint in it; a folder of save_pretrained will do."""

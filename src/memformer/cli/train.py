@@ -47,7 +47,7 @@ class TrainCommand(TrainingConfig):
     Flags override --config, which overrides --recipe. Under torchrun the same command uses all processes.
     """
 
-    recipe: Literal["tiny", "paper-v1", "paper-v2"] = "tiny"
+    recipe: Literal["tiny", "paper-v1", "paper-v2", "causal-tiny", "causal"] = "tiny"
     """Settings to start from, by name."""
     config: Path | None = None
     """A YAML file of settings, such as the run.yaml that every run leaves in its --out."""

@@ -55,9 +55,10 @@ def last_tokens(last: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
     overlap, read = last.shape[1], torch.cat([last.to(tokens.dtype), tokens], 1)
     if mask is None:
         return read[:, read.shape[1] - overlap :]
-    # A stable sort puts the tokens that exist last, in their order.
-    order = F.pad(mask, (overlap, 0), value=True).byte().argsort(dim=1, stable=True)
-    return read.gather(1, order[:, order.shape[1] - overlap :])
+    # Those before the segment all exist, so there are enough. Without a sort, which ONNX does not have.
+    kept = F.pad(mask, (overlap, 0), value=True)
+    place = torch.arange(kept.shape[1], device=kept.device).where(kept, -1)
+    return read.gather(1, place.topk(overlap).values.flip(1))
 
 
 def begun(writer: SlotWriter, memory: Tensor | None, reset: Tensor | None, batch_size: int) -> Tensor:

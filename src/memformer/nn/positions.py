@@ -167,6 +167,8 @@ def _distance_to_key(x: Tensor, keys: int) -> Tensor:
     There are tokens + keys - 1 distances.
     """
     tokens, distances = x.shape[-2:]
+    if torch.compiler.is_exporting():
+        return _from(tokens - 1 - torch.arange(tokens, device=x.device), keys, x)
     flat = F.pad(x, (0, 1)).flatten(-2)[..., tokens - 1 : tokens - 1 + tokens * distances]
     return flat.unflatten(-1, (tokens, distances))[..., :keys]
 
@@ -175,8 +177,19 @@ def _key_to_distance(x: Tensor) -> Tensor:
     """The transpose of :func:`_distance_to_key`: row i is written from tokens - 1 - i on, the rest is zero."""
     tokens, keys = x.shape[-2:]
     distances = tokens + keys - 1
+    if torch.compiler.is_exporting():
+        return _from(torch.arange(tokens, device=x.device), distances, F.pad(x, (tokens - 1, tokens - 1)))
     flat = F.pad(F.pad(x, (0, distances - keys)).flatten(-2), (tokens - 1, 1))
     return flat.unflatten(-1, (tokens, distances + 1))[..., :distances]
+
+
+def _from(first: Tensor, count: int, x: Tensor) -> Tensor:
+    """``count`` entries of each row of ``x`` (..., rows, any), from its place in ``first`` (rows,) on.
+
+    To shift flattened rows is faster, but where sizes are free the tracer cannot show that it divides them evenly.
+    """
+    places = first[:, None] + torch.arange(count, device=x.device)
+    return x.gather(-1, places.expand(*x.shape[:-1], count))
 
 
 def positions(kind: str, heads: int, head_dim: int, max_len: int, causal: bool) -> Positional:

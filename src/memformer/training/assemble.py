@@ -15,7 +15,6 @@ from .._installation import __version__
 from ..data import Document, Lanes, Mixture, Tokenizer, encode_documents
 from ..device import check_compiler, choose_device, choose_precision, seeded
 from ..interface import SegmentModel
-from ..model import Memformer
 from ..models import make_model
 from ..parallel import Ranks, shard
 from ..settings import TrainingConfig, to_flat
@@ -147,10 +146,7 @@ def _start_from(model: SegmentModel, other: SegmentModel) -> None:
 def _parallel(model: SegmentModel, settings: TrainingConfig, ranks: Ranks, device: torch.device) -> nn.Module:
     """The module whose call is a rollout: on its device, compiled and shared among processes as the settings say."""
     if settings.compute.compile:
-        assert isinstance(model, Memformer), "the settings check it"
-        assert model.decoder is not None
-        model.encoder.compile()
-        model.decoder.compile()
+        model.compile_parts()
     if ranks.size > 1 and settings.compute.parallel == "fsdp":
         shard(model, device)
     else:
