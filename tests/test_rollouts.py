@@ -268,7 +268,7 @@ def test_resets(how: str, own_loss: bool) -> None:
 
 def test_how_many_segments_a_call_of_the_decoder_gets() -> None:
     model, task, calls = small(), Task(count=5, batch=2, last=3, is_ragged=False, losses="every"), []
-    model.decoder.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    model.decoder.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     expected = by_hand(model, task, None)
     grads = take_grads(model)
     calls.clear()

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from . import replay
 from .checks import describe
 from .data.segments import Segment, Targets
-from .interface import Memory, SegmentModel
+from .interface import Divisor, Memory, SegmentModel, TokenLosses
 from .replay.inputs import Readout, weight_list
 from .replay.options import OptionKeywords
 from .wavefront import Diagonal, Wavefront, pays
@@ -67,9 +67,7 @@ def rollout(
     if options.readout_segments is None:
         options = dataclasses.replace(options, readout_segments=_readout_segments(model, segments))
     each = options.segment_weights is not None
-    readout: Readout = functools.partial(_losses, model, divisor, tally)
-    if not each:
-        readout = functools.partial(_summed, readout)
+    readout: Readout = functools.partial(_of_each if each else _total, model, divisor, tally)
     if wavefront is None:
         wavefront = pays(model, len(segments)) and not each and options.memory_gradients is None
     if not wavefront:
@@ -108,7 +106,7 @@ def verify_rollout(model: SegmentModel, segments: Sequence[Segment], mems: Memor
         segments: at least one with a target.
         mems: the memory before the first, as the model returns it; None for the learned initial memory.
     """
-    readout = functools.partial(_summed, functools.partial(_losses, model, None, None))
+    readout = functools.partial(_total, model, None, None)
     at_once = _readout_segments(model, segments)
     verdict = replay.verify(functools.partial(_read, model), segments, mems, readout, readout_segments=at_once)
     summary = verdict.summary.replace(_read.__qualname__, type(model).__name__, 1)  # the name that a user knows
@@ -253,18 +251,53 @@ def _read(model: SegmentModel, segment: Segment, memory: Memory | None) -> tuple
 
 def _losses(
     model: SegmentModel,
+    tally: Tally | None,
+    outputs: Sequence[Tensor],
+    segments: Sequence[Segment],
+    divisor: Divisor | None = None,
+) -> tuple[list[int], TokenLosses] | None:
+    """Which segments have a target, and their losses, from one call of the readout; None if there are none."""
+    kept = [i for i, segment in enumerate(segments) if model.target(segment) is not None]
+    if not kept:
+        return None
+    found = model.token_losses([outputs[i] for i in kept], [segments[i] for i in kept], divisor)
+    if tally is not None:
+        tally(found.targets, found.losses.detach(), found.counted)
+    return kept, found
+
+
+def _total(
+    model: SegmentModel,
     divisor: Tensor | float | None,
     tally: Tally | None,
     outputs: Sequence[Tensor],
     segments: Sequence[Segment],
 ) -> Tensor | None:
-    """The losses of several segments, from one call of the readout; 0 for those without a target."""
-    kept = [i for i, segment in enumerate(segments) if model.target(segment) is not None]
-    if not kept:
+    """The summed loss of several segments."""
+    batch = len(segments[0].src)
+
+    def of_each(counted: Tensor) -> Tensor | float:
+        if divisor is not None:
+            return divisor
+        of_segment = counted.unflatten(0, (-1, batch)).sum((1, 2)).clamp(min=1)
+        return of_segment.repeat_interleave(batch, output_size=len(counted))[:, None]
+
+    found = _losses(model, tally, outputs, segments, of_each)
+    return None if found is None else found[1].total
+
+
+def _of_each(
+    model: SegmentModel,
+    divisor: Tensor | float | None,
+    tally: Tally | None,
+    outputs: Sequence[Tensor],
+    segments: Sequence[Segment],
+) -> Tensor | None:
+    """One loss per segment, (segments,); 0 for those without a target."""
+    found = _losses(model, tally, outputs, segments)
+    if found is None:
         return None
-    targets, losses, counted = model.token_losses([outputs[i] for i in kept], [segments[i] for i in kept])
-    if tally is not None:
-        tally(targets, losses, counted)
+    kept, (_, losses, counted, _) = found
     per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
         divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)
@@ -272,11 +305,6 @@ def _losses(
         return per_segment / divisor
     places = torch.tensor(kept, device=per_segment.device)
     return per_segment.new_zeros(len(segments)).index_put((places,), per_segment / divisor)
-
-
-def _summed(losses: Readout, outputs: list[Tensor], segments: list[Segment]) -> Tensor | None:
-    per_segment = losses(outputs, segments)
-    return None if per_segment is None else per_segment.sum()
 
 
 def _advance(front: Wavefront, diagonal: Diagonal, flight: Any) -> tuple[Tensor | None, Any]:
