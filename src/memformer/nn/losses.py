@@ -67,7 +67,7 @@ def vocabulary_loss(
     faster one. The gradient by the matrix is then kept until backward, so this needs at least ``dim`` tokens:
     of fewer the logits would be smaller. All that only of an ``nn.Linear`` as torch made it, or of a :class:`Head`:
     what else may be a head (a quantised projection, an adapter, one with hooks) is called, and so is any in
-    ``torch.func``.
+    ``torch.func`` and in compiled code.
 
     Args:
         hidden: (..., dim).
@@ -107,6 +107,8 @@ def _reciprocal(divisor: Tensor | float, like: Tensor, dtype: torch.dtype) -> Te
 
 def _matrix(head: Callable[[Tensor], Tensor]) -> Head | None:
     """The matrix that a head is, if it is nothing else, and its gradient may be computed here."""
+    if torch.compiler.is_compiling():
+        return None
     if torch._C._are_functorch_transforms_active() or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
     if isinstance(head, Head):
@@ -180,12 +182,12 @@ def _in_parts(
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
             chances = F.linear(narrow[part], matrix, added).log_softmax(1, dtype=wide)
-            losses[part] = -chances.gather(1, places[part])[:, 0]
+            expected = chances.gather(1, places[part])
+            losses[part] = -expected[:, 0]
             if by_loss is None:
                 continue
             # The gradient by the logits, but for each row's factor, which the narrower matrices are multiplied by.
-            error = chances.exp_()
-            error.scatter_add_(1, places[part], -torch.ones_like(by_loss[part]))
+            error = chances.exp_().scatter_(1, places[part], expected.expm1())
             if by_bias is not None:
                 by_bias.addmv_(error.T, by_loss[part, 0])
             error = error.to(ctx.product)
