@@ -9,7 +9,6 @@ does the first for means and sums alone, and is slower on a CPU (docs/log.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,15 +58,15 @@ class VocabularyLoss(NamedTuple):
 
 
 def vocabulary_loss(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], expected: Tensor, divisor: Tensor | float | None = None
+    hidden: Tensor, head: nn.Module | Head, expected: Tensor, divisor: Tensor | float | None = None
 ) -> VocabularyLoss:
     """The cross-entropy of targets and the logits that a head makes of hidden states.
 
-    Logits are made in parts if there are more than :data:`LOGITS_AT_ONCE`, which is the smaller way, and for a total the
-    faster one. The gradient by the matrix is then kept until backward, so this needs at least ``dim`` tokens:
-    of fewer the logits would be smaller. All that only of an ``nn.Linear`` as torch made it, or of a :class:`Head`:
-    what else may be a head (a quantised projection, an adapter, one with hooks) is called, and so is any in
-    ``torch.func`` and in compiled code.
+    Logits are made in parts if there are more than :data:`LOGITS_AT_ONCE`, which is the smaller way, and for a total
+    the faster one. The gradient by the matrix is then kept until backward, so this needs at least ``dim`` tokens: of
+    fewer the logits would be smaller. All that only of an ``nn.Linear`` as torch made it, or of a :class:`Head`: what
+    else may be a head (a quantised projection, an adapter, one with hooks) is called, and so is any in ``torch.func``
+    and in compiled code.
 
     Args:
         hidden: (..., dim).
@@ -105,7 +104,7 @@ def _reciprocal(divisor: Tensor | float, like: Tensor, dtype: torch.dtype) -> Te
     return torch.full((like.numel(),), 1 / divisor, dtype=dtype, device=like.device)
 
 
-def _matrix(head: Callable[[Tensor], Tensor]) -> Head | None:
+def _matrix(head: nn.Module | Head) -> Head | None:
     """The matrix that a head is, if it is nothing else, and its gradient may be computed here."""
     if torch.compiler.is_compiling():
         return None
