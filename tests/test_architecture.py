@@ -40,6 +40,7 @@ LAYERS = [
         "replay.own_state",
         "nn.positions",
         "nn.blocks",
+        "nn.losses",
         "tasks",
         "pretrained",
         "data.segments",

@@ -99,6 +99,63 @@ def test_a_backward_in_the_cells_backward(kind, schedule, hooks, monkeypatch):
     hold_against_a_loop(make, schedule)
 
 
+class Withheld(torch.autograd.Function):
+    """A linear map whose backward gives None for some of its inputs, as graphed callables do for what they skip."""
+
+    @staticmethod
+    def forward(ctx, withheld, h, weight, bias):
+        ctx.withheld = withheld
+        ctx.save_for_backward(h, weight)
+        return torch.tanh(h) @ weight.T + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight = ctx.saved_tensors
+        tanh = torch.tanh(h)
+        found = {"h": grad @ weight * (1 - tanh.square()), "weight": grad.T @ tanh, "bias": grad.sum(0)}
+        return None, *(None if name in ctx.withheld else x for name, x in found.items())
+
+
+WITHHELD = {
+    "a parameter": lambda t: {"bias"},
+    "a large one": lambda t: {"weight"},
+    "all parameters": lambda t: {"weight", "bias"} if t else {"bias"},
+    "the memory": lambda t: {"h"},
+    "everything": lambda t: {"h", "weight", "bias"} if t else {"h", "bias"},
+    "in some segments": lambda t: {"weight"} if t % 2 else {"bias"},
+    "once": lambda t: {"weight", "bias", "h"} if t == 2 else set(),
+}
+
+
+@every_schedule
+@by_hooks
+@pytest.mark.parametrize("outside", [True, False], ids=["used elsewhere", "used there alone"])
+@pytest.mark.parametrize("what", WITHHELD)
+def test_an_autograd_function_that_gives_none(what, outside, hooks, schedule, monkeypatch):
+    """In the cell and in the readout; None is no gradient, and not an error."""
+    large(monkeypatch, 0 if hooks else 10**9)
+
+    def make():
+        cell, head = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()
+
+        def encode(segment, memory):
+            t, x = segment
+            h = Withheld.apply(WITHHELD[what](int(t)), memory + x, cell.weight, cell.bias)
+            return h, h + 0.1 * cell(x) if outside else h + 0.5 * memory
+
+        def read_out(values, segments):
+            pairs = zip(values, segments, strict=True)
+            parts = [Withheld.apply(WITHHELD[what](int(t)), v, head.weight, head.bias) for v, (t, _) in pairs]
+            return sum(x.square().sum() for x in parts) + (head.weight.sum() if outside else 0.0)
+
+        segments = [(torch.tensor(t), x) for t, x in enumerate(xs(2, 3))]
+        memory = torch.randn(2, 3, dtype=torch.float64)
+        return Case(encode, segments, memory, params=[cell, head], readout=read_out, modules=[cell, head])
+
+    # accumulate refuses a first segment that no gradient reaches
+    hold_against_a_loop(make, schedule, accumulate=what not in ("the memory", "everything"))
+
+
 @every_schedule
 @pytest.mark.parametrize("kind", ["adjoint", "reversible", "adjoint and outside"])
 def test_a_backward_in_the_readouts_backward(kind, schedule, monkeypatch):

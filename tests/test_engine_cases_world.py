@@ -324,3 +324,81 @@ def test_a_glance_allows_for_the_precision(dtype):
 
     segments = [x.to(dtype) for x in xs(2, 3)]
     replay.memory_replay(noisy, segments, torch.zeros(2, 3, dtype=dtype), params=cell).loss.backward()
+
+
+# --- Dropout that cuDNN draws
+
+
+@pytest.fixture
+def as_if_on_a_card(monkeypatch):
+    """cuDNN is said to compute RNNs, as it does on a card while it is switched on."""
+    monkeypatch.setattr("memformer.replay.world.drawn_by_cudnn", lambda rnn: torch.backends.cudnn.enabled)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind=nn.LSTM, **options):
+        super().__init__()
+        self.rnn = kind(3, 3, **options)
+
+    def forward(self, x, memory):
+        out, memory = self.rnn(x, memory)
+        return out.square().mean(), memory
+
+    def start(self):
+        state = torch.zeros(self.rnn.num_layers, 2, 3)
+        return (state, state) if isinstance(self.rnn, nn.LSTM) else state
+
+
+def recurrent(cell, **options):
+    segments = [torch.randn(4, 2, 3) for _ in range(3)]
+    return replay.memory_replay(cell, segments, cell.start(), params=cell, **options)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_that_cudnn_draws_is_refused(kind, as_if_on_a_card):
+    cell = Recurrent(kind, num_layers=2, dropout=0.3)
+    says = (
+        rf"the {kind.__name__} 'rnn' has dropout=0.3 between its 2 layers, and cuDNN draws that .*cudnn.enabled = False"
+    )
+    with pytest.raises(ValueError, match=says):
+        recurrent(cell)
+    with pytest.raises(ValueError, match=says.replace(" 'rnn'", "")):  # of a module that a function merely sees
+        replay.accumulate(lambda x, m: cell(x, m), [torch.randn(4, 2, 3)] * 3, cell.start())
+
+
+@pytest.mark.parametrize("way", ["eval", "one layer", "no dropout", "all graphs", "no gradient", "switched off"])
+def test_what_no_replay_draws_again_is_not_refused(way, as_if_on_a_card):
+    sizes = dict(num_layers=1 if way == "one layer" else 2, dropout=0.0 if way in ("no dropout", "one layer") else 0.3)
+    cell = Recurrent(**sizes).train(way != "eval")
+    cell.requires_grad_(way != "no gradient")
+    torch.backends.cudnn.enabled = way != "switched off"
+    try:
+        rollout = recurrent(cell, schedule=SCHEDULES["all graphs" if way == "all graphs" else "default"])
+    finally:
+        torch.backends.cudnn.enabled = True
+    if way != "no gradient":
+        rollout.loss.backward()
+
+
+def test_cudnn_is_switched_in_the_replay_as_it_was(as_if_on_a_card):
+    seen = []
+
+    def cell(x, memory):
+        seen.append(torch.backends.cudnn.enabled)
+        memory = torch.tanh(weight * memory + x)
+        return memory.sum(), memory
+
+    weight = torch.randn(3, requires_grad=True)
+    others = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    for enabled in (False, True):
+        torch.backends.cudnn.enabled = enabled
+        try:
+            rollout = replay.memory_replay(cell, list(torch.randn(3, 2, 3)), torch.zeros(2, 3), params=[weight])
+            torch.backends.cudnn.enabled = not enabled
+            rollout.loss.backward()
+            assert torch.backends.cudnn.enabled is not enabled, "put back after each segment"
+        finally:
+            torch.backends.cudnn.enabled = True
+        assert set(seen) == {enabled}
+        seen.clear()
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == others

@@ -195,15 +195,15 @@ def test_resets_equal_bptt_by_hand() -> None:
 
 
 @pytest.mark.parametrize("readout_tokens", [1, 20, 10_000])
-def test_the_size_of_the_readout_changes_nothing(readout_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_readout_changes_nothing(readout_tokens: int) -> None:
     """Targets and sources of unequal length share a call of the decoder, padded."""
-    monkeypatch.setattr(rollouts, "READOUT_TOKENS", readout_tokens)
     model = small(positions="relative", dec_overlap=2)
     task = Task(count=5, batch=2, last=1, is_ragged=True, losses="every")
     task.tgt_mask[-1] = None
     expected = by_hand(model, task, None)
     grads = take_grads(model)
-    actual = memory_replay_backprop(model, task.src, task.tgt, task.src_mask, task.tgt_mask)
+    given = (task.src, task.tgt, task.src_mask, task.tgt_mask)
+    actual = memory_replay_backprop(model, *given, readout_tokens=readout_tokens)
     assert_same(actual, expected)
     assert_same_grads(take_grads(model), grads)
 
@@ -268,7 +268,7 @@ def test_resets(how: str, own_loss: bool) -> None:
 
 def test_how_many_segments_a_call_of_the_decoder_gets() -> None:
     model, task, calls = small(), Task(count=5, batch=2, last=3, is_ragged=False, losses="every"), []
-    model.decoder.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    model.decoder.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     expected = by_hand(model, task, None)
     grads = take_grads(model)
     calls.clear()
@@ -386,7 +386,7 @@ def test_a_loss_without_a_gradient_is_added() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_how_often_encoder_and_decoder_run(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_often_encoder_and_decoder_run(count: int) -> None:
     """Recording and replay each run the encoder once, but the last segment is not computed twice; the decoder, off the
     critical path, runs once per chunk of targets and never without its gradient."""
     model, src = small(), tokens(2, count * LENGTH)
@@ -394,21 +394,51 @@ def test_how_often_encoder_and_decoder_run(count: int, monkeypatch: pytest.Monke
     calls: dict[str, list[bool]] = {"encoder": [], "decoder": []}
     for name, found in calls.items():
         getattr(model, name).register_forward_hook(lambda *_, found=found: found.append(torch.is_grad_enabled()))
-    monkeypatch.setattr(rollouts, "READOUT_TOKENS", 8)  # one segment's
-    memory_replay_backprop(model, src=src, tgt=targets)
+    memory_replay_backprop(model, src=src, tgt=targets, readout_tokens=8)  # one segment's
     assert calls["encoder"] == [False] * (count - 1) + [True] * count
     assert calls["decoder"] == [True] * sum(tgt is not None for tgt in targets)
 
     calls["decoder"].clear()
-    monkeypatch.setattr(rollouts, "READOUT_TOKENS", 4 * 8)
-    memory_replay_backprop(model, src=src, tgt=targets)
+    memory_replay_backprop(model, src=src, tgt=targets, readout_tokens=4 * 8 + 7)
     assert calls["decoder"] == [True] * -(-count // 4)
+
+    calls["decoder"].clear()
+    memory_replay_backprop(model, src=src, tgt=targets)
+    assert calls["decoder"] == [True], "on a CPU, in which few tokens do not fill a product"
 
     for found in calls.values():
         found.clear()
     memory_replay_backprop(model, src=src, loss_fn=lambda index, enc_out: enc_out.sum())
     assert calls["encoder"] == [False] * (count - 1) + [True] * count
     assert calls["decoder"] == []
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "length", "horizon", "expected"),
+    [
+        ("cpu", 12, 33, 6, 3),  # at least 1,024 targets
+        ("cpu", 2, 64, 64, 8),
+        ("cpu", 64, 64, 16, 1),
+        ("cuda", 64, 64, 16, 4),  # at least 16,384
+        ("cuda", 16, 64, 16, 8),  # and half of the rollout at most
+        ("cuda", 64, 64, 4, 2),
+        ("cuda", 512, 64, 1, 1),
+    ],
+)
+def test_how_many_segments_suit_a_device(device, batch, length, horizon, expected) -> None:
+    class Elsewhere:
+        """What is asked of a tensor of a device that need not be there."""
+
+        def __init__(self) -> None:
+            self.device = torch.device(device)
+
+        def numel(self) -> int:
+            return batch * length
+
+    segments = [Segment(Elsewhere(), tgt=Elsewhere()) for _ in range(horizon)]  # type: ignore[arg-type]
+    assert rollouts._readout_segments(small(), segments, None) == expected
+    assert rollouts._readout_segments(small(), segments, 2 * batch * length) == 2
+    assert rollouts._readout_segments(small(), segments, 1) == 1
 
 
 class LiveTensors:
@@ -527,7 +557,19 @@ def test_the_live_graph_of_plain_bptt_does_grow() -> None:
         ({"tgt": tokens(2, 4), "reset": torch.ones(3)}, r"reset: expected torch\.bool, or integers of 0 and 1"),
         ({"tgt": tokens(2, 4), "reset": torch.ones(3).bool()}, r"reset: expected torch\.bool of shape \(2,\), one per"),
         ({"tgt": tokens(2, 4), "reset": [None]}, r"reset: expected one entry \(or None\) for each of the 3 segments"),
-        ({"loss_fn": lambda i, x: x.sum(), "readout_segments": 2}, r"readout_segments: .* but loss_fn gets one by one"),
+        (
+            {"loss_fn": lambda i, x: x.sum(), "readout_segments": 2},
+            r"readout_segments: .* loss_fn gets segments one by one",
+        ),
+        (
+            {"loss_fn": lambda i, x: x.sum(), "readout_tokens": 2},
+            r"readout_tokens: .* loss_fn gets segments one by one",
+        ),
+        (
+            {"tgt": tokens(2, 4), "readout_tokens": 9, "readout_segments": 2},
+            "readout_tokens: expected either readout_segments or this, got both",
+        ),
+        ({"tgt": tokens(2, 4), "readout_tokens": 0}, "readout_tokens: expected .* at least 1, got 0"),
         ({"tgt": tokens(2, 4), "src_mask": mask("11", "11")}, r"src_mask: expected .* shape \(2, 7\)"),
         ({"tgt": tokens(2, 4), "mems": torch.zeros(1, 3, 8).double()}, r"mems: expected .* shape \(2, 3, 8\)"),
         ({"tgt": tokens(2, 4), "schedule": "binomial"}, r"schedule: expected a schedule, .* got 'binomial'"),

@@ -18,10 +18,11 @@ from . import generation
 from .checks import IGNORED, as_mask, as_tokens, check_mask, check_tokens, describe, has_values, is_tensor
 from .config import CausalConfig, MemoryLayout, Positions, Writer
 from .data.segments import Segment, Targets, cut, each_as_tokens
-from .interface import SegmentModel, TokenLosses
+from .interface import Divisor, SegmentModel, TokenLosses
 from .nn.attention import KeysValues, causal_mask
 from .nn.blocks import Block, embedding_table
 from .nn.causal import CausalLayer, MemoryInEachLayer, OneMemory
+from .nn.losses import Head, vocabulary_loss
 from .nn.memory import WRITERS, SlotWriter
 from .nn.positions import positions as positions_of
 from .state import MemoryState
@@ -229,10 +230,11 @@ class CausalMemformer(SegmentModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., dim) -> logits (..., num_tokens)."""
-        hidden = self.norm(hidden)
-        if self.to_logits is not None:
-            return self.to_logits(hidden)
-        return F.linear(hidden, self.embedding.weight[:-1], self.bias)
+        return self._projection()(self.norm(hidden))
+
+    def _projection(self) -> nn.Linear | Head:
+        """From the normalised outputs to logits."""
+        return Head(self.embedding.weight[:-1], self.bias) if self.to_logits is None else self.to_logits
 
     read = generation.read
     stream = generation.stream
@@ -274,7 +276,9 @@ class CausalMemformer(SegmentModel):
         """Which labels count, (batch, tokens)."""
         return counted_labels(self.target(segment), segment.src_mask, self.has_overlap)
 
-    def token_losses(self, outputs: Sequence[Tensor], segments: Sequence[Segment]) -> TokenLosses:
+    def token_losses(
+        self, outputs: Sequence[Tensor], segments: Sequence[Segment], divisor: Divisor | None = None
+    ) -> TokenLosses:
         """The losses of several segments' labels, from one call of the head."""
         lengths = [segment.src.shape[1] for segment in segments]
         longest = max(lengths)
@@ -284,7 +288,11 @@ class CausalMemformer(SegmentModel):
         if any(segment.src_mask is not None for segment in segments):
             masks = [torch.ones_like(s.src, dtype=torch.bool) if s.src_mask is None else s.src_mask for s in segments]
             mask = torch.cat([_padded(m, longest, False) for m in masks])
-        return TokenLosses(labels, *causal_losses(self.head(torch.cat(padded)), longest, labels, mask))
+        counted = counted_labels(labels, mask, self.has_overlap)
+        hidden = _before(self.norm(torch.cat(padded)), longest)
+        labels_that_count = labels.where(counted, IGNORED)
+        found = vocabulary_loss(hidden, self._projection(), labels_that_count, divisor and divisor(counted))
+        return TokenLosses(labels, found.losses, counted, found.total)
 
     def segments(
         self,
@@ -480,16 +488,19 @@ def causal_losses(logits: Tensor, length: int, labels: Tensor, mask: Tensor | No
             where there is no overlap.
         labels, mask: (batch, length).
     """
-    before = logits[:, :-1]
-    has_overlap = before.shape[1] == length
-    counted = counted_labels(labels, mask, has_overlap)
-    if not has_overlap:
-        before = F.pad(before, (0, 0, 1, 0))
+    before = _before(logits, length)
+    counted = counted_labels(labels, mask, has_overlap=logits.shape[1] > length)
     if before.dtype in (torch.float16, torch.bfloat16):
         before = before.float()
     targets = labels.long().where(counted, IGNORED)
     losses = F.cross_entropy(before.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(labels), counted
+
+
+def _before(places: Tensor, length: int) -> Tensor:
+    """What predicts each of ``length`` labels: the place before it; zeros before the first where there is none."""
+    before = places[:, :-1]
+    return before if before.shape[1] == length else F.pad(before, (0, 0, 1, 0))
 
 
 def counted_labels(labels: Tensor, mask: Tensor | None, has_overlap: bool) -> Tensor:

@@ -231,7 +231,7 @@ def _read(
             for segment in read:
                 output, mems = model.cell(segment, None if mems is None else model.forget(mems))
                 outputs.append(output)
-        _, losses, counted = model.token_losses(outputs, read)  # all of them in one call: (segments * rows, ...)
+        _, losses, counted, _ = model.token_losses(outputs, read)  # all of them in one call: (segments * rows, ...)
         sums = (x.to(by_depth.sums.device).double().sum(1) for x in (losses, counted))
         by_depth.add(torch.cat(depths).clamp(min=1), *sums)
     return by_depth

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,10 +19,14 @@ from .nn.memory import SlotWriter
 from .pretrained import Pretrained
 from .state import MemoryState
 
-__all__ = ["Memory", "SegmentModel", "TokenLosses"]
+__all__ = ["Divisor", "Memory", "SegmentModel", "TokenLosses"]
 
 Memory = Any
 """A tensor, or a named tuple of tensors, batch first: what :meth:`SegmentModel.get_initial_mem` returns."""
+
+
+Divisor = Callable[[Tensor], "Tensor | float"]
+"""Given which predictions count, (segments * batch, predictions), what each loss is divided by in their sum."""
 
 
 class TokenLosses(NamedTuple):
@@ -32,11 +36,13 @@ class TokenLosses(NamedTuple):
         targets: (segments * batch, any number), as the model takes them.
         losses: (segments * batch, predictions), in nats, zero where it does not count.
         counted: (segments * batch, predictions), whether it counts.
+        total: the sum of the losses, each divided by its divisor, a scalar; None without divisors.
     """
 
     targets: Tensor
     losses: Tensor
     counted: Tensor
+    total: Tensor | None
 
 
 class SegmentModel(Pretrained):
@@ -101,10 +107,13 @@ class SegmentModel(Pretrained):
         """Which of the predictions in a segment with a target count, (batch, predictions)."""
 
     @abstractmethod
-    def token_losses(self, outputs: Sequence[Tensor], segments: Sequence[Segment]) -> TokenLosses:
+    def token_losses(
+        self, outputs: Sequence[Tensor], segments: Sequence[Segment], divisor: Divisor | None = None
+    ) -> TokenLosses:
         """The losses of segments with targets, which need not be of one length, given what :meth:`cell` made of them.
 
-        The readout, off the critical path; one call for all of them.
+        The readout, off the critical path; one call for all of them. With a ``divisor`` there is a total, whose
+        gradient takes less time and memory than one by the losses.
         """
 
     @abstractmethod

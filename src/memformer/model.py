@@ -17,7 +17,7 @@ from . import generation
 from .checks import as_mask, as_tokens, check_mask, check_tokens, describe, has_values, ignored_as_masked, is_tensor
 from .config import MemformerConfig, Positions, Writer
 from .data.segments import Segment, Targets, cut, each_as_tokens
-from .network import Decoder, Encoder, EncOnlyResults, Network, token_losses
+from .network import Decoder, Encoder, EncOnlyResults, Network, counted_targets, target_losses, token_losses
 
 __all__ = ["Decoder", "EncOnlyResults", "Encoder", "Memformer", "Results", "token_losses"]
 
@@ -153,8 +153,10 @@ class Memformer(Network):
             return EncOnlyResults(enc_out, mem)
         if tgt is None:
             return Results(enc_out, mem, None)
-        losses, counted = token_losses(self.decoder, tgt, enc_out, src_mask, tgt_mask, src)
-        return Results(enc_out, mem, losses.sum() / counted.sum().clamp(min=1))
+        counted = counted_targets(tgt, tgt_mask)
+        count = counted.sum().clamp(min=1)
+        found = target_losses(self.decoder, tgt, enc_out, src_mask, tgt_mask, src, counted, count)
+        return Results(enc_out, mem, found.total)
 
     def encode(
         self, src: Tensor, mems: Tensor | None = None, src_mask: Tensor | None = None, reset: Tensor | None = None

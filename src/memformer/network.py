@@ -7,8 +7,9 @@ replay engine; ``rollouts.py`` joins them by what every :class:`~memformer.inter
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, NamedTuple, cast
 
@@ -16,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import IGNORED
 from .config import MemformerConfig
 from .data.segments import Segment
-from .interface import SegmentModel, TokenLosses
+from .interface import Divisor, SegmentModel, TokenLosses
 from .nn.attention import ContextProjection, KeysValues, causal_mask
 from .nn.blocks import Block, embedding_table
+from .nn.losses import VocabularyLoss, vocabulary_loss
 from .nn.memory import WRITERS, SlotWriter
 from .nn.positions import positions
 from .state import MemoryState
@@ -118,11 +121,13 @@ class Decoder(nn.Module):
         src_mask: Tensor | None = None,
         tgt_mask: Tensor | None = None,
         src: Tensor | None = None,
-    ) -> Tensor:
+        readout: Callable[[Tensor, nn.Module], Any] | None = None,
+    ) -> Any:
         """(batch, tokens) and (batch, source, dim) -> logits (batch, tokens, vocabulary), of what follows each token.
 
         A masked target is seen by no other position, and its own position does not know which token it was. ``src``
-        (batch, source) is needed where there is an overlap.
+        (batch, source) is needed where there is an overlap. With a ``readout`` what that makes of the last layer's
+        output (batch, tokens, dim) and of the projection to logits comes in place of these.
         """
         if self.overlap:
             assert src is not None, "an overlap needs the source"
@@ -137,7 +142,8 @@ class Decoder(nn.Module):
         context_mask = None if src_mask is None else _visible(src_mask)[:, None, None, :]  # (batch, 1, 1, source)
         for layer, context in zip(self.layers, self.context_projection(enc_out), strict=True):
             x = layer(x, context, mask, context_mask)
-        return self.to_logits(self.norm(x[:, self.overlap :]))  # (batch, tokens, vocabulary)
+        x = self.norm(x[:, self.overlap :])  # (batch, tokens, dim)
+        return self.to_logits(x) if readout is None else readout(x, self.to_logits)
 
     def _with_overlap(
         self, tgt: Tensor, tgt_mask: Tensor | None, src: Tensor, src_mask: Tensor | None
@@ -317,14 +323,18 @@ class Network(SegmentModel):
         assert segment.tgt is not None
         return counted_targets(segment.tgt, segment.tgt_mask)
 
-    def token_losses(self, outputs: Sequence[Tensor], segments: Sequence[Segment]) -> TokenLosses:
+    def token_losses(
+        self, outputs: Sequence[Tensor], segments: Sequence[Segment], divisor: Divisor | None = None
+    ) -> TokenLosses:
         """The decoder's losses on several segments with targets, in one call."""
         decoder = self.need_decoder("a target")
         src_masks = [segment.src_mask for segment in segments]
         enc_out, src_mask = _concatenate(outputs, src_masks)
         src, _ = _concatenate([segment.src for segment in segments], src_masks)
         tgt, tgt_mask = _concatenate([s.tgt for s in segments if s.tgt is not None], [s.tgt_mask for s in segments])
-        return TokenLosses(tgt, *token_losses(decoder, tgt, enc_out, src_mask, tgt_mask, src))
+        counted = counted_targets(tgt, tgt_mask)
+        found = target_losses(decoder, tgt, enc_out, src_mask, tgt_mask, src, counted, divisor and divisor(counted))
+        return TokenLosses(tgt, found.losses, counted, found.total)
 
     def silent(self, segment: Segment) -> Segment:
         """The segment without its target."""
@@ -413,14 +423,26 @@ def token_losses(
     Both (batch, tokens - 1) for ``tgt`` (batch, tokens); the other arguments are those of :meth:`Decoder.forward`. A
     kept token counts if another kept one stands before it; the first one starts the decoder.
     """
+    counted = counted_targets(tgt, tgt_mask)
+    return target_losses(decoder, tgt, enc_out, src_mask, tgt_mask, src, counted, None).losses, counted
+
+
+def target_losses(
+    decoder: Decoder,
+    tgt: Tensor,
+    enc_out: Tensor,
+    src_mask: Tensor | None,
+    tgt_mask: Tensor | None,
+    src: Tensor | None,
+    counted: Tensor,
+    divisor: Tensor | float | None,
+) -> VocabularyLoss:
+    """:func:`token_losses`, given those that count, and their total where there is something to divide them by."""
+    expected = tgt[:, 1:] if tgt_mask is None else tgt[:, 1:].where(counted, IGNORED)
+    readout = functools.partial(vocabulary_loss, expected=expected, divisor=divisor)
     kept = None if tgt_mask is None else tgt_mask[:, :-1]
-    logits = decoder(tgt[:, :-1], enc_out, src_mask, kept, src)  # (batch, tokens - 1, vocabulary)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    expected, counted = tgt[:, 1:], counted_targets(tgt, tgt_mask)
-    # In one dimension: of (batch, tokens) CUDA has no deterministic loss, and the CPU is half as fast.
-    losses = F.cross_entropy(logits.flatten(0, 1), expected.flatten().long(), reduction="none").view_as(expected)
-    return losses if tgt_mask is None else losses * counted, counted
+    found: VocabularyLoss = decoder(tgt[:, :-1], enc_out, src_mask, kept, src, readout)
+    return found
 
 
 def counted_targets(tgt: Tensor, tgt_mask: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Unpack, cast, get_args
 
@@ -18,17 +19,20 @@ from torch.utils._pytree import tree_map
 from . import replay
 from .checks import describe
 from .data.segments import Segment, Targets
-from .interface import Memory, SegmentModel
+from .interface import Divisor, Memory, SegmentModel, TokenLosses
 from .replay.inputs import Readout, weight_list
 from .replay.options import OptionKeywords
+from .replay.schedules import at_least
 from .wavefront import Diagonal, Wavefront, pays
 
 __all__ = ["Tally", "memory_replay_backprop", "read_segments", "rollout", "verify_rollout"]
 
 Reduction = Literal["segment_means", "mean", "sum"]
 
-READOUT_TOKENS = 1024
-"""Targets per call of the readout in a rollout: enough for a matrix product to run at its full rate."""
+ENOUGH_TOKENS = 1024
+"""On a CPU, targets in one call of the readout: with more of them, its products are no faster per token."""
+ENOUGH_ON_A_CARD = 16_384
+"""The same on any other device (one H100: docs/log.md)."""
 
 Tally = Callable[[Tensor, Tensor, Tensor], None]
 """Given targets (rows, tokens), their tokens' losses and which of them count, to add up what it likes of them."""
@@ -43,6 +47,7 @@ def rollout(
     wavefront: bool | None = None,
     method: replay.Method = replay.memory_replay,
     options: replay.Options | None = None,
+    readout_tokens: int | None = None,
     tally: Tally | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> replay.Rollout:
@@ -59,17 +64,15 @@ def rollout(
             segments.
         method: :func:`~memformer.replay.memory_replay`, or one that equals it: :func:`~memformer.replay.full_bptt`,
             :func:`~memformer.replay.accumulate`.
-        options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too. Without
-            ``readout_segments`` a call of the decoder takes as many segments as have READOUT_TOKENS targets.
+        options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too.
+        readout_tokens: how many targets one call of the decoder gets at most, in whole segments and at least one of
+            them, in place of ``readout_segments``. Fewer take less memory. None for what suits the device: enough to
+            keep it busy, and on a card no more than half of the rollout.
         tally: called with the losses of each call of the decoder; twice in float16, where that runs twice.
     """
-    options = replay.Options.of(options, keywords)
-    if options.readout_segments is None:
-        options = dataclasses.replace(options, readout_segments=_readout_segments(model, segments))
+    options = _with_readout_segments(replay.Options.of(options, keywords), model, segments, readout_tokens)
     each = options.segment_weights is not None
-    readout: Readout = functools.partial(_losses, model, divisor, tally)
-    if not each:
-        readout = functools.partial(_summed, readout)
+    readout: Readout = functools.partial(_of_each if each else _total, model, divisor, tally)
     if wavefront is None:
         wavefront = pays(model, len(segments)) and not each and options.memory_gradients is None
     if not wavefront:
@@ -108,8 +111,8 @@ def verify_rollout(model: SegmentModel, segments: Sequence[Segment], mems: Memor
         segments: at least one with a target.
         mems: the memory before the first, as the model returns it; None for the learned initial memory.
     """
-    readout = functools.partial(_summed, functools.partial(_losses, model, None, None))
-    at_once = _readout_segments(model, segments)
+    readout = functools.partial(_total, model, None, None)
+    at_once = _readout_segments(model, segments, None)
     verdict = replay.verify(functools.partial(_read, model), segments, mems, readout, readout_segments=at_once)
     summary = verdict.summary.replace(_read.__qualname__, type(model).__name__, 1)  # the name that a user knows
     return dataclasses.replace(verdict, summary=summary)
@@ -128,6 +131,7 @@ def memory_replay_backprop(
     reduction: Reduction = "segment_means",
     scale: Callable[[Tensor], Tensor] | None = None,
     options: replay.Options | None = None,
+    readout_tokens: int | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> tuple[Tensor, Any]:
     """Back-propagate through a sequence of any length, holding the graph of one segment (paper, Algorithm 1, MRBP).
@@ -155,6 +159,7 @@ def memory_replay_backprop(
         options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too:
             ``schedule``, ``segment_weights``, ``memory_gradients``, ``check``, and, for targets, ``readout_segments``:
             how many segments one call of the decoder gets.
+        readout_tokens: or how many targets, see :func:`rollout`.
 
     Returns:
         ``(loss, mems)``, both detached: the loss in nats, as ``reduction`` and ``segment_weights`` say, and the final
@@ -175,10 +180,9 @@ def memory_replay_backprop(
         raise ValueError("expected either tgt or loss_fn" + ("" if tgt is None else ", got both"))
     if tgt is None and tgt_mask is not None:
         raise ValueError("tgt_mask: given without tgt")
-    if loss_fn is not None and options.readout_segments is not None:
-        raise ValueError(
-            "readout_segments: says how many segments the decoder gets at once, but loss_fn gets one by one"
-        )
+    for name, given_size in (("readout_segments", options.readout_segments), ("readout_tokens", readout_tokens)):
+        if loss_fn is not None and given_size is not None:
+            raise ValueError(f"{name}: says how much the decoder gets at once, but loss_fn gets segments one by one")
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}")
     if loss_fn is not None and reduction != "segment_means":
@@ -194,7 +198,14 @@ def memory_replay_backprop(
         options = dataclasses.replace(options, segment_weights=None)
         outputs, memory = replay.scan(functools.partial(_read, model), segments, mems, options=options)
         return _backprop_own_loss(loss_fn, outputs, weights, scale), _detached(memory)
-    outcome = rollout(model, segments, mems, divisor=_divisor(model, segments, reduction), options=options)
+    outcome = rollout(
+        model,
+        segments,
+        mems,
+        divisor=_divisor(model, segments, reduction),
+        options=options,
+        readout_tokens=readout_tokens,
+    )
     (outcome.loss if scale is None else scale(outcome.loss)).backward()
     return outcome.loss.detach(), _detached(outcome.memory)
 
@@ -238,9 +249,26 @@ def _backprop_own_loss(
     return torch.stack(losses).sum()
 
 
-def _readout_segments(model: SegmentModel, segments: Sequence[Segment]) -> int:
+def _with_readout_segments(
+    options: replay.Options, model: SegmentModel, segments: Sequence[Segment], tokens: int | None
+) -> replay.Options:
+    if options.readout_segments is not None:
+        if tokens is not None:
+            raise ValueError("readout_tokens: expected either readout_segments or this, got both")
+        return options
+    return dataclasses.replace(options, readout_segments=_readout_segments(model, segments, tokens))
+
+
+def _readout_segments(model: SegmentModel, segments: Sequence[Segment], tokens: int | None) -> int:
+    """How many segments a call of the readout gets: with at most so many targets, or with None as suits the device."""
     most = max((target.numel() for target in map(model.target, segments) if target is not None), default=1)
-    return max(1, READOUT_TOKENS // most)
+    if tokens is not None:
+        at_least("readout_tokens", tokens)
+        return max(1, tokens // most)
+    if segments[0].src.device.type == "cpu":
+        return math.ceil(ENOUGH_TOKENS / most)
+    # There the graph of the readout is what the memory goes to.
+    return max(1, min(math.ceil(ENOUGH_ON_A_CARD / most), len(segments) // 2))
 
 
 def _detached(memory: Memory) -> Memory:
@@ -253,18 +281,53 @@ def _read(model: SegmentModel, segment: Segment, memory: Memory | None) -> tuple
 
 def _losses(
     model: SegmentModel,
+    tally: Tally | None,
+    outputs: Sequence[Tensor],
+    segments: Sequence[Segment],
+    divisor: Divisor | None = None,
+) -> tuple[list[int], TokenLosses] | None:
+    """Which segments have a target, and their losses, from one call of the readout; None if there are none."""
+    kept = [i for i, segment in enumerate(segments) if model.target(segment) is not None]
+    if not kept:
+        return None
+    found = model.token_losses([outputs[i] for i in kept], [segments[i] for i in kept], divisor)
+    if tally is not None:
+        tally(found.targets, found.losses.detach(), found.counted)
+    return kept, found
+
+
+def _total(
+    model: SegmentModel,
     divisor: Tensor | float | None,
     tally: Tally | None,
     outputs: Sequence[Tensor],
     segments: Sequence[Segment],
 ) -> Tensor | None:
-    """The losses of several segments, from one call of the readout; 0 for those without a target."""
-    kept = [i for i, segment in enumerate(segments) if model.target(segment) is not None]
-    if not kept:
+    """The summed loss of several segments."""
+    batch = len(segments[0].src)
+
+    def of_each(counted: Tensor) -> Tensor | float:
+        if divisor is not None:
+            return divisor
+        of_segment = counted.unflatten(0, (-1, batch)).sum((1, 2)).clamp(min=1)
+        return of_segment.repeat_interleave(batch, output_size=len(counted))[:, None]
+
+    found = _losses(model, tally, outputs, segments, of_each)
+    return None if found is None else found[1].total
+
+
+def _of_each(
+    model: SegmentModel,
+    divisor: Tensor | float | None,
+    tally: Tally | None,
+    outputs: Sequence[Tensor],
+    segments: Sequence[Segment],
+) -> Tensor | None:
+    """One loss per segment, (segments,); 0 for those without a target."""
+    found = _losses(model, tally, outputs, segments)
+    if found is None:
         return None
-    targets, losses, counted = model.token_losses([outputs[i] for i in kept], [segments[i] for i in kept])
-    if tally is not None:
-        tally(targets, losses, counted)
+    kept, (_, losses, counted, _) = found
     per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
         divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)
@@ -272,11 +335,6 @@ def _losses(
         return per_segment / divisor
     places = torch.tensor(kept, device=per_segment.device)
     return per_segment.new_zeros(len(segments)).index_put((places,), per_segment / divisor)
-
-
-def _summed(losses: Readout, outputs: list[Tensor], segments: list[Segment]) -> Tensor | None:
-    per_segment = losses(outputs, segments)
-    return None if per_segment is None else per_segment.sum()
 
 
 def _advance(front: Wavefront, diagonal: Diagonal, flight: Any) -> tuple[Tensor | None, Any]:

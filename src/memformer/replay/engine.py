@@ -76,6 +76,7 @@ class Run:
         self.plan = self._plan(options.schedule)
         if any(action.kind in ("advance", "graph") for action in self.plan.replay):
             self.world.watch_buffers()
+            self.world.refuse_masks_of_cudnn()
         self.glance_at = next((action.segment for action in self.plan.replay if action.kind == "graph"), None)
         self.shelf = Shelf(self.plan)
         self.compact = Compact([*self.parameters, *given])

@@ -1,4 +1,4 @@
-"""What a cell sees besides its arguments and its modules: random numbers, autocast, grad mode, cached weights."""
+"""What a cell sees besides its arguments and its modules: random numbers, autocast, grad mode, caches, cuDNN."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Environment:
         self.autocast = self._autocast_now()
         self.uses_float16 = any(enabled and dtype == torch.float16 for _, dtype, enabled in self.autocast)
         self.precision = max((torch.finfo(dtype).eps for _, dtype, enabled in self.autocast if enabled), default=0.0)
+        self.uses_cudnn = torch.backends.cudnn.enabled  # which draws its own random numbers
         self.caches_weights = _weights_are_cached()
         self.weights: dict[tuple[int, str], Tensor] = {}
         _refuse_tangents(tensors)
@@ -48,15 +49,18 @@ class Environment:
         return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in self.kinds]
 
     def restored(self) -> contextlib.AbstractContextManager[object]:
-        """Autocast and the caching of parametrised weights as they were when the rollout started."""
+        """Autocast, cuDNN and the caching of parametrised weights as they were when the rollout started."""
         same_autocast = self.autocast == self._autocast_now()
+        same_cudnn = self.uses_cudnn == torch.backends.cudnn.enabled
         caches_weights = self.caches_weights or _weights_are_cached()
-        if same_autocast and not caches_weights:
+        if same_autocast and same_cudnn and not caches_weights:
             return contextlib.nullcontext()
         stack = contextlib.ExitStack()
         if not same_autocast:
             for kind, dtype, enabled in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled))
+        if not same_cudnn:
+            stack.enter_context(_cudnn(self.uses_cudnn))
         if caches_weights:
             stack.enter_context(self._own_weights())
         return stack
@@ -81,6 +85,16 @@ class Environment:
                     f"inside parametrize.cached() the parametrised weight '{key[1]}' is random or changes by itself: "
                     "replay computes it once per run of the cell and got another one. Use cached() inside the cell."
                 )
+
+
+@contextlib.contextmanager
+def _cudnn(enabled: bool) -> Iterator[None]:
+    """Of its switches this one alone: ``torch.backends.cudnn.flags`` sets all of them."""
+    before = torch.backends.cudnn.set_flags(_enabled=enabled)[0]
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.set_flags(_enabled=before)
 
 
 def _weights_are_cached() -> bool:

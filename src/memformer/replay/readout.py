@@ -52,6 +52,7 @@ class ReadoutRun:
         self.world = World(owned, parameters)
         if self.runs_again:
             self.world.watch_buffers()
+            self.world.refuse_masks_of_cudnn()
         self.buffers = self.world.buffer_state()
         self.grads: Grads | None = None
 

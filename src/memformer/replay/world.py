@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -70,6 +71,21 @@ class World:
         kinds = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
         return any(isinstance(module, kinds) and not module.training for module in self.modules)
 
+    def refuse_masks_of_cudnn(self) -> None:
+        """ValueError if dropout is drawn by cuDNN, whose random numbers nobody can put back for a replay."""
+        for rnn in self.modules:
+            if not isinstance(rnn, nn.RNNBase) or not (rnn.training and rnn.dropout and rnn.num_layers > 1):
+                continue
+            if drawn_by_cudnn(rnn):
+                named = (name for owner in self.owners for name, m in owner.named_modules() if m is rnn and name)
+                name = "".join(f" '{name}'" for name in itertools.islice(named, 1))
+                raise ValueError(
+                    f"the {type(rnn).__name__}{name} has dropout={rnn.dropout} between its {rnn.num_layers} layers, "
+                    "and cuDNN draws that from a state of its own: a replay would get other masks. Set "
+                    "torch.backends.cudnn.enabled = False for the rollout, or use RNNs of one layer with nn.Dropout "
+                    "between them."
+                )
+
     def refuse_graphs_in_buffers(self) -> None:
         """ValueError if the cell left a tensor with a graph in a buffer: the gradient through it would be lost."""
         for module, name in self.places:
@@ -122,6 +138,11 @@ class World:
     def put_buffers(self, state: BufferState) -> None:
         for buffer, then in zip(self.buffers, state, strict=True):
             buffer.put(*then)
+
+
+def drawn_by_cudnn(rnn: nn.RNNBase) -> bool:
+    """Whether cuDNN (or MIOpen) computes an RNN, as far as its weights and torch's switches tell."""
+    return bool(rnn.all_weights[0][0].is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available())
 
 
 class _Buffer:
