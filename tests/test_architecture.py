@@ -30,6 +30,7 @@ LAYERS = [
         "data.pieces",
     },
     {
+        "replay.capture",
         "replay.storage",
         "replay.gradients",
         "replay.boundary",
