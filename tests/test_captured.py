@@ -15,51 +15,12 @@ from torch.testing import assert_close
 
 from memformer import Memformer, memory_replay_backprop, replay
 from memformer.replay import capture, environment, inputs, storage
-
-CPU = torch.device("cpu")
-
-
-class PretendCard(capture.Card):
-    """The CPU as a card: a launch runs the function again, and writes what it gives where a graph would write it."""
-
-    rehearsals = 0
-    forbidding = False
-
-    @property
-    def generator(self):
-        return torch.default_generator
-
-    def rehearse(self, function, strict=False):
-        type(self).rehearsals += 1
-        type(self).forbidding = strict
-        try:
-            function()
-        finally:
-            type(self).forbidding = False
-
-    def record(self, function):
-        # A capture runs no kernel, so it draws no numbers and leaves none but those of a launch.
-        state = torch.get_rng_state()
-        static = [x.clone() if isinstance(x, torch.Tensor) else x for x in function()]
-        torch.set_rng_state(state)
-
-        def launch():
-            with torch.enable_grad():
-                found = function()
-            for old, new in zip(static, found, strict=True):
-                if isinstance(old, torch.Tensor):
-                    old.copy_(new)
-
-        return static, launch
+from pretend_card import CPU, PretendCard, pretend_a_card
 
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Makes the CPU a card."""
-    monkeypatch.setattr(capture, "Card", PretendCard)
-    monkeypatch.setattr(capture, "can_capture", lambda device: device == CPU)
-    monkeypatch.setattr(PretendCard, "rehearsals", 0)
-    return PretendCard
+    return pretend_a_card(monkeypatch)
 
 
 class Cell(nn.Module):

@@ -121,7 +121,7 @@ class Captured:
             if card is not None:
                 found = self._graphs[key] = _Graph(card, self.function, leaves, spec, self._modules)
                 return found
-        except _NotCaptured as reason:
+        except NotCapturedError as reason:
             if self.mode == "on":
                 raise ValueError(f"captured: {reason}") from reason.__cause__
             self.mode = "off"
@@ -156,9 +156,9 @@ class Captured:
         for path, x in named:
             if isinstance(x, Tensor) and (self.mode == "on" or cards) and (x.device not in cards[:1]):
                 expected = f"expected it on {cards[0]} like the others" if cards else "expected a CUDA device"
-                raise _NotCaptured(f"inputs{keystr(path)} is on {x.device}; {expected}")
+                raise NotCapturedError(f"inputs{keystr(path)} is on {x.device}; {expected}")
         if not found and self.mode == "on":
-            raise _NotCaptured("expected a tensor among the inputs, which says on which card")
+            raise NotCapturedError("expected a tensor among the inputs, which says on which card")
         if not cards:
             return None
         return self._cards.setdefault(cards[0], Card(cards[0]))
@@ -169,7 +169,7 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class _NotCaptured(Exception):
+class NotCapturedError(Exception):
     """Why something is not captured."""
 
 
@@ -209,13 +209,13 @@ class _Graph:
                 for i in range(1, REHEARSALS):
                     card.rehearse(run, strict=i == REHEARSALS - 1)
                 self.static, self.start = card.record(run)
-            except (RuntimeError, _NotCaptured) as error:
+            except (RuntimeError, NotCapturedError) as error:
                 raise _explained(error, name) from error
             self.grads = self.static[len(self.static) - len(self.targets) :]
             self.outputs = self.static[: len(self.static) - len(self.targets)]
         for i, x in enumerate(self.outputs):
             if isinstance(x, Tensor) and x.device != card.device:
-                raise _NotCaptured(f"output {i} of {name} is on {x.device}, which no launch would change")
+                raise NotCapturedError(f"output {i} of {name} is on {x.device}, which no launch would change")
         self.addresses = self._addresses()
 
     def _addresses(self) -> list[int]:
@@ -277,8 +277,8 @@ class Card:
     def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Launch]:
         """Capture it: what it returned, which a launch writes anew, and the launch."""
         generator = self.generator
-        # A capture that fails leaves the state of the generator unusable, so it gets one of its own. What reads and sets
-        # it inside (torch takes that since 2.10) sees how far the launch has come.
+        # A capture that fails leaves the state of the generator unusable, so it gets one of its own. Whatever reads and
+        # sets it inside (torch takes that since 2.10) sees how far the launch has come.
         own, here, draws = generator.clone_state(), generator.graphsafe_get_state(), self.draws
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             self.pool = self.pool or torch.cuda.graph_pool_handle()
@@ -338,7 +338,7 @@ def _as_before(card: Card, modules: Sequence[nn.Module]) -> Iterator[Callable[[s
 
     def drawn(name: str) -> bool:
         if card.generator is not torch.default_generator and not torch.equal(on_cpu, torch.get_rng_state()):
-            raise _NotCaptured(f"{name} draws random numbers on the CPU, which would be the same in each launch")
+            raise NotCapturedError(f"{name} draws random numbers on the CPU, which would be the same in each launch")
         return not torch.equal(on_card, card.generator.get_state())
 
     for x, _ in stashed:
@@ -368,7 +368,7 @@ def _refuse_parallel(targets: Sequence[Tensor]) -> None:
     ids = {id(x) for x in targets}
     for x in gc.get_objects():
         if issubclass(type(x), DistributedDataParallel) and any(id(p) in ids for p in x.parameters()):
-            raise _NotCaptured(
+            raise NotCapturedError(
                 "what it trains is wrapped in DistributedDataParallel, whose exchange of gradients is not captured: "
                 "exchange them after the step, or run it eagerly"
             )
@@ -401,23 +401,23 @@ def _hashable(x: object) -> bool:
 # --- What stands in the way, in a sentence
 
 
-def _explained(error: BaseException, name: str) -> _NotCaptured:
-    if isinstance(error, _NotCaptured):
+def _explained(error: BaseException, name: str) -> NotCapturedError:
+    if isinstance(error, NotCapturedError):
         return error
     while error.__context__ is not None and _frames(error)[-1][0].endswith(_GRAPHS):
         error = error.__context__  # the end of a capture that has failed raises another one
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     where = _line_of(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return _NotCaptured(f"there is not enough memory on the card to capture {name} ({text})")
+        return NotCapturedError(f"there is not enough memory on the card to capture {name} ({text})")
     if "synchroniz" in text or "cannot be captured" in text or "capturing" in text or "during CUDA graph" in text:
         if "CUDAGeneratorImpl" in text:
-            return _NotCaptured(
+            return NotCapturedError(
                 f"{where} reads or sets the state of the card's random numbers in a way that this torch does not "
                 f"capture ({text})"
             )
-        return _NotCaptured(f"{where} waits for the card, or copies from or to the CPU, in {name} ({text})")
-    return _NotCaptured(f"{where} failed when {name} was captured ({text})")
+        return NotCapturedError(f"{where} waits for the card, or copies from or to the CPU, in {name} ({text})")
+    return NotCapturedError(f"{where} failed when {name} was captured ({text})")
 
 
 _GRAPHS = str(Path("torch", "cuda", "graphs.py"))
