@@ -172,6 +172,16 @@ def test_in_float16_nothing_underflows_or_overflows(in_parts, monkeypatch: pytes
     assert_close(head.weight.grad, wanted, rtol=5e-3, atol=1e-9)
 
 
+def test_on_a_device_without_autocast_and_without_values(in_parts) -> None:
+    hidden, head, expected, divisor = example()
+    moved = [x.detach().to("meta") for x in (hidden, expected, divisor)]
+    moved[0].requires_grad_()
+    found = vocabulary_loss(moved[0], head.to("meta"), *moved[1:])
+    found.total.backward()
+    assert found.losses.shape == expected.shape
+    assert moved[0].grad.shape == hidden.shape
+
+
 class Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2

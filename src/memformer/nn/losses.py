@@ -9,6 +9,7 @@ does the first for means and sums alone, and is slower on a CPU (docs/log.md).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -133,10 +134,10 @@ class _InParts(torch.autograd.Function):
         rows: int,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.autocast = torch.is_autocast_enabled(hidden.device.type)
+        kind = hidden.device.type
         ctx.product = hidden.dtype  # of the matrix products: as autocast has it
-        if ctx.autocast and hidden.dtype != torch.float64:
-            ctx.product = torch.get_autocast_dtype(hidden.device.type)
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+            ctx.product = torch.get_autocast_dtype(kind)
         ctx.rows = rows
         losses, grads = _in_parts(ctx, hidden, weight, bias, targets, weights)
         ctx.save_for_backward(hidden, weight, bias, targets, weights, *grads)
@@ -175,7 +176,8 @@ def _in_parts(
         # of them are added up: nothing underflows or overflows.
         lift = 64 * by_loss.abs().amax().clamp(min=torch.finfo(wide).tiny) if ctx.product == torch.float16 else None
         factors = by_loss if lift is None else by_loss / lift
-    with torch.autocast(hidden.device.type, enabled=False):
+    kind = hidden.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         narrow, matrix = hidden.to(ctx.product), weight.to(ctx.product)
         added = None if bias is None else bias.to(ctx.product)
         for start in range(0, len(hidden), ctx.rows):
