@@ -1,6 +1,6 @@
 """Captured steps. No card is needed: a function that is run again stands for a graph, and the CPU for a card.
 
-What only a card can show is in ``python -m benchmarks card``, and here where ``--device cuda`` is given.
+What only a card can show is at the end, for ``--device cuda``, and in ``python -m benchmarks card``.
 """
 
 import contextlib
@@ -19,7 +19,9 @@ from pretend_card import CPU, PretendCard, pretend_a_card
 
 
 @pytest.fixture
-def pretend(monkeypatch):
+def pretend(monkeypatch, device):
+    if device.type != "cpu":
+        pytest.skip("the CPU stands for a card here")
     return pretend_a_card(monkeypatch)
 
 
@@ -206,6 +208,7 @@ def test_the_number_of_a_closed_over_module_in_another_mode(pretend):
 # --- What cannot be captured
 
 
+@pytest.mark.cpu("it is about the CPU")
 def test_on_a_cpu(recwarn):
     """ "auto" is silently eager, "on" is refused."""
     cell = Cell().double()
@@ -360,3 +363,58 @@ def test_weights_of_segments_are_the_same_numbers():
     weights = [0.1, 1 / 3, 2.0, 1e-9]
     found = inputs.call_readout(lambda values, segments: losses, [0] * 4, [0] * 4, weights)
     assert_close(found, (losses * torch.tensor(weights)).sum(), rtol=0, atol=0)
+
+
+# --- On a card
+
+
+@pytest.fixture
+def card(device):
+    if device.type != "cuda":
+        pytest.skip("captures nothing: run with --device cuda")
+    return device
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_card_it_is_the_function(card, method):
+    cell = Cell().double()
+    batches = [example(seed=i, device=card) for i in range(4)]
+    step = replay.captured(step_of(cell, method), *batches[0], mode="on")
+    expected = run(step_of(cell, method), cell, batches, "sometimes")
+    after = torch.rand(3)
+    assert_close(run(step, cell, batches, "sometimes"), expected, rtol=1e-12, atol=1e-12)
+    assert_close(torch.rand(3), after, rtol=0, atol=0)
+    assert step.launches == len(batches)
+
+
+def test_on_a_card_launches_do_not_grow_memory(card):
+    cell = Cell().double()
+    batch = example(device=card)
+    step = replay.captured(step_of(cell), *batch, mode="on")
+    step(*batch)
+    before = torch.cuda.memory_allocated()
+    for _ in range(1000):
+        cell.zero_grad()
+        step(*batch)
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_on_a_card_the_line_that_waits_is_named(card):
+    def waits(x):
+        return float(x.sum()) * x
+
+    with pytest.raises(
+        ValueError, match=r"captured: .*test_captured.py:\d+ \(`return float\(x.sum\(\)\) \* x`\) waits"
+    ):
+        replay.captured(waits, torch.ones(2), mode="on")
+    x = torch.rand(2)  # the generator is as good as before
+    with pytest.warns(UserWarning, match="It runs eagerly"):
+        assert_close(replay.captured(waits)(x), float(x.sum()) * x)
+
+
+def test_on_a_card_two_shapes_share_a_pool(card):
+    cell = Cell().double()
+    step = replay.captured(step_of(cell), mode="on")
+    batches = [example(batch=b, segments=s, device=card) for b, s in [(2, 3), (3, 4), (2, 3), (3, 4)]]
+    assert_close(run(step, cell, batches, "never"), run(step_of(cell), cell, batches, "never"), rtol=1e-12, atol=1e-12)
+    assert step.graphs == 2
