@@ -281,17 +281,19 @@ class Card:
         # sets it inside (torch takes that since 2.10) sees how far the launch has come.
         own, here, draws = generator.clone_state(), generator.graphsafe_get_state(), self.draws
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            # Kept if this succeeds: nobody knows what a capture that fails leaves in a pool.
+            pool, self.pool = self.pool or torch.cuda.graph_pool_handle(), None
             graph = torch.cuda.CUDAGraph()
             generator.graphsafe_set_state(own)
             try:
                 with (
                     contextlib.nullcontext() if draws else left_alone(self.device),
-                    torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+                    torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"),
                 ):
                     static = function()
             finally:
                 generator.graphsafe_set_state(here)
+            self.pool = pool
 
         def launch() -> None:
             if draws:
@@ -317,13 +319,15 @@ def _waiting_refused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """A weight that was converted in one capture is not there in the next."""
+    """A weight that was converted before is not the one of a launch, and one of a launch is nobody else's."""
     before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager

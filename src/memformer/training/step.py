@@ -84,6 +84,7 @@ class Stepper:
             tokens, stopping = self._counted(rollouts, stop)
             loss, first, memory = self._differentiate(rollouts, tokens, watch)
             with not_interrupted():
+                norm: Tensor | float
                 norm = self._update.step(rate, loss) if self.waits else self._update.step_unseen(rate, loss)
                 self._count(tokens)
                 self._update.average()
