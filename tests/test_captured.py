@@ -169,10 +169,12 @@ def test_shapes_have_graphs_of_their_own_up_to_a_bound(pretend):
     batches = [example(batch=b, segments=s) for b, s in [(2, 3), (2, 4), (3, 3), (2, 3), (3, 3), (2, 4)]]
     assert_close(run(step, cell, batches, "never"), run(step_of(cell), cell, batches, "never"), rtol=0, atol=0)
     assert (step.graphs, step.launches) == (2, 4)
+    card = step._cards[CPU]
     step.forget()
     assert step.graphs == 0
     step(*batches[2])
     assert (step.graphs, step.launches) == (1, 5)
+    assert step._cards[CPU] is not card, "torch refuses a pool that no graph uses any more"
 
 
 def test_surroundings_are_part_of_what_is_captured(pretend):

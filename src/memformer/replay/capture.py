@@ -104,6 +104,7 @@ class Captured:
     def forget(self) -> None:
         """Drop all graphs: the next call captures again."""
         self._graphs.clear()
+        self._cards.clear()  # torch refuses a pool of memory that no graph uses any more
 
     def _graph(self, leaves: list[Any], spec: TreeSpec) -> _Graph | None:
         """The graph for these inputs, captured if need be; None where the function runs eagerly."""
@@ -113,14 +114,17 @@ class Captured:
         found = self._graphs.get(key)
         if found is not None and not found.moved():
             return found
-        self._graphs.pop(key, None)
+        if found is not None:
+            del found, self._graphs[key]
+            if not self._graphs:
+                self.forget()
         if len(self._graphs) >= self.most:
             return None
         try:
             card = self._card(leaves, spec)
             if card is not None:
-                found = self._graphs[key] = _Graph(card, self.function, leaves, spec, self._modules)
-                return found
+                graph = self._graphs[key] = _Graph(card, self.function, leaves, spec, self._modules)
+                return graph
         except NotCapturedError as reason:
             if self.mode == "on":
                 raise ValueError(f"captured: {reason}") from reason.__cause__
@@ -336,6 +340,9 @@ def _as_before(card: Card, modules: Sequence[nn.Module]) -> Iterator[Callable[[s
 
     Gives a function that tells whether random numbers of the card were drawn.
     """
+    # A node that adds to a gradient belongs to the stream on which it was made: one that an eager step left behind in a
+    # cycle would draw the default stream into the capture.
+    gc.collect()
     stashed = [(x, x.grad) for x in _leaves_with_gradients(card.device)]
     buffers = {id(b): (b, b.clone()) for module in modules for b in module.buffers() if b.device == card.device}
     on_card, on_cpu = card.generator.get_state(), torch.get_rng_state()

@@ -94,6 +94,7 @@ class Stepper:
                 self._take_back(place, before)
             raise
         ranks = self._parts.ranks
+        judged: Tensor | int
         nats, judged = loss / ranks.size * tokens, tokens
         if isinstance(norm, Tensor):
             counts = norm.isfinite() | nats.isfinite()
