@@ -247,12 +247,24 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _peak(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors above those before; 0 where nobody counts."""
+    if device.type != "cuda":
+        step()
+        return 0
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _times(settings: Card, device: torch.device) -> Iterator[str]:
     rows = [("default", DEFAULT, 12, 6), ("paper", PAPER, 16, 8), ("paper", PAPER, 64, 8), ("default", DEFAULT, 256, 6)]
+    rows += [("paper", PAPER, 64, 4), ("paper", PAPER, 16, 16)]
     if settings.tiny:
         rows = [("tiny", SMALL, 2, 3)]
-    columns = f"{'eager':>9}{'captured':>10}{'faster':>8}{'tokens/s':>12}"
-    yield f"  {'model':<9}{'batch':>6}{'horizon':>8}  {'method':<24}{columns}"
+    columns = f"{'eager':>9}{'peak':>10}{'captured':>11}{'faster':>8}{'tokens/s':>12}{'of BPTT: speed':>16}{'peak':>6}"
+    yield f"  {'model':<9}{'batch':>6}{'horizon':>8}  {'method':<26}{columns}"
     methods: dict[str, tuple[replay.Method, dict[str, int]]] = {
         "plain BPTT": (replay.full_bptt, {"readout_segments": 1}),
         "replay, 4 a readout": (replay.memory_replay, {"readout_segments": 4}),
@@ -260,19 +272,28 @@ def _times(settings: Card, device: torch.device) -> Iterator[str]:
     }
     for name, size, batch, horizon in rows:
         model, given = size.model(device), size.tokens(batch, horizon, device)
+        bptt: tuple[float, int] | None = None
         for label, (method, options) in methods.items():
+            begin = f"  {name:<9}{batch:>6}{horizon:>8}  {label:<26}"
             step = _step(model, method, **options)
-            eager = _median(functools.partial(_cleared, model, step, given), device, 3)
+            plain = functools.partial(_cleared, model, step, given)
+            try:
+                peak, eager = _peak(plain, device), _median(plain, device, 3)
+            except torch.OutOfMemoryError:
+                yield f"{begin}out of memory"
+                continue
+            begin += f"{1e3 * eager:>6.1f} ms{peak / 1e6:>7,.0f} MB"
             captured = replay.captured(step, *given)
             if not captured.graphs:
-                yield f"  {name:<9}{batch:>6}{horizon:>8}  {label:<24}{1e3 * eager:>6.1f} ms   not captured"
+                yield f"{begin} not captured"
                 continue
             graph = _median(functools.partial(_cleared, model, captured, given), device, 5)
+            bptt = bptt or ((graph, peak) if method is replay.full_bptt else None)
             speed = batch * size.length * horizon / graph
-            times = f"{1e3 * eager:>6.1f} ms{1e3 * graph:>7.1f} ms{eager / graph:>6.2f} x"
-            yield f"  {name:<9}{batch:>6}{horizon:>8}  {label:<24}{times}{speed:>12,.0f}"
+            begin += f"{1e3 * graph:>8.1f} ms{eager / graph:>6.2f} x{speed:>12,.0f}"
+            yield begin + ("" if bptt is None else f"{bptt[0] / graph:>14.2f} x{peak / max(1, bptt[1]):>6.2f}")
             del captured
-        del model
+        del model, step, plain
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

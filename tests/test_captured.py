@@ -5,6 +5,7 @@ What only a card can show is at the end, for ``--device cuda``, and in ``python 
 
 import contextlib
 import re
+import types
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from memformer import Memformer, memory_replay_backprop, replay
+from memformer import Memformer, checks, memory_replay_backprop, replay
 from memformer.replay import capture, environment, inputs, storage
 from pretend_card import CPU, PretendCard, pretend_a_card
 
@@ -347,6 +348,17 @@ def test_a_generator_that_nobody_draws_from_is_left_alone(monkeypatch):
     with contextlib.suppress(ZeroDivisionError), seen.random_numbers_kept():
         1 / 0  # noqa: B018
     assert read == ["get", "set"]
+
+
+@pytest.mark.parametrize(("capturing", "debug"), [(False, 0), (True, 0), (False, 2)])
+def test_nobody_looks_at_values_where_that_would_wait(monkeypatch, capturing, debug):
+    """Neither the model's checks of token ids nor the engine's glance, in a capture or its rehearsal."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: debug)
+    on_card = types.SimpleNamespace(is_meta=False, is_cuda=True)
+    assert checks.has_values(on_card) == environment.may_wait() == (not capturing and debug == 0)
+    assert checks.has_values(torch.ones(1, device="cpu"))
 
 
 def test_memories_off_the_card_cannot_be_captured(monkeypatch):

@@ -219,6 +219,7 @@ def of_equal_size(make: Callable[[int], Network], choices: Sequence[int], parame
 
 
 def number_of_parameters(network: nn.Module) -> int:
+    """How many numbers a network learns."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
