@@ -195,8 +195,10 @@ def test_surroundings_are_part_of_what_is_captured(pretend):
     cell.rnn.weight_hh.data = torch.zeros_like(cell.rnn.weight_hh)
     batch = [x.float() for x in BATCHES[1]]
     cell.zero_grad()
+    before = pretend.rehearsals
     assert_close(run(step, cell, [batch]), run(step_of(cell), cell, [batch]), rtol=0, atol=0)
     assert step.graphs == 1
+    assert pretend.rehearsals == before + capture.REHEARSALS
 
 
 def test_the_number_of_a_closed_over_module_in_another_mode(pretend):

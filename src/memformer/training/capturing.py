@@ -113,7 +113,6 @@ class LaunchedRollout:
     def _run(self, segments: list[Segment], memory: Memory | None, divisor: Tensor, sums: Tensor | None) -> Any:
         watch, tally = replay.MemoryGradients(), None
         if sums is not None and self._by_objective is not None:
-            sums = sums.clone()
             tally = functools.partial(self._by_objective.add_to, sums)
         loss, memory = differentiate(self._parts, segments, memory, divisor, True, watch, tally)
         memory, lost = only_finite(memory)
