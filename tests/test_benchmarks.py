@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -233,7 +234,7 @@ def test_the_page_of_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     lines = report(capsys, "card", "--device", "cpu", "--tiny", "--launches", "2")
     assert lines[1].startswith("skipped: cpu captures nothing")
-    assert sum("equal; so are the next random numbers" in line for line in lines) == 7
+    assert sum("equal; so are the next random numbers" in line for line in lines) == 8
     assert not [line for line in lines if "WRONG" in line or "FAILED" in line]
     assert lines[-1].startswith("all parts ran, ")
     assert main(["card", "--device", "nowhere"]) == 2
@@ -241,6 +242,25 @@ def test_the_page_of_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     with pytest.raises(SystemExit):
         main(["text"])
     assert "only card runs without it" in capsys.readouterr().err
+
+
+def test_a_captured_step_that_is_another_one_is_a_failure_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(function: Callable[..., Any], *example: Any, **keywords: Any) -> Callable[..., Any]:
+        if "paper" in function.__qualname__:
+            raise ValueError("captured: no")
+
+        def other(*given: Any) -> Any:
+            torch.rand(1)
+            return function(*given)
+
+        return other
+
+    monkeypatch.setattr(card, "_PARTS", {"exactness": card._exact})
+    monkeypatch.setattr(card.replay, "captured", wrong)
+    lines = list(card.run(card.Card(device="cpu", tiny=True)))
+    assert sum("THE NEXT RANDOM NUMBERS DIFFER" in line for line in lines) == 7
+    assert [line for line in lines if "FAILED: ValueError: captured: no" in line]
+    assert [line for line in lines if "FAILED: RuntimeError: captured is not eager: GRU, memory_replay; " in line]
 
 
 def test_a_part_of_the_page_that_fails_is_said_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
