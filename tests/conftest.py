@@ -28,9 +28,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _default_device(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
+def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Makes tensors without a device be on the one of ``--device``, in the files that are ready for it."""
-    if str(device) == "cpu" or not request.path.name.startswith(WITH_DEVICE):
+    device = request.config.getoption("--device")
+    if device == "cpu" or not request.path.name.startswith(WITH_DEVICE):
         yield
         return
     if (marker := request.node.get_closest_marker("cpu")) is not None:
