@@ -30,6 +30,7 @@ LAYERS = [
         "data.pieces",
     },
     {
+        "replay.capture",
         "replay.storage",
         "replay.gradients",
         "replay.boundary",
@@ -69,7 +70,14 @@ LAYERS = [
     {"evaluation"},
     {"inspection"},
     {"training.parts", "training.metrics", "training.optimizers"},
-    {"training.callbacks", "training.documents", "training.history", "training.initial", "training.shards"},
+    {
+        "training.callbacks",
+        "training.capturing",
+        "training.documents",
+        "training.history",
+        "training.initial",
+        "training.shards",
+    },
     {"training.averaging", "training.resume", "training.update"},
     {"training.corpus", "training.loggers", "training.samples", "training.step"},
     {"training.assemble"},

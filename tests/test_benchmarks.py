@@ -6,15 +6,19 @@ With other packages where the environment says in which folders they are: MEMFOR
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from benchmarks import export, generate, overhead
+from benchmarks import card, export, generate, overhead
 from benchmarks.__main__ import main
 
 from memformer import Memformer
@@ -225,3 +229,53 @@ def test_the_overhead_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
     head = [i for i, line in enumerate(lines) if line.startswith("method")]
     assert [line.split("  ")[0] for line in lines[head[0] + 1 : head[0] + 7]] == list(overhead.METHODS)
     assert [line.split("  ")[0] for line in lines[head[1] + 1 :]] == ["plain BPTT", "memory replay"]
+
+
+def test_the_page_of_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without one, and without tyro: all runs in a small size, and what is not shown is said."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    lines = report(capsys, "card", "--device", "cpu", "--tiny", "--launches", "2")
+    assert lines[1].startswith("skipped: cpu captures nothing")
+    assert sum("equal; so are the next random numbers" in line for line in lines) == 8
+    assert not [line for line in lines if "WRONG" in line or "FAILED" in line]
+    assert lines[-1].startswith("all parts ran, ")
+    assert main(["card", "--device", "nowhere"]) == 2
+    assert "device: 'nowhere' cannot be used here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["text"])
+    assert "only card runs without it" in capsys.readouterr().err
+
+
+def test_a_captured_step_that_is_another_one_is_a_failure_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(function: Callable[..., Any], *example: Any, **keywords: Any) -> Callable[..., Any]:
+        if "paper" in function.__qualname__:
+            raise ValueError("captured: no")
+
+        def other(*given: Any) -> Any:
+            torch.rand(1)
+            return function(*given)
+
+        return other
+
+    monkeypatch.setattr(card, "_PARTS", {"exactness": card._exact})
+    monkeypatch.setattr(card.replay, "captured", wrong)
+    lines = list(card.run(card.Card(device="cpu", tiny=True)))
+    assert sum("THE NEXT RANDOM NUMBERS DIFFER" in line for line in lines) == 7
+    assert [line for line in lines if "FAILED: ValueError: captured: no" in line]
+    assert [line for line in lines if "FAILED: RuntimeError: captured is not eager: GRU, memory_replay; " in line]
+
+
+def test_a_part_of_the_page_that_fails_is_said_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(settings: card.Card, device: torch.device) -> Iterator[str]:
+        raise RuntimeError("no such kernel")
+
+    def slow(settings: card.Card, device: torch.device) -> Iterator[str]:
+        time.sleep(1.1)
+        yield "  done"
+
+    monkeypatch.setattr(card, "_PARTS", {"first": fails, "second": slow, "third": slow})
+    lines = list(card.run(card.Card(device="cpu", seconds=1)))
+    assert [line for line in lines if "FAILED: RuntimeError: no such kernel (test_benchmarks.py:" in line]
+    assert "  done" in lines
+    assert lines[-2] == "skipped after 1 seconds: third"
+    assert lines[-1].startswith("1 FAILED, ")

@@ -213,6 +213,7 @@ def test_targets_of_minus_100_are_masked(dtype: torch.dtype, overlap: int) -> No
     assert torch.equal(both, model(src, tgt, tgt_mask=STARTED & hidden.bool()).dec_out)
 
 
+@pytest.mark.cpu("a default device is a mode of torch, which its compiler does not trace through this")
 def test_compiled_as_one_graph() -> None:
     """With masks of integers and targets of -100, too."""
     model, src, tgt = tiny(dec_overlap=2, enc_depth=1, dec_depth=1), tokens(2, 6), tokens(2, 5)

@@ -44,8 +44,13 @@ def is_tensor(x: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether Python may look at the values: a tensor that is traced, on the meta device or fake has none to show."""
-    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+    """Whether Python may look at the values: a tensor that is traced, on the meta device or fake has none to show.
+
+    One on a card has none where a step is captured, or where torch is told to refuse whatever waits for the card.
+    """
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    return not (x.is_cuda and (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() == 2))
 
 
 def as_paths(name: str, paths: object) -> tuple[Path, ...]:

@@ -313,10 +313,11 @@ def _of_each(
     per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
         divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)
-    if len(kept) == len(segments):  # without the copy to the device that places need, for which it would be waited
+    if len(kept) == len(segments):
         return per_segment / divisor
-    places = torch.tensor(kept, device=per_segment.device)
-    return per_segment.new_zeros(len(segments)).index_put((places,), per_segment / divisor)
+    # Put in their places without an index, which would be copied to the device: that waits for it.
+    found, nothing = iter((per_segment / divisor).unbind()), per_segment.new_zeros(())
+    return torch.stack([next(found) if i in kept else nothing for i in range(len(segments))])
 
 
 def _advance(front: Wavefront, diagonal: Diagonal, flight: Any) -> tuple[Tensor | None, Any]:

@@ -378,6 +378,8 @@ class ComputeSettings(Typed):
     """Type for autocast; auto is bf16 on an accelerator that computes it natively, else float32."""
     compile: bool = False
     """Compile encoder and decoder, or a causal model's stack: a slow start, then faster steps."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """On CUDA, launch each rollout with its backward as one graph; auto where that can be, on or else refuse."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a copy of the model in each process, or its parameters divided among them."""
     timeout: float = 30.0

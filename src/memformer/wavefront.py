@@ -112,7 +112,9 @@ class Wavefront:
             yield Diagonal(
                 segments[step] if step < count else None,
                 segments[step - depth + 1] if step >= depth - 1 else None,
-                torch.tensor([first, last]),
+                torch.tensor(
+                    [first, last], device="cpu"
+                ),  # numbers for Python, also where another device is the default
             )
 
     def start(self, mems: CausalMemory | None) -> Flight:

@@ -24,6 +24,7 @@ at a few numbers; ``check=True`` compares all of them.
 """
 
 from .boundary import burn_in, check_equal_across_ranks, detach, reset
+from .capture import Captured, captured
 from .functions import (
     Method,
     Rollout,
@@ -42,6 +43,7 @@ __all__ = [
     "Action",
     "Binomial",
     "Budget",
+    "Captured",
     "EveryKth",
     "EveryMemory",
     "MemoryGradients",
@@ -56,6 +58,7 @@ __all__ = [
     "Verdict",
     "accumulate",
     "burn_in",
+    "captured",
     "check_equal_across_ranks",
     "detach",
     "full_bptt",

@@ -10,6 +10,25 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
+_left_alone: set[torch.device] = set()
+
+
+@contextlib.contextmanager
+def left_alone(device: torch.device) -> Iterator[None]:
+    """A step that draws no random numbers on a device is captured: its generator is neither read nor set inside."""
+    _left_alone.add(device)
+    try:
+        yield
+    finally:
+        _left_alone.discard(device)
+
+
+def may_wait() -> bool:
+    """Whether Python may wait for a card: not in a step that is captured, nor where torch is told to refuse it."""
+    if not torch.cuda.is_initialized():
+        return True
+    return not (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() == 2)
+
 
 class Environment:
     """What a cell sees besides its arguments, captured when the rollout starts and put back for a replay."""
@@ -22,6 +41,7 @@ class Environment:
         self.autocast = self._autocast_now()
         self.uses_float16 = any(enabled and dtype == torch.float16 for _, dtype, enabled in self.autocast)
         self.precision = max((torch.finfo(dtype).eps for _, dtype, enabled in self.autocast if enabled), default=0.0)
+        self.caches_casts = torch.is_autocast_cache_enabled()
         self.uses_cudnn = torch.backends.cudnn.enabled  # which draws its own random numbers
         self.caches_weights = _weights_are_cached()
         self.weights: dict[tuple[int, str], Tensor] = {}
@@ -29,11 +49,13 @@ class Environment:
 
     def random_state(self) -> list[Tensor]:
         """The generators' states now."""
-        return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self.devices)]
+        devices = (d for d in self.devices if d not in _left_alone)
+        return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in devices)]
 
     def set_random_state(self, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
-        for device, state in zip(self.devices, states[1:], strict=True):
+        devices = [d for d in self.devices if d not in _left_alone]
+        for device, state in zip(devices, states[1:], strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
 
     @contextlib.contextmanager
@@ -58,7 +80,7 @@ class Environment:
         stack = contextlib.ExitStack()
         if not same_autocast:
             for kind, dtype, enabled in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype, enabled))
+                stack.enter_context(torch.autocast(kind, dtype, enabled, self.caches_casts))
         if not same_cudnn:
             stack.enter_context(_cudnn(self.uses_cudnn))
         if caches_weights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .environment import may_wait
 from .inputs import carries_grad
 
 CAUSE = (
@@ -58,7 +59,7 @@ def _sample(x: object) -> Tensor | None:
     """Numbers from all over a tensor, moved to the CPU; None where there is nothing to compare."""
     if type(x) is not Tensor or x.layout != torch.strided or x.is_meta or not carries_grad(x) or not x.numel():
         return None
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if x.is_cuda and not may_wait():
         return None
     with torch.no_grad():
         sample = x.detach().flatten()[:: max(1, x.numel() // SAMPLE)].to("cpu", copy=True)

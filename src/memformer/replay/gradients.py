@@ -34,6 +34,15 @@ class MemoryGradients:
         """``norms[t]`` is that of the memory before segment t (before clipping), the last one of the final memory."""
         return [0.0 if norm is None else float(norm) for norm in self._norms]
 
+    @property
+    def on_device(self) -> list[Tensor | None]:
+        """The same as tensors, which nobody waited for; what a captured step returns may be put here."""
+        return self._norms
+
+    @on_device.setter
+    def on_device(self, norms: list[Tensor | None]) -> None:
+        self._norms = norms
+
     def start(self, num_segments: int) -> None:
         """Forget the rollout before."""
         self._norms = [None] * (num_segments + 1)

@@ -172,7 +172,10 @@ def call_readout(
             "a scalar loss" if weights is None else f"with segment_weights one loss per segment, shape {shapes[0]},"
         )
         raise ValueError(f"a readout returns {expected} or None; {name_of(readout)} returned {got}")
-    return loss if weights is None else (loss * loss.new_tensor(weights)).sum()
+    if weights is None:
+        return loss
+    # Filled on the device: a list would be copied there, which waits for it.
+    return (loss * torch.stack([loss.new_full((), weight) for weight in weights])).sum()
 
 
 def sum_of_losses(losses: Sequence[Tensor | None], weights: list[float] | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_unflatten
 
+from .environment import may_wait
 from .inputs import Leaves
 from .schedules import Plan
 
@@ -112,6 +113,8 @@ class Shelf:
 
     def __init__(self, plan: Plan):
         self.place = plan.store_on
+        if self.place != "device" and not may_wait():
+            raise RuntimeError("memories that are kept off the card (Offload, Budget) cannot be captured")
         self.loads = itertools.islice(
             (t for kind, t in plan.replay if kind == "load"), 1, None
         )  # after the one at hand

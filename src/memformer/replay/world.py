@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .environment import may_wait
 from .inputs import carries_grad, version
 
 BufferState = list[tuple[Tensor | None, Tensor | None]]
@@ -163,6 +164,8 @@ class _Buffer:
     def look_closely(self) -> None:
         tensor = self.module._buffers[self.name]
         if self.unnoticed or not self.module.training or type(tensor) is not Tensor or tensor is not self.tensor:
+            return
+        if tensor.is_cuda and not may_wait():
             return
         if carries_grad(tensor) and tensor.layout is torch.strided and not tensor.is_meta and self.content is not None:
             self.unnoticed = version(tensor) == self.version and not torch.equal(tensor, self.content)

@@ -96,7 +96,7 @@ def scalars(metrics: StepMetrics | HeldOut) -> dict[str, float]:
 class ByObjective:
     """The loss of each :class:`~memformer.data.objectives.Objective`, added up on the device, without waiting for it.
 
-    Those of a step are kept at its end, or they are not: see :meth:`end_step`.
+    Those of a step, ``of_step``, are kept at its end, or they are not: see :meth:`end_step`.
 
     Args:
         tokenizer: whose special tokens begin the objectives' targets.
@@ -107,19 +107,25 @@ class ByObjective:
         starts[tokenizer.infill], starts[tokenizer.recall] = Objective.INFILLING, Objective.RECALL
         self._starts = starts.to(device)
         self.sums = torch.zeros(2, len(Objective), dtype=torch.float32, device=device)
-        self._step = torch.zeros_like(self.sums)
+        self.of_step = torch.zeros_like(self.sums)
 
     def add(self, tgt: Tensor, losses: Tensor, counted: Tensor) -> None:
         """Targets (rows, tokens), the losses of their tokens, and which of these count."""
-        objective = self._starts[tgt[:, 0]]
-        self._step[0].index_add_(0, objective, losses.detach().sum(1, dtype=self._step.dtype))
-        self._step[1].index_add_(0, objective, counted.sum(1, dtype=self._step.dtype))
+        self.add_to(self.of_step, tgt, losses, counted)
 
-    def end_step(self, counts: bool) -> None:
-        """Keep what was added since the step before, where it counts."""
-        if counts:
-            self.sums += self._step
-        self._step = torch.zeros_like(self._step)
+    def add_to(self, sums: Tensor, tgt: Tensor, losses: Tensor, counted: Tensor) -> None:
+        """The same, added to other sums: where a step is captured, those of this step are an input and an output."""
+        objective = self._starts[tgt[:, 0]]
+        sums[0].index_add_(0, objective, losses.detach().sum(1, dtype=sums.dtype))
+        sums[1].index_add_(0, objective, counted.sum(1, dtype=sums.dtype))
+
+    def end_step(self, counts: bool | Tensor) -> None:
+        """Keep what was added since the step before, where it counts; a tensor says so without being waited for."""
+        if isinstance(counts, Tensor):
+            self.sums += torch.where(counts, self.of_step, 0)
+        elif counts:
+            self.sums += self.of_step
+        self.of_step = torch.zeros_like(self.of_step)
 
     def take(self, sums: Tensor) -> dict[str, float | None]:
         """The means by their names in :class:`StepMetrics`, given the sums of all processes; it then starts anew."""

@@ -21,7 +21,18 @@ from ..parallel import Ranks, gradient_sync
 from ..rollouts import Tally, rollout
 from ..wavefront import pays
 
-__all__ = ["Best", "Change", "Parts", "Progress", "RolloutLoss", "begun_anew", "by_name", "from_names", "only_finite"]
+__all__ = [
+    "Best",
+    "Change",
+    "Parts",
+    "Progress",
+    "RolloutLoss",
+    "begun_anew",
+    "by_name",
+    "differentiate",
+    "from_names",
+    "only_finite",
+]
 
 
 class Best(TypedDict):
@@ -107,6 +118,24 @@ def begun_anew(segment: Segment, memory: Memory | None) -> Segment:
     return segment._replace(reset=lost if segment.reset is None else segment.reset | lost)
 
 
+def differentiate(
+    parts: Parts,
+    segments: Sequence[Segment],
+    memory: Memory | None,
+    divisor: Tensor | float,
+    last: bool,
+    watch: replay.MemoryGradients | None,
+    tally: Tally | None,
+) -> tuple[Tensor, Memory]:
+    """The loss of a rollout and the memory after it, both detached; leaves the gradients. See :class:`RolloutLoss`."""
+    segments = [begun_anew(segments[0], memory), *segments[1:]]
+    with parts.autocast():
+        loss, memory = parts.rollouts(segments, memory, divisor, last, watch, tally)
+    if loss.requires_grad:
+        parts.scaler.scale(loss).backward()
+    return loss.detach(), tree_map(Tensor.detach, memory)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What a run works with, already on its device, and divided among the processes.
@@ -167,7 +196,7 @@ class RolloutLoss(nn.Module):
         self,
         segments: Sequence[Segment],
         mems: Memory | None,
-        divisor: float,
+        divisor: Tensor | float,
         last: bool,
         watch: replay.MemoryGradients | None,
         tally: Tally | None = None,

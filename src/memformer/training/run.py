@@ -45,7 +45,7 @@ class _Sums:
 
     nats: Tensor | float = 0.0
     tokens: int = 0
-    judged: int = 0
+    judged: Tensor | int = 0
     seconds: float = 0.0
 
     def add(self, step: Step, seconds: float) -> None:
@@ -200,13 +200,16 @@ class Run:
             watch = replay.MemoryGradients() if watched else None
             began = time.perf_counter()
             taken = self._stepper.take(watch, self._asked_to_stop)
-            sums.add(taken, time.perf_counter() - began)
             self.stopping = taken.stopping
+            saving = progress.due or self.stopping or self.step % output.save_every == 0
+            if watched or saving:
+                self._stepper.settle()
+            sums.add(taken, time.perf_counter() - began)
             if watched or self.stopping:
                 metrics, sums = self._metrics(taken, sums, watch, pace), _Sums()
                 self._write("step", metrics)
                 yield metrics
-            if progress.due or self.stopping or self.step % output.save_every == 0:
+            if saving:
                 self._save()
             yield from self._evaluate_if_due()
             if output.sample_every and self.step % output.sample_every == 0:
@@ -217,7 +220,8 @@ class Run:
         """The line after a step, which all processes make together."""
         progress, device = self.parts.progress, self.parts.device
         nats = float(self.parts.ranks.sum(torch.as_tensor(sums.nats, device=device)))
-        mean = nats / sums.judged if sums.judged else math.nan
+        judged = int(sums.judged)
+        mean = nats / judged if judged else math.nan
         self_attention, slot_diversity = self._health(taken.segment, taken.memory)
         progress.seconds = time.perf_counter() - self._entered
         self._warn_of_lost_memories()
@@ -228,7 +232,7 @@ class Run:
             bits_per_token=mean / math.log(2),
             tokens_per_second=sums.tokens / sums.seconds,
             learning_rate=taken.learning_rate,
-            gradient_norm=taken.gradient_norm,
+            gradient_norm=float(taken.gradient_norm),
             skipped=progress.skipped,
             horizon=taken.horizon,
             memory_gradient=self._reach(watch),

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
 
 from .. import replay
 from ..data.lanes import LanesState
@@ -18,8 +17,9 @@ from ..data.segments import Segment
 from ..device import seeded
 from ..interface import Memory
 from ..settings import TrainingConfig
+from .capturing import LaunchedRollout, captures
 from .metrics import ByObjective
-from .parts import Parts, Progress, begun_anew, only_finite
+from .parts import Parts, Progress, begun_anew, differentiate, only_finite
 from .update import Update, not_interrupted
 
 __all__ = ["Step", "Stepper"]
@@ -32,9 +32,9 @@ class Step(NamedTuple):
     """Scalar: this process's part of the summed loss."""
     tokens: int
     """Targets that count, of all processes."""
-    judged: int
+    judged: Tensor | int
     """How many of them the summed loss is of: none, in a step that was left out because its loss is not finite."""
-    gradient_norm: float
+    gradient_norm: Tensor | float
     learning_rate: float
     horizon: int
     segment: Segment
@@ -57,6 +57,9 @@ class Stepper:
         self._parts, self._settings, self._update = parts, settings, update
         mixed = parts.stream.objectives is not None
         self.by_objective = ByObjective(parts.tokenizer, parts.device) if mixed else None
+        # Without captured steps, what a step was like is read at its end; with them, when somebody asks.
+        self._launched = LaunchedRollout(parts, settings, self.by_objective) if captures(parts, settings) else None
+        self.waits = not (self._launched is not None and update.can_go_on)
         self.lost_memories = torch.zeros((), dtype=torch.int64, device=parts.device)
         self._updating = self.half_updated = False
         parts.optimizer.register_step_pre_hook(self._begins_to_update)
@@ -81,7 +84,8 @@ class Stepper:
             tokens, stopping = self._counted(rollouts, stop)
             loss, first, memory = self._differentiate(rollouts, tokens, watch)
             with not_interrupted():
-                norm = self._update.step(rate, loss)
+                norm: Tensor | float
+                norm = self._update.step(rate, loss) if self.waits else self._update.step_unseen(rate, loss)
                 self._count(tokens)
                 self._update.average()
                 whole = True
@@ -90,17 +94,36 @@ class Stepper:
                 self._take_back(place, before)
             raise
         ranks = self._parts.ranks
+        judged: Tensor | int
         nats, judged = loss / ranks.size * tokens, tokens
-        if not math.isfinite(norm) and not ranks.sum(nats.clone()).isfinite():
+        if isinstance(norm, Tensor):
+            counts = norm.isfinite() | nats.isfinite()
+            nats, judged = torch.where(counts, nats, 0), tokens * counts
+        elif not math.isfinite(norm) and not ranks.sum(nats.clone()).isfinite():
             nats, judged = torch.zeros_like(nats), 0
         if self.by_objective is not None:
             self.by_objective.end_step(counts=judged > 0)
         return Step(nats, tokens, judged, norm, rate, horizon, first, memory, stopping)
 
+    def settle(self) -> None:
+        """Wait for the steps so far, and count those that were left out.
+
+        Raises:
+            FloatingPointError: see :meth:`Update.step`; the message names the step.
+        """
+        self._update.settle()
+
+    @property
+    def launches(self) -> int:
+        """How many rollouts were launches of a captured one."""
+        return 0 if self._launched is None else self._launched.launches
+
     def _counted(self, rollouts: list[list[Segment]], stop: bool) -> tuple[int, bool]:
         """How many targets of all processes count, and whether one of these is asked to stop."""
         masks = [segment.tgt_mask for segments in rollouts for segment in segments]
         own = sum(int(mask[:, 1:].sum()) for mask in masks if mask is not None)
+        if self._parts.ranks.size == 1:
+            return own, stop
         both = torch.tensor([own, stop], device=self._parts.device)
         tokens, stopping = self._parts.ranks.sum(both).tolist()
         return tokens, bool(stopping)
@@ -118,9 +141,15 @@ class Stepper:
         with seeded(seed, device) if settings.model.dropout > 0 else contextlib.nullcontext():
             for i, segments in enumerate(rollouts):
                 last = i == len(rollouts) - 1
+                if self._launched is not None:
+                    segments, before = self._launched.segments(segments), progress.memory
+                    first = begun_anew(segments[0], before)
+                    of_rollout, lost = self._launched(segments, tokens / ranks.size, watch if last else None)
+                    loss += of_rollout
+                    self.lost_memories += lost
+                    continue
                 segments = [self._parts.model.of_stream(segment).to(device) for segment in segments]
-                segments[0] = begun_anew(segments[0], progress.memory)
-                first, before = segments[0], progress.memory
+                first, before = begun_anew(segments[0], progress.memory), progress.memory
                 loss += self._back_propagate(segments, tokens / ranks.size, last, watch if last else None)
         return loss, first, before
 
@@ -132,13 +161,10 @@ class Stepper:
         tally = None if self.by_objective is None else self.by_objective.add
         waits = module.no_sync() if isinstance(module, DistributedDataParallel) and not last else None
         with waits or contextlib.nullcontext():
-            with self._parts.autocast():
-                loss, memory = module(segments, progress.memory, divisor, last, watch, tally)
-            if loss.requires_grad:
-                self._parts.scaler.scale(loss).backward()
-        progress.memory, lost = only_finite(tree_map(Tensor.detach, memory))
+            loss, memory = differentiate(self._parts, segments, progress.memory, divisor, last, watch, tally)
+        progress.memory, lost = only_finite(memory)
         self.lost_memories += lost
-        return loss.detach()
+        return loss
 
     def _count(self, tokens: int) -> None:
         settings, progress = self._settings, self._parts.progress
@@ -160,6 +186,8 @@ class Stepper:
             self.half_updated = True
         vars(parts.progress).update(vars(before))
         parts.model.zero_grad(set_to_none=True)
+        if self._launched is not None:
+            self._launched.forget()
         if self.by_objective is not None:
             self.by_objective.end_step(counts=False)
         if parts.scaler.is_enabled():  # a new one knows of no gradients that it has unscaled

@@ -30,6 +30,13 @@ class Update:
 
     def __init__(self, parts: Parts, settings: TrainingConfig):
         self._parts, self._settings = parts, settings
+        self._unseen: list[tuple[int, Tensor, Tensor]] = []
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a step can be left out on the device, so that nobody waits: of fused AdamW, without fp16's scaler."""
+        of_adam = isinstance(self._parts.optimizer, torch.optim.AdamW)
+        return of_adam and not self._parts.scaler.is_enabled() and self._parts.ranks.size == 1
 
     def step(self, rate: float, loss: Tensor) -> float:
         """The optimizer's step with the gradients that are there, which are then cleared; returns their norm.
@@ -41,29 +48,66 @@ class Update:
         Raises:
             FloatingPointError: they are not finite, and that may not be passed over (any more).
         """
-        parts, progress = self._parts, self._parts.progress
-        optimizer, scaler = parts.optimizer, parts.scaler
+        progress = self._parts.progress
+        optimizer, scaler = self._parts.optimizer, self._parts.scaler
         scaler.unscale_(optimizer)
-        limit = self._settings.optimizer.clip or math.inf
-        norm = float(full(torch.nn.utils.clip_grad_norm_(parts.model.parameters(), limit)))
+        norm = float(full(self._clip()))
         if math.isfinite(norm):
             progress.skipped_in_a_row = 0
-            # A parameter that no gradient reaches (the writer's, at horizon 1) has a zero one under DDP, and so here.
-            for parameter in parts.model.parameters():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            self._make_ready(rate)
             scaler.step(optimizer)
         else:
             if not scaler.is_enabled() or scaler.get_scale() < 1:
-                self._pass_over(loss)
+                self._pass_over(progress.step + 1, loss)
             progress.skipped += 1
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _pass_over(self, loss: Tensor) -> None:
+    def step_unseen(self, rate: float, loss: Tensor) -> Tensor:
+        """The same without waiting for the device: whether gradients are finite is seen there, and here in settle."""
+        optimizer = self._parts.optimizer
+        norm = self._clip()
+        self._make_ready(rate)
+        # As a gradient scaler tells a fused optimizer: where it is 1, the step changes nothing.
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+        optimizer.zero_grad(set_to_none=True)
+        self._unseen.append((self._parts.progress.step + 1, norm, loss))
+        return norm
+
+    def settle(self) -> None:
+        """Look at the norms of the steps since the last time, in order, and count those that changed nothing.
+
+        Raises:
+            FloatingPointError: as in :meth:`step`. Steps after the one that it names were taken, without its gradient.
+        """
+        unseen, self._unseen = self._unseen, []
+        norms = torch.stack([norm for _, norm, _ in unseen]).tolist() if unseen else []
+        for (step, _, loss), norm in zip(unseen, norms, strict=True):
+            if math.isfinite(norm):
+                self._parts.progress.skipped_in_a_row = 0
+            else:
+                self._pass_over(step, loss)
+                self._parts.progress.skipped += 1
+
+    def _clip(self) -> Tensor:
+        """The norm of the gradients, which are then no longer than the settings allow."""
+        limit = self._settings.optimizer.clip or math.inf
+        return torch.nn.utils.clip_grad_norm_(self._parts.model.parameters(), limit)
+
+    def _make_ready(self, rate: float) -> None:
+        # A parameter that no gradient reaches (the writer's, at horizon 1) has a zero one under DDP, and so here.
+        for parameter in self._parts.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for group in self._parts.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _pass_over(self, step: int, loss: Tensor) -> None:
         """Count one more gradient that is not finite, or raise FloatingPointError if there were too many in a row."""
         settings, progress = self._settings, self._parts.progress
         allowed = settings.optimizer.skip_non_finite
@@ -76,7 +120,7 @@ class Update:
             else "; --skip-non-finite passes over a rare one"
         )
         raise FloatingPointError(
-            f"step {progress.step + 1}: the gradient is not finite (loss {float(loss):.3g}){after}. "
+            f"step {step}: the gradient is not finite (loss {float(loss):.3g}){after}. "
             + checkpoints.after_divergence(settings.out, settings.optimizer.learning_rate)
         )
 
