@@ -1,0 +1,657 @@
+"""MemoryForCausalLM: a pretrained causal language model that reads and writes a memory. See :func:`with_memory`.
+
+Shapes: tokens (batch, tokens), slots (batch, slots, dim), hidden states (batch, tokens, dim). Nothing here knows the
+replay engine.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..checks import IGNORED, as_mask, as_tokens, check_mask, check_tokens, describe, has_values, is_tensor
+from ..config import check_count
+from ..data.segments import Segment, Targets, cut, each_as_tokens
+from ..interface import SegmentModel, TokenLosses
+from ..nn.memory import WRITERS, SlotWriter
+from ..state import MemoryState
+from .bases import CACHE, check_base, decode, layers_of, logits_of, text_config, without_peft
+from .cache import MemoryCache
+from .configuration import MemoryConfig
+from .reading import Readers
+
+__all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory"]
+
+Part = Literal["memory", "lora", "all"]
+
+
+class PretrainedMemory(NamedTuple):
+    """What is carried from segment to segment, of one size whatever was read.
+
+    Attributes:
+        slots: (batch, slots, dim).
+        last: (batch, dim), the hidden state of the last token that was read, from which the next segment's first token
+            is predicted; zero where a document has just begun.
+    """
+
+    slots: Tensor
+    last: Tensor
+
+
+@dataclass
+class MemoryOutput(CausalLMOutputWithPast):
+    """What a :class:`MemoryForCausalLM` returns.
+
+    Attributes:
+        memory: after all tokens, for the next call; None with ``use_cache``, where the cache has it.
+    """
+
+    memory: PretrainedMemory | None = None
+
+
+class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
+    """A causal language model of transformers with a memory; :func:`with_memory` makes one.
+
+    Args:
+        config: its settings.
+        base: the language model; None makes one of ``config.base`` without its weights, as transformers does.
+    """
+
+    config: MemoryConfig
+    config_class = MemoryConfig
+    kind = "MemoryForCausalLM"
+    reads_its_targets = True
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _is_stateful = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _keep_in_fp32_modules_strict: ClassVar[Any] = ["writer"]  # a slot changes by less than what bfloat16 can hold
+
+    def __init__(self, config: MemoryConfig, base: PreTrainedModel | None = None):
+        super().__init__(config)
+        made = base is None
+        if base is None:
+            attention = getattr(config, "_attn_implementation", None)
+            base = AutoModelForCausalLM.from_config(config.base_config, attn_implementation=attention)
+            if config.adapter is not None:
+                _add_adapter(base, config.adapter)
+        self.base = base
+        self.readers = Readers(layers_of(base), config.dim, config.read_dim, config.read_heads)
+        self.write_norm = nn.LayerNorm(config.dim)
+        self.writer = _writer(config)
+        if not made:
+            for part in self.modules():  # nothing is left to be initialised
+                part._is_hf_initialized = True  # type: ignore[assignment]
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """What a checkpoint lacks is as at construction."""
+        config = self.config
+        fresh: nn.Module
+        if module is self.readers:
+            fresh = Readers([nn.Identity() for _ in self.readers.each], config.dim, config.read_dim, config.read_heads)
+        elif module is self.writer:
+            fresh = _writer(config)
+        elif module is self.write_norm:
+            fresh = nn.LayerNorm(config.dim)
+        else:
+            return
+        for name, parameter in module.named_parameters():
+            init.copy_(parameter, fresh.get_parameter(name))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's."""
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's."""
+        return self.base.get_output_embeddings()
+
+    def trainable(self, part: Part) -> MemoryForCausalLM:
+        """Let gradients reach only a part: the ``"memory"`` alone, it and the base's ``"lora"``, or ``"all"``.
+
+        The memory is what reads and writes it, and its first slots. Returns the model itself.
+
+        Raises:
+            ValueError: another part, or ``"lora"`` for a base without one.
+        """
+        if part not in get_args(Part):
+            raise ValueError(f"trainable: expected one of {', '.join(get_args(Part))}, got {part!r}")
+        if part == "lora" and self.config.adapter is None:
+            raise ValueError("trainable: the base has no LoRA; wrap it with peft.get_peft_model before with_memory")
+        for name, parameter in self.named_parameters():
+            in_base = name.startswith("base.")
+            wanted = not in_base or part == "all" or (part == "lora" and "lora_" in name)
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(wanted)
+        return self
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+    ) -> None:
+        kept = self.readers.checkpointing(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, kept, **options)
+
+    # --- One call -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        memory: PretrainedMemory | None = None,
+        attention_mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: MemoryCache | None = None,
+        past_key_values: MemoryCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+    ) -> MemoryOutput:
+        """Read tokens of any length, a segment at a time, and predict what follows each.
+
+        Args:
+            input_ids: (batch, tokens).
+            memory: what an earlier call returned; None for a document's beginning.
+            attention_mask: like ``input_ids``, True or 1 for tokens that exist, wherever they stand. The others change
+                nothing, and take no place in a segment.
+            reset: (batch,) boolean or integer, lanes that begin a new document here.
+            labels: like ``input_ids``, and mostly the same: what is to be predicted at each place, from the tokens
+                before it; -100 does not count, nor does a masked place, nor a document's first.
+            cache: what an earlier call with ``use_cache`` returned, in place of ``memory``. Of a longer mask the last
+                part is that of ``input_ids``. ``past_key_values`` is its older name.
+            use_cache: the last segment stays open, and a cache is returned to go on in it, in place of a memory.
+            logits_to_keep: of so many last tokens alone; 0 for all.
+
+        Returns:
+            ``loss`` (the mean over the labels that count, in nats), ``logits`` (batch, tokens, vocabulary) of what
+            follows each token, ``memory``, and ``cache`` or ``past_key_values``, as this version of transformers calls
+            it.
+
+        Raises:
+            ValueError: a shape, dtype or token id does not fit; the message says what was expected.
+        """
+        cache = past_key_values if cache is None else cache
+        device = self.get_input_embeddings().weight.device
+        tokens, labels = as_tokens(input_ids, device), as_tokens(labels, device)
+        mask, reset = as_mask("attention_mask", attention_mask, device), as_mask("reset", reset, device)
+        if cache is not None and isinstance(mask, Tensor) and isinstance(tokens, Tensor):
+            mask = mask[:, -tokens.shape[-1] :]
+        self._check(tokens, memory, mask, reset, labels, names=("input_ids", "attention_mask"))
+        check_count("logits_to_keep", logits_to_keep, least=0)
+        order = None
+        if mask is not None and not mask.all():
+            order = _kept_first(mask)
+            tokens, mask = tokens.gather(1, order), mask.gather(1, order)
+            labels = None if labels is None else labels.gather(1, order)
+        elif mask is not None:
+            mask = None
+        if cache is not None or use_cache:
+            before, hidden, cache = self._go_on(tokens, mask, memory, reset, cache)
+            after = None
+        else:
+            before, hidden, after = self._read(tokens, mask, memory, reset)
+        loss = None
+        if labels is not None:
+            fresh = before.eq(0).all(-1) if reset is None or memory is None else before.eq(0).all(-1) | reset
+            given = torch.cat([before[:, None].to(hidden.dtype), hidden[:, :-1]], 1)
+            counted = _counted(labels, mask, fresh)
+            loss = _losses(logits_of(self.base, given), labels, counted).sum() / counted.sum().clamp(min=1)
+        if order is not None:
+            hidden = _along(hidden, order.argsort(1))
+        logits = logits_of(self.base, hidden[:, -logits_to_keep:])
+        output = MemoryOutput(loss=loss, logits=logits, memory=after, **{CACHE: cache})
+        return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
+
+    def _read(
+        self, tokens: Tensor, mask: Tensor | None, memory: PretrainedMemory | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, PretrainedMemory]:
+        """All segments of some tokens: the hidden state before them, theirs, and the memory after them."""
+        memory = self._started(memory, reset, len(tokens))
+        before, outputs = memory.last, []
+        for part in cut(self.config.segment_length, tokens, None, mask):
+            hidden, memory = self.step(part.src, memory, part.src_mask)
+            outputs.append(hidden)
+        return before, torch.cat(outputs, 1), memory
+
+    def step(
+        self, tokens: Tensor, memory: PretrainedMemory, mask: Tensor | None = None
+    ) -> tuple[Tensor, PretrainedMemory]:
+        """Read one segment and write the memory: the hidden states (batch, tokens, dim), and the memory after them."""
+        with self.readers.reading(self.readers.contexts(memory.slots)):
+            if mask is None:
+                hidden = decode(self.base, tokens)
+            else:
+                # Behind all tokens, padding is seen by none of them: the base needs no mask.
+                order = _kept_first(mask)
+                hidden = _along(decode(self.base, tokens.gather(1, order)), order.argsort(1))
+        _, last = _before(hidden, memory.last, mask)
+        return hidden, PretrainedMemory(self._written(memory.slots, hidden, mask), last)
+
+    def _written(self, slots: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        written = self.writer(slots, self.write_norm(hidden).to(slots), mask)
+        return written if mask is None else torch.where(mask.any(1)[:, None, None], written, slots)
+
+    def _started(
+        self, memory: PretrainedMemory | None, reset: Tensor | None, batch_size: int
+    ) -> PretrainedMemory:
+        """The memory that a segment begins with."""
+        initial = self.get_initial_mem(batch_size)
+        if memory is None:
+            return initial
+        if reset is None:
+            return memory
+        return PretrainedMemory(
+            torch.where(reset[:, None, None], initial.slots, memory.slots),
+            torch.where(reset[:, None], initial.last, memory.last),
+        )
+
+    # --- Going on in a segment ----------------------------------------------------------------------------------------
+
+    def _go_on(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        memory: PretrainedMemory | None,
+        reset: Tensor | None,
+        cache: MemoryCache | None,
+    ) -> tuple[Tensor, Tensor, MemoryCache]:
+        """Tokens of any length behind those of a cache; each lane's segments are cut where its own tokens stand.
+
+        Args:
+            tokens, mask: (batch, tokens), those that exist first.
+
+        Returns:
+            the hidden state before the tokens, theirs, and the cache after them.
+        """
+        if cache is None:
+            slots, last = self._started(memory, reset, len(tokens))
+            cache = MemoryCache(slots, last, self.readers.contexts(slots))
+        elif memory is not None or reset is not None or not isinstance(cache, MemoryCache):
+            raise ValueError(
+                "cache: expected a MemoryCache, as this model returns it, without memory and reset beside it, got "
+                f"{type(cache).__name__}"
+            )
+        elif cache.batch_size != len(tokens) or cache.slots.shape[1:] != (self.config.slots, self.config.dim):
+            raise ValueError(
+                f"cache: expected {len(tokens)} lanes of {self.config.slots} slots of {self.config.dim}, got "
+                f"{cache.batch_size} of {tuple(cache.slots.shape[1:])}: is it of another model or batch?"
+            )
+        before, length = cache.last, tokens.shape[1]
+        left = [length] * len(tokens) if mask is None else mask.sum(1).tolist()
+        done, hidden = [0] * len(tokens), tokens.new_zeros(*tokens.shape, self.config.dim).to(cache.last)
+        while any(left):
+            cache, piece, taken = self._extend(cache, tokens, done, left)
+            place = torch.arange(piece.shape[1], device=tokens.device)
+            index = torch.tensor(done, device=tokens.device)[:, None] + place
+            if piece.shape[1] == length:
+                hidden = piece
+            else:
+                kept = place < torch.tensor(taken, device=tokens.device)[:, None]
+                # What no lane has taken goes behind all tokens.
+                index = index.where(kept, length)[..., None].expand_as(piece)
+                hidden = F.pad(hidden, (0, 0, 0, 1)).scatter(1, index, piece)[:, :length]
+            done = [d + t for d, t in zip(done, taken, strict=True)]
+            left = [n - t for n, t in zip(left, taken, strict=True)]
+        return before, hidden, cache
+
+    def _extend(
+        self, cache: MemoryCache, tokens: Tensor, done: list[int], left: list[int]
+    ) -> tuple[MemoryCache, Tensor, list[int]]:
+        """So many more tokens of each lane as its segment has place for; where it is full, the memory is written.
+
+        Returns:
+            the cache after them, their hidden states (batch, most tokens, dim), and how many each lane has taken.
+        """
+        cache, most, device = cache.copy(), self.config.segment_length, tokens.device
+        taken = [min(n, most - f) for n, f in zip(left, cache.filled, strict=True)]
+        width, columns = max(taken), cache.hidden.shape[1]
+        place = torch.arange(width, device=device)
+        starts = torch.tensor(done, device=device)[:, None]
+        new = tokens.gather(1, (starts + place).clamp(max=tokens.shape[1] - 1))
+        positions = (torch.tensor(cache.filled, device=device)[:, None] + place).clamp(max=most - 1)
+        # Behind a lane's new tokens, padding is seen by none of them; only what other lanes have before has to be hid.
+        old, new_kept = cache.visible(), place < torch.tensor(taken, device=device)[:, None]
+        visible = None if old is None else torch.cat([old, torch.ones_like(new_kept)], 1)
+        pending = cache.pending()
+        with self.readers.reading(cache.contexts):
+            hidden = decode(self.base, new, visible, positions, pending)
+        cache.layers = pending.layers
+        cache.hidden = torch.cat([cache.hidden, hidden], 1)
+        ends = torch.tensor(taken, device=device)
+        found = _along(hidden, (ends - 1).clamp(min=0)[:, None])[:, 0]
+        cache.last = torch.where(ends[:, None] > 0, found, cache.last)
+        full = [f + t == most for f, t in zip(cache.filled, taken, strict=True)]
+        if any(full):
+            lanes, kept = torch.tensor(full, device=device)[:, None, None], None
+            if old is not None or min(taken) < width:
+                old = new_kept.new_ones(len(tokens), columns) if old is None else old
+                kept = torch.cat([old, new_kept], 1)
+            cache.slots = torch.where(lanes, self._written(cache.slots, cache.hidden, kept), cache.slots)
+            cache.contexts = self.readers.contexts(cache.slots)
+        cache.align(
+            [
+                [] if over else [*range(columns - f, columns + t)]
+                for over, f, t in zip(full, cache.filled, taken, strict=True)
+            ]
+        )
+        return cache, hidden, taken
+
+    # --- What generate() of transformers asks for ---------------------------------------------------------------------
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the first call makes its own
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **given: Any) -> dict[str, Any]:
+        """The tokens that were not read yet; a memory and resets are of the first call alone."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **given)
+        known = inspect.signature(self.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in known}
+        if inputs.get(CACHE) is not None:
+            inputs["memory"] = inputs["reset"] = None
+        return inputs
+
+    @staticmethod
+    def _expand_inputs_for_generation(expand_size: int = 1, **given: Any) -> tuple[Tensor, dict[str, Any]]:
+        input_ids, given = GenerationMixin._expand_inputs_for_generation(expand_size=expand_size, **given)
+        if expand_size > 1:
+            if given.get("memory") is not None:
+                given["memory"] = PretrainedMemory(*(x.repeat_interleave(expand_size, 0) for x in given["memory"]))
+            if given.get(CACHE) is not None:
+                given[CACHE] = given[CACHE].copy()
+                given[CACHE].batch_repeat_interleave(expand_size)
+        return input_ids, given
+
+    # --- What a rollout asks for --------------------------------------------------------------------------------------
+
+    def get_initial_mem(self, batch_size: int) -> PretrainedMemory:
+        """The learned memory before a document."""
+        slots = self.writer.initial(batch_size)
+        return PretrainedMemory(slots, self.write_norm.weight.new_zeros(batch_size, self.config.dim))
+
+    def resize_memory(self, num_memory_slots: int, *, generator: torch.Generator | None = None) -> None:
+        """Give the memory another number of slots, in place; see :meth:`SegmentModel.resize_memory`."""
+        check_count("num_memory_slots", num_memory_slots)
+        self.writer.resize(num_memory_slots, generator)
+        self.config.slots = num_memory_slots
+
+    def resize_mems(self, mems: PretrainedMemory) -> PretrainedMemory:
+        """A memory carried from before :meth:`resize_memory`, for the model as it is now."""
+        self._check_memory(mems, len(mems[0]), mems[0].shape[1])
+        initial = self.get_initial_mem(len(mems.last)).slots
+        kept = mems.slots[:, : self.config.slots]
+        return mems._replace(slots=torch.cat([kept, initial[:, kept.shape[1] :]], 1))
+
+    def forget(self, memory: PretrainedMemory) -> PretrainedMemory:
+        """The initial slots, and the last hidden state."""
+        return memory._replace(slots=self.get_initial_mem(len(memory.last)).slots)
+
+    def cell(self, segment: Segment, memory: PretrainedMemory | None) -> tuple[Tensor, PretrainedMemory]:
+        """One segment: the hidden state before each of its tokens, (batch, tokens, dim), and the memory after it."""
+        memory = self._started(memory, segment.reset, len(segment.src))
+        hidden, after = self.step(segment.src, memory, segment.src_mask)
+        before, _ = _before(hidden, memory.last, segment.src_mask)
+        return before, after
+
+    def target(self, segment: Segment) -> Tensor:
+        """The labels; where there are none, the tokens themselves."""
+        return segment.src if segment.tgt is None else segment.tgt
+
+    def counted(self, segment: Segment) -> Tensor:
+        """Which labels count, (batch, tokens): not a document's first, before which nothing stands."""
+        return _counted(self.target(segment), segment.src_mask, segment.reset)
+
+    def token_losses(self, outputs: Sequence[Tensor], segments: Sequence[Segment]) -> TokenLosses:
+        """The losses of several segments' labels, from one call of the base's head."""
+        longest = max(segment.src.shape[1] for segment in segments)
+        hidden = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in outputs])
+        labels = torch.cat([_padded(self.target(segment), longest, IGNORED) for segment in segments])
+        counted = torch.cat([_padded(self.counted(segment), longest, False) for segment in segments])
+        return TokenLosses(labels, _losses(logits_of(self.base, hidden), labels, counted), counted)
+
+    def segments(
+        self,
+        src: Any,
+        tgt: Targets,
+        src_mask: Any,
+        tgt_mask: Targets,
+        reset: Targets,
+        mems: PretrainedMemory | None,
+    ) -> list[Segment]:
+        """What :func:`~memformer.memory_replay_backprop` is given, checked, and cut as :meth:`forward` cuts it.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        if tgt_mask is not None:
+            raise ValueError("tgt_mask: labels have the mask of their tokens, src_mask; one of -100 does not count")
+        device, length = self.get_input_embeddings().weight.device, self.config.segment_length
+        tokens, mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
+        reset = each_as_tokens("reset", reset, device)
+        labels = [as_tokens(x, device) for x in tgt] if isinstance(tgt, (list, tuple)) else as_tokens(tgt, device)
+        whole = labels if isinstance(labels, Tensor) else None
+        self._check(tokens, mems, mask, None, whole, names=("src", "src_mask"))
+        if mask is not None:
+            order = _kept_first(mask)
+            tokens, mask = tokens.gather(1, order), mask.gather(1, order)
+            if isinstance(labels, list):
+                raise ValueError("tgt: expected labels of the shape of src beside src_mask, got one for each segment")
+            labels = None if labels is None else labels.gather(1, order)
+        found = cut(length, tokens, labels.split(length, 1) if isinstance(labels, Tensor) else labels, mask, None, reset)
+        found = [segment._replace(reset=as_mask("reset", segment.reset)) for segment in found]
+        if mems is None:
+            found[0] = found[0]._replace(reset=torch.ones(len(tokens), dtype=torch.bool, device=device))
+        for s in found:
+            self._check(s.src, None, s.src_mask, s.reset, s.tgt, names=("src", "src_mask"))
+        return found
+
+    def silent(self, segment: Segment) -> Segment:
+        """The segment with labels that do not count."""
+        return segment._replace(tgt=torch.full_like(segment.src, IGNORED))
+
+    def of_stream(self, segment: Segment) -> Segment:
+        """The tokens that a decoder would write of the segment: each of a document comes once."""
+        assert segment.tgt is not None
+        mask = None if segment.tgt_mask is None else segment.tgt_mask[:, 1:]
+        return Segment(segment.tgt[:, 1:], mask, segment.reset)
+
+    def writers(self) -> list[SlotWriter]:
+        """The one that there is."""
+        return [self.writer]
+
+    def slots_of(self, memory: PretrainedMemory) -> Tensor:
+        """(batch, 1, slots, dim)."""
+        return memory.slots[:, None]
+
+    def check_writes(self, purpose: str) -> None:
+        """Raise ValueError: a model around a pretrained one writes by transformers' ``generate``."""
+        raise ValueError(
+            f"{purpose}: a model around a pretrained one writes by its own generate(), with the keywords of "
+            "transformers; give it a cache or a memory to go on"
+        )
+
+    def new_state(self, batch_size: int, start: int) -> MemoryState:
+        """Lanes that have read nothing; the start token fills up what a state has no tokens for."""
+        return MemoryState.new(batch_size, self.config.segment_length, start, self.get_initial_mem(1).slots[0])
+
+    def memory_after(self, state: MemoryState) -> Tensor:
+        """The slots after each lane's last whole segment, (batch, slots, dim)."""
+        initial = self.get_initial_mem(state.batch_size)
+        fresh = state.fresh
+        memory = initial._replace(slots=torch.where(fresh[:, None, None], initial.slots, state.memory))
+        _, after = self.step(state.segment, memory, ~fresh[:, None].expand_as(state.segment))
+        return after.slots
+
+    # --- Checks -------------------------------------------------------------------------------------------------------
+
+    def _check(
+        self,
+        tokens: Tensor,
+        memory: PretrainedMemory | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        labels: Tensor | None,
+        names: tuple[str, str],
+    ) -> None:
+        vocabulary = self.get_input_embeddings().weight.shape[0]
+        check_tokens(names[0], tokens, vocabulary, sys.maxsize, "")
+        check_mask(names[1], mask, tokens)
+        batch = len(tokens)
+        if memory is not None:
+            self._check_memory(memory, batch, self.config.slots)
+        if reset is not None and not is_tensor(reset, (batch,), torch.bool):
+            raise ValueError(f"reset: expected torch.bool of shape ({batch},), one per lane, got {describe(reset)}")
+        if labels is not None:
+            if not isinstance(labels, Tensor) or labels.shape != tokens.shape:
+                got = describe(labels)
+                raise ValueError(f"labels: expected the shape of the tokens, {tuple(tokens.shape)}, got {got}")
+            known = labels.where(labels != IGNORED, 0) if has_values(labels) else labels
+            check_tokens("labels", known, vocabulary, sys.maxsize, "")
+
+    def _check_memory(self, memory: PretrainedMemory, batch: int, slots: int) -> None:
+        likes = [(batch, slots, self.config.dim), (batch, self.config.dim)]
+        dtypes = [self.writer.initial(1).dtype, self.write_norm.weight.dtype]
+        parts = memory if isinstance(memory, tuple) and len(memory) == 2 else (None, None)
+        for part, shape, dtype in zip(parts, likes, dtypes, strict=True):
+            if not is_tensor(part, shape, dtype):
+                got = describe(memory) if part is None else describe(part)
+                raise ValueError(
+                    f"memory: expected that of this model and this batch, a PretrainedMemory with {dtype} of shape "
+                    f"{shape}, got {got}"
+                )
+
+
+def with_memory(
+    base: Any,
+    slots: int = 16,
+    segment_length: int = 512,
+    *,
+    read_dim: int = 256,
+    read_heads: int = 4,
+    memory_writer: Literal["normalised", "gated"] = "normalised",
+    write_heads: int = 8,
+    write_temperature: float = 0.25,
+) -> MemoryForCausalLM:
+    """A memory around a causal language model. At construction it predicts a segment exactly as the model does.
+
+    The base is not copied, and keeps its weights, names, dtype, device and ways of attending. Beside each of its layers
+    the tokens attend to the slots; the slots are written from the last hidden states.
+
+    Args:
+        base: as ``AutoModelForCausalLM`` loads it, or a ``peft.PeftModel`` with LoRA around one.
+        slots: of the memory; each is as wide as the base.
+        segment_length: tokens that the base reads at once, at most as many as it has positions.
+        read_dim, read_heads: width and heads of the attention over the slots.
+        memory_writer, write_heads, write_temperature: how the slots are written, as in :class:`~memformer.Memformer`.
+
+    Raises:
+        ValueError: the base is no causal model, or a setting does not fit it; the message says what was expected.
+    """
+    model, adapter = without_peft(base)
+    check_base(model)
+    config = MemoryConfig(
+        base=model.config.to_dict(),
+        slots=slots,
+        segment_length=segment_length,
+        read_dim=read_dim,
+        read_heads=read_heads,
+        memory_writer=memory_writer,
+        write_heads=write_heads,
+        write_temperature=write_temperature,
+        adapter=adapter,
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+    )
+    checkpoints = next((m._gradient_checkpointing_func for m in model.modules() if _checkpoints(m)), None)
+    made = MemoryForCausalLM(config, model)
+    made.to(model.dtype)
+    if model.dtype in (torch.float16, torch.bfloat16):
+        made.writer.float()
+    device = model.get_input_embeddings().weight.device
+    for part in (made.write_norm, made.writer, made.readers.norm):
+        part.to(device)
+    for reader, layer in zip(made.readers.each, layers_of(model), strict=True):
+        reader.to(next(layer.parameters()).device)
+    if checkpoints is not None:
+        made._set_gradient_checkpointing(True, checkpoints)
+    made.generation_config = model.generation_config
+    return made.train(model.training)
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False)) and hasattr(module, "_gradient_checkpointing_func")
+
+
+def _writer(config: MemoryConfig) -> SlotWriter:
+    make = WRITERS[config.memory_writer]
+    return make(config.dim, config.slots, config.write_heads, config.write_temperature)
+
+
+def _add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
+    try:
+        from peft import get_peft_config, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("this model has a LoRA; install peft: pip install 'memformer-replay[hf]'") from error
+    settings = dict(settings)
+    name = settings.pop("adapter_name")
+    inject_adapter_in_model(get_peft_config(settings), base, name)
+
+
+def _before(hidden: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The hidden state of the last token before each of a segment's, (batch, tokens, dim), and of the last of all.
+
+    Args:
+        hidden: (batch, tokens, dim). last: (batch, dim), before the segment. mask: (batch, tokens).
+    """
+    states = torch.cat([last[:, None].to(hidden.dtype), hidden], 1)
+    if mask is not None:
+        place = torch.arange(1, states.shape[1], device=mask.device) * mask  # 0 where there is no token
+        place = F.pad(place.cummax(1).values, (1, 0))
+        states = _along(states, place)
+    return states[:, :-1], states[:, -1].to(last.dtype)
+
+
+def _along(x: Tensor, places: Tensor) -> Tensor:
+    """(batch, tokens, dim), at those places (batch, any number)."""
+    return x.gather(1, places[..., None].expand(*places.shape, x.shape[2]))
+
+
+def _kept_first(mask: Tensor) -> Tensor:
+    """(batch, tokens), the order in which those that exist come first."""
+    return (~mask).byte().argsort(dim=1, stable=True)
+
+
+def _counted(labels: Tensor, mask: Tensor | None, fresh: Tensor | None) -> Tensor:
+    """Which labels count, (batch, tokens). ``fresh``: (batch,), lanes before whose first token nothing stands."""
+    counted = labels != IGNORED
+    kept = torch.ones_like(counted) if mask is None else mask
+    if fresh is not None:
+        first = kept & (kept.cumsum(1) == 1)
+        counted = counted & ~(first & fresh[:, None])
+    return counted & kept
+
+
+def _losses(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    """Each label's loss in nats, zero where it does not count, (batch, tokens)."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    targets = labels.long().where(counted, IGNORED)
+    flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view_as(labels)
+
+
+def _padded(x: Tensor, length: int, value: float) -> Tensor:
+    return F.pad(x, (0, length - x.shape[1]), value=value)
