@@ -99,18 +99,12 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """What a checkpoint lacks is as at construction."""
-        config = self.config
-        fresh: nn.Module
-        if module is self.readers:
-            fresh = Readers([nn.Identity() for _ in self.readers.each], config.dim, config.read_dim, config.read_heads)
-        elif module is self.writer:
-            fresh = _writer(config)
-        elif module is self.write_norm:
-            fresh = nn.LayerNorm(config.dim)
-        else:
-            return
-        for name, parameter in module.named_parameters():
-            init.copy_(parameter, fresh.get_parameter(name))
+        if isinstance(module, SlotWriter):
+            fresh = _writer(self.config)
+            for name, parameter in module.named_parameters():
+                init.copy_(parameter, fresh.get_parameter(name))
+        elif isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
         """The base's."""
@@ -355,18 +349,17 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the first call makes its own
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **given: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """The tokens that were not read yet; a memory and resets are of the first call alone."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **given)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         known = inspect.signature(self.forward).parameters
         inputs = {name: value for name, value in inputs.items() if name in known}
         if inputs.get(CACHE) is not None:
             inputs["memory"] = inputs["reset"] = None
         return inputs
 
-    @staticmethod
-    def _expand_inputs_for_generation(expand_size: int = 1, **given: Any) -> tuple[Tensor, dict[str, Any]]:
-        input_ids, given = GenerationMixin._expand_inputs_for_generation(expand_size=expand_size, **given)
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **given: Any) -> tuple[Tensor, dict[str, Any]]:
+        input_ids, given = super()._expand_inputs_for_generation(expand_size=expand_size, **given)
         if expand_size > 1:
             if given.get("memory") is not None:
                 given["memory"] = PretrainedMemory(*(x.repeat_interleave(expand_size, 0) for x in given["memory"]))
@@ -577,12 +570,10 @@ def with_memory(
     )
     checkpoints = next((m._gradient_checkpointing_func for m in model.modules() if _checkpoints(m)), None)
     made = MemoryForCausalLM(config, model)
-    made.to(model.dtype)
-    if model.dtype in (torch.float16, torch.bfloat16):
-        made.writer.float()
+    half = model.dtype in (torch.float16, torch.bfloat16)
     device = model.get_input_embeddings().weight.device
-    for part in (made.write_norm, made.writer, made.readers.norm):
-        part.to(device)
+    for part in (made.readers, made.write_norm, made.writer):  # the base's tables of positions keep their dtype
+        part.to(device, torch.float32 if half and part is made.writer else model.dtype)
     for reader, layer in zip(made.readers.each, layers_of(model), strict=True):
         reader.to(next(layer.parameters()).device)
     if checkpoints is not None:

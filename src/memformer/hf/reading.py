@@ -18,6 +18,13 @@ from ..nn.attention import KeysValues, attend, merge_heads, split_heads
 __all__ = ["Reader", "Readers"]
 
 
+class ZeroLinear(nn.Linear):
+    """A linear map that begins as zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
 class Reader(nn.Module):
     """Attention of a layer's tokens over the slots. Its output map begins as zero, so it begins as nothing."""
 
@@ -27,8 +34,7 @@ class Reader(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, read_dim, bias=False)
         self.to_kv = nn.Linear(dim, 2 * read_dim, bias=False)
-        self.to_out = nn.Linear(read_dim, dim, bias=False)
-        nn.init.zeros_(self.to_out.weight)
+        self.to_out = ZeroLinear(read_dim, dim, bias=False)
 
     def context(self, slots: Tensor) -> KeysValues:
         """The slots' keys and values, each (batch, heads, slots, read_dim / heads)."""
