@@ -1,4 +1,4 @@
-"""A memory around pretrained language models: transformers' families, PEFT, checkpointing, and the replay of all of them."""
+"""A memory around pretrained language models: families, PEFT, checkpointing, and their replay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import memformer
-from memformer import memory_replay_backprop, replay
+from memformer import MemoryState, generation, memory_replay_backprop, replay
 from memformer.hf import MemoryCache, MemoryConfig, MemoryForCausalLM, PretrainedMemory, with_memory
 from memformer.hf.bases import CACHE
 from memformer.rollouts import rollout
@@ -46,7 +46,9 @@ FAMILIES = {
 """By their name in transformers, with what is theirs: windows shorter than a segment, logits behind the head."""
 
 
-def base_of(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **settings: object) -> PreTrainedModel:
+def base_of(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64, **settings: object
+) -> PreTrainedModel:
     torch.manual_seed(seed)
     sizes = {} if family == "gpt2" else {k: v for k, v in SIZES.items() if k not in settings}
     sizes |= dict(vocab_size=TOKENS, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -252,7 +254,9 @@ def test_pieces_are_the_whole(family: str, size: int) -> None:
     for name, parameter in model.named_parameters():
         # Some families take their softmax in float32.
         atol = (1e-6 if family == "gemma2" else 1e-11) * max(1.0, float(expected[name].abs().max()))
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 # Without repeats, for tiny models write one token for ever.
@@ -278,7 +282,9 @@ def test_greedy_text_crosses_segments(family: str) -> None:
 def test_beams_move_their_memory() -> None:
     model, tokens = model_of(), some_tokens(2, 13)
     model.generation_config.eos_token_id = None
-    options = dict(num_beams=3, do_sample=False, max_new_tokens=LENGTH + 4, return_dict_in_generate=True, output_scores=True)
+    options = dict(
+        num_beams=3, do_sample=False, max_new_tokens=LENGTH + 4, return_dict_in_generate=True, output_scores=True
+    )
     cached = model.generate(tokens, **options)
     plain = model.generate(tokens, use_cache=False, **options)
     assert torch.equal(cached.sequences, plain.sequences)
@@ -319,7 +325,9 @@ def test_a_text_goes_on_from_its_state() -> None:
     read = model(tokens, use_cache=True, **{CACHE: None})[CACHE]
     read.reorder_cache(torch.tensor([1, 1]))
     swapped = model(tokens, use_cache=True, **{CACHE: read}).logits
-    torch.testing.assert_close(swapped[0], model(tokens, use_cache=True, **{CACHE: model(tokens[[1, 1]], use_cache=True)[CACHE]}).logits[0])
+    torch.testing.assert_close(
+        swapped[0], model(tokens, use_cache=True, **{CACHE: model(tokens[[1, 1]], use_cache=True)[CACHE]}).logits[0]
+    )
 
 
 def test_a_state_is_of_one_size_whatever_was_read() -> None:
@@ -330,6 +338,28 @@ def test_a_state_is_of_one_size_whatever_was_read() -> None:
             cache = model(some_tokens(2, length), use_cache=True, **{CACHE: cache})[CACHE]
             sizes.add(cache.nbytes)
     assert len(sizes) == 1
+
+
+def test_the_library_s_own_state_and_streams(tmp_path: Path) -> None:
+    """MemoryState, read and stream know this model as any other; greedy, they write what transformers writes."""
+    model, tokens = model_of(), some_tokens(2, 13)
+    model.generation_config.eos_token_id = None
+    expected = model.generate(tokens, do_sample=False, max_new_tokens=2 * LENGTH, suppress_tokens=[0])
+    state = generation.read(model, tokens[:, :9], start=0)
+    state.save(tmp_path / "talk.state", model)
+    state = MemoryState.load(tmp_path / "talk.state", model)
+    found, after = generation.generate(model, tokens[:, 9:], 2 * LENGTH, state=state, temperature=0)
+    assert torch.equal(torch.stack(found), expected[:, 13:])
+    assert after.position.tolist() == [13 + 2 * LENGTH] * 2
+    lanes = [tokens[0], tokens[1, :5]]
+    found, _ = generation.generate(model, lanes, LENGTH, start=0, temperature=0)
+    for lane, text in zip(lanes, found, strict=True):
+        alone = model.generate(lane[None], do_sample=False, max_new_tokens=LENGTH, suppress_tokens=[0])
+        assert torch.equal(text, alone[0, len(lane) :])
+    with pytest.raises(ValueError, match="written with another model"):
+        MemoryState.load(tmp_path / "talk.state", model_of(seed=5))
+    with pytest.raises(ValueError, match="prompt: expected at least one token in each lane, such as"):
+        generation.generate(model, [tokens[0], tokens[1, :0]], 3, start=0)
 
 
 # --- In a folder
@@ -429,15 +459,21 @@ def other_model(family: str, **settings: object) -> PreTrainedModel:
 
 
 def test_models_of_another_kind_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="base: MambaForCausalLM has (linear_attention|a state of its own); only models whose"):
+    with pytest.raises(
+        ValueError, match=r"base: MambaForCausalLM has (linear_attention|a state of its own); only models whose"
+    ):
         with_memory(other_model("mamba", state_size=4), 4, LENGTH)
     with pytest.raises(ValueError, match=r"in BertLMHeadModel a token sees those after it; .*\(is_decoder=True\)"):
         with_memory(other_model("bert"), 4, LENGTH)
-    with pytest.raises(ValueError, match="base: the decoder of BartForCausalLM takes no cache; a causal model that can write"):
+    with pytest.raises(
+        ValueError, match="base: the decoder of BartForCausalLM takes no cache; a causal model that can write"
+    ):
         with_memory(other_model("bart", d_model=16, decoder_layers=3, decoder_attention_heads=2), 4, LENGTH)
-    with pytest.raises(ValueError, match=r"base: LlamaModel has no head that predicts tokens; load it with AutoModelForC"):
+    with pytest.raises(
+        ValueError, match=r"base: LlamaModel has no head that predicts tokens; load it with AutoModelForC"
+    ):
         with_memory(base_of().model, 4, LENGTH)
-    with pytest.raises(ValueError, match="expected a causal language model of transformers, .* got Linear"):
+    with pytest.raises(ValueError, match=r"expected a causal language model of transformers, .* got Linear"):
         with_memory(torch.nn.Linear(2, 2), 4, LENGTH)
     with pytest.raises(ValueError, match="base: MemoryForCausalLM has a state of its own"):
         with_memory(model_of(), 4, LENGTH)
@@ -448,7 +484,9 @@ def test_models_of_another_kind_are_refused_by_name() -> None:
 
 def test_adapters_of_another_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="expected an adapter in its layers alone, such as LoRA, got PREFIX_TUNING"):
-        with_memory(peft.get_peft_model(base_of(), peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")))
+        with_memory(
+            peft.get_peft_model(base_of(), peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+        )
     whole = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="got LORA with modules_to_save; merge_and_unload it first"):
         with_memory(peft.get_peft_model(base_of(), whole))
@@ -460,7 +498,10 @@ def test_adapters_of_another_kind_are_refused() -> None:
 
 def test_wrong_settings_are_named() -> None:
     for settings, message in [
-        (dict(segment_length=64), "segment_length: expected at most the base's 32 positions, got 64; the slots need none"),
+        (
+            dict(segment_length=64),
+            "segment_length: expected at most the base's 32 positions, got 64; the slots need none",
+        ),
         (dict(segment_length=0), "segment_length: expected a whole number of at least 1, got 0"),
         (dict(slots=0), "slots: expected a whole number of at least 1, got 0"),
         (dict(read_dim=10), "read_heads: must divide read_dim, got 4 heads for 10"),
@@ -481,17 +522,29 @@ def test_wrong_inputs_are_named() -> None:
         (dict(input_ids=tokens + TOKENS), "input_ids: token id .* is outside the table"),
         (dict(input_ids=tokens[0]), r"input_ids: expected token ids, .* got torch.int64 of shape \(20,\)"),
         (dict(attention_mask=torch.ones(2, 3)), "attention_mask: expected torch.bool, or integers of 0 and 1"),
-        (dict(attention_mask=torch.ones(2, 3).bool()), r"attention_mask: expected torch.bool of its tokens' shape \(2, 20\)"),
+        (
+            dict(attention_mask=torch.ones(2, 3).bool()),
+            r"attention_mask: expected torch.bool of its tokens' shape \(2, 20\)",
+        ),
         (dict(labels=tokens[:, 1:]), r"labels: expected the shape of the tokens, \(2, 20\), got .* \(2, 19\)"),
         (dict(labels=tokens + TOKENS), "labels: token id"),
         (dict(reset=torch.ones(3).bool()), r"reset: expected torch.bool of shape \(2,\), one per lane, got .*\(3,\)"),
         (dict(memory=memory.slots), "memory: expected that of this model and this batch, .* got torch.float64"),
-        (dict(memory=other(tokens).memory), r"memory: expected .* torch.float64 of shape \(2, 3, 16\), got .*\(2, 3, 8\)"),
+        (
+            dict(memory=other(tokens).memory),
+            r"memory: expected .* torch.float64 of shape \(2, 3, 16\), got .*\(2, 3, 8\)",
+        ),
         (dict(memory=model(tokens[:1]).memory), r"memory: expected .* of shape \(2, 3, 16\), got .* \(1, 3, 16\)"),
-        (dict(memory=PretrainedMemory(*(x.float() for x in memory))), "memory: expected .* torch.float64 .* got torch.float32"),
+        (
+            dict(memory=PretrainedMemory(*(x.float() for x in memory))),
+            "memory: expected .* torch.float64 .* got torch.float32",
+        ),
         ({"cache": cache, "memory": memory}, "cache: expected a MemoryCache, .* without memory and reset beside it"),
         ({"cache": transformers.DynamicCache()}, "cache: expected a MemoryCache, .* got DynamicCache"),
-        ({"cache": other(tokens, use_cache=True)[CACHE]}, "cache: expected 2 lanes of 3 slots of 16, got 2 of .* another model"),
+        (
+            {"cache": other(tokens, use_cache=True)[CACHE]},
+            "cache: expected 2 lanes of 3 slots of 16, got 2 of .* another model",
+        ),
         ({"cache": model(tokens[:1], use_cache=True)[CACHE]}, "cache: expected 2 lanes of 3 slots of 16, got 1 of"),
         (dict(logits_to_keep=-1), "logits_to_keep: expected a whole number of at least 0"),
     ]:
@@ -501,8 +554,6 @@ def test_wrong_inputs_are_named() -> None:
         model(tokens, attention_mas=tokens)
     with pytest.raises(ValueError, match="tgt_mask: labels have the mask of their tokens"):
         memory_replay_backprop(model, tokens, tokens, tgt_mask=tokens > 0)
-    with pytest.raises(ValueError, match=r"writes by its own generate\(\), with the keywords of transformers"):
-        model.check_writes("stream")
 
 
 def test_assisted_decoding_is_refused() -> None:

@@ -70,7 +70,7 @@ def decode(
 
 
 def logits_of(base: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The base's logits, with whatever it does to them behind its head: (..., tokens, dim) -> (..., tokens, vocabulary).
+    """(batch, tokens, dim) -> the base's logits (batch, tokens, vocabulary), with whatever it does to them at last.
 
     It is the base's own ``forward`` that runs, with the hidden states in place of its decoder.
     """
@@ -147,7 +147,9 @@ def check_base(base: Any) -> None:
         others = ", ".join(sorted(kinds - ATTENDING)) or "a state of its own"
         raise ValueError(f"base: {name} has {others}; only models whose layers all attend can get a memory")
     if CACHE not in inspect.signature(decoder_of(base).forward).parameters:
-        raise ValueError(f"base: the decoder of {name} takes no {CACHE}; a causal model that can write text is expected")
+        raise ValueError(
+            f"base: the decoder of {name} takes no {CACHE}; a causal model that can write text is expected"
+        )
     if not layers_of(base):
         raise ValueError(f"base: no list of {text_config(base).num_hidden_layers} layers was found in {name}")
     if base.device.type != "meta":
@@ -167,10 +169,10 @@ def _try(base: PreTrainedModel, name: str) -> None:
                 hook.remove()
         logits = logits_of(base, hidden)
         whole = base(input_ids=tokens, use_cache=False).logits
-    close = dict(rtol=0, atol=100 * torch.finfo(whole.dtype).eps * float(whole.abs().max()))
-    if not torch.allclose(logits[0, :2], logits[1, :2], **close):
+    atol = 100 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
+    if not torch.allclose(logits[0, :2], logits[1, :2], rtol=0, atol=atol):
         raise ValueError(f"base: in {name} a token sees those after it; a causal model is expected (is_decoder=True)")
-    if seen != layers or not torch.allclose(logits, whole, **close):
+    if seen != layers or not torch.allclose(logits, whole, rtol=0, atol=atol):
         raise ValueError(f"base: {name} does not run its layers one after the other, and its head after them")
 
 

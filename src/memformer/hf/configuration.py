@@ -56,8 +56,13 @@ class MemoryConfig(PreTrainedConfig):
         if self.write_temperature <= 0:
             raise ValueError(f"write_temperature: expected a number above 0, got {self.write_temperature}")
         if self.memory_writer not in get_args(Writer):
-            raise ValueError(f"memory_writer: expected one of {', '.join(get_args(Writer))}, got {self.memory_writer!r}")
-        for name, width, of in (("read_heads", self.read_dim, "read_dim"), ("write_heads", self.dim, "the base's width")):
+            raise ValueError(
+                f"memory_writer: expected one of {', '.join(get_args(Writer))}, got {self.memory_writer!r}"
+            )
+        for name, width, of in (
+            ("read_heads", self.read_dim, "read_dim"),
+            ("write_heads", self.dim, "the base's width"),
+        ):
             if width % getattr(self, name):
                 raise ValueError(f"{name}: must divide {of}, got {getattr(self, name)} heads for {width}")
 

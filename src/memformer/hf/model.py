@@ -26,7 +26,7 @@ from ..data.segments import Segment, Targets, cut, each_as_tokens
 from ..interface import SegmentModel, TokenLosses
 from ..nn.memory import WRITERS, SlotWriter
 from ..state import MemoryState
-from .bases import CACHE, check_base, decode, layers_of, logits_of, text_config, without_peft
+from .bases import CACHE, check_base, decode, layers_of, logits_of, without_peft
 from .cache import MemoryCache
 from .configuration import MemoryConfig
 from .reading import Readers
@@ -49,6 +49,13 @@ class PretrainedMemory(NamedTuple):
     last: Tensor
 
 
+class Opened(NamedTuple):
+    """What the tokens of a pending segment need: the memory before it, in parts. First dimension: batch."""
+
+    memory: Tensor
+    last: Tensor
+
+
 @dataclass
 class MemoryOutput(CausalLMOutputWithPast):
     """What a :class:`MemoryForCausalLM` returns.
@@ -68,8 +75,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         base: the language model; None makes one of ``config.base`` without its weights, as transformers does.
     """
 
-    config: MemoryConfig
-    config_class = MemoryConfig
+    config: MemoryConfig  # type: ignore[assignment]
+    config_class = MemoryConfig  # type: ignore[assignment]
     kind = "MemoryForCausalLM"
     reads_its_targets = True
     base_model_prefix = "base"
@@ -95,7 +102,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         if not made:
             for part in self.modules():  # nothing is left to be initialised
                 part._is_hf_initialized = True  # type: ignore[assignment]
-        self.post_init()
+        self.post_init()  # type: ignore[operator]
 
     def _init_weights(self, module: nn.Module) -> None:
         """What a checkpoint lacks is as at construction."""
@@ -109,6 +116,11 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
     def get_input_embeddings(self) -> nn.Module:
         """The base's."""
         return self.base.get_input_embeddings()
+
+    @property
+    def table(self) -> Tensor:
+        """The base's embeddings, (vocabulary, dim)."""
+        return self.base.get_input_embeddings().weight
 
     def get_output_embeddings(self) -> nn.Module:
         """The base's."""
@@ -178,7 +190,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
             ValueError: a shape, dtype or token id does not fit; the message says what was expected.
         """
         cache = past_key_values if cache is None else cache
-        device = self.get_input_embeddings().weight.device
+        device = self.table.device
         tokens, labels = as_tokens(input_ids, device), as_tokens(labels, device)
         mask, reset = as_mask("attention_mask", attention_mask, device), as_mask("reset", reset, device)
         if cache is not None and isinstance(mask, Tensor) and isinstance(tokens, Tensor):
@@ -224,23 +236,24 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         self, tokens: Tensor, memory: PretrainedMemory, mask: Tensor | None = None
     ) -> tuple[Tensor, PretrainedMemory]:
         """Read one segment and write the memory: the hidden states (batch, tokens, dim), and the memory after them."""
-        with self.readers.reading(self.readers.contexts(memory.slots)):
-            if mask is None:
-                hidden = decode(self.base, tokens)
-            else:
-                # Behind all tokens, padding is seen by none of them: the base needs no mask.
-                order = _kept_first(mask)
-                hidden = _along(decode(self.base, tokens.gather(1, order)), order.argsort(1))
+        hidden = self._hidden(tokens, memory.slots, mask)
         _, last = _before(hidden, memory.last, mask)
         return hidden, PretrainedMemory(self._written(memory.slots, hidden, mask), last)
+
+    def _hidden(self, tokens: Tensor, slots: Tensor, mask: Tensor | None) -> Tensor:
+        """The last hidden states of a segment that reads those slots."""
+        with self.readers.reading(self.readers.contexts(slots)):
+            if mask is None:
+                return decode(self.base, tokens)
+            # Behind all tokens, padding is seen by none of them: the base needs no mask.
+            order = _kept_first(mask)
+            return _along(decode(self.base, tokens.gather(1, order)), order.argsort(1))
 
     def _written(self, slots: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
         written = self.writer(slots, self.write_norm(hidden).to(slots), mask)
         return written if mask is None else torch.where(mask.any(1)[:, None, None], written, slots)
 
-    def _started(
-        self, memory: PretrainedMemory | None, reset: Tensor | None, batch_size: int
-    ) -> PretrainedMemory:
+    def _started(self, memory: PretrainedMemory | None, reset: Tensor | None, batch_size: int) -> PretrainedMemory:
         """The memory that a segment begins with."""
         initial = self.get_initial_mem(batch_size)
         if memory is None:
@@ -431,7 +444,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         """
         if tgt_mask is not None:
             raise ValueError("tgt_mask: labels have the mask of their tokens, src_mask; one of -100 does not count")
-        device, length = self.get_input_embeddings().weight.device, self.config.segment_length
+        device, length = self.table.device, self.config.segment_length
         tokens, mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
         reset = each_as_tokens("reset", reset, device)
         labels = [as_tokens(x, device) for x in tgt] if isinstance(tgt, (list, tuple)) else as_tokens(tgt, device)
@@ -443,7 +456,9 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
             if isinstance(labels, list):
                 raise ValueError("tgt: expected labels of the shape of src beside src_mask, got one for each segment")
             labels = None if labels is None else labels.gather(1, order)
-        found = cut(length, tokens, labels.split(length, 1) if isinstance(labels, Tensor) else labels, mask, None, reset)
+        found = cut(
+            length, tokens, labels.split(length, 1) if isinstance(labels, Tensor) else labels, mask, None, reset
+        )
         found = [segment._replace(reset=as_mask("reset", segment.reset)) for segment in found]
         if mems is None:
             found[0] = found[0]._replace(reset=torch.ones(len(tokens), dtype=torch.bool, device=device))
@@ -469,24 +484,40 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         """(batch, 1, slots, dim)."""
         return memory.slots[:, None]
 
+    # --- What generation of this library asks for ---------------------------------------------------------------------
+
     def check_writes(self, purpose: str) -> None:
-        """Raise ValueError: a model around a pretrained one writes by transformers' ``generate``."""
-        raise ValueError(
-            f"{purpose}: a model around a pretrained one writes by its own generate(), with the keywords of "
-            "transformers; give it a cache or a memory to go on"
-        )
+        """Every such model writes text; :meth:`generate`, that of transformers, does it with a cache."""
 
     def new_state(self, batch_size: int, start: int) -> MemoryState:
-        """Lanes that have read nothing; the start token fills up what a state has no tokens for."""
+        """Lanes that have read nothing. The start token fills up what a state has no tokens for, and is not read."""
         return MemoryState.new(batch_size, self.config.segment_length, start, self.get_initial_mem(1).slots[0])
 
     def memory_after(self, state: MemoryState) -> Tensor:
         """The slots after each lane's last whole segment, (batch, slots, dim)."""
-        initial = self.get_initial_mem(state.batch_size)
-        fresh = state.fresh
-        memory = initial._replace(slots=torch.where(fresh[:, None, None], initial.slots, state.memory))
-        _, after = self.step(state.segment, memory, ~fresh[:, None].expand_as(state.segment))
-        return after.slots
+        return self.open(state).memory
+
+    def open(self, state: MemoryState) -> Opened:
+        """The memory after each lane's last whole segment."""
+        initial, fresh = self.get_initial_mem(state.batch_size), state.fresh
+        before = initial._replace(slots=torch.where(fresh[:, None, None], initial.slots, state.memory))
+        _, after = self.step(state.segment, before, ~fresh[:, None].expand_as(state.segment))
+        return Opened(after.slots, after.last)
+
+    def next_logits(self, state: MemoryState, opened: Opened) -> Tensor:
+        """Logits of each lane's next token, (batch, vocabulary). The pending segment is read again for each.
+
+        Raises:
+            ValueError: a lane has read nothing, so there is nothing to predict its first token from.
+        """
+        if not state.position.all():
+            raise ValueError("prompt: expected at least one token in each lane, such as the tokenizer's bos_token_id")
+        filled, states = state.filled, opened.last[:, None]
+        tokens = state.pending[:, : int(filled.max())]
+        if tokens.shape[1]:
+            mask = torch.arange(tokens.shape[1], device=tokens.device) < filled[:, None]
+            states = torch.cat([states, self._hidden(tokens, opened.memory, mask)], 1)
+        return logits_of(self.base, _along(states, filled[:, None]))[:, 0]
 
     # --- Checks -------------------------------------------------------------------------------------------------------
 
@@ -499,7 +530,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         labels: Tensor | None,
         names: tuple[str, str],
     ) -> None:
-        vocabulary = self.get_input_embeddings().weight.shape[0]
+        vocabulary = self.table.shape[0]
         check_tokens(names[0], tokens, vocabulary, sys.maxsize, "")
         check_mask(names[1], mask, tokens)
         batch = len(tokens)
