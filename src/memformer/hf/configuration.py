@@ -61,7 +61,7 @@ class MemoryConfig(PreTrainedConfig):
             )
         for name, width, of in (
             ("read_heads", self.read_dim, "read_dim"),
-            ("write_heads", self.dim, "the base's width"),
+            ("write_heads", self.hidden_size, "the base's width"),
         ):
             if width % getattr(self, name):
                 raise ValueError(f"{name}: must divide {of}, got {getattr(self, name)} heads for {width}")
@@ -73,21 +73,32 @@ class MemoryConfig(PreTrainedConfig):
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
     @property
-    def dim(self) -> int:
+    def hidden_size(self) -> int:
         """The width of the base, and of a slot."""
         width: int = text_config(self.base_config).hidden_size
         return width
 
     @property
-    def vocabulary(self) -> int:
-        """How many tokens can be read and written: ids from 0."""
+    def num_hidden_layers(self) -> int:
+        """The base's."""
+        count: int = text_config(self.base_config).num_hidden_layers
+        return count
+
+    @property
+    def vocab_size(self) -> int:
+        """The base's."""
         size: int = text_config(self.base_config).vocab_size
         return size
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens can be read and written: ids from 0."""
+        return self.vocab_size
+
+    @property
     def vocabularies(self) -> dict[str, int | None]:
         """The settings that say how many tokens are known."""
-        return {"vocab_size": self.vocabulary}
+        return {"vocab_size": self.vocab_size}
 
     @property
     def num_memory_slots(self) -> int:

@@ -95,9 +95,9 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
             base = AutoModelForCausalLM.from_config(config.base_config, attn_implementation=attention)
             if config.adapter is not None:
                 _add_adapter(base, config.adapter)
-        self.base = base
-        self.readers = Readers(layers_of(base), config.dim, config.read_dim, config.read_heads)
-        self.write_norm = nn.LayerNorm(config.dim)
+        self.base, self.dim = base, config.hidden_size
+        self.readers = Readers(layers_of(base), self.dim, config.read_dim, config.read_heads)
+        self.write_norm = nn.LayerNorm(self.dim)
         self.writer = _writer(config)
         if not made:
             for part in self.modules():  # nothing is left to be initialised
@@ -291,14 +291,14 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
                 "cache: expected a MemoryCache, as this model returns it, without memory and reset beside it, got "
                 f"{type(cache).__name__}"
             )
-        elif cache.batch_size != len(tokens) or cache.slots.shape[1:] != (self.config.slots, self.config.dim):
+        elif cache.batch_size != len(tokens) or cache.slots.shape[1:] != (self.config.slots, self.dim):
             raise ValueError(
-                f"cache: expected {len(tokens)} lanes of {self.config.slots} slots of {self.config.dim}, got "
+                f"cache: expected {len(tokens)} lanes of {self.config.slots} slots of {self.dim}, got "
                 f"{cache.batch_size} of {tuple(cache.slots.shape[1:])}: is it of another model or batch?"
             )
         before, length = cache.last, tokens.shape[1]
         left = [length] * len(tokens) if mask is None else mask.sum(1).tolist()
-        done, hidden = [0] * len(tokens), tokens.new_zeros(*tokens.shape, self.config.dim).to(cache.last)
+        done, hidden = [0] * len(tokens), tokens.new_zeros(*tokens.shape, self.dim).to(cache.last)
         while any(left):
             cache, piece, taken = self._extend(cache, tokens, done, left)
             place = torch.arange(piece.shape[1], device=tokens.device)
@@ -386,7 +386,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
     def get_initial_mem(self, batch_size: int) -> PretrainedMemory:
         """The learned memory before a document."""
         slots = self.writer.initial(batch_size)
-        return PretrainedMemory(slots, self.write_norm.weight.new_zeros(batch_size, self.config.dim))
+        return PretrainedMemory(slots, self.write_norm.weight.new_zeros(batch_size, self.dim))
 
     def resize_memory(self, num_memory_slots: int, *, generator: torch.Generator | None = None) -> None:
         """Give the memory another number of slots, in place; see :meth:`SegmentModel.resize_memory`."""
@@ -546,7 +546,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
             check_tokens("labels", known, vocabulary, sys.maxsize, "")
 
     def _check_memory(self, memory: PretrainedMemory, batch: int, slots: int) -> None:
-        likes = [(batch, slots, self.config.dim), (batch, self.config.dim)]
+        likes = [(batch, slots, self.dim), (batch, self.dim)]
         dtypes = [self.writer.initial(1).dtype, self.write_norm.weight.dtype]
         parts = memory if isinstance(memory, tuple) and len(memory) == 2 else (None, None)
         for part, shape, dtype in zip(parts, likes, dtypes, strict=True):
@@ -619,7 +619,7 @@ def _checkpoints(module: nn.Module) -> bool:
 
 def _writer(config: MemoryConfig) -> SlotWriter:
     make = WRITERS[config.memory_writer]
-    return make(config.dim, config.slots, config.write_heads, config.write_temperature)
+    return make(config.hidden_size, config.slots, config.write_heads, config.write_temperature)
 
 
 def _add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
