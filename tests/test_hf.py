@@ -228,6 +228,50 @@ def test_lanes_do_not_see_each_others_padding() -> None:
     assert not torch.allclose(carried.logits[1], fresh.logits[1])
 
 
+def naive_segment(model: MemoryForCausalLM, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """One lane of a Llama, one segment, layer by layer and slot by slot: its last hidden states and its slots."""
+    llama = model.base.model
+    x = llama.embed_tokens(tokens)
+    place = torch.arange(len(tokens))[None]
+    angles = llama.rotary_emb(x[None], position_ids=place)
+    normed = model.readers.norm(slots)
+    for layer, reader in zip(llama.layers, model.readers.each, strict=True):
+        hidden = reader.norm(x)
+        q, (k, v) = reader.to_q(hidden), reader.to_kv(normed).chunk(2, -1)
+        found, width = [], q.shape[1] // reader.heads
+        for head in range(reader.heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = q[:, part] @ k[:, part].T / width**0.5
+            found.append(scores.softmax(-1) @ v[:, part])
+        x = layer(x[None], position_embeddings=angles, position_ids=place)[0] + reader.to_out(torch.cat(found, -1))
+    hidden = llama.norm(x)
+    return hidden, model.writer(slots[None], model.write_norm(hidden)[None])[0]
+
+
+def test_it_does_what_is_written_down() -> None:
+    """Values, loss and gradients of a call over several segments, against plain loops over lanes and layers."""
+    model, tokens = model_of(), some_tokens(2)
+    output = model(tokens, labels=tokens)
+    output.loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    losses = []
+    for lane in range(2):
+        slots, states = model.writer.initial(1)[0], []
+        for segment in tokens[lane].split(LENGTH):
+            hidden, slots = naive_segment(model, segment, slots)
+            states.append(hidden)
+        logits = model.base.lm_head(torch.cat(states))
+        torch.testing.assert_close(output.logits[lane], logits, rtol=0, atol=1e-12)
+        torch.testing.assert_close(output.memory.slots[lane], slots, rtol=0, atol=1e-12)
+        losses += [-logits[i].log_softmax(-1)[tokens[lane, i + 1]] for i in range(tokens.shape[1] - 1)]
+    loss = torch.stack(losses).mean()
+    torch.testing.assert_close(output.loss, loss, rtol=0, atol=1e-12)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=1e-10, msg=name)
+
+
 # --- Going on in a segment, and generate()
 
 

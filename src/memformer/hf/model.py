@@ -587,7 +587,7 @@ def with_memory(
     model, adapter = without_peft(base)
     check_base(model)
     config = MemoryConfig(
-        base=model.config.to_dict(),
+        base={name: value for name, value in model.config.to_dict().items() if name not in ("dtype", "torch_dtype")},
         slots=slots,
         segment_length=segment_length,
         read_dim=read_dim,
