@@ -226,6 +226,13 @@ def test_lanes_do_not_see_each_others_padding() -> None:
     carried, fresh = model(tokens, output.memory, reset=reset), model(tokens)
     torch.testing.assert_close(carried.logits[0], fresh.logits[0], rtol=0, atol=1e-12)
     assert not torch.allclose(carried.logits[1], fresh.logits[1])
+    # A lane without tokens keeps its memory, or has the first one where a document begins.
+    empty = torch.tensor([False, False, True])[:, None].expand_as(tokens)
+    after, first = model(tokens, output.memory, attention_mask=empty, reset=reset).memory, model.get_initial_mem(1)
+    for part, before, initial in zip(after, output.memory, first, strict=True):
+        assert torch.equal(part[0], initial[0])
+        assert torch.equal(part[1], before[1])
+        assert not torch.equal(part[2], before[2])
 
 
 def naive_segment(model: MemoryForCausalLM, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,13 +334,13 @@ def test_beams_move_their_memory() -> None:
     model, tokens = model_of(), some_tokens(2, 13)
     model.generation_config.eos_token_id = None
     options = dict(
-        num_beams=3, do_sample=False, max_new_tokens=LENGTH + 4, return_dict_in_generate=True, output_scores=True
+        num_beams=3, do_sample=False, max_new_tokens=3 * LENGTH, return_dict_in_generate=True, output_scores=True
     )
     cached = model.generate(tokens, **options)
     plain = model.generate(tokens, use_cache=False, **options)
     assert torch.equal(cached.sequences, plain.sequences)
     torch.testing.assert_close(cached.sequences_scores, plain.sequences_scores, rtol=0, atol=1e-5)
-    assert not torch.equal(cached.sequences, model.generate(tokens, do_sample=False, max_new_tokens=LENGTH + 4))
+    assert not torch.equal(cached.sequences, model.generate(tokens, do_sample=False, max_new_tokens=3 * LENGTH))
     carried = model(some_tokens(2, 9, seed=5)).memory
     assert torch.equal(
         model.generate(tokens, memory=carried, **options).sequences,
@@ -494,6 +501,15 @@ def test_more_and_fewer_slots() -> None:
     assert model(tokens, model.resize_mems(longer)).memory.slots.shape == (3, 2, 16)
 
 
+def test_a_larger_vocabulary(tmp_path: Path) -> None:
+    model = model_of("gpt2", dtype=torch.float32)
+    model.resize_token_embeddings(TOKENS + 3, mean_resizing=False)
+    assert (model.config.vocab_size, model(some_tokens() + 3).logits.shape[-1]) == (TOKENS + 3, TOKENS + 3)
+    model.save_pretrained(tmp_path)
+    loaded = MemoryForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(some_tokens() + 3).logits, model(some_tokens() + 3).logits)
+
+
 # --- Who is refused
 
 
@@ -600,6 +616,15 @@ def test_wrong_inputs_are_named() -> None:
         memory_replay_backprop(model, tokens, tokens, tgt_mask=tokens > 0)
 
 
+def test_a_cache_in_training_with_checkpointing_is_refused() -> None:
+    model = model_of().train()
+    enable = "activation_checkpointing_enable"
+    getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")()
+    with pytest.raises(ValueError, match=r"use_cache: with checkpointing of activations .*; call eval\(\) first"):
+        model(some_tokens(), use_cache=True)
+    assert model.eval()(some_tokens(), use_cache=True)[CACHE].filled == [5, 5, 5]
+
+
 def test_assisted_decoding_is_refused() -> None:
     with pytest.raises(ValueError, match="stateful"):
         model_of().generate(some_tokens(1, 4), assistant_model=base_of(), max_new_tokens=3)
@@ -612,6 +637,12 @@ def test_it_is_imported_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = memformer.gg
     for name in [name for name in sys.modules if name.startswith("memformer.hf")]:
         monkeypatch.delitem(sys.modules, name)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ImportError, match=r"transformers 5\.0 or newer, found 4\.57\.6: pip"),
+    ):
+        patch.setattr(transformers, "__version__", "4.57.6")
+        importlib.import_module("memformer.hf")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"memformer\.hf needs transformers: pip install 'memformer-replay\[hf\]'"):
         importlib.import_module("memformer.hf")

@@ -7,6 +7,10 @@ try:
     import transformers
 except ImportError as error:
     raise ImportError("memformer.hf needs transformers: pip install 'memformer-replay[hf]'") from error
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"memformer.hf needs transformers 5.0 or newer, found {transformers.__version__}: pip install -U transformers"
+    )
 
 from .cache import MemoryCache
 from .configuration import MemoryConfig

@@ -29,6 +29,7 @@ from ..state import MemoryState
 from .bases import CACHE, check_base, decode, layers_of, logits_of, without_peft
 from .cache import MemoryCache
 from .configuration import MemoryConfig
+from .places import along, before_each, counted_labels, kept_first, label_losses, padded
 from .reading import Readers
 
 __all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory"]
@@ -126,6 +127,12 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         """The base's."""
         return self.base.get_output_embeddings()
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Give the base another vocabulary; see transformers."""
+        table: nn.Module = self.base.resize_token_embeddings(*args, **kwargs)
+        self.config.base = _described(self.base)
+        return table
+
     def trainable(self, part: Part) -> MemoryForCausalLM:
         """Let gradients reach only a part: the ``"memory"`` alone, it and the base's ``"lora"``, or ``"all"``.
 
@@ -199,7 +206,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         check_count("logits_to_keep", logits_to_keep, least=0)
         order = None
         if mask is not None and not mask.all():
-            order = _kept_first(mask)
+            order = kept_first(mask)
             tokens, mask = tokens.gather(1, order), mask.gather(1, order)
             labels = None if labels is None else labels.gather(1, order)
         elif mask is not None:
@@ -213,10 +220,10 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         if labels is not None:
             fresh = before.eq(0).all(-1) if reset is None or memory is None else before.eq(0).all(-1) | reset
             given = torch.cat([before[:, None].to(hidden.dtype), hidden[:, :-1]], 1)
-            counted = _counted(labels, mask, fresh)
-            loss = _losses(logits_of(self.base, given), labels, counted).sum() / counted.sum().clamp(min=1)
+            counted = counted_labels(labels, mask, fresh)
+            loss = label_losses(logits_of(self.base, given), labels, counted).sum() / counted.sum().clamp(min=1)
         if order is not None:
-            hidden = _along(hidden, order.argsort(1))
+            hidden = along(hidden, order.argsort(1))
         logits = logits_of(self.base, hidden[:, -logits_to_keep:])
         output = MemoryOutput(loss=loss, logits=logits, memory=after, **{CACHE: cache})
         return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
@@ -237,7 +244,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
     ) -> tuple[Tensor, PretrainedMemory]:
         """Read one segment and write the memory: the hidden states (batch, tokens, dim), and the memory after them."""
         hidden = self._hidden(tokens, memory.slots, mask)
-        _, last = _before(hidden, memory.last, mask)
+        _, last = before_each(hidden, memory.last, mask)
         return hidden, PretrainedMemory(self._written(memory.slots, hidden, mask), last)
 
     def _hidden(self, tokens: Tensor, slots: Tensor, mask: Tensor | None) -> Tensor:
@@ -246,8 +253,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
             if mask is None:
                 return decode(self.base, tokens)
             # Behind all tokens, padding is seen by none of them: the base needs no mask.
-            order = _kept_first(mask)
-            return _along(decode(self.base, tokens.gather(1, order)), order.argsort(1))
+            order = kept_first(mask)
+            return along(decode(self.base, tokens.gather(1, order)), order.argsort(1))
 
     def _written(self, slots: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
         written = self.writer(slots, self.write_norm(hidden).to(slots), mask)
@@ -283,6 +290,10 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         Returns:
             the hidden state before the tokens, theirs, and the cache after them.
         """
+        if self.training and any(_checkpoints(part) for part in self.base.modules()):
+            raise ValueError(
+                "use_cache: with checkpointing of activations transformers keeps no keys in training; call eval() first"
+            )
         if cache is None:
             slots, last = self._started(memory, reset, len(tokens))
             cache = MemoryCache(slots, last, self.readers.contexts(slots))
@@ -338,7 +349,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         cache.layers = pending.layers
         cache.hidden = torch.cat([cache.hidden, hidden], 1)
         ends = torch.tensor(taken, device=device)
-        found = _along(hidden, (ends - 1).clamp(min=0)[:, None])[:, 0]
+        found = along(hidden, (ends - 1).clamp(min=0)[:, None])[:, 0]
         cache.last = torch.where(ends[:, None] > 0, found, cache.last)
         full = [f + t == most for f, t in zip(cache.filled, taken, strict=True)]
         if any(full):
@@ -409,7 +420,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         """One segment: the hidden state before each of its tokens, (batch, tokens, dim), and the memory after it."""
         memory = self._started(memory, segment.reset, len(segment.src))
         hidden, after = self.step(segment.src, memory, segment.src_mask)
-        before, _ = _before(hidden, memory.last, segment.src_mask)
+        before, _ = before_each(hidden, memory.last, segment.src_mask)
         return before, after
 
     def target(self, segment: Segment) -> Tensor:
@@ -418,15 +429,15 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
 
     def counted(self, segment: Segment) -> Tensor:
         """Which labels count, (batch, tokens): not a document's first, before which nothing stands."""
-        return _counted(self.target(segment), segment.src_mask, segment.reset)
+        return counted_labels(self.target(segment), segment.src_mask, segment.reset)
 
     def token_losses(self, outputs: Sequence[Tensor], segments: Sequence[Segment]) -> TokenLosses:
         """The losses of several segments' labels, from one call of the base's head."""
         longest = max(segment.src.shape[1] for segment in segments)
         hidden = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in outputs])
-        labels = torch.cat([_padded(self.target(segment), longest, IGNORED) for segment in segments])
-        counted = torch.cat([_padded(self.counted(segment), longest, False) for segment in segments])
-        return TokenLosses(labels, _losses(logits_of(self.base, hidden), labels, counted), counted)
+        labels = torch.cat([padded(self.target(segment), longest, IGNORED) for segment in segments])
+        counted = torch.cat([padded(self.counted(segment), longest, False) for segment in segments])
+        return TokenLosses(labels, label_losses(logits_of(self.base, hidden), labels, counted), counted)
 
     def segments(
         self,
@@ -451,7 +462,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         whole = labels if isinstance(labels, Tensor) else None
         self._check(tokens, mems, mask, None, whole, names=("src", "src_mask"))
         if mask is not None:
-            order = _kept_first(mask)
+            order = kept_first(mask)
             tokens, mask = tokens.gather(1, order), mask.gather(1, order)
             if isinstance(labels, list):
                 raise ValueError("tgt: expected labels of the shape of src beside src_mask, got one for each segment")
@@ -517,7 +528,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         if tokens.shape[1]:
             mask = torch.arange(tokens.shape[1], device=tokens.device) < filled[:, None]
             states = torch.cat([states, self._hidden(tokens, opened.memory, mask)], 1)
-        return logits_of(self.base, _along(states, filled[:, None]))[:, 0]
+        return logits_of(self.base, along(states, filled[:, None]))[:, 0]
 
     # --- Checks -------------------------------------------------------------------------------------------------------
 
@@ -587,7 +598,7 @@ def with_memory(
     model, adapter = without_peft(base)
     check_base(model)
     config = MemoryConfig(
-        base={name: value for name, value in model.config.to_dict().items() if name not in ("dtype", "torch_dtype")},
+        base=_described(model),
         slots=slots,
         segment_length=segment_length,
         read_dim=read_dim,
@@ -613,6 +624,11 @@ def with_memory(
     return made.train(model.training)
 
 
+def _described(base: PreTrainedModel) -> dict[str, Any]:
+    """The base's configuration, but for its dtype, which is the model's."""
+    return {name: value for name, value in base.config.to_dict().items() if name != "dtype"}
+
+
 def _checkpoints(module: nn.Module) -> bool:
     return bool(getattr(module, "gradient_checkpointing", False)) and hasattr(module, "_gradient_checkpointing_func")
 
@@ -630,50 +646,3 @@ def _add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
     settings = dict(settings)
     name = settings.pop("adapter_name")
     inject_adapter_in_model(get_peft_config(settings), base, name)
-
-
-def _before(hidden: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The hidden state of the last token before each of a segment's, (batch, tokens, dim), and of the last of all.
-
-    Args:
-        hidden: (batch, tokens, dim). last: (batch, dim), before the segment. mask: (batch, tokens).
-    """
-    states = torch.cat([last[:, None].to(hidden.dtype), hidden], 1)
-    if mask is not None:
-        place = torch.arange(1, states.shape[1], device=mask.device) * mask  # 0 where there is no token
-        place = F.pad(place.cummax(1).values, (1, 0))
-        states = _along(states, place)
-    return states[:, :-1], states[:, -1].to(last.dtype)
-
-
-def _along(x: Tensor, places: Tensor) -> Tensor:
-    """(batch, tokens, dim), at those places (batch, any number)."""
-    return x.gather(1, places[..., None].expand(*places.shape, x.shape[2]))
-
-
-def _kept_first(mask: Tensor) -> Tensor:
-    """(batch, tokens), the order in which those that exist come first."""
-    return (~mask).byte().argsort(dim=1, stable=True)
-
-
-def _counted(labels: Tensor, mask: Tensor | None, fresh: Tensor | None) -> Tensor:
-    """Which labels count, (batch, tokens). ``fresh``: (batch,), lanes before whose first token nothing stands."""
-    counted = labels != IGNORED
-    kept = torch.ones_like(counted) if mask is None else mask
-    if fresh is not None:
-        first = kept & (kept.cumsum(1) == 1)
-        counted = counted & ~(first & fresh[:, None])
-    return counted & kept
-
-
-def _losses(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-    """Each label's loss in nats, zero where it does not count, (batch, tokens)."""
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    targets = labels.long().where(counted, IGNORED)
-    flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return flat.view_as(labels)
-
-
-def _padded(x: Tensor, length: int, value: float) -> Tensor:
-    return F.pad(x, (0, length - x.shape[1]), value=value)
