@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import memformer
 from memformer import MemoryState, generation, memory_replay_backprop, replay
+from memformer.data import ByteTokenizer, Document
+from memformer.evaluation import evaluate
 from memformer.hf import MemoryCache, MemoryConfig, MemoryForCausalLM, PretrainedMemory, with_memory
 from memformer.hf.bases import CACHE
 from memformer.rollouts import rollout
@@ -413,6 +415,19 @@ def test_the_library_s_own_state_and_streams(tmp_path: Path) -> None:
         generation.generate(model, [tokens[0], tokens[1, :0]], 3, start=0)
 
 
+def test_documents_are_evaluated_whole() -> None:
+    tokenizer = ByteTokenizer()
+    model = model_of(vocab_size=tokenizer.vocabulary)
+    texts = [b"Some text that is longer than a segment, and more than two." * 2, b"Short."]
+    held_out = evaluate(model, [Document(str(i), text) for i, text in enumerate(texts)], tokenizer, lanes=2)
+    total = 0.0
+    for text in texts:
+        tokens = torch.tensor([tokenizer.encode(text).tolist()])
+        total += float(model(tokens, labels=tokens).loss.detach()) * (len(text) - 1)
+    assert held_out.tokens == sum(map(len, texts)) - 2  # not a document's first
+    assert held_out.loss_nats == pytest.approx(total / held_out.tokens, rel=1e-9)
+
+
 # --- In a folder
 
 
@@ -637,12 +652,10 @@ def test_it_is_imported_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = memformer.gg
     for name in [name for name in sys.modules if name.startswith("memformer.hf")]:
         monkeypatch.delitem(sys.modules, name)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(ImportError, match=r"transformers 5\.0 or newer, found 4\.57\.6: pip"),
-    ):
+    with monkeypatch.context() as patch:
         patch.setattr(transformers, "__version__", "4.57.6")
-        importlib.import_module("memformer.hf")
+        with pytest.raises(ImportError, match=r"transformers 5\.0 or newer, found 4\.57\.6: pip install -U"):
+            importlib.import_module("memformer.hf")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"memformer\.hf needs transformers: pip install 'memformer-replay\[hf\]'"):
         importlib.import_module("memformer.hf")
