@@ -490,6 +490,19 @@ def test_a_base_of_bfloat16_keeps_its_dtype_and_its_attention(attention: str, tm
         assert error <= 0.02 * size + 1e-6, name
 
 
+def test_autocast_is_within_its_rounding() -> None:
+    model, tokens = model_of(dtype=torch.float32), some_tokens()
+    mask = left_padded(tokens, [tokens.shape[1], 11, 20])
+    expected = model(tokens, attention_mask=mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(tokens, attention_mask=mask)
+        cached = model(tokens, attention_mask=mask, use_cache=True)
+    assert found.memory.slots.dtype == torch.float32
+    for logits in (found.logits, cached.logits):
+        error = (logits.float() - expected.logits)[mask].norm() / expected.logits[mask].norm()
+        assert error < 0.1
+
+
 def test_a_copy_is_another_model() -> None:
     model, tokens = model_of(), some_tokens()
     other = copy.deepcopy(model)
@@ -621,6 +634,7 @@ def test_wrong_inputs_are_named() -> None:
             "cache: expected 2 lanes of 3 slots of 16, got 2 of .* another model",
         ),
         ({"cache": model(tokens[:1], use_cache=True)[CACHE]}, "cache: expected 2 lanes of 3 slots of 16, got 1 of"),
+        (dict(cache=cache, past_key_values=cache), f"cache: past_key_values is its older name; .* {CACHE}"),
         (dict(logits_to_keep=-1), "logits_to_keep: expected a whole number of at least 0"),
     ]:
         with pytest.raises(ValueError, match=message):

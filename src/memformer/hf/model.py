@@ -196,6 +196,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         Raises:
             ValueError: a shape, dtype or token id does not fit; the message says what was expected.
         """
+        if cache is not None and past_key_values is not None:
+            raise ValueError(f"cache: past_key_values is its older name; give one, in this version {CACHE}")
         cache = past_key_values if cache is None else cache
         device = self.table.device
         tokens, labels = as_tokens(input_ids, device), as_tokens(labels, device)
@@ -309,7 +311,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
             )
         before, length = cache.last, tokens.shape[1]
         left = [length] * len(tokens) if mask is None else mask.sum(1).tolist()
-        done, hidden = [0] * len(tokens), tokens.new_zeros(*tokens.shape, self.dim).to(cache.last)
+        done, hidden = [0] * len(tokens), cache.last.new_zeros(*tokens.shape, self.dim)
         while any(left):
             cache, piece, taken = self._extend(cache, tokens, done, left)
             place = torch.arange(piece.shape[1], device=tokens.device)
@@ -320,7 +322,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
                 kept = place < torch.tensor(taken, device=tokens.device)[:, None]
                 # What no lane has taken goes behind all tokens.
                 index = index.where(kept, length)[..., None].expand_as(piece)
-                hidden = F.pad(hidden, (0, 0, 0, 1)).scatter(1, index, piece)[:, :length]
+                hidden = F.pad(hidden.to(piece), (0, 0, 0, 1)).scatter(1, index, piece)[:, :length]
             done = [d + t for d, t in zip(done, taken, strict=True)]
             left = [n - t for n, t in zip(left, taken, strict=True)]
         return before, hidden, cache
