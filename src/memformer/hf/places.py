@@ -58,4 +58,5 @@ def label_losses(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
 
 
 def padded(x: Tensor, length: int, value: float) -> Tensor:
+    """(batch, tokens), filled up to that length."""
     return F.pad(x, (0, length - x.shape[1]), value=value)
