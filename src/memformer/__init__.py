@@ -1,5 +1,8 @@
 """Memformer: models that read sequences of any length with a memory of fixed size, trained with exact gradients."""
 
+import importlib
+from types import ModuleType
+
 from . import replay
 from ._installation import __version__
 from .causal import CausalMemformer
@@ -20,3 +23,10 @@ __all__ = [
     "memory_replay_backprop",
     "replay",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``memformer.hf`` is imported when it is asked for: transformers takes seconds."""
+    if name == "hf":
+        return importlib.import_module(".hf", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,22 @@
+"""A memory around any causal language model of transformers. Needs the extra ``hf``.
+
+Importing this registers its models with ``AutoConfig`` and ``AutoModelForCausalLM``.
+"""
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError("memformer.hf needs transformers: pip install 'memformer-replay[hf]'") from error
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"memformer.hf needs transformers 5.0 or newer, found {transformers.__version__}: pip install -U transformers"
+    )
+
+from .cache import MemoryCache
+from .configuration import MemoryConfig
+from .model import MemoryForCausalLM, MemoryOutput, PretrainedMemory, with_memory
+
+__all__ = ["MemoryCache", "MemoryConfig", "MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory"]
+
+transformers.AutoConfig.register(MemoryConfig.model_type, MemoryConfig, exist_ok=True)
+transformers.AutoModelForCausalLM.register(MemoryConfig, MemoryForCausalLM, exist_ok=True)

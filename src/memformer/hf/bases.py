@@ -1,0 +1,188 @@
+"""What is asked of a language model that gets a memory: its decoder, its layers and its head; and who is refused.
+
+A base is a causal language model of transformers. Its modules, their names and its ways of attending stay as they are.
+What is *not* known here: the memory.
+
+Shapes: tokens and mask (batch, tokens), hidden states (batch, tokens, dim).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from ..config import check_count
+
+__all__ = ["CACHE", "check_base", "check_length", "decode", "layers_of", "logits_of", "without_peft"]
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this version of transformers calls a cache."""
+ATTENDING = {"full_attention", "sliding_attention"}
+"""The kinds of layers whose whole state is keys and values."""
+
+
+def text_config(base: PreTrainedModel | PreTrainedConfig) -> Any:
+    """The settings of the language model proper, of a base or of its configuration."""
+    return (base if isinstance(base, PreTrainedConfig) else base.config).get_text_config(decoder=True)
+
+
+def decoder_of(base: PreTrainedModel) -> nn.Module:
+    """The base without its head."""
+    decoder: nn.Module = getattr(base, base.base_model_prefix)
+    return decoder
+
+
+def layers_of(base: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers, the first one first; none where they are not found."""
+    count = text_config(base).num_hidden_layers
+    lists = (part for part in decoder_of(base).modules() if isinstance(part, nn.ModuleList) and len(part) == count)
+    return list(next(lists, ()))
+
+
+def decode(
+    base: PreTrainedModel,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: DynamicCache | None = None,
+) -> Tensor:
+    """The base's last hidden states, after its last norm: what its head gets.
+
+    Args:
+        mask: of the tokens in the cache as well, True for those that exist.
+        positions: like ``tokens``; None counts from 0.
+        cache: is extended in place.
+    """
+    decoder = decoder_of(base)
+    given: dict[str, Any] = {"attention_mask": None if mask is None else mask.long(), CACHE: cache}
+    if positions is not None and "position_ids" in inspect.signature(decoder.forward).parameters:
+        given["position_ids"] = positions
+    output: Tensor = decoder(input_ids=tokens, use_cache=cache is not None, **given)[0]
+    return output
+
+
+def logits_of(base: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(batch, tokens, dim) -> the base's logits (batch, tokens, vocabulary), with whatever it does to them at last.
+
+    It is the base's own ``forward`` that runs, with the hidden states in place of its decoder.
+    """
+    head = copy.copy(base)  # shares all weights; only the table of its modules is its own
+    head._modules = {**base._modules, base.base_model_prefix: _Given()}
+    output = type(base).forward(head, inputs_embeds=hidden, use_cache=False, return_dict=True)
+    logits: Tensor = output.logits
+    return logits
+
+
+class _Given(nn.Module):
+    """Stands for a decoder that has run."""
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **others: Any) -> BaseModelOutputWithPast:
+        return _Hidden(last_hidden_state=inputs_embeds)
+
+
+class _Hidden(BaseModelOutputWithPast):
+    """Whatever else a decoder returns is None: router logits, attentions over another sequence."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
+    """A base out of PEFT's wrapper, with its adapter in its layers, and the adapter's settings, for JSON.
+
+    Raises:
+        ValueError: an adapter that is not in the layers, or more than one.
+    """
+    if not (hasattr(base, "peft_config") and hasattr(base, "get_base_model")):
+        return base, None
+    adapters = base.peft_config
+    if len(adapters) != 1:
+        raise ValueError(f"base: expected one adapter, got {', '.join(adapters)}; merge or delete the others")
+    ((name, adapter),) = adapters.items()
+    if adapter.is_prompt_learning or getattr(adapter, "modules_to_save", None):
+        raise ValueError(
+            f"base: expected an adapter in its layers alone, such as LoRA, got {adapter.peft_type.value}"
+            f"{' with modules_to_save' if not adapter.is_prompt_learning else ''}; merge_and_unload it first"
+        )
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
+    return base.get_base_model(), {**settings, "peft_type": adapter.peft_type.value, "adapter_name": name}
+
+
+def check_length(config: PreTrainedConfig, segment_length: int) -> None:
+    """Raise ValueError unless a base of that configuration reads a segment at once."""
+    check_count("segment_length", segment_length)
+    most = getattr(text_config(config), "max_position_embeddings", None)
+    if most is not None and segment_length > most:
+        raise ValueError(
+            f"segment_length: expected at most the base's {most} positions, got {segment_length}; the slots need none"
+        )
+
+
+def check_base(base: Any) -> None:
+    """Raise ValueError, which names it, for a model that is no causal one, or has layers of another kind.
+
+    Its forward runs on three tokens, to see that no token is seen by those before it, that each layer runs once, and
+    that the logits are made of the last hidden states.
+    """
+    name = type(base).__name__
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(
+            f"base: expected a causal language model of transformers, as AutoModelForCausalLM loads it, got {name}"
+        )
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(f"base: {name} is an encoder and a decoder; a causal language model is expected")
+    if base.get_output_embeddings() is None or decoder_of(base) is base:
+        raise ValueError(f"base: {name} has no head that predicts tokens; load it with AutoModelForCausalLM")
+    kinds = set(getattr(text_config(base), "layer_types", None) or ATTENDING)
+    if getattr(base, "_is_stateful", False) or not kinds <= ATTENDING:
+        others = ", ".join(sorted(kinds - ATTENDING)) or "a state of its own"
+        raise ValueError(f"base: {name} has {others}; only models whose layers all attend can get a memory")
+    if CACHE not in inspect.signature(decoder_of(base).forward).parameters:
+        raise ValueError(
+            f"base: the decoder of {name} takes no {CACHE}; a causal model that can write text is expected"
+        )
+    if not layers_of(base):
+        raise ValueError(f"base: no list of {text_config(base).num_hidden_layers} layers was found in {name}")
+    if base.device.type != "meta":
+        _try(base, name)
+
+
+@torch.no_grad()
+def _try(base: PreTrainedModel, name: str) -> None:
+    layers, seen = layers_of(base), []
+    hooks = [layer.register_forward_hook(lambda layer, *_: seen.append(layer)) for layer in layers]
+    tokens = torch.tensor([[1, 2, 1], [1, 2, 2]], device=base.get_input_embeddings().weight.device)
+    with _evaluated(base):
+        try:
+            hidden = decode(base, tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        logits = logits_of(base, hidden)
+        whole = base(input_ids=tokens, use_cache=False).logits
+    atol = 100 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
+    if not torch.allclose(logits[0, :2], logits[1, :2], rtol=0, atol=atol):
+        raise ValueError(f"base: in {name} a token sees those after it; a causal model is expected (is_decoder=True)")
+    if seen != layers or not torch.allclose(logits, whole, rtol=0, atol=atol):
+        raise ValueError(f"base: {name} does not run its layers one after the other, and its head after them")
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and after it every part in the mode that it was in."""
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

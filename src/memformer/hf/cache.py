@@ -1,0 +1,123 @@
+"""What a model around a pretrained one carries from call to call while it writes: of fixed size, whatever was read.
+
+Shapes: slots (batch, slots, dim), the pending segment's hidden states (batch, columns, dim). A lane's pending tokens
+are the last of the columns; lanes may stand at different places of their segments.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import Cache, DynamicCache
+
+from ..nn.attention import KeysValues
+
+__all__ = ["MemoryCache"]
+
+
+class MemoryCache(Cache):
+    """The memory, and the pending segment's keys, values and hidden states. A call returns a new one.
+
+    Give it to the next call, or to ``generate``, with new tokens alone: what was read before is not given again.
+
+    Attributes:
+        slots: (batch, slots, dim), after each lane's last whole segment.
+        last: (batch, dim), the last hidden state of each lane; zero in those that have read nothing.
+        contexts: the slots' keys and values for each layer.
+        hidden: (batch, columns, dim), of the pending tokens.
+        filled: for each lane, how many tokens are pending.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, slots: Tensor, last: Tensor, contexts: list[KeysValues]):
+        super().__init__(layers=DynamicCache().layers)
+        self.slots, self.last, self.contexts = slots, last, contexts
+        self.hidden = last[:, None][:, :0]
+        self.filled = [0] * len(last)
+
+    @property
+    def batch_size(self) -> int:
+        """How many lanes there are."""
+        return len(self.filled)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all lanes; bounded by the length of a segment."""
+        parts = [self.slots, self.last, self.hidden, *(x for pair in self.contexts for x in pair)]
+        return sum(x.nbytes for x in parts) + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    def copy(self) -> MemoryCache:
+        """Another one, of which any part may be replaced."""
+        other = copy.copy(self)
+        other.layers, other.filled = [copy.copy(layer) for layer in self.layers], list(self.filled)
+        return other
+
+    def pending(self) -> DynamicCache:
+        """The base's own cache of the pending tokens; it extends this one's layers."""
+        cache = DynamicCache()
+        cache.layers = self.layers
+        return cache
+
+    def visible(self) -> Tensor | None:
+        """(batch, columns), True where a lane's pending tokens stand; None: everywhere."""
+        columns = self.hidden.shape[1]
+        if all(count == columns for count in self.filled):
+            return None
+        place = torch.arange(columns, device=self.hidden.device)
+        return place >= columns - torch.tensor(self.filled, device=place.device)[:, None]
+
+    def align(self, places: list[list[int]]) -> None:
+        """Keep those columns of each lane, and put them last. In place."""
+        columns = max(map(len, places))
+        self.filled = [len(lane) for lane in places]
+        before = self.hidden.shape[1]
+        if columns == before and all(lane == list(range(before)) for lane in places):
+            return
+        if not columns:
+            self.layers = DynamicCache().layers
+            self.hidden = self.hidden[:, :0]
+            return
+        index = torch.tensor([[0] * (columns - len(lane)) + lane for lane in places], device=self.hidden.device)
+        self._columns(lambda x: x.gather(-2, _like(index, x)))
+
+    def select(self, lanes: Tensor) -> None:
+        """Go on with those lanes alone, in that order; a lane may come more than once. In place."""
+        lanes = lanes.to(self.last.device)
+        self.slots, self.last = self.slots[lanes], self.last[lanes]
+        self.contexts = tree_map(lambda x: x[lanes.to(x.device)], self.contexts)
+        self._columns(lambda x: x[lanes.to(x.device)])
+        self.filled = [self.filled[lane] for lane in lanes.tolist()]
+
+    def _columns(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.hidden = change(self.hidden)
+        for layer in self.layers:
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+    # --- What generate() of transformers asks for -------------------------------------------------------------------
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """0: of the tokens that are given, none was read before."""
+        return 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beams that live on: lane i continues lane ``beam_idx[i]``."""
+        self.select(beam_idx)
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each lane as many times."""
+        self.select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+
+def _like(index: Tensor, x: Tensor) -> Tensor:
+    """(batch, columns), to gather columns of (batch, ..., columns, width)."""
+    index = index.to(x.device).view(len(index), *[1] * (x.dim() - 3), index.shape[1], 1)
+    return index.expand(*x.shape[:-2], index.shape[-2], x.shape[-1])

@@ -1,0 +1,106 @@
+"""The settings of a memory around a pretrained language model, with the model's own inside."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, get_args
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..config import Writer, check_count, check_number
+from .bases import check_length, text_config
+
+__all__ = ["MemoryConfig"]
+
+
+class MemoryConfig(PreTrainedConfig):
+    """Every setting of a :class:`MemoryForCausalLM`; :func:`with_memory` describes them.
+
+    Attributes:
+        base: the base's configuration, as a dictionary.
+        adapter: the settings of a LoRA in the base, as PEFT writes them; None without one.
+
+    Raises:
+        ValueError: a setting is out of range; the message names it.
+    """
+
+    model_type = "memformer_memory"
+
+    def __init__(
+        self,
+        base: dict[str, Any] | None = None,
+        slots: int = 16,
+        segment_length: int = 512,
+        read_dim: int = 256,
+        read_heads: int = 4,
+        memory_writer: Writer = "normalised",
+        write_heads: int = 8,
+        write_temperature: float = 0.25,
+        adapter: dict[str, Any] | None = None,
+        **others: Any,
+    ):
+        self.base, self.adapter = base, adapter
+        self.slots, self.segment_length = slots, segment_length
+        self.read_dim, self.read_heads = read_dim, read_heads
+        self.memory_writer, self.write_heads, self.write_temperature = memory_writer, write_heads, write_temperature
+        super().__init__(**others)
+        if base is not None:  # transformers compares with a configuration of defaults alone
+            self.check()
+
+    def check(self) -> None:
+        """Raise ValueError where a setting is out of range or does not fit the base."""
+        for name in ("slots", "read_dim", "read_heads", "write_heads"):
+            check_count(name, getattr(self, name))
+        check_length(self.base_config, self.segment_length)
+        check_number("write_temperature", self.write_temperature)
+        if self.write_temperature <= 0:
+            raise ValueError(f"write_temperature: expected a number above 0, got {self.write_temperature}")
+        if self.memory_writer not in get_args(Writer):
+            raise ValueError(
+                f"memory_writer: expected one of {', '.join(get_args(Writer))}, got {self.memory_writer!r}"
+            )
+        for name, width, of in (
+            ("read_heads", self.read_dim, "read_dim"),
+            ("write_heads", self.hidden_size, "the base's width"),
+        ):
+            if width % getattr(self, name):
+                raise ValueError(f"{name}: must divide {of}, got {getattr(self, name)} heads for {width}")
+
+    @property
+    def base_config(self) -> PreTrainedConfig:
+        """A new configuration of the base."""
+        values = copy.deepcopy(self.base or {})
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the base, and of a slot."""
+        width: int = text_config(self.base_config).hidden_size
+        return width
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The base's."""
+        count: int = text_config(self.base_config).num_hidden_layers
+        return count
+
+    @property
+    def vocab_size(self) -> int:
+        """The base's."""
+        size: int = text_config(self.base_config).vocab_size
+        return size
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens can be read and written: ids from 0."""
+        return self.vocab_size
+
+    @property
+    def vocabularies(self) -> dict[str, int | None]:
+        """The settings that say how many tokens are known."""
+        return {"vocab_size": self.vocab_size}
+
+    @property
+    def num_memory_slots(self) -> int:
+        """The slots, as the other models of this library call them."""
+        return self.slots

@@ -1,0 +1,650 @@
+"""MemoryForCausalLM: a pretrained causal language model that reads and writes a memory. See :func:`with_memory`.
+
+Shapes: tokens (batch, tokens), slots (batch, slots, dim), hidden states (batch, tokens, dim). Nothing here knows the
+replay engine.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..checks import IGNORED, as_mask, as_tokens, check_mask, check_tokens, describe, has_values, is_tensor
+from ..config import check_count
+from ..data.segments import Segment, Targets, cut, each_as_tokens
+from ..interface import SegmentModel, TokenLosses
+from ..nn.memory import WRITERS, SlotWriter
+from ..state import MemoryState
+from .bases import CACHE, check_base, decode, layers_of, logits_of, without_peft
+from .cache import MemoryCache
+from .configuration import MemoryConfig
+from .places import along, before_each, counted_labels, kept_first, label_losses, padded
+from .reading import Readers
+
+__all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory"]
+
+Part = Literal["memory", "lora", "all"]
+
+
+class PretrainedMemory(NamedTuple):
+    """What is carried from segment to segment, of one size whatever was read.
+
+    Attributes:
+        slots: (batch, slots, dim).
+        last: (batch, dim), the hidden state of the last token that was read, from which the next segment's first token
+            is predicted; zero where a document has just begun.
+    """
+
+    slots: Tensor
+    last: Tensor
+
+
+class Opened(NamedTuple):
+    """What the tokens of a pending segment need: the memory before it, in parts. First dimension: batch."""
+
+    memory: Tensor
+    last: Tensor
+
+
+@dataclass
+class MemoryOutput(CausalLMOutputWithPast):
+    """What a :class:`MemoryForCausalLM` returns.
+
+    Attributes:
+        memory: after all tokens, for the next call; None with ``use_cache``, where the cache has it.
+    """
+
+    memory: PretrainedMemory | None = None
+
+
+class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
+    """A causal language model of transformers with a memory; :func:`with_memory` makes one.
+
+    Args:
+        config: its settings.
+        base: the language model; None makes one of ``config.base`` without its weights, as transformers does.
+    """
+
+    config: MemoryConfig  # type: ignore[assignment]
+    config_class = MemoryConfig  # type: ignore[assignment]
+    kind = "MemoryForCausalLM"
+    reads_its_targets = True
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _is_stateful = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _keep_in_fp32_modules_strict: ClassVar[Any] = ["writer"]  # a slot changes by less than what bfloat16 can hold
+
+    def __init__(self, config: MemoryConfig, base: PreTrainedModel | None = None):
+        super().__init__(config)
+        made = base is None
+        if base is None:
+            attention = getattr(config, "_attn_implementation", None)
+            base = AutoModelForCausalLM.from_config(config.base_config, attn_implementation=attention)
+            if config.adapter is not None:
+                _add_adapter(base, config.adapter)
+        self.base, self.dim = base, config.hidden_size
+        self.readers = Readers(layers_of(base), self.dim, config.read_dim, config.read_heads)
+        self.write_norm = nn.LayerNorm(self.dim)
+        self.writer = _writer(config)
+        if not made:
+            for part in self.modules():  # nothing is left to be initialised
+                part._is_hf_initialized = True  # type: ignore[assignment]
+        self.post_init()  # type: ignore[operator]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """What a checkpoint lacks is as at construction."""
+        if isinstance(module, SlotWriter):
+            fresh = _writer(self.config)
+            for name, parameter in module.named_parameters():
+                init.copy_(parameter, fresh.get_parameter(name))
+        elif isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's."""
+        return self.base.get_input_embeddings()
+
+    @property
+    def table(self) -> Tensor:
+        """The base's embeddings, (vocabulary, dim)."""
+        return self.base.get_input_embeddings().weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's."""
+        return self.base.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Give the base another vocabulary; see transformers."""
+        table: nn.Module = self.base.resize_token_embeddings(*args, **kwargs)
+        self.config.base = _described(self.base)
+        return table
+
+    def trainable(self, part: Part) -> MemoryForCausalLM:
+        """Let gradients reach only a part: the ``"memory"`` alone, it and the base's ``"lora"``, or ``"all"``.
+
+        The memory is what reads and writes it, and its first slots. Returns the model itself.
+
+        Raises:
+            ValueError: another part, or ``"lora"`` for a base without one.
+        """
+        if part not in get_args(Part):
+            raise ValueError(f"trainable: expected one of {', '.join(get_args(Part))}, got {part!r}")
+        if part == "lora" and self.config.adapter is None:
+            raise ValueError("trainable: the base has no LoRA; wrap it with peft.get_peft_model before with_memory")
+        for name, parameter in self.named_parameters():
+            in_base = name.startswith("base.")
+            wanted = not in_base or part == "all" or (part == "lora" and "lora_" in name)
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(wanted)
+        return self
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+    ) -> None:
+        kept = self.readers.checkpointing(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, kept, **options)
+
+    # --- One call -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        memory: PretrainedMemory | None = None,
+        attention_mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: MemoryCache | None = None,
+        past_key_values: MemoryCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+    ) -> MemoryOutput:
+        """Read tokens of any length, a segment at a time, and predict what follows each.
+
+        Args:
+            input_ids: (batch, tokens).
+            memory: what an earlier call returned; None for a document's beginning.
+            attention_mask: like ``input_ids``, True or 1 for tokens that exist, wherever they stand. The others change
+                nothing, and take no place in a segment.
+            reset: (batch,) boolean or integer, lanes that begin a new document here.
+            labels: like ``input_ids``, and mostly the same: what is to be predicted at each place, from the tokens
+                before it; -100 does not count, nor does a masked place, nor a document's first.
+            cache: what an earlier call with ``use_cache`` returned, in place of ``memory``. Of a longer mask the last
+                part is that of ``input_ids``. ``past_key_values`` is its older name.
+            use_cache: the last segment stays open, and a cache is returned to go on in it, in place of a memory.
+            logits_to_keep: of so many last tokens alone; 0 for all.
+
+        Returns:
+            ``loss`` (the mean over the labels that count, in nats), ``logits`` (batch, tokens, vocabulary) of what
+            follows each token, ``memory``, and ``cache`` or ``past_key_values``, as this version of transformers calls
+            it.
+
+        Raises:
+            ValueError: a shape, dtype or token id does not fit; the message says what was expected.
+        """
+        if cache is not None and past_key_values is not None:
+            raise ValueError(f"cache: past_key_values is its older name; give one, in this version {CACHE}")
+        cache = past_key_values if cache is None else cache
+        device = self.table.device
+        tokens, labels = as_tokens(input_ids, device), as_tokens(labels, device)
+        mask, reset = as_mask("attention_mask", attention_mask, device), as_mask("reset", reset, device)
+        if cache is not None and isinstance(mask, Tensor) and isinstance(tokens, Tensor):
+            mask = mask[:, -tokens.shape[-1] :]
+        self._check(tokens, memory, mask, reset, labels, names=("input_ids", "attention_mask"))
+        check_count("logits_to_keep", logits_to_keep, least=0)
+        order = None
+        if mask is not None and not mask.all():
+            order = kept_first(mask)
+            tokens, mask = tokens.gather(1, order), mask.gather(1, order)
+            labels = None if labels is None else labels.gather(1, order)
+        elif mask is not None:
+            mask = None
+        if cache is not None or use_cache:
+            before, hidden, cache = self._go_on(tokens, mask, memory, reset, cache)
+            after = None
+        else:
+            before, hidden, after = self._read(tokens, mask, memory, reset)
+        loss = None
+        if labels is not None:
+            fresh = before.eq(0).all(-1) if reset is None or memory is None else before.eq(0).all(-1) | reset
+            given = torch.cat([before[:, None].to(hidden.dtype), hidden[:, :-1]], 1)
+            counted = counted_labels(labels, mask, fresh)
+            loss = label_losses(logits_of(self.base, given), labels, counted).sum() / counted.sum().clamp(min=1)
+        if order is not None:
+            hidden = along(hidden, order.argsort(1))
+        logits = logits_of(self.base, hidden[:, -logits_to_keep:])
+        output = MemoryOutput(loss=loss, logits=logits, memory=after, **{CACHE: cache})
+        return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
+
+    def _read(
+        self, tokens: Tensor, mask: Tensor | None, memory: PretrainedMemory | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, PretrainedMemory]:
+        """All segments of some tokens: the hidden state before them, theirs, and the memory after them."""
+        memory = self._started(memory, reset, len(tokens))
+        before, outputs = memory.last, []
+        for part in cut(self.config.segment_length, tokens, None, mask):
+            hidden, memory = self.step(part.src, memory, part.src_mask)
+            outputs.append(hidden)
+        return before, torch.cat(outputs, 1), memory
+
+    def step(
+        self, tokens: Tensor, memory: PretrainedMemory, mask: Tensor | None = None
+    ) -> tuple[Tensor, PretrainedMemory]:
+        """Read one segment and write the memory: the hidden states (batch, tokens, dim), and the memory after them."""
+        hidden = self._hidden(tokens, memory.slots, mask)
+        _, last = before_each(hidden, memory.last, mask)
+        return hidden, PretrainedMemory(self._written(memory.slots, hidden, mask), last)
+
+    def _hidden(self, tokens: Tensor, slots: Tensor, mask: Tensor | None) -> Tensor:
+        """The last hidden states of a segment that reads those slots."""
+        with self.readers.reading(self.readers.contexts(slots)):
+            if mask is None:
+                return decode(self.base, tokens)
+            # Behind all tokens, padding is seen by none of them: the base needs no mask.
+            order = kept_first(mask)
+            return along(decode(self.base, tokens.gather(1, order)), order.argsort(1))
+
+    def _written(self, slots: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        written = self.writer(slots, self.write_norm(hidden).to(slots), mask)
+        return written if mask is None else torch.where(mask.any(1)[:, None, None], written, slots)
+
+    def _started(self, memory: PretrainedMemory | None, reset: Tensor | None, batch_size: int) -> PretrainedMemory:
+        """The memory that a segment begins with."""
+        initial = self.get_initial_mem(batch_size)
+        if memory is None:
+            return initial
+        if reset is None:
+            return memory
+        return PretrainedMemory(
+            torch.where(reset[:, None, None], initial.slots, memory.slots),
+            torch.where(reset[:, None], initial.last, memory.last),
+        )
+
+    # --- Going on in a segment ----------------------------------------------------------------------------------------
+
+    def _go_on(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        memory: PretrainedMemory | None,
+        reset: Tensor | None,
+        cache: MemoryCache | None,
+    ) -> tuple[Tensor, Tensor, MemoryCache]:
+        """Tokens of any length behind those of a cache; each lane's segments are cut where its own tokens stand.
+
+        Args:
+            tokens, mask: (batch, tokens), those that exist first.
+
+        Returns:
+            the hidden state before the tokens, theirs, and the cache after them.
+        """
+        if self.training and any(_checkpoints(part) for part in self.base.modules()):
+            raise ValueError(
+                "use_cache: with checkpointing of activations transformers keeps no keys in training; call eval() first"
+            )
+        if cache is None:
+            slots, last = self._started(memory, reset, len(tokens))
+            cache = MemoryCache(slots, last, self.readers.contexts(slots))
+        elif memory is not None or reset is not None or not isinstance(cache, MemoryCache):
+            raise ValueError(
+                "cache: expected a MemoryCache, as this model returns it, without memory and reset beside it, got "
+                f"{type(cache).__name__}"
+            )
+        elif cache.batch_size != len(tokens) or cache.slots.shape[1:] != (self.config.slots, self.dim):
+            raise ValueError(
+                f"cache: expected {len(tokens)} lanes of {self.config.slots} slots of {self.dim}, got "
+                f"{cache.batch_size} of {tuple(cache.slots.shape[1:])}: is it of another model or batch?"
+            )
+        before, length = cache.last, tokens.shape[1]
+        left = [length] * len(tokens) if mask is None else mask.sum(1).tolist()
+        done, hidden = [0] * len(tokens), cache.last.new_zeros(*tokens.shape, self.dim)
+        while any(left):
+            cache, piece, taken = self._extend(cache, tokens, done, left)
+            place = torch.arange(piece.shape[1], device=tokens.device)
+            index = torch.tensor(done, device=tokens.device)[:, None] + place
+            if piece.shape[1] == length:
+                hidden = piece
+            else:
+                kept = place < torch.tensor(taken, device=tokens.device)[:, None]
+                # What no lane has taken goes behind all tokens.
+                index = index.where(kept, length)[..., None].expand_as(piece)
+                hidden = F.pad(hidden.to(piece), (0, 0, 0, 1)).scatter(1, index, piece)[:, :length]
+            done = [d + t for d, t in zip(done, taken, strict=True)]
+            left = [n - t for n, t in zip(left, taken, strict=True)]
+        return before, hidden, cache
+
+    def _extend(
+        self, cache: MemoryCache, tokens: Tensor, done: list[int], left: list[int]
+    ) -> tuple[MemoryCache, Tensor, list[int]]:
+        """So many more tokens of each lane as its segment has place for; where it is full, the memory is written.
+
+        Returns:
+            the cache after them, their hidden states (batch, most tokens, dim), and how many each lane has taken.
+        """
+        cache, most, device = cache.copy(), self.config.segment_length, tokens.device
+        taken = [min(n, most - f) for n, f in zip(left, cache.filled, strict=True)]
+        width, columns = max(taken), cache.hidden.shape[1]
+        place = torch.arange(width, device=device)
+        starts = torch.tensor(done, device=device)[:, None]
+        new = tokens.gather(1, (starts + place).clamp(max=tokens.shape[1] - 1))
+        positions = (torch.tensor(cache.filled, device=device)[:, None] + place).clamp(max=most - 1)
+        # Behind a lane's new tokens, padding is seen by none of them; only what other lanes have before has to be hid.
+        old, new_kept = cache.visible(), place < torch.tensor(taken, device=device)[:, None]
+        visible = None if old is None else torch.cat([old, torch.ones_like(new_kept)], 1)
+        pending = cache.pending()
+        with self.readers.reading(cache.contexts):
+            hidden = decode(self.base, new, visible, positions, pending)
+        cache.layers = pending.layers
+        cache.hidden = torch.cat([cache.hidden, hidden], 1)
+        ends = torch.tensor(taken, device=device)
+        found = along(hidden, (ends - 1).clamp(min=0)[:, None])[:, 0]
+        cache.last = torch.where(ends[:, None] > 0, found, cache.last)
+        full = [f + t == most for f, t in zip(cache.filled, taken, strict=True)]
+        if any(full):
+            lanes, kept = torch.tensor(full, device=device)[:, None, None], None
+            if old is not None or min(taken) < width:
+                old = new_kept.new_ones(len(tokens), columns) if old is None else old
+                kept = torch.cat([old, new_kept], 1)
+            cache.slots = torch.where(lanes, self._written(cache.slots, cache.hidden, kept), cache.slots)
+            cache.contexts = self.readers.contexts(cache.slots)
+        cache.align(
+            [
+                [] if over else [*range(columns - f, columns + t)]
+                for over, f, t in zip(full, cache.filled, taken, strict=True)
+            ]
+        )
+        return cache, hidden, taken
+
+    # --- What generate() of transformers asks for ---------------------------------------------------------------------
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the first call makes its own
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The tokens that were not read yet; a memory and resets are of the first call alone."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        known = inspect.signature(self.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in known}
+        if inputs.get(CACHE) is not None:
+            inputs["memory"] = inputs["reset"] = None
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **given: Any) -> tuple[Tensor, dict[str, Any]]:
+        input_ids, given = super()._expand_inputs_for_generation(expand_size=expand_size, **given)
+        if expand_size > 1:
+            if given.get("memory") is not None:
+                given["memory"] = PretrainedMemory(*(x.repeat_interleave(expand_size, 0) for x in given["memory"]))
+            if given.get(CACHE) is not None:
+                given[CACHE] = given[CACHE].copy()
+                given[CACHE].batch_repeat_interleave(expand_size)
+        return input_ids, given
+
+    # --- What a rollout asks for --------------------------------------------------------------------------------------
+
+    def get_initial_mem(self, batch_size: int) -> PretrainedMemory:
+        """The learned memory before a document."""
+        slots = self.writer.initial(batch_size)
+        return PretrainedMemory(slots, self.write_norm.weight.new_zeros(batch_size, self.dim))
+
+    def resize_memory(self, num_memory_slots: int, *, generator: torch.Generator | None = None) -> None:
+        """Give the memory another number of slots, in place; see :meth:`SegmentModel.resize_memory`."""
+        check_count("num_memory_slots", num_memory_slots)
+        self.writer.resize(num_memory_slots, generator)
+        self.config.slots = num_memory_slots
+
+    def resize_mems(self, mems: PretrainedMemory) -> PretrainedMemory:
+        """A memory carried from before :meth:`resize_memory`, for the model as it is now."""
+        self._check_memory(mems, len(mems[0]), mems[0].shape[1])
+        initial = self.get_initial_mem(len(mems.last)).slots
+        kept = mems.slots[:, : self.config.slots]
+        return mems._replace(slots=torch.cat([kept, initial[:, kept.shape[1] :]], 1))
+
+    def forget(self, memory: PretrainedMemory) -> PretrainedMemory:
+        """The initial slots, and the last hidden state."""
+        return memory._replace(slots=self.get_initial_mem(len(memory.last)).slots)
+
+    def cell(self, segment: Segment, memory: PretrainedMemory | None) -> tuple[Tensor, PretrainedMemory]:
+        """One segment: the hidden state before each of its tokens, (batch, tokens, dim), and the memory after it."""
+        memory = self._started(memory, segment.reset, len(segment.src))
+        hidden, after = self.step(segment.src, memory, segment.src_mask)
+        before, _ = before_each(hidden, memory.last, segment.src_mask)
+        return before, after
+
+    def target(self, segment: Segment) -> Tensor:
+        """The labels; where there are none, the tokens themselves."""
+        return segment.src if segment.tgt is None else segment.tgt
+
+    def counted(self, segment: Segment) -> Tensor:
+        """Which labels count, (batch, tokens): not a document's first, before which nothing stands."""
+        return counted_labels(self.target(segment), segment.src_mask, segment.reset)
+
+    def token_losses(self, outputs: Sequence[Tensor], segments: Sequence[Segment]) -> TokenLosses:
+        """The losses of several segments' labels, from one call of the base's head."""
+        longest = max(segment.src.shape[1] for segment in segments)
+        hidden = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in outputs])
+        labels = torch.cat([padded(self.target(segment), longest, IGNORED) for segment in segments])
+        counted = torch.cat([padded(self.counted(segment), longest, False) for segment in segments])
+        return TokenLosses(labels, label_losses(logits_of(self.base, hidden), labels, counted), counted)
+
+    def segments(
+        self,
+        src: Any,
+        tgt: Targets,
+        src_mask: Any,
+        tgt_mask: Targets,
+        reset: Targets,
+        mems: PretrainedMemory | None,
+    ) -> list[Segment]:
+        """What :func:`~memformer.memory_replay_backprop` is given, checked, and cut as :meth:`forward` cuts it.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        if tgt_mask is not None:
+            raise ValueError("tgt_mask: labels have the mask of their tokens, src_mask; one of -100 does not count")
+        device, length = self.table.device, self.config.segment_length
+        tokens, mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
+        reset = each_as_tokens("reset", reset, device)
+        labels = [as_tokens(x, device) for x in tgt] if isinstance(tgt, (list, tuple)) else as_tokens(tgt, device)
+        whole = labels if isinstance(labels, Tensor) else None
+        self._check(tokens, mems, mask, None, whole, names=("src", "src_mask"))
+        if mask is not None:
+            order = kept_first(mask)
+            tokens, mask = tokens.gather(1, order), mask.gather(1, order)
+            if isinstance(labels, list):
+                raise ValueError("tgt: expected labels of the shape of src beside src_mask, got one for each segment")
+            labels = None if labels is None else labels.gather(1, order)
+        found = cut(
+            length, tokens, labels.split(length, 1) if isinstance(labels, Tensor) else labels, mask, None, reset
+        )
+        found = [segment._replace(reset=as_mask("reset", segment.reset)) for segment in found]
+        if mems is None:
+            found[0] = found[0]._replace(reset=torch.ones(len(tokens), dtype=torch.bool, device=device))
+        for s in found:
+            self._check(s.src, None, s.src_mask, s.reset, s.tgt, names=("src", "src_mask"))
+        return found
+
+    def silent(self, segment: Segment) -> Segment:
+        """The segment with labels that do not count."""
+        return segment._replace(tgt=torch.full_like(segment.src, IGNORED))
+
+    def of_stream(self, segment: Segment) -> Segment:
+        """The tokens that a decoder would write of the segment: each of a document comes once."""
+        assert segment.tgt is not None
+        mask = None if segment.tgt_mask is None else segment.tgt_mask[:, 1:]
+        return Segment(segment.tgt[:, 1:], mask, segment.reset)
+
+    def writers(self) -> list[SlotWriter]:
+        """The one that there is."""
+        return [self.writer]
+
+    def slots_of(self, memory: PretrainedMemory) -> Tensor:
+        """(batch, 1, slots, dim)."""
+        return memory.slots[:, None]
+
+    # --- What generation of this library asks for ---------------------------------------------------------------------
+
+    def check_writes(self, purpose: str) -> None:
+        """Every such model writes text; :meth:`generate`, that of transformers, does it with a cache."""
+
+    def new_state(self, batch_size: int, start: int) -> MemoryState:
+        """Lanes that have read nothing. The start token fills up what a state has no tokens for, and is not read."""
+        return MemoryState.new(batch_size, self.config.segment_length, start, self.get_initial_mem(1).slots[0])
+
+    def memory_after(self, state: MemoryState) -> Tensor:
+        """The slots after each lane's last whole segment, (batch, slots, dim)."""
+        return self.open(state).memory
+
+    def open(self, state: MemoryState) -> Opened:
+        """The memory after each lane's last whole segment."""
+        initial, fresh = self.get_initial_mem(state.batch_size), state.fresh
+        before = initial._replace(slots=torch.where(fresh[:, None, None], initial.slots, state.memory))
+        _, after = self.step(state.segment, before, ~fresh[:, None].expand_as(state.segment))
+        return Opened(after.slots, after.last)
+
+    def next_logits(self, state: MemoryState, opened: Opened) -> Tensor:
+        """Logits of each lane's next token, (batch, vocabulary). The pending segment is read again for each.
+
+        Raises:
+            ValueError: a lane has read nothing, so there is nothing to predict its first token from.
+        """
+        if not state.position.all():
+            raise ValueError("prompt: expected at least one token in each lane, such as the tokenizer's bos_token_id")
+        filled, states = state.filled, opened.last[:, None]
+        tokens = state.pending[:, : int(filled.max())]
+        if tokens.shape[1]:
+            mask = torch.arange(tokens.shape[1], device=tokens.device) < filled[:, None]
+            states = torch.cat([states, self._hidden(tokens, opened.memory, mask)], 1)
+        return logits_of(self.base, along(states, filled[:, None]))[:, 0]
+
+    # --- Checks -------------------------------------------------------------------------------------------------------
+
+    def _check(
+        self,
+        tokens: Tensor,
+        memory: PretrainedMemory | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        labels: Tensor | None,
+        names: tuple[str, str],
+    ) -> None:
+        vocabulary = self.table.shape[0]
+        check_tokens(names[0], tokens, vocabulary, sys.maxsize, "")
+        check_mask(names[1], mask, tokens)
+        batch = len(tokens)
+        if memory is not None:
+            self._check_memory(memory, batch, self.config.slots)
+        if reset is not None and not is_tensor(reset, (batch,), torch.bool):
+            raise ValueError(f"reset: expected torch.bool of shape ({batch},), one per lane, got {describe(reset)}")
+        if labels is not None:
+            if not isinstance(labels, Tensor) or labels.shape != tokens.shape:
+                got = describe(labels)
+                raise ValueError(f"labels: expected the shape of the tokens, {tuple(tokens.shape)}, got {got}")
+            known = labels.where(labels != IGNORED, 0) if has_values(labels) else labels
+            check_tokens("labels", known, vocabulary, sys.maxsize, "")
+
+    def _check_memory(self, memory: PretrainedMemory, batch: int, slots: int) -> None:
+        likes = [(batch, slots, self.dim), (batch, self.dim)]
+        dtypes = [self.writer.initial(1).dtype, self.write_norm.weight.dtype]
+        parts = memory if isinstance(memory, tuple) and len(memory) == 2 else (None, None)
+        for part, shape, dtype in zip(parts, likes, dtypes, strict=True):
+            if not is_tensor(part, shape, dtype):
+                got = describe(memory) if part is None else describe(part)
+                raise ValueError(
+                    f"memory: expected that of this model and this batch, a PretrainedMemory with {dtype} of shape "
+                    f"{shape}, got {got}"
+                )
+
+
+def with_memory(
+    base: Any,
+    slots: int = 16,
+    segment_length: int = 512,
+    *,
+    read_dim: int = 256,
+    read_heads: int = 4,
+    memory_writer: Literal["normalised", "gated"] = "normalised",
+    write_heads: int = 8,
+    write_temperature: float = 0.25,
+) -> MemoryForCausalLM:
+    """A memory around a causal language model. At construction it predicts a segment exactly as the model does.
+
+    The base is not copied, and keeps its weights, names, dtype, device and ways of attending. Beside each of its layers
+    the tokens attend to the slots; the slots are written from the last hidden states.
+
+    Args:
+        base: as ``AutoModelForCausalLM`` loads it, or a ``peft.PeftModel`` with LoRA around one.
+        slots: of the memory; each is as wide as the base.
+        segment_length: tokens that the base reads at once, at most as many as it has positions.
+        read_dim, read_heads: width and heads of the attention over the slots.
+        memory_writer, write_heads, write_temperature: how the slots are written, as in :class:`~memformer.Memformer`.
+
+    Raises:
+        ValueError: the base is no causal model, or a setting does not fit it; the message says what was expected.
+    """
+    model, adapter = without_peft(base)
+    check_base(model)
+    config = MemoryConfig(
+        base=_described(model),
+        slots=slots,
+        segment_length=segment_length,
+        read_dim=read_dim,
+        read_heads=read_heads,
+        memory_writer=memory_writer,
+        write_heads=write_heads,
+        write_temperature=write_temperature,
+        adapter=adapter,
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+    )
+    checkpoints = next((m._gradient_checkpointing_func for m in model.modules() if _checkpoints(m)), None)
+    made = MemoryForCausalLM(config, model)
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    device = model.get_input_embeddings().weight.device
+    for part in (made.readers, made.write_norm, made.writer):  # the base's tables of positions keep their dtype
+        part.to(device, torch.float32 if half and part is made.writer else model.dtype)
+    for reader, layer in zip(made.readers.each, layers_of(model), strict=True):
+        reader.to(next(layer.parameters()).device)
+    if checkpoints is not None:
+        made._set_gradient_checkpointing(True, checkpoints)
+    made.generation_config = model.generation_config
+    return made.train(model.training)
+
+
+def _described(base: PreTrainedModel) -> dict[str, Any]:
+    """The base's configuration, but for its dtype, which is the model's."""
+    return {name: value for name, value in base.config.to_dict().items() if name != "dtype"}
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False)) and hasattr(module, "_gradient_checkpointing_func")
+
+
+def _writer(config: MemoryConfig) -> SlotWriter:
+    make = WRITERS[config.memory_writer]
+    return make(config.hidden_size, config.slots, config.write_heads, config.write_temperature)
+
+
+def _add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
+    try:
+        from peft import get_peft_config, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("this model has a LoRA; install peft: pip install 'memformer-replay[hf]'") from error
+    settings = dict(settings)
+    name = settings.pop("adapter_name")
+    inject_adapter_in_model(get_peft_config(settings), base, name)

@@ -1,0 +1,62 @@
+"""Where the tokens of a segment stand, where padding is among them, and which labels count.
+
+Shapes: labels and mask (batch, tokens), the mask True for tokens that exist; hidden states (batch, tokens, dim).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import IGNORED
+
+__all__ = ["along", "before_each", "counted_labels", "kept_first", "label_losses", "padded"]
+
+
+def before_each(hidden: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The hidden state of the last token before each of a segment's, (batch, tokens, dim), and of the last of all.
+
+    Args:
+        hidden: (batch, tokens, dim). last: (batch, dim), before the segment. mask: (batch, tokens).
+    """
+    states = torch.cat([last[:, None].to(hidden.dtype), hidden], 1)
+    if mask is not None:
+        place = torch.arange(1, states.shape[1], device=mask.device) * mask  # 0 where there is no token
+        place = F.pad(place.cummax(1).values, (1, 0))
+        states = along(states, place)
+    return states[:, :-1], states[:, -1].to(last.dtype)
+
+
+def along(x: Tensor, places: Tensor) -> Tensor:
+    """(batch, tokens, dim), at those places (batch, any number)."""
+    return x.gather(1, places[..., None].expand(*places.shape, x.shape[2]))
+
+
+def kept_first(mask: Tensor) -> Tensor:
+    """(batch, tokens), the order in which those that exist come first."""
+    return (~mask).byte().argsort(dim=1, stable=True)
+
+
+def counted_labels(labels: Tensor, mask: Tensor | None, fresh: Tensor | None) -> Tensor:
+    """Which labels count, (batch, tokens). ``fresh``: (batch,), lanes before whose first token nothing stands."""
+    counted = labels != IGNORED
+    kept = torch.ones_like(counted) if mask is None else mask
+    if fresh is not None:
+        first = kept & (kept.cumsum(1) == 1)
+        counted = counted & ~(first & fresh[:, None])
+    return counted & kept
+
+
+def label_losses(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    """Each label's loss in nats, zero where it does not count, (batch, tokens)."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    targets = labels.long().where(counted, IGNORED)
+    flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view_as(labels)
+
+
+def padded(x: Tensor, length: int, value: float) -> Tensor:
+    """(batch, tokens), filled up to that length."""
+    return F.pad(x, (0, length - x.shape[1]), value=value)
