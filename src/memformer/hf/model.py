@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..checks import IGNORED, as_mask, as_tokens, check_mask, check_tokens, describe, has_values, is_tensor
 from ..config import check_count
 from ..data.segments import Segment, Targets, cut, each_as_tokens
-from ..interface import SegmentModel, TokenLosses
+from ..interface import Divisor, SegmentModel, Step, TokenLosses
 from ..nn.memory import WRITERS, SlotWriter
 from ..state import MemoryState
 from .bases import CACHE, check_base, decode, layers_of, logits_of, without_peft
@@ -433,13 +433,17 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         """Which labels count, (batch, tokens): not a document's first, before which nothing stands."""
         return counted_labels(self.target(segment), segment.src_mask, segment.reset)
 
-    def token_losses(self, outputs: Sequence[Tensor], segments: Sequence[Segment]) -> TokenLosses:
+    def token_losses(
+        self, outputs: Sequence[Tensor], segments: Sequence[Segment], divisor: Divisor | None = None
+    ) -> TokenLosses:
         """The losses of several segments' labels, from one call of the base's head."""
         longest = max(segment.src.shape[1] for segment in segments)
         hidden = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in outputs])
         labels = torch.cat([padded(self.target(segment), longest, IGNORED) for segment in segments])
         counted = torch.cat([padded(self.counted(segment), longest, False) for segment in segments])
-        return TokenLosses(labels, label_losses(logits_of(self.base, hidden), labels, counted), counted)
+        losses = label_losses(logits_of(self.base, hidden), labels, counted)
+        total = None if divisor is None else (losses / divisor(counted)).sum()
+        return TokenLosses(labels, losses, counted, total)
 
     def segments(
         self,
@@ -489,6 +493,14 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         mask = None if segment.tgt_mask is None else segment.tgt_mask[:, 1:]
         return Segment(segment.tgt[:, 1:], mask, segment.reset)
 
+    def compile_parts(self) -> None:
+        """Refused: what of a base may be compiled is not the same for all. Raises ValueError."""
+        raise ValueError("compile: a memory around a pretrained model is not compiled yet; leave it out")
+
+    def steps(self) -> dict[str, Step]:
+        """Refused. Raises ValueError."""
+        raise ValueError("export: a memory around a pretrained model is not exported yet; use save_pretrained")
+
     def writers(self) -> list[SlotWriter]:
         """The one that there is."""
         return [self.writer]
@@ -506,16 +518,18 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         """Lanes that have read nothing. The start token fills up what a state has no tokens for, and is not read."""
         return MemoryState.new(batch_size, self.config.segment_length, start, self.get_initial_mem(1).slots[0])
 
-    def memory_after(self, state: MemoryState) -> Tensor:
-        """The slots after each lane's last whole segment, (batch, slots, dim)."""
-        return self.open(state).memory
+    def resumed(self, state: MemoryState) -> tuple[list[Segment], PretrainedMemory]:
+        """Each lane's last whole segment."""
+        initial, fresh = self.get_initial_mem(state.batch_size), state.fresh
+        mask = ~fresh[:, None].expand_as(state.segment)
+        return [Segment(state.segment, mask, fresh)], initial._replace(slots=state.memory)
 
     def open(self, state: MemoryState) -> Opened:
         """The memory after each lane's last whole segment."""
-        initial, fresh = self.get_initial_mem(state.batch_size), state.fresh
-        before = initial._replace(slots=torch.where(fresh[:, None, None], initial.slots, state.memory))
-        _, after = self.step(state.segment, before, ~fresh[:, None].expand_as(state.segment))
-        return Opened(after.slots, after.last)
+        segments, memory = self.resumed(state)
+        for segment in segments:
+            _, memory = self.cell(segment, memory)
+        return Opened(memory.slots, memory.last)
 
     def next_logits(self, state: MemoryState, opened: Opened) -> Tensor:
         """Logits of each lane's next token, (batch, vocabulary). The pending segment is read again for each.
