@@ -42,14 +42,14 @@ def test_the_command(capsys, tmp_path):
     picture = tmp_path / "learn.png"
     assert main([*command.split(), "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert sum(" seed 0 " in line for line in printed) == sum(" seed 1 " in line for line in printed) == 4
+    assert sum(" seed 0 " in line for line in printed) == sum(" seed 1 " in line for line in printed) == 8
     tables = [i for i, line in enumerate(printed) if line.startswith("contestant")]
     assert [printed[i - 1].split(":")[0] for i in tables] == ["retrieval", "copy"]
     assert "chance 12.5, solved from 99.0" in printed[tables[0] - 1]
     assert "at 3" in printed[tables[0]]
     assert "at 6" in printed[tables[0]]
     for i in tables:
-        assert [printed[i + n].split("  ")[0] for n in (1, 2)] == ["memformer", "memory off"]
+        assert [printed[i + n].split("  ")[0] for n in range(1, 5)] == list(OWN)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -97,8 +97,8 @@ def test_a_file_is_gone_on_with(tmp_path, monkeypatch):
     printed = lines(learning_rates=(1e-3, 3e-3), seeds=(0, 4), out=out)
     runs = json.loads(out.read_text())["runs"]
     assert runs[: len(first)] == first
-    assert [(run["learning_rate"], run["seed"]) for run in made[:2]] == [(3e-3, 0)] * 2
-    assert [run["seed"] for run in made[2:]] == [4, 4]
+    assert [(run["learning_rate"], run["seed"]) for run in made[:4]] == [(3e-3, 0)] * 4
+    assert [run["seed"] for run in made[4:]] == [4] * 4
     assert {"memformer", "machine", "date", "command"} <= runs[0]["made"].keys()
     made.clear()
     timed = ("s per run", "machine")

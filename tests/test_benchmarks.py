@@ -23,6 +23,7 @@ from benchmarks.__main__ import main
 
 from memformer import Memformer
 from memformer.bench import learn
+from memformer.bench.contestants import OWN
 from memformer.tasks import AssociativeRetrieval
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def folder(variable: str) -> str:
 def rows(lines: list[str], first: str) -> list[str]:
     """The names in the table whose head begins with ``first``."""
     start = next(i for i, line in enumerate(lines) if line.startswith(first))
-    return [line[:16].strip() for line in lines[start + 1 :] if line.strip()]
+    return [line[:19].strip() for line in lines[start + 1 :] if line.strip()]
 
 
 GENERATE = [
@@ -172,8 +173,8 @@ def test_learning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "runs.json"
     lines = report(capsys, *LEARN, "--out", str(out))
     assert lines[0].startswith("rivals: --rivals FOLDER, made by `pip install")
-    assert rows(lines, "contestant") == ["memformer", "memory off"]
-    assert len(json.loads(out.read_text())["runs"]) == 2
+    assert rows(lines, "contestant") == list(OWN)
+    assert len(json.loads(out.read_text())["runs"]) == len(OWN)
     assert main([*LEARN, "--contestants", "RMT"]) == 2
     assert "rivals: expected a folder made by `pip install" in capsys.readouterr().err
 
@@ -181,7 +182,7 @@ def test_learning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_task")
 def test_learning_beside_rivals(capsys: pytest.CaptureFixture[str]) -> None:
     folders = ["--rivals", folder("MEMFORMER_RIVALS"), "--earlier", folder("MEMFORMER_EARLIER")]
-    names = ["memformer", "memory off", "earlier", "RMT", "Transformer-XL", "Compressive"]
+    names = [*OWN, "earlier", "RMT", "Transformer-XL", "Compressive"]
     assert rows(report(capsys, *LEARN, *folders, "--jobs", "2"), "contestant") == names
 
 

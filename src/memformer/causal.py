@@ -187,7 +187,7 @@ class CausalMemformer(SegmentModel):
             ``(hidden, mem)``: hidden (batch, tokens + 1, dim) is the last layer's output at the last token before the
             segment and at each of its tokens (without an overlap, only those), for :meth:`head`.
         """
-        slots, last = (None, self._nothing(len(tokens), tokens.device)) if mems is None else mems
+        slots, last = (None, self._nothing(tokens.shape[0], tokens.device)) if mems is None else mems
         if reset is not None:
             last = torch.where(reset[:, None], NOTHING if before is None else before, last)
         x, visible = self.embed(tokens, last, mask)

@@ -253,7 +253,7 @@ def _line(task: Task, trial: Trial, result: Result) -> str:
     steps = result["curve"][-1][0] if result["curve"] else 0
     end = "solved, " if result["solved_at"] else "diverged, " if result["diverged_at"] else ""
     return (
-        f"{trial['task']:<10} {trial['contestant']:<15} rate {trial['learning_rate']:<7g} "
+        f"{trial['task']:<10} {trial['contestant']:<18} rate {trial['learning_rate']:<7g} "
         f"seed {trial['seed']:<3} {steps:>6,} steps {result['seconds']:>6.0f} s  {end}{scores}"
     )
 
@@ -268,7 +268,7 @@ def _table(name: str, tasks: tuple[Task, Task], chosen: dict[str, Tuned]) -> Ite
         f"chance {_shown(task, held_out.chance)}, solved from {_shown(task, held_out.solved)}"
     )
     yield (
-        f"{'contestant':<15} {'parameters':>10} {'carried':>8} {'rate':>7}"
+        f"{'contestant':<18} {'parameters':>10} {'carried':>8} {'rate':>7}"
         + "".join(f"{f'at {n}':>22}" for n in lengths)
         + f"{'solved: seeds, steps':>22} {'MFLOP/step':>11} {'TFLOP spent':>12} {'s per run':>10}"
     )
@@ -281,7 +281,7 @@ def _table(name: str, tasks: tuple[Task, Task], chosen: dict[str, Tuned]) -> Ite
         steps = [result["solved_at"] for result in results if result["solved_at"]]
         solved = f"{len(steps)}/{len(results)}" + (f", {statistics.median(steps):,.0f}" if steps else "")
         yield (
-            f"{contestant:<15} {results[0]['parameters']:>10,} {results[0]['numbers_carried']:>8,} "
+            f"{contestant:<18} {results[0]['parameters']:>10,} {results[0]['numbers_carried']:>8,} "
             f"{rate:>7g}{cells}{solved:>22} {results[0]['flops_per_step'] / 1e6:>11,.0f} "
             f"{sum(result['flops'] for result in results + others) / 1e12:>12,.2f} "
             f"{statistics.median(result['seconds'] for result in results):>10,.0f}"

@@ -130,7 +130,7 @@ class CausalLayer(nn.Module):
             kept: (batch, tokens), True for tokens that exist.
             overlap: how many of the tokens are of the segment before, and so are in the memory already.
         """
-        memory = begun(self.writer, memory, reset, len(x))
+        memory = begun(self.writer, memory, reset, x.shape[0])
         x = self.block(x, self.context(memory), visible)
         return x, writes(self.writer, self.updates, memory, self.norm(x[..., overlap:, :]), kept)
 
@@ -206,7 +206,7 @@ class OneMemory(nn.Module):
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(batch, overlap + tokens, dim) and (1, batch, slots, dim) -> the same; see :class:`CausalLayer`."""
-        slots = begun(self.writer, None if memory is None else memory[0], reset, len(x))
+        slots = begun(self.writer, None if memory is None else memory[0], reset, x.shape[0])
         for block, context in zip(self.blocks, self.contexts(slots[None]), strict=True):
             x = block(x, context, visible)
         return x, writes(self.writer, self.updates, slots, self.norm(x[:, overlap:]), kept)[None]
