@@ -45,7 +45,7 @@ def folder(variable: str) -> str:
 def rows(lines: list[str], first: str) -> list[str]:
     """The names in the table whose head begins with ``first``."""
     start = next(i for i, line in enumerate(lines) if line.startswith(first))
-    return [line[:19].strip() for line in lines[start + 1 :] if line.strip()]
+    return [line.split("  ")[0] for line in lines[start + 1 :] if line.strip()]
 
 
 GENERATE = [
@@ -122,7 +122,7 @@ def test_the_lanes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 def test_a_text_in_few_and_many_files(capsys: pytest.CaptureFixture[str]) -> None:
     lines = report(capsys, "lanes", "--size", "3000", "--held-out", "300", "--steps", "2", "--lanes", "3")
-    assert rows(lines, "      ") == ["cut into 3 files", "one file, in str", "one file, in eve"]
+    assert rows(lines, "      ") == ["cut into 3 files by hand", "one file, in stretches", "one file, in every lane"]
     assert [line.split()[-3] for line in lines[2:]] == ["3", "3", "1"]
 
 
