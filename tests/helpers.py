@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -80,6 +82,22 @@ def training_settings(**flat: Any) -> TrainingConfig:
             names = {inner.name for inner in dataclasses.fields(f.default_factory)}
             given[f.name] = f.default_factory(**{name: flat.pop(name) for name in names & set(flat)})
     return TrainingConfig(**given, **flat)
+
+
+def tiny_run(folder: Path, **usual: Any) -> Callable[..., TrainingConfig]:
+    """Makes the settings of a tiny run on four texts, which are written into a folder; None leaves a setting out."""
+    (folder / "corpus").mkdir()
+    for i in range(4):
+        (folder / "corpus" / f"{i}.txt").write_text("what was seen is not forgotten. " * (2 * i + 3))
+
+    def make(**changes: Any) -> TrainingConfig:
+        given = dict(
+            data=(folder / "corpus",), out=folder / "run", dim=16, slots=3, enc_depth=1, dec_depth=1, heads=2, lanes=2,
+            segment_length=8, horizon=3, warmup=1, device="cpu",
+        )  # fmt: skip
+        return training_settings(**{k: v for k, v in {**given, **usual, **changes}.items() if v is not None})
+
+    return make
 
 
 def lively(seed: int = 0, **changes: Any) -> Memformer:

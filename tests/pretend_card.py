@@ -25,7 +25,7 @@ class PretendCard(capture.Card):
         finally:
             type(self).forbidding = False
 
-    def record(self, function):
+    def record(self, function, draws):
         # A capture runs no kernel, so it draws no numbers and leaves none but those of a launch.
         state = torch.get_rng_state()
         static = [x.clone() if isinstance(x, torch.Tensor) else x for x in function()]

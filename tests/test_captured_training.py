@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers import training_settings
+from helpers import tiny_run
 from memformer import cli
 from memformer.training import Run, read_metrics
 from pretend_card import pretend_a_card
@@ -16,18 +16,7 @@ from pretend_card import pretend_a_card
 
 @pytest.fixture
 def settings(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    for i in range(4):
-        (tmp_path / "corpus" / f"{i}.txt").write_text("what was seen is not forgotten. " * (2 * i + 3))
-
-    def make(**changes):
-        given = dict(
-            data=(tmp_path / "corpus",), out=tmp_path / "run", steps=5, dim=16, slots=3, enc_depth=1, dec_depth=1,
-            heads=2, lanes=2, segment_length=8, horizon=3, warmup=1, log_every=2, eval_every=4, device="cpu",
-        )  # fmt: skip
-        return training_settings(**{k: v for k, v in {**given, **changes}.items() if v is not None})
-
-    return make
+    return tiny_run(tmp_path, steps=5, log_every=2, eval_every=4)
 
 
 def outcome(run):

@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 import memformer
-from helpers import training_settings
+from helpers import tiny_run
 from memformer import Memformer, MemoryState
 from memformer.device import summing_device
 from memformer.evaluation import ByDepth, evaluate
@@ -21,19 +21,9 @@ from memformer.training import Run
 
 @pytest.fixture
 def settings(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    for i in range(4):
-        (tmp_path / "corpus" / f"{i}.txt").write_text("what was seen is not forgotten. " * (2 * i + 3))
-
-    def make(**changes):
-        given = dict(
-            data=(tmp_path / "corpus",), out=tmp_path / "run", steps=3, dim=16, slots=3, enc_depth=1, dec_depth=1,
-            heads=2, lanes=2, segment_length=8, horizon=3, warmup=1, log_every=1, eval_every=2, device="cpu",
-            accumulate=2, ema=0.9, continuation=0.5, infilling=0.3, recall=0.2,
-        )  # fmt: skip
-        return training_settings(**{**given, **changes})
-
-    return make
+    return tiny_run(
+        tmp_path, steps=3, log_every=1, eval_every=2, accumulate=2, ema=0.9, continuation=0.5, infilling=0.3, recall=0.2
+    )
 
 
 def numbers(lines):

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import generation
-from .checks import IGNORED, as_mask, as_tokens, check_mask, check_tokens, describe, has_values, is_tensor
+from .checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, check_tokens, describe, is_tensor
 from .config import CausalConfig, MemoryLayout, Positions, Writer
-from .data.segments import Segment, Targets, cut, each_as_tokens
+from .data.segments import Segment, Targets, cut, each_as_tokens, padded
 from .interface import Divisor, SegmentModel, Step, TokenLosses, as_pairs, as_tensor
 from .nn.attention import KeysValues
 from .nn.blocks import Block, embedding_table
 from .nn.causal import NOTHING, CausalLayer, CausalMemory, MemoryInEachLayer, OneMemory, last_tokens, visible_to
-from .nn.losses import Head, vocabulary_loss
+from .nn.losses import Head, each_loss, vocabulary_loss
 from .nn.memory import WRITERS, SlotWriter
 from .nn.positions import positions as positions_of
 from .state import MemoryState
@@ -273,14 +273,14 @@ class CausalMemformer(SegmentModel):
         """The losses of several segments' labels, from one call of the head."""
         lengths = [segment.src.shape[1] for segment in segments]
         longest = max(lengths)
-        padded = [F.pad(x, (0, 0, 0, longest - length)) for x, length in zip(outputs, lengths, strict=True)]
-        labels = torch.cat([_padded(self.target(segment), longest, IGNORED) for segment in segments])
+        read = [F.pad(x, (0, 0, 0, longest - length)) for x, length in zip(outputs, lengths, strict=True)]
+        labels = torch.cat([padded(self.target(segment), longest, IGNORED) for segment in segments])
         mask = None
         if any(segment.src_mask is not None for segment in segments):
             masks = [torch.ones_like(s.src, dtype=torch.bool) if s.src_mask is None else s.src_mask for s in segments]
-            mask = torch.cat([_padded(m, longest, False) for m in masks])
+            mask = torch.cat([padded(m, longest, False) for m in masks])
         counted = counted_labels(labels, mask, self.has_overlap)
-        hidden = _before(self.norm(torch.cat(padded)), longest)
+        hidden = _before(self.norm(torch.cat(read)), longest)
         labels_that_count = labels.where(counted, IGNORED)
         found = vocabulary_loss(hidden, self._projection(), labels_that_count, divisor and divisor(counted))
         return TokenLosses(labels, found.losses, counted, found.total)
@@ -308,7 +308,7 @@ class CausalMemformer(SegmentModel):
         if labels is not None:
             labels = as_tokens(labels, device) if not isinstance(labels, (list, tuple)) else labels
             if isinstance(labels, Tensor):
-                self.check_labels(labels, src, "tgt")
+                check_labels("tgt", labels, src, self.config.num_tokens)
                 labels = labels.split(length, 1)
             else:
                 labels = each_as_tokens("tgt", labels, device)
@@ -317,7 +317,7 @@ class CausalMemformer(SegmentModel):
         for s in found:
             self.check(s.src, None, s.src_mask, s.reset, name="src")
             if s.tgt is not None:
-                self.check_labels(s.tgt, s.src, "tgt")
+                check_labels("tgt", s.tgt, s.src, self.config.num_tokens)
         return found
 
     def silent(self, segment: Segment) -> Segment:
@@ -470,14 +470,7 @@ class CausalMemformer(SegmentModel):
                 f"reset: expected torch.bool of shape ({batch},), one per lane of {name}, got {describe(reset)}"
             )
         if labels is not None:
-            self.check_labels(labels, tokens)
-
-    def check_labels(self, labels: Tensor, tokens: Tensor, name: str = "labels") -> None:
-        """Raise ValueError where labels do not fit their tokens."""
-        if not isinstance(labels, Tensor) or labels.shape != tokens.shape:
-            raise ValueError(f"{name}: expected the shape of the tokens, {tuple(tokens.shape)}, got {describe(labels)}")
-        known = labels.where(labels != IGNORED, 0) if has_values(labels) else labels
-        check_tokens(name, known, self.config.num_tokens, labels.shape[1], "")
+            check_labels("labels", labels, tokens, config.num_tokens)
 
     def _check_memory(self, mems: CausalMemory, batch: int, slots: int | None = None) -> None:
         """``slots``: how many there are to be (default: those of the model)."""
@@ -549,11 +542,7 @@ def causal_losses(logits: Tensor, length: int, labels: Tensor, mask: Tensor | No
     """
     before = _before(logits, length)
     counted = counted_labels(labels, mask, has_overlap=logits.shape[1] > length)
-    if before.dtype in (torch.float16, torch.bfloat16):
-        before = before.float()
-    targets = labels.long().where(counted, IGNORED)
-    losses = F.cross_entropy(before.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view_as(labels), counted
+    return each_loss(before, labels.long().where(counted, IGNORED)), counted
 
 
 def _before(places: Tensor, length: int) -> Tensor:
@@ -571,10 +560,6 @@ def counted_labels(labels: Tensor, mask: Tensor | None, has_overlap: bool) -> Te
         return counted
     kept = torch.ones_like(counted) if mask is None else mask  # nothing stands before the first token
     return counted & (kept.cumsum(1) - kept.long() > 0)
-
-
-def _padded(x: Tensor, length: int, value: float) -> Tensor:
-    return F.pad(x, (0, length - x.shape[1]), value=value)
 
 
 def _stack(config: CausalConfig) -> MemoryInEachLayer | OneMemory:

@@ -20,6 +20,7 @@ __all__ = [
     "as_mask",
     "as_paths",
     "as_tokens",
+    "check_labels",
     "check_mask",
     "check_tokens",
     "describe",
@@ -152,6 +153,14 @@ def check_tokens(name: str, tokens: Tensor, vocabulary: int, max_len: int, prefi
             f"{name}: token id {low if low < 0 else high} is outside the table of {prefix}num_tokens = {vocabulary} "
             f"(ids 0 to {vocabulary - 1})"
         )
+
+
+def check_labels(name: str, labels: Any, tokens: Tensor, vocabulary: int) -> None:
+    """Raise ValueError unless ``labels`` are like their tokens: ids below ``vocabulary``, or -100, which is ignored."""
+    if not isinstance(labels, Tensor) or labels.shape != tokens.shape:
+        raise ValueError(f"{name}: expected the shape of the tokens, {tuple(tokens.shape)}, got {describe(labels)}")
+    known = labels.where(labels != IGNORED, 0) if has_values(labels) else labels
+    check_tokens(name, known, vocabulary, labels.shape[1], "")
 
 
 def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:

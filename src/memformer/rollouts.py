@@ -278,6 +278,11 @@ def _losses(
     return kept, found
 
 
+def _counts(counted: Tensor, batch: int) -> Tensor:
+    """How many predictions count in each segment, (segments,); 1 where none does."""
+    return counted.unflatten(0, (-1, batch)).sum((1, 2)).clamp(min=1)
+
+
 def _total(
     model: SegmentModel,
     divisor: Tensor | float | None,
@@ -291,8 +296,7 @@ def _total(
     def of_each(counted: Tensor) -> Tensor | float:
         if divisor is not None:
             return divisor
-        of_segment = counted.unflatten(0, (-1, batch)).sum((1, 2)).clamp(min=1)
-        return of_segment.repeat_interleave(batch, output_size=len(counted))[:, None]
+        return _counts(counted, batch).repeat_interleave(batch, output_size=len(counted))[:, None]
 
     found = _losses(model, tally, outputs, segments, of_each)
     return None if found is None else found[1].total
@@ -312,7 +316,7 @@ def _of_each(
     kept, (_, losses, counted, _) = found
     per_segment = losses.unflatten(0, (len(kept), -1)).sum((1, 2))
     if divisor is None:
-        divisor = counted.unflatten(0, (len(kept), -1)).sum((1, 2)).clamp(min=1)
+        divisor = _counts(counted, len(segments[0].src))
     if len(kept) == len(segments):
         return per_segment / divisor
     # Put in their places without an index, which would be copied to the device: that waits for it.

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import as_tokens
 
-__all__ = ["Segment", "Targets", "cut", "each_as_tokens"]
+__all__ = ["Segment", "Targets", "cut", "each_as_tokens", "padded"]
 
 Targets = Tensor | Sequence["Tensor | None"] | None
 """One tensor for one of the segments, or one or None for each."""
@@ -92,3 +93,8 @@ def each_as_tokens(name: str, given: Targets, device: torch.device) -> Targets:
     if converted is not None and not isinstance(converted, Tensor):
         raise ValueError(f"{name}: expected one for one segment, or a list with one (or None) for each, got {given!r}")
     return converted
+
+
+def padded(x: Tensor, length: int, value: float) -> Tensor:
+    """(batch, tokens), filled up to that length."""
+    return F.pad(x, (0, length - x.shape[1]), value=value)

@@ -20,16 +20,17 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..checks import IGNORED, as_mask, as_tokens, check_mask, check_tokens, describe, has_values, is_tensor
+from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, check_tokens, describe, is_tensor
 from ..config import check_count
-from ..data.segments import Segment, Targets, cut, each_as_tokens
+from ..data.segments import Segment, Targets, cut, each_as_tokens, padded
 from ..interface import Divisor, SegmentModel, Step, TokenLosses
+from ..nn.losses import each_loss
 from ..nn.memory import WRITERS, SlotWriter
 from ..state import MemoryState
 from .bases import CACHE, check_base, decode, layers_of, logits_of, without_peft
 from .cache import MemoryCache
 from .configuration import MemoryConfig
-from .places import along, before_each, counted_labels, kept_first, label_losses, padded
+from .places import along, before_each, counted_labels, kept_first
 from .reading import Readers
 
 __all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory"]
@@ -223,7 +224,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
             fresh = before.eq(0).all(-1) if reset is None or memory is None else before.eq(0).all(-1) | reset
             given = torch.cat([before[:, None].to(hidden.dtype), hidden[:, :-1]], 1)
             counted = counted_labels(labels, mask, fresh)
-            loss = label_losses(logits_of(self.base, given), labels, counted).sum() / counted.sum().clamp(min=1)
+            losses = each_loss(logits_of(self.base, given), labels.where(counted, IGNORED))
+            loss = losses.sum() / counted.sum().clamp(min=1)
         if order is not None:
             hidden = along(hidden, order.argsort(1))
         logits = logits_of(self.base, hidden[:, -logits_to_keep:])
@@ -441,7 +443,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         hidden = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in outputs])
         labels = torch.cat([padded(self.target(segment), longest, IGNORED) for segment in segments])
         counted = torch.cat([padded(self.counted(segment), longest, False) for segment in segments])
-        losses = label_losses(logits_of(self.base, hidden), labels, counted)
+        losses = each_loss(logits_of(self.base, hidden), labels.where(counted, IGNORED))
         total = None if divisor is None else (losses / divisor(counted)).sum()
         return TokenLosses(labels, losses, counted, total)
 
@@ -566,11 +568,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         if reset is not None and not is_tensor(reset, (batch,), torch.bool):
             raise ValueError(f"reset: expected torch.bool of shape ({batch},), one per lane, got {describe(reset)}")
         if labels is not None:
-            if not isinstance(labels, Tensor) or labels.shape != tokens.shape:
-                got = describe(labels)
-                raise ValueError(f"labels: expected the shape of the tokens, {tuple(tokens.shape)}, got {got}")
-            known = labels.where(labels != IGNORED, 0) if has_values(labels) else labels
-            check_tokens("labels", known, vocabulary, sys.maxsize, "")
+            check_labels("labels", labels, tokens, vocabulary)
 
     def _check_memory(self, memory: PretrainedMemory, batch: int, slots: int) -> None:
         likes = [(batch, slots, self.dim), (batch, self.dim)]

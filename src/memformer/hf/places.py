@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import IGNORED
 
-__all__ = ["along", "before_each", "counted_labels", "kept_first", "label_losses", "padded"]
+__all__ = ["along", "before_each", "counted_labels", "kept_first"]
 
 
 def before_each(hidden: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -46,17 +46,3 @@ def counted_labels(labels: Tensor, mask: Tensor | None, fresh: Tensor | None) ->
         first = kept & (kept.cumsum(1) == 1)
         counted = counted & ~(first & fresh[:, None])
     return counted & kept
-
-
-def label_losses(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-    """Each label's loss in nats, zero where it does not count, (batch, tokens)."""
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    targets = labels.long().where(counted, IGNORED)
-    flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return flat.view_as(labels)
-
-
-def padded(x: Tensor, length: int, value: float) -> Tensor:
-    """(batch, tokens), filled up to that length."""
-    return F.pad(x, (0, length - x.shape[1]), value=value)

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from ..checks import IGNORED
 
-__all__ = ["Head", "VocabularyLoss", "vocabulary_loss"]
+__all__ = ["Head", "VocabularyLoss", "each_loss", "vocabulary_loss"]
 
 LOGITS_AT_ONCE = 2**20
 """On a CPU, 4 MiB in float32: fewer are made in one piece by torch's own functions, whose calls take less time."""
@@ -89,12 +89,22 @@ def vocabulary_loss(
             if weights is not None and known is None:
                 total = (losses * weights).sum()
             return VocabularyLoss(losses.view(shape), total)
-    logits = head(hidden)
+    losses = each_loss(head(hidden), targets)
+    return VocabularyLoss(losses.view(shape), None if weights is None else (losses * weights).sum())
+
+
+def each_loss(logits: Tensor, expected: Tensor) -> Tensor:
+    """The cross-entropy of each target in nats, zero where it is -100; float32 at least.
+
+    Args:
+        logits: (..., vocabulary).
+        expected: (...) token ids.
+    """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     # In one dimension: of (batch, tokens) CUDA has no deterministic loss, and the CPU is half as fast.
-    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-    return VocabularyLoss(losses.view(shape), None if weights is None else (losses * weights).sum())
+    flat = F.cross_entropy(logits.flatten(0, -2), expected.flatten().long(), ignore_index=IGNORED, reduction="none")
+    return flat.view(expected.shape)
 
 
 def _reciprocal(divisor: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -208,11 +208,11 @@ class _Graph:
             others = [x for x in _leaves_with_gradients(card.device) if id(x) not in sources]
             self.targets = [*self.sources, *others]
             _refuse_parallel(self.targets)
-            card.draws = drawn(name)
+            draws = drawn(name)
             try:
                 for i in range(1, REHEARSALS):
                     card.rehearse(run, strict=i == REHEARSALS - 1)
-                self.static, self.start = card.record(run)
+                self.static, self.start = card.record(run, draws)
             except (RuntimeError, NotCapturedError) as error:
                 raise _explained(error, name) from error
             self.grads = self.static[len(self.static) - len(self.targets) :]
@@ -261,7 +261,6 @@ class Card:
         self.device = device
         self.stream: Any = None
         self.pool: Any = None
-        self.draws = True
 
     @property
     def generator(self) -> torch.Generator:
@@ -278,12 +277,12 @@ class Card:
                 function()
             here.wait_stream(self.stream)
 
-    def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Launch]:
-        """Capture it: what it returned, which a launch writes anew, and the launch."""
+    def record(self, function: Callable[[], list[Any]], draws: bool) -> tuple[list[Any], Launch]:
+        """Capture it: what it returned, which a launch writes anew, and the launch. ``draws``: random numbers."""
         generator = self.generator
         # A capture that fails leaves the state of the generator unusable, so it gets one of its own. Whatever reads and
         # sets it inside (torch takes that since 2.10) sees how far the launch has come.
-        own, here, draws = generator.clone_state(), generator.graphsafe_get_state(), self.draws
+        own, here = generator.clone_state(), generator.graphsafe_get_state()
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             # Kept if this succeeds: nobody knows what a capture that fails leaves in a pool.
             pool, self.pool = self.pool or torch.cuda.graph_pool_handle(), None

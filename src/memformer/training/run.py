@@ -257,7 +257,7 @@ class Run:
 
     def _health(self, segment: Segment, memory: Memory | None) -> tuple[float, float]:
         """``(self_attention, slot_diversity)``, the mean over processes."""
-        health, ranks = memory_health(self.model, segment, memory), self.parts.ranks
+        health, ranks = memory_health(self.model, begun_anew(segment, memory), memory), self.parts.ranks
         own = [health.self_attention, health.slot_diversity]
         shares = torch.tensor(own, dtype=torch.float64, device=summing_device(self.parts.device))
         self_attention, diversity = (ranks.sum(shares) / ranks.size).tolist()

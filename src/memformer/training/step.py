@@ -19,7 +19,7 @@ from ..interface import Memory
 from ..settings import TrainingConfig
 from .capturing import LaunchedRollout, captures
 from .metrics import ByObjective
-from .parts import Parts, Progress, begun_anew, differentiate, only_finite
+from .parts import Parts, Progress, differentiate, only_finite
 from .update import Update, not_interrupted
 
 __all__ = ["Step", "Stepper"]
@@ -143,15 +143,13 @@ class Stepper:
                 last = i == len(rollouts) - 1
                 if self._launched is not None:
                     segments, before = self._launched.segments(segments), progress.memory
-                    first = begun_anew(segments[0], before)
                     of_rollout, lost = self._launched(segments, tokens / ranks.size, watch if last else None)
                     loss += of_rollout
                     self.lost_memories += lost
                     continue
-                segments = [self._parts.model.of_stream(segment).to(device) for segment in segments]
-                first, before = begun_anew(segments[0], progress.memory), progress.memory
+                segments, before = [self._parts.model.of_stream(x).to(device) for x in segments], progress.memory
                 loss += self._back_propagate(segments, tokens / ranks.size, last, watch if last else None)
-        return loss, first, before
+        return loss, segments[0], before
 
     def _back_propagate(
         self, segments: list[Segment], divisor: float, last: bool, watch: replay.MemoryGradients | None
