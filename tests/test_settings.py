@@ -117,7 +117,7 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
         ),
         (
             lambda: RolloutSettings(schedule="budget:1GB", graphs=2),
-            "graphs: a budget chooses how many are kept; expected 1, which is the default, got 2",
+            "graphs: a budget chooses how many are kept; leave it out, got 2",
         ),
         (lambda: OptimizerSettings(warmup=-1), "warmup: expected a whole number of at least 0, got -1"),
         (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate: expected a finite number above 0, got 0"),

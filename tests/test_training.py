@@ -16,6 +16,7 @@ from memformer.evaluation import HeldOut
 from memformer.inspection import memory_health
 from memformer.settings import read_yaml
 from memformer.training import Run, StepMetrics, assemble, checkpoints, saved_settings
+from memformer.training import parts as parts_of_a_run
 from memformer.training.parts import Change
 
 WORDS = "the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
@@ -142,7 +143,7 @@ def test_a_setting_that_the_saved_run_did_not_know_has_its_default(settings, tmp
 )
 def test_a_schedule_changes_no_number_and_may_change_on_resuming(settings, tmp_path, monkeypatch, schedule):
     monkeypatch.chdir(tmp_path)
-    usual, _ = trained(settings(steps=4, horizon=5, out=tmp_path / "usual"))
+    usual, _ = trained(settings(steps=4, horizon=5, graphs=1, out=tmp_path / "usual"))
     first = Run(settings(steps=4, horizon=5))
     for metrics in first.train():
         if metrics.step == 1:
@@ -150,6 +151,16 @@ def test_a_schedule_changes_no_number_and_may_change_on_resuming(settings, tmp_p
     run, _ = trained(settings(steps=4, horizon=5, resume=True, **schedule))
     assert run.parts.rollouts.options.schedule == run.settings.rollout.replay_schedule() != replay.EveryMemory()
     assert_close(weights(run), weights(usual), rtol=0, atol=0)
+
+
+def test_as_many_graphs_are_kept_as_fit(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    roomy, _ = trained(settings(steps=4, horizon=5, out=tmp_path / "roomy"))
+    assert roomy.parts.rollouts.options.schedule.graphs >= 5
+    monkeypatch.setattr(parts_of_a_run, "GRAPHS_BYTES", 1)
+    narrow, _ = trained(settings(steps=4, horizon=5, out=tmp_path / "narrow"))
+    assert narrow.parts.rollouts.options.schedule == replay.EveryMemory(1)
+    assert_close(weights(narrow), weights(roomy), rtol=0, atol=0)
 
 
 def test_a_run_may_be_given_other_parts(settings, tmp_path):

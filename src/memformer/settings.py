@@ -248,8 +248,9 @@ class RolloutSettings(Typed):
     """Cut long documents into stretches, so that the lanes read different text; otherwise each is read by one lane."""
     schedule: str = "every"
     """Which memories replay stores: every; binomial:N, at most N; budget:SIZE (2GB), the fastest way that fits."""
-    graphs: int = 1
-    """Keep the graphs of the last N segments, which then do not run twice. A budget chooses N itself."""
+    graphs: int | None = None
+    """Keep the graphs of the last N segments, which then do not run twice; by default with every memory as many as fit
+    into 256 MB, and one at least. A budget chooses N itself."""
     offload: str | None = None
     """Where stored memories are kept: cpu, or a folder on a disk; by default on the device."""
 
@@ -257,7 +258,8 @@ class RolloutSettings(Typed):
         super().__post_init__()
         for name in ("lanes", "segment_length", "horizon", "horizon_steps", "accumulate"):
             check_count(name, getattr(self, name))
-        check_count("graphs", self.graphs, least=0)
+        if self.graphs is not None:
+            check_count("graphs", self.graphs, least=0)
         self.replay_schedule()
         if self.horizon_start is not None:
             check_count("horizon_start", self.horizon_start)
@@ -273,8 +275,11 @@ class RolloutSettings(Typed):
         grown = (self.horizon - self.horizon_start) * min(step / self.horizon_steps, 1.0)
         return self.horizon_start + int(grown)
 
-    def replay_schedule(self) -> replay.Schedule:
+    def replay_schedule(self, fitting: int = 1) -> replay.Schedule:
         """What ``schedule``, ``graphs`` and ``offload`` say, as the engine takes it.
+
+        Args:
+            fitting: how many graphs to keep beside every memory, where ``graphs`` does not say.
 
         Raises:
             ValueError: there is no such schedule, or ``graphs`` has no meaning with it.
@@ -282,14 +287,12 @@ class RolloutSettings(Typed):
         kind, _, size = self.schedule.partition(":")
         schedule: replay.Schedule
         if self.schedule == "every":
-            schedule = replay.EveryMemory(self.graphs)
+            schedule = replay.EveryMemory(fitting if self.graphs is None else self.graphs)
         elif kind == "binomial" and re.fullmatch(r"[1-9]\d*", size):
-            schedule = replay.Binomial(int(size), self.graphs)
+            schedule = replay.Binomial(int(size), 1 if self.graphs is None else self.graphs)
         elif kind == "budget" and (most := _bytes(size)):
-            if self.graphs != 1:
-                raise ValueError(
-                    f"graphs: a budget chooses how many are kept; expected 1, which is the default, got {self.graphs}"
-                )
+            if self.graphs not in (None, 1):  # 1 was the default of runs that were saved with it
+                raise ValueError(f"graphs: a budget chooses how many are kept; leave it out, got {self.graphs}")
             schedule = replay.Budget(most)
         else:
             of_rates = get_args(get_type_hints(OptimizerSettings)["learning_rate_schedule"])

@@ -57,7 +57,7 @@ class Rotary(Positional):
         """(batch, heads, tokens, head_dim), the first of them at position ``start``."""
         stop = start + x.shape[-2]
         swapped = x.roll(x.shape[-1] // 2, -1)
-        return x * self.cos[start:stop].to(x.dtype) + swapped * self.sin[start:stop].to(x.dtype)
+        return torch.addcmul(x * self.cos[start:stop].to(x.dtype), swapped, self.sin[start:stop].to(x.dtype))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         return attend(self.rotate(q, k.shape[-2] - q.shape[-2]), self.rotate(k), v, mask, causal)

@@ -94,7 +94,7 @@ _run_backward: Callable[..., tuple[Tensor | None, ...]] | None = getattr(
     torch.autograd.graph, "_engine_run_backward", None
 )
 
-ADDED_AFTERWARDS = 16 * 1024
+ADDED_AFTERWARDS = 4 * 1024 * 1024
 """Bytes of gradients, of small parameters, that a graph may hand over all at once."""
 
 

@@ -151,7 +151,11 @@ def _parallel(model: SegmentModel, settings: TrainingConfig, ranks: Ranks, devic
         shard(model, device)
     else:
         model.to(device)
-    rollouts = RolloutLoss(model, replay.Options(schedule=settings.rollout.replay_schedule()))
+    how, divided = settings.rollout, ranks.size > 1 and settings.compute.parallel == "fsdp"
+    # Under FSDP a graph's size is not what it is made of: weights are gathered for it.
+    unsaid = (how.schedule, how.graphs, how.offload) == ("every", None, None)
+    keeping = how.replay_schedule if unsaid and not divided else None
+    rollouts = RolloutLoss(model, replay.Options(schedule=how.replay_schedule()), keeping)
     if ranks.size > 1 and settings.compute.parallel == "ddp":
         return DistributedDataParallel(rollouts)
     return rollouts

@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+GRAPHS_BYTES = 256 * 2**20
+"""Where nobody says how many graphs to keep: a small model's rollout fits, and then no segment runs twice."""
+
+
 class Best(TypedDict):
     """The best evaluation so far."""
 
@@ -186,11 +190,15 @@ class RolloutLoss(nn.Module):
     Args:
         model: one that predicts.
         options: how the gradients travel.
+        keeping: the schedule that keeps so many graphs, in place of that of the options: as many as fit into
+            ``GRAPHS_BYTES``. None: the options say it all.
     """
 
-    def __init__(self, model: SegmentModel, options: replay.Options):
+    def __init__(
+        self, model: SegmentModel, options: replay.Options, keeping: Callable[[int], replay.Schedule] | None = None
+    ):
         super().__init__()
-        self.model, self.options = model, options
+        self.model, self.options, self._keeping = model, options, keeping
 
     def forward(
         self,
@@ -211,6 +219,10 @@ class RolloutLoss(nn.Module):
             watch: takes down the norms of the memory's gradient.
             tally: takes down the losses, see :func:`~memformer.rollouts.rollout`.
         """
+        if self._keeping is not None:  # measured once: whatever is kept, the gradients are the same
+            size = replay.measure(self.model.cell, segments[0], mems).graph_bytes
+            schedule = self._keeping(max(1, GRAPHS_BYTES // max(1, size)))
+            self.options, self._keeping = dataclasses.replace(self.options, schedule=schedule), None
         method: replay.Method = replay.memory_replay
         switch = gradient_sync(self.model)
         if switch is not None:
