@@ -41,24 +41,28 @@ def generate(exported: Exported, prompt: Sequence[int], count: int) -> Iterator[
     # What a step is given as x, and gives back as x_after.
     kept = {name: zeros(x) for step in steps for name, x in step["inputs"].items()
             if f"{name}_after" in step["outputs"]}  # fmt: skip
-    cache = kept.pop("cache")
+    cache, encode_gives = kept.pop("cache"), list(about["steps"]["encode"]["outputs"])
 
-    def read(segment: Sequence[int], begins: bool = False) -> tuple[dict[str, np.ndarray], list[int]]:
-        """What the decoder looks at after a segment, and the tokens that it reads first; the memory advances."""
-        nonlocal kept
+    def read(segment: Sequence[int], begins: bool = False) -> tuple[dict[str, np.ndarray], list[int], np.ndarray]:
+        """What the decoder looks at after a segment, the tokens that it reads first, and logits if it needs none.
+
+        The memory advances.
+        """
+        nonlocal kept, cache
         mask = np.full((1, len(segment)), not (causal and begins))  # a causal model has no token before a document
         given = {"tokens": np.array([segment]), "mask": mask, "reset": np.array([begins])}
-        context, *after = encode.run(["context", *(f"{name}_after" for name in kept)], given | kept)
-        kept = dict(zip(kept, after, strict=True))
+        found = dict(zip(encode_gives, encode.run(encode_gives, given | kept), strict=True))
+        kept = {name: found[f"{name}_after"] for name in kept}
         if causal:
-            return {"context": context}, kept["last"][0].tolist()
+            cache = found["cache"]
+            return {"context": found["context"]}, [], found["logits"][:, -1]
         before = [start] * about["model"]["dec_overlap"] + [*segment]
-        return {"context": context, "mask": mask}, [start, *before[len(segment) :]]
+        return {"context": found["context"], "mask": mask}, [start, *before[len(segment) :]], np.empty(0)
 
-    looked_at, before = read([start], begins=True)
+    looked_at, before, logits = read([0 if causal else start], begins=True)
     rest = list(prompt)
     while len(rest) >= length:
-        looked_at, before = read(rest[:length])
+        looked_at, before, logits = read(rest[:length])
         rest = rest[length:]
     written, known = [*before, *rest], 0  # the decoder's tokens, and how many of them it has read
     for _ in range(count):
@@ -71,7 +75,7 @@ def generate(exported: Exported, prompt: Sequence[int], count: int) -> Iterator[
         known = len(written)
         written.append(token)
         if len(written) == len(before) + length:
-            looked_at, before = read(written[-length:])
+            looked_at, before, logits = read(written[-length:])
             written, known = [*before], 0
 
 

@@ -116,8 +116,12 @@ def test_a_state_follows_a_memory_that_is_resized(model: Memformer, state: Memor
     with pytest.raises(ValueError, match="state: expected memory"):
         model.read([torch.randint(START, (9,))] * 4, state)
     state = dataclasses.replace(state, memory=model.resize_mems(state.memory))
-    assert torch.equal(state.memory[..., :3, :], before)
-    assert model.generate([torch.randint(START, (9,))] * 4, 9, state=state).state.memory.shape[-2:] == (5, 8)
+    added = 2 * len(model.writers())
+    assert state.memory.shape == (4, before.shape[1] + added, 8)
+    assert torch.equal(state.memory[:, :3], before[:, :3])  # the first memory's slots, and what follows all slots
+    carried = before.shape[1] - 3 * len(model.writers())
+    assert torch.equal(state.memory[:, state.memory.shape[1] - carried :], before[:, before.shape[1] - carried :])
+    assert model.generate([torch.randint(START, (9,))] * 4, 9, state=state).state.memory.shape == state.memory.shape
 
 
 @pytest.mark.parametrize("lanes", [[4], [-1], torch.tensor([True]), torch.tensor([0.0]), torch.tensor([[0]])])

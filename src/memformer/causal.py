@@ -1,6 +1,7 @@
 """CausalMemformer: one causal stack in which every layer predicts and every layer remembers (paper v1, decoder-only).
 
-Shapes: tokens (batch, tokens), slots (batch, layers, slots, dim). Nothing here knows the replay engine.
+Shapes: tokens (batch, tokens), slots (batch, layers, slots, dim), what layers got of the last tokens (batch, depth,
+overlap, dim). Nothing here knows the replay engine.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from .data.segments import Segment, Targets, cut, each_as_tokens, padded
 from .interface import Divisor, SegmentModel, Step, TokenLosses, as_pairs, as_tensor
 from .nn.attention import KeysValues
 from .nn.blocks import Block, embedding_table
-from .nn.causal import NOTHING, CausalLayer, CausalMemory, MemoryInEachLayer, OneMemory, last_tokens, visible_to
+from .nn.causal import (
+    CausalLayer,
+    CausalMemory,
+    MemoryInEachLayer,
+    OneMemory,
+    begun,
+    outputs_before,
+    visible_to,
+)
 from .nn.losses import Head, each_loss, vocabulary_loss
 from .nn.memory import WRITERS, SlotWriter
 from .nn.positions import positions as positions_of
@@ -35,13 +44,14 @@ class Opened(NamedTuple):
 
     Attributes:
         contexts: the slots' keys and values for each layer.
-        last: (batch, overlap), the last tokens of that segment.
-        memory: (batch, layers, slots, dim), after that segment.
-        cache: the layers', of all tokens since then, except each lane's last one, which the next step adds.
+        output: (batch, dim), the last layer's at that segment's last token.
+        memory: after that segment, as a state has it; see :meth:`CausalMemformer.packed`.
+        cache: the layers', of the overlap and all tokens since then, except each lane's last one, which the next step
+            adds.
     """
 
     contexts: list[KeysValues]
-    last: Tensor
+    output: Tensor
     memory: Tensor
     cache: list[KeysValues]
 
@@ -76,9 +86,8 @@ class CausalMemformer(SegmentModel):
         num_tokens: the vocabulary.
         max_seq_len: the length of a segment.
         depth, heads: layers, and attention heads in each.
-        overlap: how many of the last segment's tokens are read again, so that a segment's first token is predicted as
-            well as any other. Before a document's first token a learned vector takes their place. 0: a segment's first
-            token is not predicted.
+        overlap: how many of the tokens before a segment each layer's self-attention still sees: what it got of them is
+            carried along, and gradients reach back through it. Before a document learned vectors take their place.
         memory: "layers": each layer has slots of its own, which it reads and writes; "one": all layers read one memory,
             which is written from the last.
         num_mem_updates: how often a memory is written per segment.
@@ -120,7 +129,8 @@ class CausalMemformer(SegmentModel):
         given = locals()  # the keywords, which are the configuration's fields
         super().__init__()
         self.config = config = CausalConfig(**{f.name: given[f.name] for f in dataclasses.fields(CausalConfig)})
-        self.embedding = embedding_table(num_tokens + 1, dim)  # the last row stands before a document
+        self.embedding = embedding_table(num_tokens, dim)
+        self.beginning = nn.Parameter(torch.zeros(dim))  # in place of an output before a document
         self.dropout = nn.Dropout(dropout)
         self.stack = _stack(config)
         self.norm = nn.LayerNorm(dim)
@@ -129,11 +139,11 @@ class CausalMemformer(SegmentModel):
 
     def get_initial_mem(self, batch_size: int) -> CausalMemory:
         """The learned memory before a document."""
-        slots = self.stack.initial(batch_size).transpose(0, 1)  # (batch, layers, slots, dim)
-        return CausalMemory(slots, self._nothing(batch_size, slots.device))
+        slots, last = self.stack.initial(batch_size)
+        return CausalMemory(slots.transpose(0, 1), last.transpose(0, 1), self._initial_output(batch_size))
 
-    def _nothing(self, batch_size: int, device: torch.device) -> Tensor:
-        return torch.full((batch_size, self.config.overlap), NOTHING, device=device)
+    def _initial_output(self, batch_size: int) -> Tensor:
+        return self.beginning.expand(batch_size, -1)
 
     def forward(
         self,
@@ -165,9 +175,9 @@ class CausalMemformer(SegmentModel):
         logits = self.head(hidden)
         loss = None
         if labels is not None:
-            losses, counted = causal_losses(logits, tokens.shape[1], labels, mask)
+            losses, counted = causal_losses(logits, labels, mask)
             loss = losses.sum() / counted.sum().clamp(min=1)
-        return CausalResults(logits[:, -tokens.shape[1] :], mem, loss)
+        return CausalResults(logits[:, 1:], mem, loss)
 
     def step(
         self,
@@ -175,49 +185,34 @@ class CausalMemformer(SegmentModel):
         mems: CausalMemory | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        before: Tensor | None = None,
     ) -> tuple[Tensor, CausalMemory]:
         """Read one segment and write the memory: the critical path of a rollout. The arguments are :meth:`forward`'s.
 
-        Args:
-            before: (batch, overlap), the last tokens before the segment in lanes that are reset inside a document, -1
-                for none; None where all of them begin one.
-
         Returns:
             ``(hidden, mem)``: hidden (batch, tokens + 1, dim) is the last layer's output at the last token before the
-            segment and at each of its tokens (without an overlap, only those), for :meth:`head`.
+            segment and at each of its tokens, for :meth:`head`.
         """
-        slots, last = (None, self._nothing(tokens.shape[0], tokens.device)) if mems is None else mems
-        if reset is not None:
-            last = torch.where(reset[:, None], NOTHING if before is None else before, last)
-        x, visible = self.embed(tokens, last, mask)
-        by_layer = None if slots is None else slots.transpose(0, 1)
-        x, written = self.stack(x, by_layer, visible, mask, self.config.overlap, reset)
-        return self.predicting(x), CausalMemory(written.transpose(0, 1), last_tokens(last, tokens, mask))
+        x, visible = self.embed(tokens, mask), None if mask is None else self.visible(mask)
+        memory = None if mems is None else (mems.slots.transpose(0, 1), mems.last.transpose(0, 1))
+        x, (slots, last) = self.stack(x, memory, visible, mask, reset)
+        output = begun(None if mems is None else mems.output, self._initial_output(tokens.shape[0]), reset)
+        hidden, output = self.predicting(x, output, mask)
+        return hidden, CausalMemory(slots.transpose(0, 1), last.transpose(0, 1), output)
 
-    def embed(self, tokens: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What the first layer gets: (batch, overlap + tokens, dim), and where its self-attention may look.
+    def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the first layer gets, (batch, tokens, dim); zero where there is no token."""
+        x: Tensor = self.dropout(self.embedding(tokens))
+        return x if mask is None else x * mask[..., None]
 
-        The second is (batch, 1, overlap + tokens, overlap + tokens), or None: each token sees all before it.
-        """
-        read = torch.cat([last.to(tokens.dtype), tokens], 1)  # (batch, overlap + tokens)
-        x = self._embedded(read)
-        if mask is None:
-            return x, None
-        kept = F.pad(mask, (self.config.overlap, 0), value=True)
-        return x * kept[..., None], visible_to(kept)
+    def visible(self, mask: Tensor) -> Tensor:
+        """Where self-attention may look: (..., tokens) -> (..., 1, tokens, overlap + tokens)."""
+        overlap = self.config.overlap
+        return visible_to(F.pad(mask, (overlap, 0), value=True))[..., overlap:, :]
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        return self.dropout(self.embedding(torch.where(tokens < 0, self.config.num_tokens, tokens)))
-
-    @property
-    def has_overlap(self) -> bool:
-        """Whether a segment's first token is predicted, from the last one before it."""
-        return self.config.overlap > 0
-
-    def predicting(self, x: Tensor) -> Tensor:
-        """The outputs of :meth:`step` among those of the last layer, (..., overlap + tokens, dim)."""
-        return x[..., max(self.config.overlap - 1, 0) :, :]
+    def predicting(self, x: Tensor, output: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The outputs of :meth:`step`, of the last layer's (batch, tokens, dim) and the one before; and the last."""
+        hidden = outputs_before(output, x, mask)
+        return hidden, hidden[:, -1].to(output.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., dim) -> logits (..., num_tokens)."""
@@ -225,39 +220,41 @@ class CausalMemformer(SegmentModel):
 
     def _projection(self) -> nn.Linear | Head:
         """From the normalised outputs to logits."""
-        return Head(self.embedding.weight[:-1], self.bias) if self.to_logits is None else self.to_logits
+        return Head(self.embedding.weight, self.bias) if self.to_logits is None else self.to_logits
 
     read = generation.read
     stream = generation.stream
     generate = generation.generate
 
     def resize_mems(self, mems: CausalMemory | Tensor) -> CausalMemory | Tensor:
-        """A memory carried from before :meth:`resize_memory`, or its slots alone, for the model as it is now.
+        """A memory carried from before :meth:`resize_memory`, or that of a state, for the model as it is now.
 
         The first slots keep what they hold; new ones begin as at the start of a document.
 
         Raises:
             ValueError: not a memory of this model but for the number of its slots.
         """
-        slots = mems if isinstance(mems, Tensor) else mems[0] if isinstance(mems, tuple) and mems else None
+        if isinstance(mems, Tensor):
+            return self.packed(self._resized(self.unpacked(mems)))
+        return self._resized(mems)
+
+    def _resized(self, mems: CausalMemory) -> CausalMemory:
+        slots = mems[0] if isinstance(mems, tuple) and mems else None
         known = isinstance(slots, Tensor) and slots.dim() == 4
         batch, count = (slots.shape[0], slots.shape[2]) if known else (1, self.config.num_memory_slots)
-        initial = self.get_initial_mem(batch)
-        carried = CausalMemory(mems, initial.last) if isinstance(mems, Tensor) else mems
-        self._check_memory(carried, batch, count)
-        kept = carried.slots[:, :, : self.config.num_memory_slots]
-        resized = torch.cat([kept, initial.slots[:, :, count:]], 2)
-        return resized if isinstance(mems, Tensor) else CausalMemory(resized, carried.last)
+        self._check_memory(mems, batch, count)
+        new = self.get_initial_mem(batch).slots[:, :, count:]
+        return mems._replace(slots=torch.cat([mems.slots[:, :, : self.config.num_memory_slots], new], 2))
 
     # --- What a rollout asks for ----------------------------------------------------------------------------------
 
     def forget(self, memory: CausalMemory) -> CausalMemory:
-        """The initial slots, and the last tokens that were read."""
+        """The initial slots, and what layers got of the last tokens as it is."""
         return memory._replace(slots=self.get_initial_mem(len(memory.last)).slots)
 
     def cell(self, segment: Segment, memory: CausalMemory | None) -> tuple[Tensor, CausalMemory]:
         """The stack with its memories; see :meth:`step`."""
-        return self.step(segment.src, memory, segment.src_mask, segment.reset, segment.before)
+        return self.step(segment.src, memory, segment.src_mask, segment.reset)
 
     def target(self, segment: Segment) -> Tensor:
         """The labels; where there are none, the tokens themselves."""
@@ -265,22 +262,16 @@ class CausalMemformer(SegmentModel):
 
     def counted(self, segment: Segment) -> Tensor:
         """Which labels count, (batch, tokens)."""
-        return counted_labels(self.target(segment), segment.src_mask, self.has_overlap)
+        return counted_labels(self.target(segment), segment.src_mask)
 
     def token_losses(
         self, outputs: Sequence[Tensor], segments: Sequence[Segment], divisor: Divisor | None = None
     ) -> TokenLosses:
         """The losses of several segments' labels, from one call of the head."""
-        lengths = [segment.src.shape[1] for segment in segments]
-        longest = max(lengths)
-        read = [F.pad(x, (0, 0, 0, longest - length)) for x, length in zip(outputs, lengths, strict=True)]
+        longest = max(segment.src.shape[1] for segment in segments)
+        hidden = self.norm(torch.cat([F.pad(x[:, :-1], (0, 0, 0, longest + 1 - x.shape[1])) for x in outputs]))
         labels = torch.cat([padded(self.target(segment), longest, IGNORED) for segment in segments])
-        mask = None
-        if any(segment.src_mask is not None for segment in segments):
-            masks = [torch.ones_like(s.src, dtype=torch.bool) if s.src_mask is None else s.src_mask for s in segments]
-            mask = torch.cat([padded(m, longest, False) for m in masks])
-        counted = counted_labels(labels, mask, self.has_overlap)
-        hidden = _before(self.norm(torch.cat(read)), longest)
+        counted = torch.cat([padded(self.counted(segment), longest, False) for segment in segments])
         labels_that_count = labels.where(counted, IGNORED)
         found = vocabulary_loss(hidden, self._projection(), labels_that_count, divisor and divisor(counted))
         return TokenLosses(labels, found.losses, counted, found.total)
@@ -325,16 +316,10 @@ class CausalMemformer(SegmentModel):
         return segment._replace(tgt=torch.full_like(segment.src, IGNORED))
 
     def of_stream(self, segment: Segment) -> Segment:
-        """The tokens that a decoder would write of the segment: each of a document comes once.
-
-        Also where a lane begins inside a document, what stands before them is read again.
-        """
+        """The tokens that a decoder would write of the segment: each of a document comes once."""
         assert segment.tgt is not None
         mask = None if segment.tgt_mask is None else segment.tgt_mask[:, 1:]
-        before = segment.before
-        if before is not None:
-            before = before[:, before.shape[1] - self.config.overlap :]
-        return Segment(segment.tgt[:, 1:], mask, segment.reset, before=before)
+        return Segment(segment.tgt[:, 1:], mask, segment.reset)
 
     def compile_parts(self) -> None:
         """The stack of all layers, which then run one after the other."""
@@ -351,86 +336,96 @@ class CausalMemformer(SegmentModel):
     # --- What generation asks for ---------------------------------------------------------------------------------
 
     def check_writes(self, purpose: str) -> None:
-        """Raise ValueError, which names the purpose, where a segment's first token cannot be predicted."""
-        if not self.has_overlap:
-            raise ValueError(
-                f"{purpose}: this model has overlap=0, so it does not predict a segment's first token; build it with "
-                "an overlap of at least 1"
-            )
+        """Every causal model writes text."""
+
+    def packed(self, memory: CausalMemory) -> Tensor:
+        """(batch, rows, dim): all slots, then what each layer got of the last tokens, then the output."""
+        return torch.cat([memory.slots.flatten(1, 2), memory.last.flatten(1, 2), memory.output[:, None]], 1)
+
+    def unpacked(self, packed: Tensor) -> CausalMemory:
+        """What :meth:`packed` was given, with however many slots there are."""
+        config, layers = self.config, len(self.writers())
+        carried = config.depth * config.overlap
+        slots, last, output = packed.tensor_split([packed.shape[1] - carried - 1, packed.shape[1] - 1], 1)
+        return CausalMemory(
+            slots.unflatten(1, (layers, -1)), last.unflatten(1, (config.depth, config.overlap)), output[:, 0]
+        )
 
     def new_state(self, batch_size: int, start: int) -> MemoryState:
         """Lanes that have read nothing. The start token fills up what a state has no tokens for, and is not read."""
-        like, config = self.get_initial_mem(1).slots[0], self.config
-        return MemoryState.new(batch_size, config.max_seq_len, start, like, config.overlap)
+        return MemoryState.new(batch_size, self.config.max_seq_len, start, self.packed(self.get_initial_mem(1))[0])
 
     def resumed(self, state: MemoryState) -> tuple[list[Segment], CausalMemory]:
         """Each lane's last whole segment, which begins a document where nothing stands before it."""
-        fresh, (last, segment) = state.fresh, state.segment.tensor_split([self.config.overlap], 1)
+        fresh = state.fresh
         if fresh.all():
             return [], self.get_initial_mem(state.batch_size)
-        mask = ~fresh[:, None].expand_as(segment) if fresh.any() else None
-        # Of a lane's first whole segment nothing stands before.
-        last = torch.where((state.position < 2 * state.length)[:, None], NOTHING, last)
-        return [Segment(segment, mask, fresh)], CausalMemory(state.memory, last)
+        mask = ~fresh[:, None].expand_as(state.segment) if fresh.any() else None
+        tokens = state.segment if mask is None else state.segment.where(mask, 0)
+        return [Segment(tokens, mask, fresh)], self.unpacked(state.memory)
 
     def open(self, state: MemoryState) -> Opened:
         """All that the stack needs to go on from a state, computed once for the rest of the pending segments."""
-        overlap = self.config.overlap
         segments, memory = self.resumed(state)
         for segment in segments:
             _, memory = self.cell(segment, memory)
         contexts = [(k.contiguous(), v.contiguous()) for k, v in self.stack.contexts(memory.slots.transpose(0, 1))]
-        cache = self._new_cache(state.batch_size)
-        begun = overlap - 1 + int(state.filled.max())
-        if begun:
+        cache = self.new_cache(memory.last)
+        pending = state.pending[:, : max(0, int(state.filled.max()) - 1)]
+        if pending.shape[1]:
             # What shorter lanes put into the cache beyond their end is written over before it is looked at.
-            tokens = torch.cat([memory.last, state.pending], 1)[:, :begun]
-            position = torch.arange(begun, device=tokens.device).expand_as(tokens)
-            self.extend(tokens, position, contexts, cache)
-        return Opened(contexts, memory.last, memory.slots, cache)
+            place = torch.arange(pending.shape[1], device=pending.device).expand_as(pending)
+            tokens = pending.where(place < state.filled[:, None], 0)  # a start token may be none that is read
+            self.extend(tokens, place, contexts, cache)
+        return Opened(contexts, memory.output.clone(), self.packed(memory), cache)
 
     def next_logits(self, state: MemoryState, opened: Opened) -> Tensor:
         """Logits of each lane's next token, (batch, vocabulary). The cache takes in each lane's last token."""
-        position = state.filled + self.config.overlap - 1
-        token = torch.cat([opened.last, state.pending], 1).gather(1, position[:, None])
-        return self.head(self.extend(token, position[:, None], opened.contexts, opened.cache)[:, 0])
+        filled = state.filled
+        # Where nothing is pending, something is put where the first token will be, and not looked at.
+        place = (filled - 1).clamp(min=0)[:, None]
+        token = state.pending.gather(1, place).where(filled[:, None] > 0, 0)
+        x = self.extend(token, place, opened.contexts, opened.cache)[:, 0]
+        return self.head(torch.where(filled[:, None] > 0, x, opened.output.to(x.dtype)))
 
     # --- What an export asks for ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def steps(self) -> dict[str, Step]:
-        """:class:`EncodeStep` and, if a segment's first token is predicted, :class:`DecodeStep`."""
+        """:class:`EncodeStep` and :class:`DecodeStep`."""
         # Two lanes and two tokens: the tracer takes a size of one for a constant.
-        batch, config, memory = 2, self.config, self.get_initial_mem(2)
-        tokens = torch.zeros(batch, min(2, config.max_seq_len), dtype=torch.int64, device=memory.last.device)
+        batch, config, memory = 2, self.config, self.packed(self.get_initial_mem(2))
+        tokens = torch.zeros(batch, min(2, config.max_seq_len), dtype=torch.int64, device=memory.device)
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        encode = EncodeStep(self)
         inputs = {
             "tokens": (tokens, {0: "batch", 1: "length"}),
             "mask": (mask, {0: "batch", 1: "length"}),
-            "memory": (memory.slots.clone(), {0: "batch"}),
+            "memory": (memory, {0: "batch"}),
             "reset": (mask.all(1), {0: "batch"}),
         }
-        if not self.has_overlap:
-            outputs = {"logits": {0: "batch", 1: "length"}, "memory_after": {0: "batch"}}
-            return {"encode": Step(encode, inputs, outputs)}
-        inputs["last"] = (memory.last, {0: "batch"})
-        outputs = {"logits": {0: "batch", 1: "length + 1"}, "memory_after": {0: "batch"}, "last_after": {0: "batch"}}
-        *_, context = encode(*(tensor for tensor, _ in inputs.values()))
+        outputs = {
+            "logits": {0: "batch", 1: "length + 1"}, "memory_after": {0: "batch"}, "context": {2: "batch"},
+            "cache": {2: "batch"},
+        }  # fmt: skip
+        encode = Step(EncodeStep(self), inputs, outputs)
+        *_, context, cache = encode.module(*(tensor for tensor, _ in inputs.values()))
         next_inputs = {
             "token": (tokens[:, 0].clone(), {0: "batch"}),
             "position": (tokens[:, 0].clone(), {0: "batch"}),
-            "cache": (as_tensor(self._new_cache(batch)), {2: "batch"}),
+            "cache": (cache, {2: "batch"}),
             "context": (context, {2: "batch"}),
         }
         decode = Step(DecodeStep(self), next_inputs, {"logits": {0: "batch"}, "cache_after": {2: "batch"}})
-        return {"encode": Step(encode, inputs, outputs | {"context": {2: "batch"}}), "decode": decode}
+        return {"encode": encode, "decode": decode}
 
-    def _new_cache(self, batch_size: int) -> list[KeysValues]:
-        """Room for the overlap and a segment, for :meth:`extend`."""
+    def new_cache(self, last: Tensor) -> list[KeysValues]:
+        """The keys and values of what layers got of the last tokens, with room for a segment, for :meth:`extend`."""
         config, like = self.config, self.norm.weight  # other weights may be quantised
-        shape = (batch_size, config.heads, config.overlap + config.max_seq_len, config.dim // config.heads)
-        return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.depth)]
+        shape = (last.shape[0], config.heads, config.overlap + config.max_seq_len, config.dim // config.heads)
+        cache = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.depth)]
+        for block, own, kept in zip(self.stack.each_block(), last.unbind(1), cache, strict=True):
+            block.remember(own, kept)
+        return cache
 
     def extend(
         self, tokens: Tensor, position: Tensor, contexts: Sequence[KeysValues], cache: Sequence[KeysValues]
@@ -438,14 +433,14 @@ class CausalMemformer(SegmentModel):
         """The last layer's output (batch, new, dim) at new tokens of segments, which the cache takes in.
 
         Args:
-            tokens: (batch, new) token ids, those of the overlap among them; -1 where there are none before a document.
-            position: (batch, new), where each stands, from the overlap's first on.
+            tokens: (batch, new) token ids.
+            position: (batch, new), where each stands in its segment.
             contexts: the slots' keys and values for each layer.
             cache: written in place, at ``position``; what lies ahead of a position is not looked at.
         """
-        x = self._embedded(tokens)
+        x = self.embed(tokens)
         for block, context, kept in zip(self.stack.each_block(), contexts, cache, strict=True):
-            x = block.extend(x, kept, position, context)
+            x = block.extend(x, kept, position + self.config.overlap, context)
         return x
 
     def check(
@@ -475,43 +470,38 @@ class CausalMemformer(SegmentModel):
     def _check_memory(self, mems: CausalMemory, batch: int, slots: int | None = None) -> None:
         """``slots``: how many there are to be (default: those of the model)."""
         config, dtype = self.config, self.norm.weight.dtype
-        if not isinstance(mems, tuple) or len(mems) != 2:
+        if not isinstance(mems, tuple) or len(mems) != 3:
             raise ValueError(f"mems: expected a CausalMemory, as this model returns it, got {describe(mems)}")
-        shape = (batch, len(self.writers()), slots or config.num_memory_slots, config.dim)
-        if not is_tensor(mems[0], shape, dtype):
-            raise ValueError(
-                f"mems: expected slots of {dtype}, that of the model, of shape {shape} (batch of tokens, layers, "
-                f"num_memory_slots, dim), got {describe(mems[0])}"
-            )
-        if not isinstance(mems[1], Tensor) or mems[1].shape != (batch, config.overlap) or mems[1].is_floating_point():
-            expected = f"token ids of shape {(batch, config.overlap)}, the overlap"
-            raise ValueError(f"mems: expected as last tokens {expected}, got {describe(mems[1])}")
+        count = slots or config.num_memory_slots
+        expected: list[tuple[str, str, tuple[int, ...]]] = [
+            ("slots", "layers, num_memory_slots, dim", (batch, len(self.writers()), count, config.dim)),
+            ("last", "depth, overlap, dim", (batch, config.depth, config.overlap, config.dim)),
+            ("output", "dim", (batch, config.dim)),
+        ]
+        for part, (name, names, shape) in zip(mems, expected, strict=True):
+            if not is_tensor(part, shape, dtype):
+                raise ValueError(
+                    f"mems: expected {name} of {dtype}, that of the model, of shape {shape} (batch of tokens, "
+                    f"{names}), got {describe(part)}"
+                )
 
 
 class EncodeStep(nn.Module):
     """Read one segment and write the memory, and what the tokens after it will look at.
 
-    Where there is no overlap, neither last tokens nor a context come out: no text is written then.
+    The memory is one tensor, see :meth:`CausalMemformer.packed`.
     """
 
     def __init__(self, model: CausalMemformer):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, tokens: Tensor, mask: Tensor, memory: Tensor, reset: Tensor, last: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """``(logits, memory)``, and ``last`` and ``context`` if there is an overlap.
-
-        The logits (batch, length + 1, num_tokens) are those of each token and of one more; without an overlap (batch,
-        length, num_tokens), of what follows each.
-        """
-        before = CausalMemory(memory, tokens[:, :0] if last is None else last)
-        hidden, after = self.model.step(tokens, before, mask, reset)
-        logits = self.model.head(hidden)
-        if last is None:
-            return logits, after.slots
-        return logits, *after, as_tensor(self.model.stack.contexts(after.slots.transpose(0, 1)))
+    def forward(self, tokens: Tensor, mask: Tensor, memory: Tensor, reset: Tensor) -> tuple[Tensor, ...]:
+        """``(logits, memory, context, cache)``: logits (batch, length + 1, num_tokens) of each token and one more."""
+        model = self.model
+        hidden, after = model.step(tokens, model.unpacked(memory), mask, reset)
+        context = as_tensor(model.stack.contexts(after.slots.transpose(0, 1)))
+        return model.head(hidden), model.packed(after), context, as_tensor(model.new_cache(after.last))
 
 
 class DecodeStep(nn.Module):
@@ -529,37 +519,23 @@ class DecodeStep(nn.Module):
         return self.model.head(x[:, 0]), as_tensor(kept)
 
 
-def causal_losses(logits: Tensor, length: int, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def causal_losses(logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss of each label in nats, zero where it does not count, and whether it counts; both (batch, length).
 
-    A label counts if its place exists, it is not -100, and something stands before it: of a segment's tokens, or of the
-    overlap.
+    A label counts if its place exists and it is not -100.
 
     Args:
-        logits: of :meth:`CausalMemformer.step`'s hidden states; (batch, length + 1, num_tokens), or one place fewer
-            where there is no overlap.
+        logits: of :meth:`CausalMemformer.step`'s hidden states; (batch, length + 1, num_tokens).
         labels, mask: (batch, length).
     """
-    before = _before(logits, length)
-    counted = counted_labels(labels, mask, has_overlap=logits.shape[1] > length)
-    return each_loss(before, labels.long().where(counted, IGNORED)), counted
+    counted = counted_labels(labels, mask)
+    return each_loss(logits[:, :-1], labels.long().where(counted, IGNORED)), counted
 
 
-def _before(places: Tensor, length: int) -> Tensor:
-    """What predicts each of ``length`` labels: the place before it; zeros before the first where there is none."""
-    before = places[:, :-1]
-    return before if before.shape[1] == length else F.pad(before, (0, 0, 1, 0))
-
-
-def counted_labels(labels: Tensor, mask: Tensor | None, has_overlap: bool) -> Tensor:
+def counted_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
     """Which labels (batch, length) count: see :func:`causal_losses`."""
     counted = labels != IGNORED
-    if mask is not None:
-        counted = counted & mask
-    if has_overlap:
-        return counted
-    kept = torch.ones_like(counted) if mask is None else mask  # nothing stands before the first token
-    return counted & (kept.cumsum(1) - kept.long() > 0)
+    return counted if mask is None else counted & mask
 
 
 def _stack(config: CausalConfig) -> MemoryInEachLayer | OneMemory:
@@ -575,10 +551,10 @@ def _stack(config: CausalConfig) -> MemoryInEachLayer | OneMemory:
         make = WRITERS[config.memory_writer]
         return make(config.dim, config.num_memory_slots, config.mem_update_attn_heads, config.write_temperature)
 
-    updates = config.num_mem_updates
+    updates, overlap = config.num_mem_updates, config.overlap
     if config.memory == "one":
         blocks = [block() for _ in range(config.depth)]
-        return OneMemory(config.dim, config.heads, blocks, writer(), updates)
+        return OneMemory(config.dim, config.heads, blocks, writer(), updates, overlap)
     return MemoryInEachLayer(
-        [CausalLayer(config.dim, config.heads, block(), writer(), updates) for _ in range(config.depth)]
+        [CausalLayer(config.dim, config.heads, block(), writer(), updates, overlap) for _ in range(config.depth)]
     )

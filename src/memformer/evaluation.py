@@ -112,7 +112,7 @@ def evaluate(
 
     Args:
         memory: carry the memory from segment to segment; otherwise each begins with the initial one, and sees one
-            segment back (the decoder) or the overlap (a causal model).
+            segment back (the decoder) or what layers carry of the last tokens (a causal model).
         step: of the training run, for the record.
         device: of the model; by default that of its first parameter.
         progress: called now and then with how many tokens were read in this process, and how many all documents have.

@@ -268,7 +268,7 @@ def _read(model: SegmentModel, lanes: Sequence[Tensor], state: MemoryState) -> M
         memory = read_segments(model, segments, memory, each=lambda output: None)
         index, left = torch.tensor([(i, whole[i] - 1 > until) for i in going], device=state.position.device).unbind(1)
         over, goes_on = index[left == 0], left == 1
-        state.memory[over] = model.slots_of(memory)[~goes_on].view(len(over), *state.memory.shape[1:])
+        state.memory[over] = model.packed(memory)[~goes_on]
         memory = tree_map(operator.itemgetter(goes_on), memory)
         going, segments, done = index[goes_on].tolist(), [], until
     state.extend(lanes)
@@ -292,7 +292,7 @@ class _Writing:
 
     def seen(self) -> Tensor:
         """The tokens of the last whole and of the pending segment (batch, 2 length)."""
-        return torch.cat([self.state.segment[:, -self.state.length :], self.state.pending], 1)
+        return torch.cat([self.state.segment, self.state.pending], 1)
 
     def append(self, lanes: Sequence[int], tokens: Tensor) -> None:
         """One more token in each of ``lanes``; where that makes a segment full, the memory advances."""
@@ -675,9 +675,7 @@ def _begin(
 
 
 def _sizes(state: MemoryState) -> tuple[object, ...]:
-    shapes = [tuple(state.memory.shape), tuple(state.pending.shape)]
-    overlap = state.segment.shape[1] - state.length
-    return *shapes, state.memory.dtype, state.memory.device, *([f"overlap {overlap}"] if overlap else [])
+    return tuple(state.memory.shape), tuple(state.pending.shape), state.memory.dtype, state.memory.device
 
 
 def _words(x: object) -> str:

@@ -195,6 +195,10 @@ class SegmentModel(Pretrained):
         """Lanes that have read nothing."""
 
     @abstractmethod
+    def packed(self, memory: Memory) -> Tensor:
+        """A memory as a state has it: one tensor, batch first."""
+
+    @abstractmethod
     def resumed(self, state: MemoryState) -> tuple[list[Segment], Memory | None]:
         """What is to be read first in going on from a state, each lane's last whole segment; and the memory before it.
 

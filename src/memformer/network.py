@@ -342,7 +342,7 @@ class Network(SegmentModel):
 
     def of_stream(self, segment: Segment) -> Segment:
         """The segment as it is: its source is what was before, and the next one is its target."""
-        return segment._replace(before=None)
+        return segment
 
     def compile_parts(self) -> None:
         """The encoder and the decoder."""
@@ -367,6 +367,10 @@ class Network(SegmentModel):
     def new_state(self, batch_size: int, start: int) -> MemoryState:
         """Lanes that have read nothing."""
         return MemoryState.new(batch_size, self.config.segment_length, start, self.get_initial_mem(1)[0])
+
+    def packed(self, memory: Tensor) -> Tensor:
+        """The memory itself."""
+        return memory
 
     def resumed(self, state: MemoryState) -> tuple[list[Segment], Tensor | None]:
         """Each lane's last whole segment, or the start token where there is none yet."""

@@ -120,7 +120,7 @@ class ModelSettings(Typed):
     depth: int = 3
     """Layers of a causal model."""
     overlap: int = 4
-    """How many tokens of the previous segment a causal model reads again."""
+    """How many tokens of the previous segment each layer of a causal model also sees."""
     memory_layout: MemoryLayout = "layers"
     """Of a causal model: layers, a memory in each layer; one, a memory that all layers read."""
     heads: int = 4

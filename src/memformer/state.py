@@ -35,10 +35,10 @@ class MemoryState:
     """The state of a batch of lanes, which may stand at different places. Every operation gives a new one.
 
     Attributes:
-        memory: (batch, slots, dim), before ``segment`` is written; a causal model's is (batch, layers, slots, dim).
-            Zero in a lane that has not read a whole segment: it stands before the model's initial memory.
-        segment: (batch, length), the last whole segment; before there is one, the start token. Of a causal model the
-            ``overlap`` tokens before it come first.
+        memory: (batch, slots, dim), before ``segment`` is written; a causal model has more rows, see
+            :meth:`~memformer.CausalMemformer.packed`. Zero in a lane that has not read a whole segment: it stands
+            before the model's initial memory.
+        segment: (batch, length), the last whole segment; before there is one, the start token.
         pending: (batch, length), the segment that is being read or written, filled up with the start token.
         position: (batch,), how many tokens were read or written, the start token not counted.
         start: the token that starts a document and the decoder.
@@ -51,19 +51,15 @@ class MemoryState:
     start: int
 
     @classmethod
-    def new(cls, batch_size: int, length: int, start: int, like: Tensor, overlap: int = 0) -> MemoryState:
-        """Lanes that have read nothing. The memory takes the size, dtype and device of ``like``, of one lane.
-
-        ``overlap``: how many tokens before the last whole segment are kept, too.
-        """
-        tokens = torch.full((batch_size, overlap + length), start, device=like.device)
+    def new(cls, batch_size: int, length: int, start: int, like: Tensor) -> MemoryState:
+        """Lanes that have read nothing. The memory takes the size, dtype and device of ``like``, of one lane."""
+        tokens = torch.full((batch_size, length), start, device=like.device)
         memory = like.new_zeros(batch_size, *like.shape)
-        return cls(memory, tokens, tokens[:, overlap:].clone(), tokens.new_zeros(batch_size), start)
+        return cls(memory, tokens, tokens.clone(), tokens.new_zeros(batch_size), start)
 
     def advance(self, lanes: Tensor, memory: Tensor) -> None:
         """The pending segments of those lanes are full; ``memory`` is theirs after the segment before. In place."""
-        read = torch.cat([self.segment[lanes], self.pending[lanes]], 1)
-        self.memory[lanes], self.segment[lanes] = memory, read[:, self.length :]
+        self.memory[lanes], self.segment[lanes] = memory, self.pending[lanes]
         self.pending[lanes] = self.start
 
     def extend(self, lanes: Sequence[Tensor]) -> None:
@@ -71,11 +67,10 @@ class MemoryState:
 
         That is to become the one before what is the last whole segment then.
         """
-        width = self.segment.shape[1]
         for i, (filled, tokens) in enumerate(zip(self.filled.tolist(), lanes, strict=True)):
             read = torch.cat([self.segment[i], self.pending[i, :filled], tokens])
             end = len(read) - (filled + len(tokens)) % self.length
-            self.segment[i], self.pending[i] = read[end - width : end], self.start
+            self.segment[i], self.pending[i] = read[end - self.length : end], self.start
             self.pending[i, : len(read) - end] = read[end:]
             self.position[i] += len(tokens)
 
@@ -184,7 +179,6 @@ class MemoryState:
             self.length,
             self.start,
             self.memory.new_zeros(self.memory.shape[1:]),
-            self.segment.shape[1] - self.length,
         )
         return MemoryState.cat([self, added])
 

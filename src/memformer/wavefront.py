@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import CausalConfig
 from .data.segments import Segment
 from .interface import Memory, SegmentModel
-from .nn.causal import CausalLayer, CausalMemory, MemoryInEachLayer, OneMemory, last_tokens, visible_to
+from .nn.causal import CausalLayer, CausalMemory, MemoryInEachLayer, OneMemory, begun
 from .nn.stacked import call, part, stack, twin
 from .pretrained import divided
 
@@ -34,9 +34,11 @@ class _Layered(Protocol):
 
     def get_initial_mem(self, batch_size: int) -> CausalMemory: ...
 
-    def embed(self, tokens: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+    def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
-    def predicting(self, x: Tensor) -> Tensor: ...
+    def visible(self, mask: Tensor) -> Tensor: ...
+
+    def predicting(self, x: Tensor, output: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
 
 class Diagonal(NamedTuple):
@@ -58,14 +60,16 @@ class Flight(NamedTuple):
 
     Attributes:
         slots: (layers, batch, slots, dim).
-        last: (batch, overlap), the last tokens that entered.
-        x: (segments, batch, overlap + tokens, dim), on their way to the next layer, the newest first; None for none.
+        last: (layers, batch, overlap, dim), what each layer got of the last tokens that it has seen.
+        output: (batch, dim), of the last token that came out of the last layer.
+        x: (segments, batch, tokens, dim), on their way to the next layer, the newest first; None for none.
         kept: (segments, batch, tokens), which of their tokens exist; None for all.
         reset: (segments, batch), which lanes begin with the initial memory; None for none.
     """
 
     slots: Tensor
     last: Tensor
+    output: Tensor
     x: Tensor | None = None
     kept: Tensor | None = None
     reset: Tensor | None = None
@@ -99,7 +103,7 @@ class Wavefront:
         self.model, self.depth = cast(_Layered, model), len(layers)
         self._twin, self._stacked = twin(layers[0]), stack(layers)
         self._initial = self.model.get_initial_mem(batch_size)
-        self.parameters = [*self._stacked.values(), self._initial.slots, *self.model.embedding.parameters()]
+        self.parameters = [*self._stacked.values(), *self._initial, *self.model.embedding.parameters()]
 
     def diagonals(self, segments: Sequence[Segment]) -> list[Diagonal]:
         """The steps that take segments through all layers, padded to one length."""
@@ -119,40 +123,39 @@ class Wavefront:
 
     def start(self, mems: CausalMemory | None) -> Flight:
         """Before the first step: nothing is on its way."""
-        slots, last = self._initial if mems is None else mems
-        return Flight(slots.transpose(0, 1), last)
+        slots, last, output = self._initial if mems is None else mems
+        return Flight(slots.transpose(0, 1), last.transpose(0, 1), output)
 
     def end(self, flight: Flight) -> CausalMemory:
         """The memory after the last step."""
-        return CausalMemory(flight.slots.transpose(0, 1), flight.last)
+        return CausalMemory(flight.slots.transpose(0, 1), flight.last.transpose(0, 1), flight.output)
 
     def __call__(self, diagonal: Diagonal, flight: Flight) -> tuple[Tensor | None, Flight]:
         """One step: ``(hidden, flight)``, of the segment that leaves as the model's cell gives it."""
-        model, (first, last) = self.model, diagonal.layers.tolist()
-        slots, tokens, x, kept, reset = flight
+        model, (first, final) = self.model, diagonal.layers.tolist()
+        slots, last, output, x, kept, reset = flight
         if diagonal.entering is not None:
-            ids, mask, begins, _, _, before = diagonal.entering
-            if begins is not None:
-                tokens = torch.where(begins[:, None], self._initial.last if before is None else before, tokens)
-            entered, _ = model.embed(ids, tokens, mask)
-            tokens = last_tokens(tokens, ids, mask)
-            x, kept, reset = _before(entered, x), _before(mask, kept), _before(begins, reset)
+            ids, mask, begins, _, _ = diagonal.entering
+            x, kept, reset = _before(model.embed(ids, mask), x), _before(mask, kept), _before(begins, reset)
         assert x is not None
-        every = (first, last) == (0, self.depth - 1)
-        active = slots if every else slots[first : last + 1]
+        every = (first, final) == (0, self.depth - 1)
+        active = [whole if every else whole[first : final + 1] for whole in (slots, last)]
         if reset is not None:
-            initial = self._initial.slots.transpose(0, 1)[first : last + 1]
-            active = torch.where(reset[..., None, None], initial, active)
-        overlap = model.config.overlap
-        visible = None if kept is None else visible_to(F.pad(kept, (overlap, 0), value=True))
-        weights = self._stacked if every else part(self._stacked, first, last)
-        x, written = call(self._twin, weights, x, active, visible, kept, overlap)
-        slots = written if every else torch.cat([slots[:first], written, slots[last + 1 :]])
+            initial = (of_all.transpose(0, 1)[first : final + 1] for of_all in self._initial[:2])
+            active = [torch.where(reset[..., None, None], *both) for both in zip(initial, active, strict=True)]
+        visible = None if kept is None else model.visible(kept)
+        weights = self._stacked if every else part(self._stacked, first, final)
+        x, after = call(self._twin, weights, x, active, visible, kept)
+        if not every:
+            whole = zip((slots, last), after, strict=True)
+            after = [torch.cat([old[:first], new, old[final + 1 :]]) for old, new in whole]
+        slots, last = after
         hidden = None
         if diagonal.leaving is not None:
-            hidden = model.predicting(x[-1])
+            output = begun(output, self._initial.output, None if reset is None else reset[-1])
+            hidden, output = model.predicting(x[-1], output, None if kept is None else kept[-1])
             x, kept, reset = (None if p is None or len(p) == 1 else p[:-1] for p in (x, kept, reset))
-        return hidden, Flight(slots, tokens, x, kept, reset)
+        return hidden, Flight(slots, last, output, x, kept, reset)
 
 
 def pays(model: SegmentModel, segments: int) -> bool:
@@ -206,12 +209,12 @@ def _alike(segments: Sequence[Segment]) -> list[Segment]:
     resets = any(s.reset is not None for s in segments)
     made = []
     for segment in segments:
-        src, mask, reset, tgt, _, before = segment
+        src, mask, reset, tgt, _ = segment
         missing = longest - src.shape[1]
         if masked:
             mask = F.pad(torch.ones_like(src, dtype=torch.bool) if mask is None else mask, (0, missing))
         if resets and reset is None:
             reset = torch.zeros_like(src[:, 0], dtype=torch.bool)
         tgt = None if tgt is None else F.pad(tgt, (0, missing), value=-100)
-        made.append(Segment(F.pad(src, (0, missing)), mask, reset, tgt, before=before))
+        made.append(Segment(F.pad(src, (0, missing)), mask, reset, tgt))
     return made

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..causal import CausalMemformer, CausalMemory
+from ..causal import CausalMemformer
 from ..config import MemformerConfig
 from ..data.segments import Segment
 from ..model import Memformer
@@ -152,24 +152,26 @@ class MemoryOff(WithMemory):
 class Causal(Contestant):
     """:class:`~memformer.CausalMemformer`, with as many layers as both stacks together, which share out the slots.
 
-    It reads at least one token of the segment before, without which a segment's first token is not predicted. The width
-    of its feed-forwards is what gives it as many parameters.
+    What its layers keep of the last tokens counts, too: as many rows in all, and a slot for each layer at least. The
+    width of its feed-forwards is what gives it as many parameters.
     """
 
     network: CausalMemformer
+    rereads = False  # whether a segment comes with the overlap before it
 
     def __init__(self, config: MemformerConfig):
-        depth = config.enc_depth + config.dec_depth
+        depth, rows = config.enc_depth + config.dec_depth, config.num_memory_slots - 1  # one is the output
+        self.overlap = config.dec_overlap
 
         def make(feed: int) -> CausalMemformer:
             return CausalMemformer(
                 dim=config.dim,
-                num_memory_slots=max(1, round(config.num_memory_slots / depth)),
+                num_memory_slots=max(1, rows // depth - self.overlap),
                 num_tokens=config.vocabulary,
-                max_seq_len=config.segment_length,
+                max_seq_len=config.segment_length + self.overlap * self.rereads,
                 depth=depth,
                 heads=config.enc_heads,
-                overlap=max(1, config.dec_overlap),
+                overlap=self.overlap,
                 num_mem_updates=config.num_mem_updates,
                 mem_update_attn_heads=config.mem_update_attn_heads,
                 memory_writer=config.memory_writer,
@@ -188,7 +190,7 @@ class Causal(Contestant):
         logits = self.network.head(torch.stack(wanted, 1))
         return logits, memory, logits.new_zeros(())
 
-    def outputs(self, tokens: Tensor, memory: CausalMemory | None) -> tuple[Sequence[Tensor], CausalMemory]:
+    def outputs(self, tokens: Tensor, memory: Any) -> tuple[Sequence[Tensor], Any]:
         """The last layer's, for each segment of (batch, segments, length), and the memory after them."""
         found: list[Tensor] = []
         segments = [Segment(segment) for segment in tokens.unbind(1)]
@@ -197,16 +199,23 @@ class Causal(Contestant):
 
 
 class CausalMemoryOff(Causal):
-    """Each segment starts from the initial memories, so a prediction sees the overlap and no further: all at once."""
+    """Each segment begins a document, with the overlap read again before it: a prediction sees that and no further."""
 
-    def outputs(self, tokens: Tensor, memory: CausalMemory | None) -> tuple[Sequence[Tensor], CausalMemory]:
-        batch, segments, _ = tokens.shape
-        overlap, initial = self.network.config.overlap, self.network.get_initial_mem(batch * segments)
-        first = (initial if memory is None else memory).last[:batch, None]
-        last = torch.cat([first, tokens[:, :, -overlap:]], 1)  # (batch, segments + 1, overlap)
-        flat = initial._replace(last=last[:, :-1].flatten(0, 1))
-        hidden, _ = self.network.step(tokens.flatten(0, 1), flat)
-        return hidden.unflatten(0, (batch, segments)).unbind(1), CausalMemory(tokens.new_zeros(0), last[:, -1])
+    rereads = True
+
+    def outputs(self, tokens: Tensor, memory: Any) -> tuple[Sequence[Tensor], Any]:
+        """All segments at once. The memory is the last tokens, (batch, overlap)."""
+        batch, segments, length = tokens.shape
+        last = tokens.new_full((batch, self.overlap), START) if memory is None else memory
+        last = torch.cat([last[:, None], tokens[:, :, length - self.overlap :]], 1)  # (batch, segments + 1, overlap)
+        read = torch.cat([last[:, :-1], tokens], 2).flatten(0, 1)
+        mask = None
+        if memory is None:
+            mask = torch.ones_like(read, dtype=torch.bool).view(batch, segments, -1)
+            mask[:, 0, : self.overlap] = False
+            mask = mask.flatten(0, 1)
+        hidden, _ = self.network.step(read, None, mask)
+        return hidden[:, self.overlap :].unflatten(0, (batch, segments)).unbind(1), last[:, -1]
 
 
 def of_equal_size(make: Callable[[int], Network], choices: Sequence[int], parameters: int) -> Network:

@@ -73,8 +73,8 @@ class Lanes:
     """An iterator of :class:`~memformer.data.segments.Segment`, resumable in the middle of a document.
 
     Every rank follows all lanes and returns its own rows. Together the ranks do what one process would, and each has
-    the same state. A Segment has ``src`` and ``before`` (lanes of the rank, length) and ``tgt`` (lanes of the rank,
-    length + 1), whose first token is the objective's start token.
+    the same state. A Segment has ``src`` (lanes of the rank, length) and ``tgt`` (lanes of the rank, length + 1),
+    whose first token is the objective's start token.
 
     Args:
         documents: the tokens of each: a one-dimensional integer array (or list, tensor, or what
@@ -172,11 +172,11 @@ class Lanes:
         return list(itertools.islice(self, horizon))
 
     def _segment(self) -> Segment:
-        """The lanes' places as arrays: src, its mask and before (rows, length), tgt and its mask (rows, length + 1)."""
+        """The lanes' places as arrays: src, and its mask (rows, length), tgt and its mask (rows, length + 1)."""
         count, length, mixture = len(self._own), self.length, self.objectives
         src, src_mask = np.zeros((count, length), np.int64), np.zeros((count, length), np.bool_)
         tgt, tgt_mask = np.zeros((count, length + 1), np.int64), np.zeros((count, length + 1), np.bool_)
-        reset, before = np.zeros(count, np.bool_), np.full((count, length), -1, np.int64)
+        reset = np.zeros(count, np.bool_)
         drawn = None if mixture is None else mixture.draw(self._step, len(self._lanes), length)
         reach = length if mixture is None else 2 * length
         for row, i in enumerate(self._own):
@@ -187,7 +187,6 @@ class Lanes:
             window = lane.tokens[begin : min(lane.position + length, lane.end)]
             past, target, first = window[: lane.position - begin], window[lane.position - begin :], self.start
             source, earlier = past[-length:], past[:-length]
-            text = source
             if mixture is not None and drawn is not None:
                 objectives, uniform = drawn
                 if objectives[i] == Objective.INFILLING and len(source):
@@ -197,12 +196,10 @@ class Lanes:
                     first, target = mixture.starts[Objective.RECALL], earlier
             if lane.position == lane.begin:
                 reset[row] = True
-                text = lane.tokens[begin - length : begin] if begin else past
-                source = text if begin else np.array([self.start])
-            before[row, length - len(text) :] = text
+                source = lane.tokens[begin - length : begin] if begin else np.array([self.start])
             src[row, : len(source)], src_mask[row, : len(source)] = source, True
             tgt[row, 0], tgt[row, 1 : 1 + len(target)], tgt_mask[row, : 1 + len(target)] = first, target, True
-        return Segment(*map(torch.from_numpy, (src, src_mask, reset, tgt, tgt_mask, before)))
+        return Segment(*map(torch.from_numpy, (src, src_mask, reset, tgt, tgt_mask)))
 
     def _open(self, i: int, stretch: _Stretch, tokens: Tokens, position: int) -> _Lane:
         """Lane ``i`` at a place in a document."""

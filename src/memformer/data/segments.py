@@ -25,8 +25,6 @@ class Segment(NamedTuple):
         src_mask: (batch, length) boolean, True for tokens that exist; None for all.
         reset: (batch,) boolean, lanes that start from the initial memory; None for none.
         tgt, tgt_mask: (batch, target length), the target and its mask; None without one.
-        before: (batch, length), the last tokens of the document before those that are predicted, at the right; -1
-            where there are none. A causal model reads some again where a lane is reset; None for none anywhere.
     """
 
     src: Tensor
@@ -34,7 +32,6 @@ class Segment(NamedTuple):
     reset: Tensor | None = None
     tgt: Tensor | None = None
     tgt_mask: Tensor | None = None
-    before: Tensor | None = None
 
     def to(self, device: torch.device) -> Segment:
         """The segment on a device; from pinned memory the copy runs beside what follows."""

@@ -520,6 +520,10 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         """Lanes that have read nothing. The start token fills up what a state has no tokens for, and is not read."""
         return MemoryState.new(batch_size, self.config.segment_length, start, self.get_initial_mem(1).slots[0])
 
+    def packed(self, memory: PretrainedMemory) -> Tensor:
+        """The slots: what comes last is read again."""
+        return memory.slots
+
     def resumed(self, state: MemoryState) -> tuple[list[Segment], PretrainedMemory]:
         """Each lane's last whole segment."""
         initial, fresh = self.get_initial_mem(state.batch_size), state.fresh

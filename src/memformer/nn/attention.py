@@ -45,7 +45,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     # Several layers at once: for torch's fast path they are more of the batch.
     flat = [x.flatten(0, 1) for x in (q, k, v)]
-    if mask is not None:
+    if mask is not None and mask.dim() > 2:
         mask = mask.expand(*q.shape[:2], *mask.shape[-3:]).flatten(0, 1)
     return F.scaled_dot_product_attention(flat[0], flat[1], flat[2], mask, is_causal=causal).unflatten(0, q.shape[:2])
 
@@ -134,10 +134,19 @@ class SelfAttention(nn.Module):
             if preferred is not None:
                 q[head], k[head] = preferred
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """(batch, tokens, dim), of the same shape as ``x``; ``mask`` as in :class:`Positional`."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False, first: int = 0) -> Tensor:
+        """(batch, tokens - first, dim): of all tokens but the ``first`` ones, which the others see.
+
+        ``mask`` is as in :class:`Positional`.
+        """
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))  # (batch, heads, tokens, ...)
-        return self.to_out(merge_heads(self.positions(q, k, v, mask, causal)))
+        return self.to_out(merge_heads(self.positions(q[..., first:, :], k, v, mask, causal)))
+
+    def remember(self, x: Tensor, cache: KeysValues) -> None:
+        """Put tokens (batch, tokens, dim) into the first places of a cache, as :meth:`extend` does with new ones."""
+        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
+        self._keep(q, k, v, cache, place)
 
     def extend(self, x: Tensor, cache: KeysValues, position: Tensor) -> Tensor:
         """Causal attention of new tokens over themselves and what the cache holds before them.
@@ -152,13 +161,18 @@ class SelfAttention(nn.Module):
             (batch, new, dim).
         """
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))  # (batch, heads, new, ...)
+        q = self._keep(q, k, v, cache, position)
+        return self.to_out(merge_heads(self.positions.look_back(q, *cache, position)))
+
+    def _keep(self, q: Tensor, k: Tensor, v: Tensor, cache: KeysValues, position: Tensor) -> Tensor:
+        """Write keys and values into their places; the queries at theirs. All (batch, heads, new, head_dim)."""
         keys, values = cache  # (batch, heads, keys, head_dim)
-        lane = torch.arange(x.shape[0], device=x.device)[:, None]
+        lane = torch.arange(q.shape[0], device=q.device)[:, None]
         q, k = self.positions.place(q, k, position)
         # Autocast may make them of another dtype than the cache.
         keys[lane, :, position] = k.transpose(1, 2).to(keys.dtype)  # (batch, new, heads, head_dim)
         values[lane, :, position] = v.transpose(1, 2).to(values.dtype)
-        return self.to_out(merge_heads(self.positions.look_back(q, keys, values, position)))
+        return q
 
 
 def _positions_follow(attention: SelfAttention, _: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from .attention import CrossAttention, KeysValues, Positional, SelfAttention
@@ -41,14 +42,28 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, context: KeysValues, mask: Tensor | None = None, context_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        context: KeysValues,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        last: Tensor | None = None,
     ) -> Tensor:
         """(batch, tokens, dim), of the same shape as ``x``.
 
         ``mask`` is for self-attention, ``context_mask`` for the context; both boolean, True where one may look.
+        ``last`` (batch, any number, dim) is what the layer got of the tokens before, which self-attention sees, too.
         """
-        x = self._add(x, self.self_norm, lambda y: self.self_attention(y, mask, self.causal))
+        if last is None:
+            x = self._add(x, self.self_norm, lambda y: self.self_attention(y, mask, self.causal))
+        else:
+            seen = self.self_norm(torch.cat([last.to(x.dtype), x], -2))
+            x = x + self.dropout(self.self_attention(seen, mask, self.causal, last.shape[-2]))
         return self._after_self_attention(x, context, context_mask)
+
+    def remember(self, last: Tensor, cache: KeysValues) -> None:
+        """Begin a cache with what the layer got of the tokens before; see :meth:`SelfAttention.remember`."""
+        self.self_attention.remember(self.self_norm(last), cache)
 
     def extend(
         self, x: Tensor, cache: KeysValues, position: Tensor, context: KeysValues, context_mask: Tensor | None = None

@@ -1,6 +1,7 @@
-"""Causal stacks with memories: what a layer of a :class:`~memformer.CausalMemformer` is, and where its slots are.
+"""Causal stacks with memories: what a layer of a :class:`~memformer.CausalMemformer` is, and what it carries.
 
-Shapes: x (batch, tokens, dim), memories (layers, batch, slots, dim); one memory for all layers counts as one layer's.
+Shapes: x (batch, tokens, dim), slots (layers, batch, slots, dim), what a layer got of the last tokens (layers, batch,
+overlap, dim); one memory for all layers counts as one layer's slots.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ __all__ = [
     "CausalMemory",
     "MemoryInEachLayer",
     "OneMemory",
+    "Remembered",
     "begun",
-    "last_tokens",
+    "last_rows",
+    "outputs_before",
     "visible_to",
     "writes",
 ]
 
-NOTHING = -1
-"""In place of a token before a document's first."""
+Remembered = tuple[Tensor, Tensor]
+"""What layers carry: slots (..., batch, slots, dim), and their input at the last tokens (..., batch, overlap, dim)."""
 
 
 class CausalMemory(NamedTuple):
@@ -36,11 +39,14 @@ class CausalMemory(NamedTuple):
 
     Attributes:
         slots: (batch, layers, slots, dim); one layer where all share a memory.
-        last: (batch, overlap), the last tokens that were read, -1 where a document has just begun.
+        last: (batch, depth, overlap, dim), what each layer got of the last tokens that were read: its self-attention
+            looks at them from the next segment, too.
+        output: (batch, dim), the last layer's at the last token, from which the next one is predicted.
     """
 
     slots: Tensor
     last: Tensor
+    output: Tensor
 
 
 def visible_to(kept: Tensor) -> Tensor:
@@ -50,31 +56,58 @@ def visible_to(kept: Tensor) -> Tensor:
     return (kept[..., None, None, :] & causal_mask(tokens, tokens, kept.device)) | itself
 
 
-def last_tokens(last: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """The last ``overlap`` tokens that exist, of those before a segment and those in it."""
-    overlap, read = last.shape[1], torch.cat([last.to(tokens.dtype), tokens], 1)
-    if mask is None:
-        return read[:, read.shape[1] - overlap :]
+def last_rows(last: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
+    """The last of (..., overlap, dim) and then (..., tokens, dim): as many as there were, of tokens that exist."""
+    overlap, rows = last.shape[-2], torch.cat([last, x.to(last.dtype)], -2)
+    if kept is None:
+        return rows[..., rows.shape[-2] - overlap :, :]
     # Those before the segment all exist, so there are enough. Without a sort, which ONNX does not have.
-    kept = F.pad(mask, (overlap, 0), value=True)
-    place = torch.arange(kept.shape[1], device=kept.device).where(kept, -1)
-    return read.gather(1, place.topk(overlap).values.flip(1))
+    exists = F.pad(kept, (overlap, 0), value=True)
+    place = torch.arange(exists.shape[-1], device=exists.device).where(exists, -1)
+    return _along(rows, place.topk(overlap).values.flip(-1))
 
 
-def begun(writer: SlotWriter, memory: Tensor | None, reset: Tensor | None, batch_size: int) -> Tensor:
-    """The memory before a segment, (batch, slots, dim): the learned initial one where there is none, or a reset.
+def outputs_before(output: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
+    """The output at the last token that exists before each of a segment's, and before the one after them.
 
     Args:
-        memory: (batch, slots, dim), after the segment before; None for none.
+        output: (batch, dim), before the segment.
+        x: (batch, tokens, dim).
+        kept: (batch, tokens), True for tokens that exist; None for all.
+
+    Returns:
+        (batch, tokens + 1, dim).
+    """
+    rows = torch.cat([output[:, None].to(x.dtype), x], 1)
+    if kept is None:
+        return rows
+    tokens = kept.shape[1]
+    place = torch.arange(1, tokens + 1, device=kept.device) * kept  # 0 where there is no token
+    # The greatest so far, without cummax, which ONNX does not have.
+    newest = (place[:, None] * causal_mask(tokens, tokens, kept.device)).amax(-1)
+    return _along(rows, F.pad(newest, (1, 0)))
+
+
+def _along(rows: Tensor, places: Tensor) -> Tensor:
+    """(..., rows, dim), at those places (..., any number)."""
+    return rows.gather(-2, places[..., None].expand(*places.shape, rows.shape[-1]))
+
+
+def begun(memory: Tensor | None, initial: Tensor, reset: Tensor | None) -> Tensor:
+    """What is carried into a segment: ``initial`` where there is nothing yet, or a reset.
+
+    Args:
+        memory: (batch, ...), after the segment before; None for nothing.
+        initial: what a document begins with, of that shape.
         reset: (batch,), True in lanes that begin anew; None for none.
     """
     if memory is None:
-        return writer.initial(batch_size)
-    return memory if reset is None else torch.where(reset[:, None, None], writer.initial(batch_size), memory)
+        return initial
+    return memory if reset is None else torch.where(reset.view(-1, *[1] * (memory.dim() - 1)), initial, memory)
 
 
 def writes(writer: SlotWriter, updates: int, memory: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
-    """The memory after some writes of a segment; where nothing of it is kept, the memory as it was.
+    """The slots after some writes of a segment; where nothing of it is kept, the slots as they were.
 
     Args:
         memory: (..., batch, slots, dim), before the segment.
@@ -92,21 +125,23 @@ class CausalLayer(nn.Module):
     """A block that reads slots of its own, and writes into them what it made of the segment.
 
     Args:
-        updates: how often the memory is written per segment.
+        updates: how often the slots are written per segment.
+        overlap: how many of the last tokens its self-attention still sees.
     """
 
-    def __init__(self, dim: int, heads: int, block: Block, writer: SlotWriter, updates: int):
+    def __init__(self, dim: int, heads: int, block: Block, writer: SlotWriter, updates: int, overlap: int):
         super().__init__()
-        self.updates = updates
+        self.updates, self.overlap = updates, overlap
         self.memory_norm = nn.LayerNorm(dim)
         self.memory_projection = ContextProjection(dim, heads, 1)
         self.block = block
         self.norm = nn.LayerNorm(dim)
         self.writer = writer
+        self.before = nn.Parameter(_vectors(dim))  # in place of tokens before a document
 
-    def initial(self, batch_size: int) -> Tensor:
-        """The learned memory before a document, (batch, slots, dim)."""
-        return self.writer.initial(batch_size)
+    def initial(self, batch_size: int) -> Remembered:
+        """What is learned for a document's beginning: (batch, slots, dim) and (batch, overlap, dim)."""
+        return self.writer.initial(batch_size), self.before.expand(batch_size, self.overlap, -1)
 
     def context(self, memory: Tensor) -> KeysValues:
         """(batch, slots, dim) -> their keys and values."""
@@ -115,57 +150,59 @@ class CausalLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        memory: Tensor | None,
+        memory: Remembered | None,
         visible: Tensor | None,
         kept: Tensor | None,
-        overlap: int,
         reset: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(batch, overlap + tokens, dim) and (batch, slots, dim) -> the same, after the layer.
+    ) -> tuple[Tensor, Remembered]:
+        """(batch, tokens, dim) and what is carried -> the same, after the layer.
 
         Args:
             memory: None for the initial one, which ``reset`` (batch,) puts into the lanes that begin anew: a layer
-                takes it from its own writer, whose weights are at hand in here alone where FSDP divides the model.
-            visible: (batch, 1, overlap + tokens, overlap + tokens), where self-attention may look; None for the past.
+                takes it from its own weights, which are at hand in here alone where FSDP divides the model.
+            visible: (batch, 1, tokens, overlap + tokens), where self-attention may look; None for the past.
             kept: (batch, tokens), True for tokens that exist.
-            overlap: how many of the tokens are of the segment before, and so are in the memory already.
         """
-        memory = begun(self.writer, memory, reset, x.shape[0])
-        x = self.block(x, self.context(memory), visible)
-        return x, writes(self.writer, self.updates, memory, self.norm(x[..., overlap:, :]), kept)
+        if memory is None or reset is not None:
+            given = (None, None) if memory is None else memory
+            slots, last = (begun(*both, reset) for both in zip(given, self.initial(x.shape[0]), strict=True))
+        else:
+            slots, last = memory
+        after = last_rows(last, x, kept)
+        x = self.block(x, self.context(slots), visible, last=last)
+        return x, (writes(self.writer, self.updates, slots, self.norm(x), kept), after)
 
 
 class MemoryInEachLayer(nn.Module):
-    """Layers that each remember for themselves: of the segment before, a layer needs only what it wrote itself."""
+    """Layers that each remember for themselves: of the segment before, a layer needs only what it kept itself."""
 
     def __init__(self, layers: Sequence[CausalLayer]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def initial(self, batch_size: int) -> Tensor:
-        """The learned memories before a document, (layers, batch, slots, dim)."""
-        return torch.stack([layer.initial(batch_size) for layer in self._layers])
+    def initial(self, batch_size: int) -> Remembered:
+        """What is learned for a document's beginning, (layers, batch, ...)."""
+        return _stacked([layer.initial(batch_size) for layer in self._layers])
 
     def forward(
         self,
         x: Tensor,
-        memory: Tensor | None,
+        memory: Remembered | None,
         visible: Tensor | None,
         kept: Tensor | None,
-        overlap: int,
         reset: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(batch, overlap + tokens, dim) and (layers, batch, slots, dim) -> the same; see :class:`CausalLayer`."""
-        written = []
-        each = [None] * len(self.layers) if memory is None else memory.unbind(0)
-        for layer, slots in zip(self._layers, each, strict=True):
-            x, new = layer(x, slots, visible, kept, overlap, reset)
-            written.append(new)
-        return x, torch.stack(written)
+    ) -> tuple[Tensor, Remembered]:
+        """(batch, tokens, dim) and (layers, batch, ...) -> the same; see :class:`CausalLayer`."""
+        found = []
+        each = [None] * len(self.layers) if memory is None else list(zip(*memory, strict=True))
+        for layer, own in zip(self._layers, each, strict=True):
+            x, after = layer(x, own, visible, kept, reset)
+            found.append(after)
+        return x, _stacked(found)
 
-    def contexts(self, memory: Tensor) -> list[KeysValues]:
+    def contexts(self, slots: Tensor) -> list[KeysValues]:
         """(layers, batch, slots, dim) -> the slots' keys and values for each layer."""
-        return [layer.context(slots) for layer, slots in zip(self._layers, memory.unbind(0), strict=True)]
+        return [layer.context(own) for layer, own in zip(self._layers, slots.unbind(0), strict=True)]
 
     def each_block(self) -> list[Block]:
         """The layers without their memories."""
@@ -181,39 +218,45 @@ class MemoryInEachLayer(nn.Module):
 
 
 class OneMemory(nn.Module):
-    """All layers read one memory, and it is written from the last one (as a Memformer's encoder does)."""
+    """All layers read the same slots, which are written from the last one (as a Memformer's encoder does)."""
 
-    def __init__(self, dim: int, heads: int, blocks: Sequence[Block], writer: SlotWriter, updates: int):
+    def __init__(self, dim: int, heads: int, blocks: Sequence[Block], writer: SlotWriter, updates: int, overlap: int):
         super().__init__()
-        self.updates = updates
+        self.updates, self.overlap = updates, overlap
         self.memory_norm = nn.LayerNorm(dim)
         self.memory_projection = ContextProjection(dim, heads, len(blocks))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)
         self.writer = writer
+        self.before = nn.Parameter(_vectors(len(blocks), dim))  # in place of tokens before a document
 
-    def initial(self, batch_size: int) -> Tensor:
-        """The learned memory before a document, (1, batch, slots, dim)."""
-        return self.writer.initial(batch_size)[None]
+    def initial(self, batch_size: int) -> Remembered:
+        """What is learned for a document's beginning: (1, batch, slots, dim), and (layers, batch, overlap, dim)."""
+        last = self.before[:, None, None].expand(-1, batch_size, self.overlap, -1)
+        return self.writer.initial(batch_size)[None], last
 
     def forward(
         self,
         x: Tensor,
-        memory: Tensor | None,
+        memory: Remembered | None,
         visible: Tensor | None,
         kept: Tensor | None,
-        overlap: int,
         reset: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(batch, overlap + tokens, dim) and (1, batch, slots, dim) -> the same; see :class:`CausalLayer`."""
-        slots = begun(self.writer, None if memory is None else memory[0], reset, x.shape[0])
-        for block, context in zip(self.blocks, self.contexts(slots[None]), strict=True):
-            x = block(x, context, visible)
-        return x, writes(self.writer, self.updates, slots, self.norm(x[:, overlap:]), kept)[None]
+    ) -> tuple[Tensor, Remembered]:
+        """(batch, tokens, dim) and what is carried -> the same; see :class:`CausalLayer`."""
+        slots, last = (None, None) if memory is None else memory
+        slots_at_first, last_at_first = self.initial(x.shape[0])
+        slots = begun(None if slots is None else slots[0], slots_at_first[0], reset)
+        after = []
+        for i, (block, context) in enumerate(zip(self.blocks, self.contexts(slots[None]), strict=True)):
+            own = begun(None if last is None else last[i], last_at_first[i], reset)
+            after.append(last_rows(own, x, kept))
+            x = block(x, context, visible, last=own)
+        return x, (writes(self.writer, self.updates, slots, self.norm(x), kept)[None], torch.stack(after))
 
-    def contexts(self, memory: Tensor) -> list[KeysValues]:
+    def contexts(self, slots: Tensor) -> list[KeysValues]:
         """(1, batch, slots, dim) -> the slots' keys and values for each layer."""
-        return self.memory_projection(self.memory_norm(memory[0]))
+        return self.memory_projection(self.memory_norm(slots[0]))
 
     def each_block(self) -> list[Block]:
         """The layers without their memory."""
@@ -222,3 +265,13 @@ class OneMemory(nn.Module):
     def writers(self) -> list[SlotWriter]:
         """The one there is."""
         return [self.writer]
+
+
+def _stacked(each: Sequence[Remembered]) -> Remembered:
+    slots, last = zip(*each, strict=True)
+    return torch.stack(slots), torch.stack(last)
+
+
+def _vectors(*shape: int) -> Tensor:
+    """About as long as an embedding."""
+    return torch.randn(shape) * shape[-1] ** -0.5
