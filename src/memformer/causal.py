@@ -27,8 +27,6 @@ from .nn.causal import (
     CausalMemory,
     MemoryInEachLayer,
     OneMemory,
-    begun,
-    outputs_before,
     visible_to,
 )
 from .nn.losses import Head, each_loss, vocabulary_loss
@@ -130,7 +128,6 @@ class CausalMemformer(SegmentModel):
         super().__init__()
         self.config = config = CausalConfig(**{f.name: given[f.name] for f in dataclasses.fields(CausalConfig)})
         self.embedding = embedding_table(num_tokens, dim)
-        self.beginning = nn.Parameter(torch.zeros(dim))  # in place of an output before a document
         self.dropout = nn.Dropout(dropout)
         self.stack = _stack(config)
         self.norm = nn.LayerNorm(dim)
@@ -139,11 +136,7 @@ class CausalMemformer(SegmentModel):
 
     def get_initial_mem(self, batch_size: int) -> CausalMemory:
         """The learned memory before a document."""
-        slots, last = self.stack.initial(batch_size)
-        return CausalMemory(slots.transpose(0, 1), last.transpose(0, 1), self._initial_output(batch_size))
-
-    def _initial_output(self, batch_size: int) -> Tensor:
-        return self.beginning.expand(batch_size, -1)
+        return _batch_first(*self.stack.initial(batch_size))
 
     def forward(
         self,
@@ -193,11 +186,9 @@ class CausalMemformer(SegmentModel):
             segment and at each of its tokens, for :meth:`head`.
         """
         x, visible = self.embed(tokens, mask), None if mask is None else self.visible(mask)
-        memory = None if mems is None else (mems.slots.transpose(0, 1), mems.last.transpose(0, 1))
-        x, (slots, last) = self.stack(x, memory, visible, mask, reset)
-        output = begun(None if mems is None else mems.output, self._initial_output(tokens.shape[0]), reset)
-        hidden, output = self.predicting(x, output, mask)
-        return hidden, CausalMemory(slots.transpose(0, 1), last.transpose(0, 1), output)
+        carried = None if mems is None else (mems.slots.transpose(0, 1), mems.last.transpose(0, 1), mems.output)
+        hidden, carried = self.stack(x, carried, visible, mask, reset)
+        return hidden, _batch_first(*carried)
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the first layer gets, (batch, tokens, dim); zero where there is no token."""
@@ -208,11 +199,6 @@ class CausalMemformer(SegmentModel):
         """Where self-attention may look: (..., tokens) -> (..., 1, tokens, overlap + tokens)."""
         overlap = self.config.overlap
         return visible_to(F.pad(mask, (overlap, 0), value=True))[..., overlap:, :]
-
-    def predicting(self, x: Tensor, output: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The outputs of :meth:`step`, of the last layer's (batch, tokens, dim) and the one before; and the last."""
-        hidden = outputs_before(output, x, mask)
-        return hidden, hidden[:, -1].to(output.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., dim) -> logits (..., num_tokens)."""
@@ -377,7 +363,7 @@ class CausalMemformer(SegmentModel):
             place = torch.arange(pending.shape[1], device=pending.device).expand_as(pending)
             tokens = pending.where(place < state.filled[:, None], 0)  # a start token may be none that is read
             self.extend(tokens, place, contexts, cache)
-        return Opened(contexts, memory.output.clone(), self.packed(memory), cache)
+        return Opened(contexts, memory.output, self.packed(memory), cache)
 
     def next_logits(self, state: MemoryState, opened: Opened) -> Tensor:
         """Logits of each lane's next token, (batch, vocabulary). The cache takes in each lane's last token."""
@@ -517,6 +503,10 @@ class DecodeStep(nn.Module):
         kept = [(keys.clone(), values.clone()) for keys, values in as_pairs(cache)]
         x = self.model.extend(token[:, None], position[:, None], as_pairs(context), kept)
         return self.model.head(x[:, 0]), as_tensor(kept)
+
+
+def _batch_first(slots: Tensor, last: Tensor, output: Tensor) -> CausalMemory:
+    return CausalMemory(slots.transpose(0, 1), last.transpose(0, 1), output)
 
 
 def causal_losses(logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

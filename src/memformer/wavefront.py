@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import CausalConfig
 from .data.segments import Segment
 from .interface import Memory, SegmentModel
-from .nn.causal import CausalLayer, CausalMemory, MemoryInEachLayer, OneMemory, begun
+from .nn.causal import CausalLayer, CausalMemory, MemoryInEachLayer, OneMemory, begun, predicting
 from .nn.stacked import call, part, stack, twin
 from .pretrained import divided
 
@@ -37,8 +37,6 @@ class _Layered(Protocol):
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
     def visible(self, mask: Tensor) -> Tensor: ...
-
-    def predicting(self, x: Tensor, output: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
 
 class Diagonal(NamedTuple):
@@ -153,7 +151,7 @@ class Wavefront:
         hidden = None
         if diagonal.leaving is not None:
             output = begun(output, self._initial.output, None if reset is None else reset[-1])
-            hidden, output = model.predicting(x[-1], output, None if kept is None else kept[-1])
+            hidden, output = predicting(output, x[-1], None if kept is None else kept[-1])
             x, kept, reset = (None if p is None or len(p) == 1 else p[:-1] for p in (x, kept, reset))
         return hidden, Flight(slots, last, output, x, kept, reset)
 

@@ -18,6 +18,7 @@ from .blocks import Block
 from .memory import SlotWriter
 
 __all__ = [
+    "Carried",
     "CausalLayer",
     "CausalMemory",
     "MemoryInEachLayer",
@@ -25,13 +26,16 @@ __all__ = [
     "Remembered",
     "begun",
     "last_rows",
-    "outputs_before",
+    "predicting",
     "visible_to",
     "writes",
 ]
 
 Remembered = tuple[Tensor, Tensor]
 """What layers carry: slots (..., batch, slots, dim), and their input at the last tokens (..., batch, overlap, dim)."""
+
+Carried = tuple[Tensor, Tensor, Tensor]
+"""The parts of a :class:`CausalMemory`, the first two with the layers as their first dimension."""
 
 
 class CausalMemory(NamedTuple):
@@ -67,17 +71,20 @@ def last_rows(last: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
     return _along(rows, place.topk(overlap).values.flip(-1))
 
 
-def outputs_before(output: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
-    """The output at the last token that exists before each of a segment's, and before the one after them.
+def predicting(output: Tensor, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output at the last token that exists before each of a segment's and before the one after them, which predicts
+    it: (batch, tokens + 1, dim). And the last of these, to be carried.
 
     Args:
         output: (batch, dim), before the segment.
-        x: (batch, tokens, dim).
+        x: (batch, tokens, dim), the last layer's.
         kept: (batch, tokens), True for tokens that exist; None for all.
-
-    Returns:
-        (batch, tokens + 1, dim).
     """
+    hidden = _last_before(output, x, kept)
+    return hidden, hidden[:, -1].to(output.dtype)
+
+
+def _last_before(output: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
     rows = torch.cat([output[:, None].to(x.dtype), x], 1)
     if kept is None:
         return rows
@@ -141,7 +148,11 @@ class CausalLayer(nn.Module):
 
     def initial(self, batch_size: int) -> Remembered:
         """What is learned for a document's beginning: (batch, slots, dim) and (batch, overlap, dim)."""
-        return self.writer.initial(batch_size), self.before.expand(batch_size, self.overlap, -1)
+        return self._initial(batch_size)
+
+    def _initial(self, batch_size: int) -> Remembered:
+        """:meth:`initial` from inside of ``forward``: FSDP divides the weights again after a call of that."""
+        return self.writer.initial(batch_size), self.before.repeat(batch_size, self.overlap, 1)
 
     def context(self, memory: Tensor) -> KeysValues:
         """(batch, slots, dim) -> their keys and values."""
@@ -165,7 +176,7 @@ class CausalLayer(nn.Module):
         """
         if memory is None or reset is not None:
             given = (None, None) if memory is None else memory
-            slots, last = (begun(*both, reset) for both in zip(given, self.initial(x.shape[0]), strict=True))
+            slots, last = (begun(*both, reset) for both in zip(given, self._initial(x.shape[0]), strict=True))
         else:
             slots, last = memory
         after = last_rows(last, x, kept)
@@ -179,26 +190,33 @@ class MemoryInEachLayer(nn.Module):
     def __init__(self, layers: Sequence[CausalLayer]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.beginning = nn.Parameter(torch.zeros(layers[0].before.shape))  # in place of an output before a document
 
-    def initial(self, batch_size: int) -> Remembered:
-        """What is learned for a document's beginning, (layers, batch, ...)."""
-        return _stacked([layer.initial(batch_size) for layer in self._layers])
+    def initial(self, batch_size: int) -> Carried:
+        """What is learned for a document's beginning."""
+        # Copies, not views: FSDP frees the weights again.
+        return *_stacked([layer.initial(batch_size) for layer in self._layers]), self.beginning.repeat(batch_size, 1)
 
     def forward(
         self,
         x: Tensor,
-        memory: Remembered | None,
+        memory: Carried | None,
         visible: Tensor | None,
         kept: Tensor | None,
         reset: Tensor | None = None,
-    ) -> tuple[Tensor, Remembered]:
-        """(batch, tokens, dim) and (layers, batch, ...) -> the same; see :class:`CausalLayer`."""
+    ) -> tuple[Tensor, Carried]:
+        """(batch, tokens, dim) -> what predicts them, (batch, tokens + 1, dim), see :func:`predicting`; and the memory.
+
+        The arguments are those of :class:`CausalLayer`.
+        """
         found = []
-        each = [None] * len(self.layers) if memory is None else list(zip(*memory, strict=True))
+        each = [None] * len(self.layers) if memory is None else list(zip(*memory[:2], strict=True))
+        output = begun(None if memory is None else memory[2], self.beginning.expand(x.shape[0], -1), reset)
         for layer, own in zip(self._layers, each, strict=True):
             x, after = layer(x, own, visible, kept, reset)
             found.append(after)
-        return x, _stacked(found)
+        hidden, output = predicting(output, x, kept)
+        return hidden, (*_stacked(found), output)
 
     def contexts(self, slots: Tensor) -> list[KeysValues]:
         """(layers, batch, slots, dim) -> the slots' keys and values for each layer."""
@@ -229,30 +247,36 @@ class OneMemory(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.writer = writer
         self.before = nn.Parameter(_vectors(len(blocks), dim))  # in place of tokens before a document
+        self.beginning = nn.Parameter(torch.zeros(dim))  # in place of an output
 
-    def initial(self, batch_size: int) -> Remembered:
-        """What is learned for a document's beginning: (1, batch, slots, dim), and (layers, batch, overlap, dim)."""
-        last = self.before[:, None, None].expand(-1, batch_size, self.overlap, -1)
-        return self.writer.initial(batch_size)[None], last
+    def initial(self, batch_size: int) -> Carried:
+        """What is learned for a document's beginning; the slots are of one layer."""
+        return self._initial(batch_size)
+
+    def _initial(self, batch_size: int) -> Carried:
+        last = self.before[:, None, None].repeat(1, batch_size, self.overlap, 1)
+        return self.writer.initial(batch_size)[None], last, self.beginning.repeat(batch_size, 1)
 
     def forward(
         self,
         x: Tensor,
-        memory: Remembered | None,
+        memory: Carried | None,
         visible: Tensor | None,
         kept: Tensor | None,
         reset: Tensor | None = None,
-    ) -> tuple[Tensor, Remembered]:
-        """(batch, tokens, dim) and what is carried -> the same; see :class:`CausalLayer`."""
-        slots, last = (None, None) if memory is None else memory
-        slots_at_first, last_at_first = self.initial(x.shape[0])
-        slots = begun(None if slots is None else slots[0], slots_at_first[0], reset)
+    ) -> tuple[Tensor, Carried]:
+        """(batch, tokens, dim) -> what predicts them, and the memory; see :class:`MemoryInEachLayer`."""
+        initial = self._initial(x.shape[0])
+        slots, last, output = (None, None, None) if memory is None else memory
+        slots = begun(None if slots is None else slots[0], initial[0][0], reset)
         after = []
         for i, (block, context) in enumerate(zip(self.blocks, self.contexts(slots[None]), strict=True)):
-            own = begun(None if last is None else last[i], last_at_first[i], reset)
+            own = begun(None if last is None else last[i], initial[1][i], reset)
             after.append(last_rows(own, x, kept))
             x = block(x, context, visible, last=own)
-        return x, (writes(self.writer, self.updates, slots, self.norm(x), kept)[None], torch.stack(after))
+        hidden, output = predicting(begun(output, initial[2], reset), x, kept)
+        written = writes(self.writer, self.updates, slots, self.norm(x), kept)
+        return hidden, (written[None], torch.stack(after), output)
 
     def contexts(self, slots: Tensor) -> list[KeysValues]:
         """(1, batch, slots, dim) -> the slots' keys and values for each layer."""
