@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -243,3 +245,120 @@ def test_another_base_is_refused(folder: Path, capsys: pytest.CaptureFixture[str
 def error_of(command: list[str], last: str, capsys: pytest.CaptureFixture[str]) -> str:
     assert cli.main([*command, last]) == 2
     return error(capsys)
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--base", "nowhere"], "base: nowhere is no folder; expected one with"),
+        (["--base", "empty"], "base: no config.json in empty; save_pretrained of transformers writes one"),
+        (["--base", "of-gguf"], "base: no config.json in of-gguf; for the GGUF there add --gguf a.gguf"),
+        (["--base", "of-gguf", "--gguf", "b.gguf"], "gguf: no b.gguf in of-gguf; the GGUF files there: a.gguf"),
+        (["--base", "no-config"], "no-config holds no such thing as the settings of a causal language model"),
+        (["--base", "no-model"], "no-model holds no such thing as a causal language model that transformers knows"),
+        (["--base", "no-tokenizer"], "no-tokenizer: no tokenizer.json, so no tokenizer was saved with this base"),
+        (["--base", "no-end"], "no-end: neither the tokenizer nor the base names the token that ends a text"),
+        (["--base", "small"], "tokenizer: expected ids below the 100 of the model, got one with 270 ids"),
+        (["--segment-length", "65"], "segment_length: expected at most the base's 64 positions, got 65"),
+        (["--dim", "32"], "dim: 32 has no meaning with a base"),
+        (["--architecture", "causal"], "architecture: causal has no meaning with a base"),
+        (["--dropout", "0.1"], "dropout: 0.1 has no meaning with a base"),
+        (["--recall", "0.5"], "recall: 0.5 has no meaning with a base"),
+        (["--vocabulary", "500"], "vocabulary: 500 has no meaning with a base"),
+        (["--tokenizer", "bpe"], "tokenizer: bpe makes other tokens than the base's"),
+        (["--tokenizer", "nothing.json"], "nothing.json: no such file; expected a tokenizer.json"),
+        (["--parallel", "fsdp"], "parallel: a memory around a pretrained model is not divided by FSDP yet"),
+        (["--compile"], "compile: a memory around a pretrained model is not compiled yet"),
+        (["--lora", "2", "--train-base"], "lora: 2 has no meaning where train_base trains all weights"),
+        (["--write-heads", "3"], "write_heads: must divide the base's width, got 3 heads for 16"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    for name in ("empty", "of-gguf", "no-config"):
+        (folder / name).mkdir()
+    (folder / "of-gguf" / "a.gguf").write_bytes(b"GGUF")
+    (folder / "no-config" / "config.json").write_text('{"model_type": "unheard-of"}')
+    for name in ("no-model", "no-tokenizer"):
+        shutil.copytree("base", name)
+    (folder / "no-model" / "model.safetensors").unlink()
+    for file in (folder / "no-tokenizer").glob("tokenizer*"):
+        file.unlink()
+    if flags[1:] in (["no-end"], ["small"]):
+        save_base(folder / flags[1], **({"eos_token_id": None} if flags[1] == "no-end" else {"vocab_size": 100}))
+    capsys.readouterr()
+    assert train(folder, "--out", "new", *flags) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err, printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+    assert "Traceback" not in printed.err
+    assert not (folder / "new" / "run.yaml").exists()
+
+
+def test_the_tokenizer_of_a_base_that_has_none_can_be_named(folder: Path) -> None:
+    (folder / "base" / "tokenizer.json").rename(folder / "mine.json")
+    (folder / "base" / "tokenizer_config.json").unlink()
+    assert train(folder, "--out", "new", "--tokenizer", "mine.json", "--steps", "1") == 0
+    assert load_tokenizer(folder / "new").encode(TEXT).tolist() == load_tokenizer(folder / "run").encode(TEXT).tolist()
+    assert load_tokenizer(folder / "new").vocabulary == 273
+
+
+@pytest.mark.parametrize("name", ["gguf", "lora", "read_dim", "train_base"])
+def test_what_is_of_a_base_is_refused_without_one(name: str) -> None:
+    value = {"gguf": "a.gguf", "train_base": True}.get(name, 4)
+    with pytest.raises(ValueError, match=f"^{name}: {value} is for a pretrained model; name its folder as base$"):
+        BaseSettings(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="init_from: a run begins with the weights of a base or with those of"):
+        TrainingConfig(around=BaseSettings(base=Path("a")), init_from=Path("b"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "flags", "said"),
+    [
+        ("transformers", [], "memformer.hf needs transformers: pip install 'memformer-replay[hf]'"),
+        ("peft", ["--lora", "2"], "lora: needs peft: pip install 'memformer-replay[hf]'"),
+        ("gguf", ["--gguf", "a.gguf"], "gguf: reading such a file needs the gguf library: pip install gguf"),
+    ],
+)
+def test_what_is_not_installed_is_named(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+    flags: list[str],
+    said: str,
+) -> None:
+    (folder / "base" / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing == "transformers":
+        for name in [name for name in sys.modules if name.startswith("memformer.hf")]:
+            monkeypatch.delitem(sys.modules, name)
+    assert train(folder, "--out", "new", *flags) == 2
+    assert said in error(capsys)
+
+
+def test_a_gguf_of_an_unknown_architecture_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(folder / "base" / "a.gguf", "unheard-of")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert train(folder, "--out", "new", "--gguf", "a.gguf") == 2
+    assert "a.gguf holds no such thing as the settings of a causal language model" in error(capsys)
+    assert "unheard-of" in error_of(
+        ["train", "--base", "base", "--gguf", "a.gguf", "--out", "new", "--data"], "text.txt", capsys
+    )
+
+
+def test_without_a_base_transformers_stays_unimported(folder: Path) -> None:
+    code = (
+        "import sys; from memformer import cli; "
+        "cli.main(['train', '--data', 'text.txt', '--out', 'own', '--steps', '1', '--device', 'cpu', '--dim', '8', "
+        "'--heads', '2', '--sample-tokens', '0']); print([n for n in ('transformers', 'peft') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

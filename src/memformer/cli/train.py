@@ -190,7 +190,7 @@ def _introduce(training_run: Run) -> None:
     where = f"{training_run.parts.device}" + (
         f", {ranks.size} processes ({settings.compute.parallel})" * (ranks.size > 1)
     )
-    dim = settings.model.dim if settings.around.base is None else training_run.model.config.hidden_size
+    dim = getattr(training_run.model.config, "hidden_size", settings.model.dim)
     slots = f"{plural(settings.model.slots, 'memory slot')} of {dim}"
     if settings.around.base is not None:
         named = settings.around.base / (settings.around.gguf or "")

@@ -190,7 +190,7 @@ class AroundBase(MemoryForCausalLM):
         _, saved = read_config(folder)
         if "reference" not in saved:  # save_pretrained of transformers wrote it
             with _quiet():
-                whole: Self = super().from_pretrained(folder, dtype=torch.float32)
+                whole: Self = super().from_pretrained(folder, dtype=torch.float32)  # type: ignore[call-arg]
             return whole.eval()
         there, adapter = saved.get("reference"), saved.get("adapter")
         if there is not None:
@@ -241,8 +241,8 @@ def _tokenizer(folder: Path, gguf: str | None, named: str, segment_length: int) 
         inner = getattr(own, "backend_tokenizer", None)
         if inner is None:
             raise ValueError(
-                f"{folder}: {type(own).__name__} is not of the tokenizers library; give the path of a tokenizer.json with "
-                "--tokenizer"
+                f"{folder}: {type(own).__name__} is not of the tokenizers library; give the path of a tokenizer.json "
+                "with --tokenizer"
             )
         tokenizer, end = BPETokenizer(inner), end if own.eos_token_id is None else own.eos_token_id
     end = end[0] if isinstance(end, list) else end

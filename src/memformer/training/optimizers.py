@@ -53,7 +53,8 @@ def linear_maps(model: SegmentModel) -> list[nn.Parameter]:
     """The matrices of the linear maps inside a model, in its order: neither an embedding nor the output projection."""
     outside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = [getattr(module, "to_logits", None) for module in model.modules()]
-    heads += [model.get_output_embeddings()] if hasattr(model, "get_output_embeddings") else []
+    if isinstance(of_base := getattr(model, "base", None), nn.Module):
+        heads.append(of_base.get_output_embeddings())
     outside |= {id(head.weight) for head in heads if isinstance(head, nn.Linear)}
     maps = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     return [p for p in model.parameters() if id(p) in maps - outside]
