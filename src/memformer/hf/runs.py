@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
+import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -269,6 +271,8 @@ def _loading(folder: Path, gguf: str | None, what: str) -> Iterator[None]:
     if gguf is not None and not (folder / gguf).is_file():
         there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
         raise FileNotFoundError(f"gguf: no {gguf} in {folder}; the GGUF files there: {there}")
+    if gguf is not None and importlib.util.find_spec("gguf") is None:
+        raise ImportError("gguf: reading such a file needs the gguf library: pip install gguf")
     if gguf is None and not (folder / "config.json").is_file():
         found = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"for the GGUF there add --gguf {found[0]}" if found else "save_pretrained of transformers writes one"
@@ -276,11 +280,7 @@ def _loading(folder: Path, gguf: str | None, what: str) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except ImportError as error:
-        if gguf is not None and "gguf" in str(error).lower():
-            raise ImportError("gguf: reading such a file needs the gguf library: pip install gguf") from error
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+    except (OSError, struct.error, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"base: {folder / (gguf or '')} holds no such thing as {what} that transformers knows: {reason}"
