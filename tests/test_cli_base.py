@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from memformer import cli, load_model
 from memformer.around import BaseSettings
@@ -19,37 +18,16 @@ from memformer.data import Document, encode_documents, load_tokenizer
 from memformer.evaluation import evaluate
 from memformer.settings import ModelSettings, TrainingConfig
 from memformer.training import assemble
+from pretrained_bases import TEXT, save_base
 
 # PEFT still calls what transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 
-TEXT = "To read a long text, remember it. "
 HOW = dict(
     lanes=2, horizon=2, segment_length=8, slots=2, read_dim=8, read_heads=2, write_heads=2, log_every=2,
     sample_tokens=3, warmup=1, device="cpu",
 )  # fmt: skip
 SMALL = [part for name, value in HOW.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def save_base(folder: Path, seed: int = 0, **settings: object) -> None:
-    """A tiny Llama, whose embeddings have rows without a token, with a byte-level BPE."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(
-        [TEXT] * 3,
-        trainers.BpeTrainer(vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=letters, show_progress=False),
-    )
-    sizes = dict(
-        vocab_size=tokenizer.get_vocab_size() + 3, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, attention_dropout=0.1,
-        bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**(sizes | settings))).save_pretrained(folder)
-    end = {} if settings.get("eos_token_id", 0) is None else {"eos_token": "<|end|>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **end).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
