@@ -66,8 +66,8 @@ def test_pretrained_memory(capsys, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     example = importlib.import_module("pretrained_memory")
     settings = example.Settings(
-        base=tmp_path / "base", data=tmp_path / "texts", window=8, whole=32, excerpts=3, slots=2, lora=2, steps=20,
-        learning_rate=0.02,
+        base=tmp_path / "base", data=tmp_path / "texts", window=8, whole=32, excerpts=3, slots=2, lora=2, steps=8,
+        learning_rate=0.05,
     )  # fmt: skip
     rows = example.main(settings)
     printed = capsys.readouterr().out
