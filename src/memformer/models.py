@@ -13,7 +13,7 @@ from .interface import SegmentModel
 from .model import Memformer
 from .pretrained import read_config
 
-__all__ = ["config_in", "load_model", "make_model", "of_transformers"]
+__all__ = ["load_model", "make_model", "of_transformers"]
 
 KINDS: dict[str, type[SegmentModel]] = {kind.kind: kind for kind in (Memformer, CausalMemformer)}
 """By what ``config.json`` calls them."""
@@ -42,11 +42,6 @@ def load_model(folder: str | Path) -> SegmentModel:
     """
     folder = a_path("folder", folder)
     return _kind_in(model_in(folder)).from_pretrained(folder)
-
-
-def config_in(folder: Path) -> ModelConfig:
-    """The settings in a folder's ``config.json``. Raises as :func:`load_model`."""
-    return _kind_in(folder).saved_config(folder)
 
 
 def of_transformers() -> Any:

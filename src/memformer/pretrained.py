@@ -67,7 +67,7 @@ class Pretrained(nn.Module):
         self.write_config(folder)
 
     def save_with(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write what :meth:`save_pretrained` writes, with other weights: those of ``named_parameters``, on the CPU."""
+        """Write what :meth:`save_pretrained` writes, with other weights: those of ``named_parameters``."""
         with seeded(0, cpu := torch.device("cpu")), cpu:
             plain = type(self)(**self.config.to_dict())
         plain.load_state_dict(weights, strict=False)

@@ -50,7 +50,9 @@ def assemble(
     precision = choose_precision(settings.compute.precision, device)
     checkpoint, refused = _begun(settings, ranks, device)
     initial = None if checkpoint else load_initial(settings)
-    known = base_tokenizer(settings) if initial is None and checkpoint is None else initial and initial[1]
+    known = None
+    if checkpoint is None:
+        known = initial[1] if initial else base_tokenizer(settings)
     corpus = corpus_of(settings, ranks, checkpoint, known, report, documents)
     tokenizer = corpus.tokenizer
     divided = ranks.size > 1 and settings.compute.parallel == "fsdp"

@@ -53,8 +53,8 @@ def linear_maps(model: SegmentModel) -> list[nn.Parameter]:
     """The matrices of the linear maps inside a model, in its order: neither an embedding nor the output projection."""
     outside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = [getattr(module, "to_logits", None) for module in model.modules()]
-    if isinstance(of_base := getattr(model, "base", None), nn.Module):
-        heads.append(of_base.get_output_embeddings())
+    base: Any = getattr(model, "base", None)  # of a pretrained model, whose head has a name of its own
+    heads += [] if base is None else [base.get_output_embeddings()]
     outside |= {id(head.weight) for head in heads if isinstance(head, nn.Linear)}
     maps = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     return [p for p in model.parameters() if id(p) in maps - outside]

@@ -212,9 +212,8 @@ def save(parts: Parts, settings: TrainingConfig) -> None:
 
 
 def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
-    weights = {name: p.detach().cpu() for name, p in trained(parts.model)}
-    average = {name: p.cpu() for name, p in parts.average.items()}
-    tensors = {f"weights/{name}": p for name, p in weights.items()} if average else {}
+    average = parts.average
+    tensors = {f"weights/{name}": p.detach().cpu() for name, p in trained(parts.model) if average}
     for name, parameter in trained(parts.model):
         for key, value in parts.optimizer.state[parameter].items():
             tensors[f"optimizer/{name}/{key}"] = value.cpu()
@@ -222,7 +221,7 @@ def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
     tensors |= {name: parts.ranks.gather(part).cpu() for name, part in by_name(parts.progress.memory).items()}
     with parts.ranks.together():
         if not parts.ranks.rank:
-            written = average or weights
+            written = {name: p.detach() for name, p in parts.model.named_parameters()} | average
             _write(parts, settings, lambda folder: parts.model.save_with(folder, written), tensors)
 
 
