@@ -337,3 +337,13 @@ def test_without_a_base_transformers_is_not_needed(folder: Path, monkeypatch: py
     for name in ("transformers", "peft"):
         monkeypatch.setitem(sys.modules, name, None)
     assemble(TrainingConfig(data=(folder / "text.txt",), out=folder / "own", device="cpu"))
+
+
+def test_ids_that_the_bases_tokenizer_made_are_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encode = ["encode", "--data", "text.txt", "--out"]
+    assert cli.main([*encode, "ids", "--tokenizer", "base/tokenizer.json"]) == 0
+    assert train(folder, "--data", "ids", "--out", "new", "--steps", "1") == 0
+    capsys.readouterr()
+    assert cli.main([*encode, "bpe", "--vocabulary", "256"]) == 0
+    assert train(folder, "--data", "bpe", "--out", "other", "--steps", "1") == 2
+    assert "tokenizer" in error(capsys)
