@@ -43,6 +43,7 @@ LAYERS = [
         "nn.blocks",
         "nn.losses",
         "tasks",
+        "around",
         "pretrained",
         "data.segments",
     },

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 from .causal import CausalMemformer
 from .config import ModelConfig, a_path
@@ -11,10 +13,14 @@ from .interface import SegmentModel
 from .model import Memformer
 from .pretrained import read_config
 
-__all__ = ["config_in", "load_model", "make_model"]
+__all__ = ["load_model", "make_model", "of_transformers"]
 
 KINDS: dict[str, type[SegmentModel]] = {kind.kind: kind for kind in (Memformer, CausalMemformer)}
 """By what ``config.json`` calls them."""
+AROUND_BASE = "AroundBase"
+"""What it calls a memory around a pretrained model, in a run's checkpoint; see :func:`of_transformers`."""
+MEMORY_OF_TRANSFORMERS = "memformer_memory"
+"""The ``model_type`` of such a model where ``save_pretrained`` of transformers wrote it."""
 
 
 def make_model(config: ModelConfig) -> SegmentModel:
@@ -38,13 +44,23 @@ def load_model(folder: str | Path) -> SegmentModel:
     return _kind_in(model_in(folder)).from_pretrained(folder)
 
 
-def config_in(folder: Path) -> ModelConfig:
-    """The settings in a folder's ``config.json``. Raises as :func:`load_model`."""
-    return _kind_in(folder).saved_config(folder)
+def of_transformers() -> Any:
+    """The class of the models around a pretrained one, :class:`memformer.hf.runs.AroundBase`.
+
+    It stands above this module and needs an extra, so it is imported when such a model is asked for.
+
+    Raises:
+        ImportError: transformers is not installed, or too old.
+    """
+    return importlib.import_module(".hf.runs", __package__).AroundBase
 
 
 def _kind_in(folder: Path) -> type[SegmentModel]:
-    kind, _ = read_config(folder)
+    kind, settings = read_config(folder)
+    if kind == AROUND_BASE or settings.get("model_type") == MEMORY_OF_TRANSFORMERS:
+        found: type[SegmentModel] = of_transformers()
+        return found
     if kind not in KINDS:
-        raise ValueError(f"{folder / 'config.json'}: expected the model to be one of {', '.join(KINDS)}, got {kind!r}")
+        known = ", ".join([*KINDS, AROUND_BASE])
+        raise ValueError(f"{folder / 'config.json'}: expected the model to be one of {known}, got {kind!r}")
     return KINDS[kind]

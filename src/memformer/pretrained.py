@@ -7,7 +7,9 @@ A training run whose processes each hold a part of the model leaves the weights 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from .config import MemformerConfig, ModelConfig, a_path
+from .device import seeded
 from .folders import model_in
 
 __all__ = ["SHARDS", "Pretrained", "plain_state", "read_config", "read_shards", "unwrapped"]
@@ -62,6 +65,25 @@ class Pretrained(nn.Module):
             named.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor.contiguous()))
         save_file(dict(named.values()), folder / "model.safetensors")
         self.write_config(folder)
+
+    def save_with(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write what :meth:`save_pretrained` writes, with other weights: those of ``named_parameters``."""
+        with seeded(0, cpu := torch.device("cpu")), cpu:
+            plain = type(self)(**self.config.to_dict())
+        plain.load_state_dict(weights, strict=False)
+        plain.save_pretrained(folder)
+
+    def load_saved(self, folder: Path) -> None:
+        """Take over the weights in a folder with a model of these settings, dropout left out.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`from_pretrained`, or the model is another one.
+        """
+        config, expected = self.saved_config(folder), self.config
+        if dataclasses.replace(config, dropout=expected.dropout) != expected:
+            raise ValueError(f"{folder}: its model is {config}, expected {expected}")
+        if not (folder / SHARDS).is_dir():
+            self.load_state_dict(type(self).from_pretrained(folder).state_dict())
 
     def write_config(self, folder: Path) -> None:
         """Write ``config.json`` alone."""

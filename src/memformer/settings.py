@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hint
 import yaml
 
 from . import replay
+from .around import BaseSettings, check_others
 from .config import (
     CausalConfig,
     MemformerConfig,
@@ -467,6 +468,7 @@ class TrainingConfig(Typed):
 
     documents: DocumentSettings = field(default_factory=DocumentSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
+    around: BaseSettings = field(default_factory=BaseSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -480,6 +482,9 @@ class TrainingConfig(Typed):
         check_count("seed", self.seed, least=0)
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
+        if self.around.base is not None:
+            check_others(self)
+            return
         if self.model.architecture == "causal":
             self._check_causal()
         self.model.config(1, self.rollout.segment_length)  # what does not fit together is found here

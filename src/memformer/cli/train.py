@@ -25,6 +25,7 @@ from ..pretrained import divided
 from ..settings import RECIPES, TrainingConfig, build, read_yaml, to_plain
 from ..training import Run, checkpoints, last_settings, sized_as
 from ..training.metrics import held_out_at
+from ..training.parts import trained
 from . import models
 from .evaluate import describe, perplexity
 from .generate import GenerateCommand, write
@@ -189,7 +190,13 @@ def _introduce(training_run: Run) -> None:
     where = f"{training_run.parts.device}" + (
         f", {ranks.size} processes ({settings.compute.parallel})" * (ranks.size > 1)
     )
-    slots = f"{plural(settings.model.slots, 'memory slot')} of {settings.model.dim}"
+    dim = getattr(training_run.model.config, "hidden_size", settings.model.dim)
+    slots = f"{plural(settings.model.slots, 'memory slot')} of {dim}"
+    if settings.around.base is not None:
+        named = settings.around.base / (settings.around.gguf or "")
+        count, how = sum(p.numel() for _, p in trained(training_run.model)), settings.around.trained
+        what = "trained" if how == "all" else "frozen" if how == "memory" else "frozen under a LoRA"
+        print(f"base        {named}, {what}; {count:,} parameters are trained")
     print(f"model       {parameters:,} parameters, {training_run.tokenizer.vocabulary:,} tokens, {slots}, on {where}")
     shape = settings.rollout
     rollouts = " x ".join(

@@ -30,6 +30,7 @@ from ..config import a_path, is_count
 
 __all__ = [
     "BPETokenizer",
+    "BaseTokenizer",
     "ByteTokenizer",
     "TextDecoder",
     "TokenIds",
@@ -268,6 +269,10 @@ class BPETokenizer(_SpecialTokens):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def of_base(self, size: int, end: int) -> BaseTokenizer:
+        """The same as that of a pretrained model with so many ids; see :class:`BaseTokenizer`."""
+        return BaseTokenizer(self._tokenizer, size, end)
+
     def encode(self, text: str | bytes) -> np.ndarray:
         """(length,) ids in the smallest unsigned type that holds them.
 
@@ -334,6 +339,46 @@ class BPETokenizer(_SpecialTokens):
         """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
         super().save(folder)
         (Path(folder) / VOCABULARY_FILE).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+class BaseTokenizer(BPETokenizer):
+    """That of a pretrained language model: its ids are the model's own, and no special ones come after them.
+
+    ``start`` and ``end`` are the model's own token for the end of a text. Only continuation can be learned with it.
+
+    Args:
+        tokenizer: a ``tokenizers.Tokenizer``.
+        size: how many ids the model has.
+        end: the id that ends a text there.
+
+    Raises:
+        ValueError: the tokenizer has more ids than the model.
+    """
+
+    kind = "base"
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, size: int, end: int):
+        super().__init__(tokenizer)
+        if self.ordinary > size or not 0 <= end < size:
+            raise ValueError(
+                f"tokenizer: expected ids below the {size} of the model, got one with {self.ordinary} ids whose text "
+                f"ends with {end}: do they belong together?"
+            )
+        self.ordinary = size
+        self.start = self.infill = self.recall = self.mask = end
+        self.dtype = np.min_scalar_type(size - 1)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.ordinary
+
+    def _ordinary(self, tokens: Iterable[int]) -> list[int]:
+        return [token for token in super()._ordinary(tokens) if token != self.start]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """That of the same ``tokenizer.json`` by itself, which makes the same ids."""
+        return BPETokenizer(self._tokenizer).fingerprint
 
 
 class _PieceDecoder:
@@ -439,8 +484,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer = TokenIds(ordinary)
     elif kind == BPETokenizer.kind:
         tokenizer = BPETokenizer.from_file(folder / VOCABULARY_FILE)
+    elif kind == BaseTokenizer.kind:
+        tokenizer = BPETokenizer.from_file(folder / VOCABULARY_FILE).of_base(ordinary, special[0])
     else:
-        raise ValueError(f"{path}: expected a tokenizer of bytes, bpe or ids, got {kind!r}")
+        raise ValueError(f"{path}: expected a tokenizer of bytes, bpe, ids or base, got {kind!r}")
     if (tokenizer.ordinary, tokenizer.special) != (ordinary, special):
         raise ValueError(
             f"{path}: expected {ordinary} ordinary tokens and special ids {special}, got {tokenizer.ordinary} and "

@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from .reading import Readers
 __all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory"]
 
 Part = Literal["memory", "lora", "all"]
+M = TypeVar("M", bound="MemoryForCausalLM")
 
 
 class PretrainedMemory(NamedTuple):
@@ -613,10 +614,9 @@ def with_memory(
     Raises:
         ValueError: the base is no causal model, or a setting does not fit it; the message says what was expected.
     """
-    model, adapter = without_peft(base)
-    check_base(model)
-    config = MemoryConfig(
-        base=_described(model),
+    return around(
+        MemoryForCausalLM,
+        base,
         slots=slots,
         segment_length=segment_length,
         read_dim=read_dim,
@@ -624,12 +624,22 @@ def with_memory(
         memory_writer=memory_writer,
         write_heads=write_heads,
         write_temperature=write_temperature,
+    )
+
+
+def around(kind: type[M], base: Any, **sizes: Any) -> M:
+    """:func:`with_memory`, as a model of that kind."""
+    model, adapter = without_peft(base)
+    check_base(model)
+    config = MemoryConfig(
+        base=_described(model),
+        **sizes,
         adapter=adapter,
         dtype=model.dtype,
         attn_implementation=model.config._attn_implementation,
     )
     checkpoints = next((m._gradient_checkpointing_func for m in model.modules() if _checkpoints(m)), None)
-    made = MemoryForCausalLM(config, model)
+    made = kind(config, model)
     half = model.dtype in (torch.float16, torch.bfloat16)
     device = model.get_input_embeddings().weight.device
     for part in (made.readers, made.write_norm, made.writer):  # the base's tables of positions keep their dtype

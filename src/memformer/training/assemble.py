@@ -15,15 +15,15 @@ from .._installation import __version__
 from ..data import Document, Lanes, Mixture, Tokenizer, encode_documents
 from ..device import check_compiler, choose_device, choose_precision, seeded
 from ..interface import SegmentModel
-from ..models import make_model
+from ..models import make_model, of_transformers
 from ..parallel import Ranks, shard
 from ..settings import TrainingConfig, to_flat
 from . import checkpoints, resume, shards
 from .callbacks import Report, nothing
 from .corpus import corpus_of
-from .initial import load_initial
+from .initial import base_tokenizer, load_initial
 from .optimizers import make_optimizer
-from .parts import Parts, Progress, RolloutLoss
+from .parts import Parts, Progress, RolloutLoss, trained
 
 __all__ = ["assemble"]
 
@@ -50,7 +50,10 @@ def assemble(
     precision = choose_precision(settings.compute.precision, device)
     checkpoint, refused = _begun(settings, ranks, device)
     initial = None if checkpoint else load_initial(settings)
-    corpus = corpus_of(settings, ranks, checkpoint, initial and initial[1], report, documents)
+    known = None
+    if checkpoint is None:
+        known = initial[1] if initial else base_tokenizer(settings)
+    corpus = corpus_of(settings, ranks, checkpoint, known, report, documents)
     tokenizer = corpus.tokenizer
     divided = ranks.size > 1 and settings.compute.parallel == "fsdp"
     # None of the processes makes the whole model only to put in what each then reads a part of.
@@ -61,7 +64,7 @@ def assemble(
     if checkpoint is not None:
         saved = resume.load(checkpoint, settings, corpus.fingerprint, corpus.held_out_fingerprint, model)
     rollouts = _parallel(model, settings, ranks, device)  # from here on FSDP has divided the parameters
-    averaged = model.named_parameters() if settings.optimizer.ema else ()
+    averaged = trained(model) if settings.optimizer.ema else ()
     parts = Parts(
         ranks=ranks,
         device=device,
@@ -131,6 +134,11 @@ def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: T
 def _model(settings: TrainingConfig, tokenizer: Tokenizer, device: str) -> SegmentModel:
     """With the seed's initial weights; on "meta" without any."""
     with seeded(settings.seed, torch.device(device)), torch.device(device):
+        if settings.around.base is not None:
+            around: SegmentModel = of_transformers().new(
+                settings.around, settings.model, settings.rollout.segment_length
+            )
+            return around
         config = settings.model.config(tokenizer.vocabulary, settings.rollout.segment_length)
         return make_model(config)
 

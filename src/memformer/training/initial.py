@@ -8,10 +8,11 @@ from pathlib import Path
 from .. import folders
 from ..data import Tokenizer, load_tokenizer
 from ..interface import SegmentModel
-from ..models import load_model
+from ..models import AROUND_BASE, load_model, of_transformers
+from ..pretrained import read_config
 from ..settings import ModelSettings, TrainingConfig
 
-__all__ = ["load_initial", "sized_as"]
+__all__ = ["base_tokenizer", "load_initial", "sized_as"]
 
 
 def sized_as(settings: TrainingConfig, path: str | Path) -> TrainingConfig:
@@ -23,7 +24,7 @@ def sized_as(settings: TrainingConfig, path: str | Path) -> TrainingConfig:
     Raises:
         FileNotFoundError, ValueError: there is no model, or it is damaged.
     """
-    folder = folders.find(path)
+    folder = _folder(path)
     model, tokenizer = load_model(folder).config, _tokenizer_in(folder)
     documents = settings.documents
     if tokenizer is not None:
@@ -37,6 +38,15 @@ def sized_as(settings: TrainingConfig, path: str | Path) -> TrainingConfig:
     )
 
 
+def _folder(path: str | Path) -> Path:
+    folder = folders.find(path)
+    if read_config(folder)[0] == AROUND_BASE:
+        raise ValueError(
+            f"init_from: the model in {folder} is around a pretrained one; begin a run with that one's base"
+        )
+    return folder
+
+
 def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | None] | None:
     """The model and, where it has one, the tokenizer of ``init_from``; None where there is no such setting.
 
@@ -45,7 +55,7 @@ def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | No
     """
     if settings.init_from is None:
         return None
-    folder = folders.find(settings.init_from)
+    folder = _folder(settings.init_from)
     model, tokenizer = load_model(folder), _tokenizer_in(folder)
     there, found = model.config.to_dict(), settings.documents.tokenizer
     if tokenizer is not None and found != _kind(tokenizer):
@@ -66,6 +76,21 @@ def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | No
                 "them out, or take the settings from training.sized_as"
             )
     return model, tokenizer
+
+
+def base_tokenizer(settings: TrainingConfig) -> Tokenizer | None:
+    """That of a new run's base; None where there is no base.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such base, it has no tokenizer, or cannot read the run's segments.
+        ImportError: a library that is needed is not installed.
+    """
+    if settings.around.base is None:
+        return None
+    tokenizer: Tokenizer = of_transformers().tokenizer_of(
+        settings.around, settings.documents.tokenizer, settings.rollout.segment_length
+    )
+    return tokenizer
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:

@@ -21,13 +21,14 @@ def make_optimizer(model: SegmentModel, settings: OptimizerSettings) -> torch.op
     maps. A bias, a scale, an embedding or a slot of the initial memory has no such meaning, and the writer looks at its
     slots' direction alone: of them decay would change the length, and through it the learning rate.
     """
-    hidden = linear_maps(model)
-    decaying = hidden if settings.decay_of == "linear" else [p for p in model.parameters() if p.dim() >= 2]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in linear_maps(model) if p.requires_grad]
+    decaying = hidden if settings.decay_of == "linear" else [p for p in parameters if p.dim() >= 2]
     by_muon = hidden if settings.optimizer == "muon" else []
     taken = {id(p) for p in [*by_muon, *decaying]}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in decaying if all(p is not other for other in by_muon)]},
-        {"params": [p for p in model.parameters() if id(p) not in taken], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in taken], "weight_decay": 0.0},
     ]
     rest = torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -51,7 +52,9 @@ def make_optimizer(model: SegmentModel, settings: OptimizerSettings) -> torch.op
 def linear_maps(model: SegmentModel) -> list[nn.Parameter]:
     """The matrices of the linear maps inside a model, in its order: neither an embedding nor the output projection."""
     outside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    heads = (getattr(module, "to_logits", None) for module in model.modules())
+    heads = [getattr(module, "to_logits", None) for module in model.modules()]
+    base: Any = getattr(model, "base", None)  # of a pretrained model, whose head has a name of its own
+    heads += [] if base is None else [base.get_output_embeddings()]
     outside |= {id(head.weight) for head in heads if isinstance(head, nn.Linear)}
     maps = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     return [p for p in model.parameters() if id(p) in maps - outside]

@@ -32,6 +32,7 @@ __all__ = [
     "differentiate",
     "from_names",
     "only_finite",
+    "trained",
 ]
 
 
@@ -120,6 +121,11 @@ def begun_anew(segment: Segment, memory: Memory | None) -> Segment:
         return segment
     lost = _each_lane(memory, lambda part: part == 0)
     return segment._replace(reset=lost if segment.reset is None else segment.reset | lost)
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that a run changes, by name: all but those of a frozen base."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def differentiate(

@@ -14,14 +14,12 @@ from torch.utils._pytree import tree_map
 from .. import folders
 from ..data import Document, fingerprint
 from ..data.lanes import LanesState
-from ..device import seeded
 from ..interface import SegmentModel
-from ..models import config_in, load_model, make_model
 from ..parallel import like
 from ..pretrained import divided
 from ..settings import TrainingConfig, absolute, read_saved, read_yaml, to_flat, to_plain
 from . import checkpoints, shards
-from .parts import Best, Change, Parts, by_name, from_names, only_finite
+from .parts import Best, Change, Parts, by_name, from_names, only_finite, trained
 
 __all__ = [
     "ON_RESUMING",
@@ -48,6 +46,7 @@ ON_RESUMING: dict[str, Kind] = {
     "documents": "documents", "documents.tokenizer": "fixed", "documents.vocabulary": "fixed",
     "documents.end": "stream",
     "model": "fixed", "model.dropout": "stretch",
+    "around": "fixed", "around.base": "exact", "around.gguf": "exact",
     "objective": "stretch",
     "rollout": "stretch", "rollout.lanes": "stream", "rollout.segment_length": "fixed", "rollout.spread": "stream",
     "rollout.schedule": "exact", "rollout.graphs": "exact", "rollout.offload": "exact",
@@ -202,7 +201,7 @@ def save(parts: Parts, settings: TrainingConfig) -> None:
         FloatingPointError: a weight is not finite, so the former checkpoints are better.
     """
     with parts.ranks.together():
-        for name, parameter in parts.model.named_parameters():
+        for name, parameter in trained(parts.model):
             own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             if not own.isfinite().all():
                 raise FloatingPointError(f"step {parts.progress.step}: {name} is not finite, so nothing is saved")
@@ -213,20 +212,17 @@ def save(parts: Parts, settings: TrainingConfig) -> None:
 
 
 def _save_whole(parts: Parts, settings: TrainingConfig) -> None:
-    weights = {name: p.detach().cpu() for name, p in parts.model.named_parameters()}
-    average = {name: p.cpu() for name, p in parts.average.items()}
-    tensors = {f"weights/{name}": p for name, p in weights.items()} if average else {}
-    for name, parameter in parts.model.named_parameters():
+    average = parts.average
+    tensors = {f"weights/{name}": p.detach().cpu() for name, p in trained(parts.model) if average}
+    for name, parameter in trained(parts.model):
         for key, value in parts.optimizer.state[parameter].items():
             tensors[f"optimizer/{name}/{key}"] = value.cpu()
     assert parts.progress.memory is not None
     tensors |= {name: parts.ranks.gather(part).cpu() for name, part in by_name(parts.progress.memory).items()}
     with parts.ranks.together():
         if not parts.ranks.rank:
-            with seeded(0, cpu := torch.device("cpu")), cpu:
-                plain = make_model(parts.model.config)
-            plain.load_state_dict(average or weights, strict=False)
-            _write(parts, settings, plain.save_pretrained, tensors)
+            written = {name: p.detach() for name, p in parts.model.named_parameters()} | average
+            _write(parts, settings, lambda folder: parts.model.save_with(folder, written), tensors)
 
 
 def _save_in_parts(parts: Parts, settings: TrainingConfig) -> None:
@@ -333,14 +329,10 @@ def load(checkpoint: Path, settings: TrainingConfig, documents: str, held_out: s
     """
     numbers, tensors = checkpoints.load_state(checkpoint)
     changes, kinds = changes_since(checkpoint, settings, documents, held_out)
-    config, expected = config_in(checkpoint), model.config
-    if dataclasses.replace(config, dropout=expected.dropout) != expected:
-        raise ValueError(f"{checkpoint}: its model is {config}, expected {expected}")
+    model.load_saved(checkpoint)
     if shards.found_in(checkpoint):
         return Saved(cast(_Numbers, numbers), tensors, changes, kinds, checkpoint)
-    loaded = load_model(checkpoint)
-    model.load_state_dict(loaded.state_dict())
-    averages = {f"average/{name}": parameter.detach() for name, parameter in loaded.named_parameters()}
+    averages = {f"average/{name}": p.detach().clone() for name, p in trained(model) if settings.optimizer.ema}
     weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
     if weights:  # then the model's own files hold the average
         model.load_state_dict(weights, strict=False)
@@ -359,7 +351,7 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
         tensors = shards.load(parts, in_parts)
     else:
         _restore_optimizer(parts, tensors)
-        for name, parameter in parts.model.named_parameters() if parts.average else ():
+        for name, parameter in trained(parts.model) if parts.average else ():
             parts.average[name] = like(tensors[f"average/{name}"], parameter)
     saved_memory = from_names(tensors, parts.model.get_initial_mem(1))
     progress.memory = tree_map(lambda part: parts.ranks.own(part).to(parts.device), saved_memory)

@@ -15,7 +15,7 @@ from ..interface import SegmentModel
 from ..parallel import full
 from ..settings import TrainingConfig
 from . import checkpoints
-from .parts import Parts
+from .parts import Parts, trained
 
 __all__ = ["Update", "not_interrupted"]
 
@@ -101,7 +101,7 @@ class Update:
 
     def _make_ready(self, rate: float) -> None:
         # A parameter that no gradient reaches (the writer's, at horizon 1) has a zero one under DDP, and so here.
-        for parameter in self._parts.model.parameters():
+        for _, parameter in trained(self._parts.model):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         for group in self._parts.optimizer.param_groups:
@@ -127,7 +127,7 @@ class Update:
     def average(self) -> None:
         """Let the moving average of the weights follow the newest ones, after a step that is counted already."""
         decay, average, step = self._settings.optimizer.ema, self._parts.average, self._parts.progress.step
-        for name, parameter in self._parts.model.named_parameters() if average else ():
+        for name, parameter in trained(self._parts.model) if average else ():
             # Young averages forget faster, so that they do not remember the initial weights for long.
             weight = 1 - min(decay, step / (step + 9))
             average[name].lerp_(parameter.detach(), weight)
@@ -136,7 +136,7 @@ class Update:
     def averaged(self) -> Iterator[SegmentModel]:
         """The model with the weights' moving average in place of the newest, where the run keeps one."""
         model, average = self._parts.model, self._parts.average
-        parameters = dict(model.named_parameters()) if average else {}
+        parameters = dict(trained(model)) if average else {}
         newest = {name: p.detach().clone() for name, p in parameters.items()}
         try:
             with torch.no_grad():

@@ -1,0 +1,332 @@
+"""A training run around a pretrained model: the base of its settings, and checkpoints that hold what is trained alone.
+
+A frozen base stays where it is. A checkpoint has its folder and a hash of its weights, so that another is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from ..around import BaseSettings
+from ..config import a_path
+from ..data.tokenizers import VOCABULARY_FILE, BaseTokenizer, BPETokenizer
+from ..folders import model_in
+from ..pretrained import read_config
+from ..settings import ModelSettings
+from ..state import MemoryState
+from .bases import check_length, logits_of, text_config
+from .configuration import MemoryConfig
+from .model import MemoryForCausalLM, around
+
+__all__ = ["AroundBase"]
+
+SAMPLED = 4096
+"""So many numbers of each of a base's weights are looked at to tell it from another one."""
+FIELDS = (
+    "base",
+    "slots",
+    "segment_length",
+    "read_dim",
+    "read_heads",
+    "memory_writer",
+    "write_heads",
+    "write_temperature",
+)
+"""What a checkpoint holds of the model's configuration, beside the adapter."""
+
+
+class AroundBase(MemoryForCausalLM):
+    """A :class:`MemoryForCausalLM` of ``memformer train --base``, as its checkpoints have it.
+
+    The base's own dropout is off, so that a run needs no generator's state to go on.
+
+    Attributes:
+        reference: ``folder``, ``gguf`` and ``fingerprint`` of the base that checkpoints do not hold; None where all of
+            its weights are trained, and so saved.
+    """
+
+    kind = "AroundBase"
+    reference: dict[str, str | None] | None = None
+
+    # --- From settings ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def new(cls, settings: BaseSettings, sizes: ModelSettings, segment_length: int) -> Self:
+        """The base of some settings with a new memory, on the CPU; of both, what is trained requires gradients.
+
+        Raises:
+            FileNotFoundError, ValueError: the folder or the file holds no such model, or a size does not fit it.
+            ImportError: a library that is needed is not installed.
+        """
+        assert settings.base is not None
+        base = load_base(settings.base, settings.gguf)
+        reference = None if settings.train_base else _reference(base, settings)
+        model: Self = around(
+            cls,
+            _with_lora(base, settings.lora) if settings.lora else base,
+            slots=sizes.slots,
+            segment_length=segment_length,
+            read_dim=settings.read_dim,
+            read_heads=settings.read_heads,
+            memory_writer=sizes.memory_writer,
+            write_heads=settings.write_heads,
+            write_temperature=sizes.write_temperature,
+        )
+        model.reference = reference
+        model.trainable(settings.trained)
+        return model
+
+    @staticmethod
+    def tokenizer_of(settings: BaseSettings, named: str, segment_length: int) -> BaseTokenizer:
+        """The tokenizer of a base, for documents; what is missing of the base is found before anything takes long.
+
+        Args:
+            named: the path of its tokenizer.json; "bytes", the default of that setting, for the one in the folder.
+            segment_length: which the base must be able to read at once.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none that makes the base's ids, or it has no token that ends a text.
+            ImportError: a library that is needed is not installed.
+        """
+        assert settings.base is not None
+        if settings.lora:
+            _peft()
+        return _tokenizer(settings.base, settings.gguf, named, segment_length)
+
+    def train(self, mode: bool = True) -> Self:
+        """The memory's parts; the base stays without dropout."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def next_logits(self, state: MemoryState, opened: Any) -> Tensor:
+        """Logits of each lane's next token, (batch, vocabulary). A document's first follows the state's start token."""
+        begins = state.position == 0
+        if not begins.any():
+            return super().next_logits(state, opened)
+        starts = torch.full_like(state.pending[:, :1], state.start)
+        first = logits_of(self.base, self._hidden(starts, opened.memory, None))[:, 0]
+        if begins.all():
+            return first
+        # A whole segment was read, as far as the others know: what comes of it here is not taken.
+        others = dataclasses.replace(state, position=state.position.where(~begins, state.length))
+        return torch.where(begins[:, None], first, super().next_logits(others, opened))
+
+    # --- On disk ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, **others: Any) -> None:  # type: ignore[override]
+        """Write the whole model, the base in it, as transformers does; ``AutoModelForCausalLM`` reads it."""
+        with _quiet():
+            super().save_pretrained(folder, **others)
+
+    def save_with(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write ``config.json`` and, in ``model.safetensors``, those of some weights that are trained."""
+        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        save_file({name: weights[name].detach().cpu().contiguous() for name in trained}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(self.described(), indent=2) + "\n", encoding="utf-8")
+
+    def described(self) -> dict[str, Any]:
+        """What ``config.json`` holds."""
+        fields = {name: getattr(self.config, name) for name in (*FIELDS, "adapter")}
+        return {"model": self.kind, **fields, "reference": self.reference}
+
+    def load_saved(self, folder: Path) -> None:
+        """Take over the weights of a checkpoint of the same run.
+
+        Raises:
+            ValueError: it is of another base or other sizes, or damaged.
+        """
+        _, saved = read_config(folder)
+        self._check_base_of(saved, folder)
+        here = self.described()
+        for name in FIELDS:
+            if name != "base" and saved.get(name) != here[name]:
+                raise ValueError(f"{folder}: its model has {name} {saved.get(name)}, expected {here[name]}")
+        try:
+            weights = load_file(folder / "model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / 'model.safetensors'}: missing or damaged ({error})") from error
+        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        wrong = set(weights) ^ set(named) | {n for n in set(weights) & set(named) if weights[n].shape != named[n].shape}
+        if wrong:
+            raise ValueError(f"{folder}: damaged, or not the weights of {folder / 'config.json'}: {min(wrong)}")
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(weights[name])
+
+    def _check_base_of(self, saved: Mapping[str, Any], folder: Path) -> None:
+        there = saved.get("reference")
+        if (there is None) != (self.reference is None):
+            raise ValueError(f"{folder}: of a run in which the base's own weights were trained, or the other way round")
+        if there is not None and self.reference is not None and there["fingerprint"] != self.reference["fingerprint"]:
+            raise ValueError(
+                f"{folder}: it was trained around the base in {there['folder']}, and the weights in "
+                f"{self.reference['folder']} are others: name the folder with that base"
+            )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *args: Any, **others: Any) -> Self:  # type: ignore[override]
+        """The model of a run's checkpoint, around the base that it names.
+
+        Raises:
+            FileNotFoundError: the checkpoint or its base is not there.
+            ValueError: a file is damaged, or the base is another one.
+        """
+        folder = model_in(a_path("folder", folder))
+        _, saved = read_config(folder)
+        if "reference" not in saved:  # save_pretrained of transformers wrote it
+            with _quiet():
+                whole: Self = super().from_pretrained(folder, dtype=torch.float32)  # type: ignore[call-arg]
+            return whole.eval()
+        there, adapter = saved.get("reference"), saved.get("adapter")
+        if there is not None:
+            base = load_base(Path(there["folder"]), there["gguf"])
+        else:
+            config = MemoryConfig(**{name: saved[name] for name in FIELDS}).base_config
+            base = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        settings = BaseSettings(base=Path("."), lora=adapter["r"] if adapter else 0, train_base=there is None)
+        reference = None if there is None else {**there, "fingerprint": fingerprint(base)}
+        sizes = {name: saved[name] for name in FIELDS if name != "base"}
+        model: Self = around(cls, _with_lora(base, settings.lora) if settings.lora else base, **sizes)
+        model.reference = reference
+        model.trainable(settings.trained)
+        model.load_saved(folder)
+        return model.eval()
+
+
+# --- The base and its tokenizer
+
+
+def load_base(folder: Path, gguf: str | None) -> PreTrainedModel:
+    """A causal language model in float32, on the CPU, without dropout.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none in the folder, or transformers does not know it.
+        ImportError: a GGUF needs a library that is not installed.
+    """
+    with _loading(folder, gguf, "a causal language model"), torch.device("cpu"):
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **_file(gguf), dtype=torch.float32)
+    return base.eval()
+
+
+def _tokenizer(folder: Path, gguf: str | None, named: str, segment_length: int) -> BaseTokenizer:
+    with _loading(folder, gguf, "the settings of a causal language model"):
+        config = text_config(AutoConfig.from_pretrained(folder, **_file(gguf)))
+    check_length(config, segment_length)
+    end = config.eos_token_id
+    if named != "bytes":
+        tokenizer = BPETokenizer.from_file(named)
+    else:
+        if gguf is None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise FileNotFoundError(
+                f"{folder}: no {VOCABULARY_FILE}, so no tokenizer was saved with this base; give the path of its own "
+                "one with --tokenizer"
+            )
+        with _loading(folder, gguf, "a tokenizer"):
+            own = AutoTokenizer.from_pretrained(folder, **_file(gguf))
+        inner = getattr(own, "backend_tokenizer", None)
+        if inner is None:
+            raise ValueError(
+                f"{folder}: {type(own).__name__} is not of the tokenizers library; give the path of a tokenizer.json "
+                "with --tokenizer"
+            )
+        tokenizer, end = BPETokenizer(inner), end if own.eos_token_id is None else own.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    if end is None:
+        raise ValueError(
+            f"{folder}: neither the tokenizer nor the base names the token that ends a text; set eos_token_id in its "
+            "config.json"
+        )
+    return tokenizer.of_base(config.vocab_size, end)
+
+
+def _file(gguf: str | None) -> dict[str, str]:
+    return {} if gguf is None else {"gguf_file": gguf}
+
+
+_TOKENIZER_FILES = (VOCABULARY_FILE, "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+@contextlib.contextmanager
+def _loading(folder: Path, gguf: str | None, what: str) -> Iterator[None]:
+    """What transformers says of a folder, in a sentence; its bars of progress are not shown."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"base: {folder} is no folder; expected one with {what} of transformers")
+    if gguf is not None and not (folder / gguf).is_file():
+        there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
+        raise FileNotFoundError(f"gguf: no {gguf} in {folder}; the GGUF files there: {there}")
+    if gguf is not None and importlib.util.find_spec("gguf") is None:
+        raise ImportError("gguf: reading such a file needs the gguf library: pip install gguf")
+    if gguf is None and not (folder / "config.json").is_file():
+        found = sorted(file.name for file in folder.glob("*.gguf"))
+        hint = f"for the GGUF there add --gguf {found[0]}" if found else "save_pretrained of transformers writes one"
+        raise FileNotFoundError(f"base: no config.json in {folder}; {hint}")
+    try:
+        with _quiet():
+            yield
+    except (OSError, struct.error, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"base: {folder / (gguf or '')} holds no such thing as {what} that transformers knows: {reason}"
+        ) from error
+
+
+def _with_lora(base: PreTrainedModel, rank: int) -> Any:
+    peft = _peft()
+    with warnings.catch_warnings():  # it calls what transformers has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars of progress of transformers."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("lora: needs peft: pip install 'memformer-replay[hf]'") from error
+    return peft
+
+
+def _reference(base: PreTrainedModel, settings: BaseSettings) -> dict[str, str | None]:
+    return {
+        "folder": str(Path(settings.base or "").absolute()),
+        "gguf": settings.gguf,
+        "fingerprint": fingerprint(base),
+    }
+
+
+def fingerprint(base: PreTrainedModel) -> str:
+    """A hash of a base's weights: of their names, shapes, and some numbers of each."""
+    digest = hashlib.sha256()
+    for name, parameter in base.named_parameters():
+        numbers = parameter.detach().flatten()
+        numbers = numbers[:: max(1, len(numbers) // SAMPLED)].float().contiguous().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}\0".encode() + numbers.numpy().tobytes())
+    return digest.hexdigest()
