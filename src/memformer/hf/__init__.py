@@ -4,7 +4,7 @@ Importing this registers its models with ``AutoConfig`` and ``AutoModelForCausal
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import transformers
@@ -18,6 +18,10 @@ if int(transformers.__version__.split(".")[0]) < 5:
 from .cache import MemoryCache
 from .configuration import MemoryConfig
 from .model import MemoryForCausalLM, MemoryOutput, PretrainedMemory, with_memory
+
+if TYPE_CHECKING:
+    from .arguments import MemoryTrainingArguments
+    from .trainer import MemoryTrainer
 
 __all__ = [
     "MemoryCache",

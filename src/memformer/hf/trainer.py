@@ -78,6 +78,7 @@ class MemoryTrainer(Trainer):
 
     args: MemoryTrainingArguments
     model: MemoryForCausalLM
+    control: Any
 
     def __init__(
         self,
