@@ -84,6 +84,7 @@ class MemoryTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._refuse()  # before anything is done about it, such as setting a variable of the environment
         super().__post_init__()
         self.check()
 
@@ -93,9 +94,7 @@ class MemoryTrainingArguments(TrainingArguments):
         if self.readout_tokens is not None:
             check_count("readout_tokens", self.readout_tokens)
         self.replay_schedule()
-        for name, why in _REFUSED.items():
-            if value := getattr(self, name, None):
-                raise ValueError(f"{name}: {why}. Leave it out, got {value!r}")
+        self._refuse()
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices: the tokens of all processes count alike; leave it out")
         sampling = getattr(self, "train_sampling_strategy", "random")
@@ -111,6 +110,11 @@ class MemoryTrainingArguments(TrainingArguments):
                 raise ValueError(f"accelerator_config: {name} divides batches, but each process has lanes of its own")
         if self._checkpointing().get("use_reentrant"):
             raise ValueError("use_reentrant: expected False, because a rollout differentiates inside of its backward")
+
+    def _refuse(self) -> None:
+        for name, why in _REFUSED.items():
+            if value := getattr(self, name, None):
+                raise ValueError(f"{name}: {why}. Leave it out, got {value!r}")
 
     def replay_schedule(self) -> Schedule:
         """``schedule`` as the engine takes it."""
