@@ -35,7 +35,8 @@ oldest: package  ## the wheel in a fresh environment with the oldest versions, a
 		$$(grep -E '^(pytest|pytest-xdist|hypothesis)==' constraints.txt)
 	$(OLDEST)/pip check
 	$(OLDEST)/pytest -n 2 --dist worksteal tests/test_package.py tests/test_saved_before.py tests/test_replay.py \
-		tests/test_model.py tests/test_training.py tests/test_export.py tests/test_tokenizers.py tests/test_inspection.py tests/test_hf.py
+		tests/test_model.py tests/test_training.py tests/test_export.py tests/test_tokenizers.py tests/test_inspection.py tests/test_hf.py \
+		tests/test_hf_trainer.py
 
 docs:  ## the site, in ./site; needs the extra docs
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict

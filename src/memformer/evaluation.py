@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from .config import is_count
-from .data import BPETokenizer, Document, Lanes, Tokenizer, encode_documents
+from .data import BPETokenizer, Document, Lanes, Tokenizer, Tokens, encode_documents
 from .device import summing_device
 from .interface import SegmentModel
 from .parallel import Ranks
 from .pretrained import unwrapped
 from .wavefront import read_segments
 
-__all__ = ["ByDepth", "Depth", "DepthSum", "HeldOut", "evaluate"]
+__all__ = ["ByDepth", "Depth", "DepthSum", "HeldOut", "evaluate", "read_stream", "streamed_once"]
 
 LOGITS_AT_ONCE = 2**22
 """The losses are of as many segments at once as give this many logits, 16 MiB in float32."""
@@ -137,7 +137,11 @@ def evaluate(
             raise ValueError(f"model: expected {name} of {tokenizer.vocabulary}, that of the tokenizer, got {size}")
     model.check_writes("evaluate")  # what it cannot write would not be counted
     began, ranks = time.perf_counter(), Ranks()
-    stream, total = _stream(documents, tokenizer, model.config.segment_length, lanes, ranks)
+    sequences = encode_documents(documents, tokenizer)
+    stream, total = (
+        streamed_once(sequences, model.config.segment_length, lanes, tokenizer.start),
+        sum(map(len, sequences)),
+    )
     was_training, read = model.training, 0
 
     def report(tokens: int) -> None:
@@ -148,7 +152,7 @@ def evaluate(
 
     model.eval()
     try:
-        by_depth = _read(model, stream, memory, device or next(model.parameters()).device, report)
+        by_depth = read_stream(model, stream, memory, device or next(model.parameters()).device, report)
     finally:
         model.train(was_training)
     by_depth.sums = ranks.sum(by_depth.sums).cpu()
@@ -181,38 +185,31 @@ def _num_bytes(document: Document, tokenizer: Tokenizer) -> int | None:
     return sum(int(sizes[block].sum()) for block in blocks)
 
 
-def _stream(
-    documents: Sequence[Document], tokenizer: Tokenizer, length: int, lanes: int, ranks: Ranks
-) -> tuple[Lanes, int]:
-    """The longest document first, in no more lanes than stay busy until it ends: an idle lane costs as much.
+def streamed_once(sequences: Sequence[Tokens], length: int, lanes: int, start: int) -> Lanes:
+    """This process's lanes of documents, the longest first, in no more lanes than stay busy until it ends.
 
-    And how many tokens there are.
+    An idle lane costs as much.
     """
-    ordered = sorted(documents, key=lambda document: -len(document))
-    sequences = encode_documents(ordered, tokenizer)
-    total = sum(map(len, sequences))
-    busy = max(1, total // max(map(len, sequences)))
+    ordered, ranks = sorted(sequences, key=lambda tokens: -len(tokens)), Ranks()
+    busy = max(1, sum(map(len, ordered)) // len(ordered[0]))
     lanes = math.ceil(min(lanes, busy) / ranks.size) * ranks.size
-    stream = Lanes(
-        sequences,
-        lanes=lanes,
-        length=length,
-        start=tokenizer.start,
-        epochs=1,
-        rank=ranks.rank,
-        world_size=ranks.size,
-    )
-    return stream, total
+    return Lanes(ordered, lanes=lanes, length=length, start=start, epochs=1, rank=ranks.rank, world_size=ranks.size)
 
 
-def _read(
+def read_stream(
     model: SegmentModel,
     stream: Lanes,
     memory: bool,
     device: torch.device,
     report: Callable[[int], object],
 ) -> ByDepth:
-    """Nats and tokens by depth, for this process's lanes to their end."""
+    """Nats and tokens by depth, for this process's lanes to their end.
+
+    Args:
+        stream: with continuation as its target; of one pass.
+        memory: carry it, see :func:`evaluate`.
+        report: called with the number of tokens of each piece that is read.
+    """
     at_once = max(1, LOGITS_AT_ONCE // (stream.rows * stream.length * model.config.vocabulary))
     mems, depth = None, torch.zeros(stream.rows, dtype=torch.long, device="cpu")
     by_depth = ByDepth(device)

@@ -76,6 +76,9 @@ class Lanes:
     the same state. A Segment has ``src`` (lanes of the rank, length) and ``tgt`` (lanes of the rank, length + 1),
     whose first token is the objective's start token.
 
+    Attributes:
+        sizes: (documents,), how many tokens each has; None where that is known only when its turn comes.
+
     Args:
         documents: the tokens of each: a one-dimensional integer array (or list, tensor, or what
             :func:`~memformer.data.encode_documents` returns); none may be empty. A sequence, or any iterable; one that
@@ -137,10 +140,12 @@ class Lanes:
             )
         if self._indexed and not len(documents):  # type: ignore[arg-type]
             raise ValueError("documents: expected at least one, got none")
+        self.sizes: np.ndarray | None = None
         self._cuts: np.ndarray | None = None
         if isinstance(documents, Sequence) and encode is None:
             sizes = [len(self._tokens(index, item)) for index, item in enumerate(documents)]
-            self._cuts = _cuts(np.array(sizes, np.int64), lanes, length) if spread else None
+            self.sizes = np.array(sizes, np.int64)
+            self._cuts = _cuts(self.sizes, lanes, length) if spread else None
         elif spread:
             raise ValueError(
                 "spread: expected a list of arrays, or the like, whose lengths are known without reading; leave it out "

@@ -3,6 +3,9 @@
 Importing this registers its models with ``AutoConfig`` and ``AutoModelForCausalLM``.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 try:
     import transformers
 except ImportError as error:
@@ -16,7 +19,28 @@ from .cache import MemoryCache
 from .configuration import MemoryConfig
 from .model import MemoryForCausalLM, MemoryOutput, PretrainedMemory, with_memory
 
-__all__ = ["MemoryCache", "MemoryConfig", "MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory"]
+if TYPE_CHECKING:
+    from .arguments import MemoryTrainingArguments
+    from .trainer import MemoryTrainer
+
+__all__ = [
+    "MemoryCache",
+    "MemoryConfig",
+    "MemoryForCausalLM",
+    "MemoryOutput",
+    "MemoryTrainer",
+    "MemoryTrainingArguments",
+    "PretrainedMemory",
+    "with_memory",
+]
 
 transformers.AutoConfig.register(MemoryConfig.model_type, MemoryConfig, exist_ok=True)
 transformers.AutoModelForCausalLM.register(MemoryConfig, MemoryForCausalLM, exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer is imported when it is asked for: it needs accelerate, and Trainer takes seconds."""
+    rooms = {"MemoryTrainer": "trainer", "MemoryTrainingArguments": "arguments"}
+    if name in rooms:
+        return getattr(importlib.import_module(f".{rooms[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
