@@ -106,7 +106,8 @@ def definition(module: str, name: str) -> tuple[str, str | None]:
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
-    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    top = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    body = [inner for node in top for inner in (node.body if isinstance(node, ast.If) else [node])]  # TYPE_CHECKING
     for node, below in zip(body, [*body[1:], None], strict=True):
         match node:
             case ast.FunctionDef() | ast.ClassDef() if node.name == name:
