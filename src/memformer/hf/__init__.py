@@ -1,6 +1,6 @@
-"""A memory around any causal language model of transformers. Needs the extra ``hf``.
+"""A memory around any causal language model of transformers, and this library's own models there. Extra ``hf``.
 
-Importing this registers its models with ``AutoConfig`` and ``AutoModelForCausalLM``.
+Importing this registers the models with ``AutoConfig`` and ``AutoModelForCausalLM``.
 """
 
 try:
@@ -15,8 +15,31 @@ if int(transformers.__version__.split(".")[0]) < 5:
 from .cache import MemoryCache
 from .configuration import MemoryConfig
 from .model import MemoryForCausalLM, MemoryOutput, PretrainedMemory, with_memory
+from .own import (
+    CausalMemformerForCausalLM,
+    HFCausalConfig,
+    HFMemformerConfig,
+    MemformerForCausalLM,
+    StreamCache,
+    as_transformers,
+    register,
+)
 
-__all__ = ["MemoryCache", "MemoryConfig", "MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory"]
+__all__ = [
+    "CausalMemformerForCausalLM",
+    "HFCausalConfig",
+    "HFMemformerConfig",
+    "MemformerForCausalLM",
+    "MemoryCache",
+    "MemoryConfig",
+    "MemoryForCausalLM",
+    "MemoryOutput",
+    "PretrainedMemory",
+    "StreamCache",
+    "as_transformers",
+    "with_memory",
+]
 
 transformers.AutoConfig.register(MemoryConfig.model_type, MemoryConfig, exist_ok=True)
 transformers.AutoModelForCausalLM.register(MemoryConfig, MemoryForCausalLM, exist_ok=True)
+register()

@@ -6,7 +6,7 @@ replay engine.
 
 from __future__ import annotations
 
-import inspect
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -28,7 +28,7 @@ from ..nn.losses import each_loss
 from ..nn.memory import WRITERS, SlotWriter
 from ..state import MemoryState
 from .bases import CACHE, check_base, decode, layers_of, logits_of, without_peft
-from .cache import MemoryCache
+from .cache import CarriedGenerationMixin, MemoryCache
 from .configuration import MemoryConfig
 from .places import along, before_each, counted_labels, kept_first
 from .reading import Readers
@@ -69,7 +69,7 @@ class MemoryOutput(CausalLMOutputWithPast):
     memory: PretrainedMemory | None = None
 
 
-class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
+class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
     """A causal language model of transformers with a memory; :func:`with_memory` makes one.
 
     Args:
@@ -85,7 +85,6 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _is_stateful = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _keep_in_fp32_modules_strict: ClassVar[Any] = ["writer"]  # a slot changes by less than what bfloat16 can hold
 
@@ -373,27 +372,17 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
 
     # --- What generate() of transformers asks for ---------------------------------------------------------------------
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the first call makes its own
-
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """The tokens that were not read yet; a memory and resets are of the first call alone."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        known = inspect.signature(self.forward).parameters
-        inputs = {name: value for name, value in inputs.items() if name in known}
         if inputs.get(CACHE) is not None:
             inputs["memory"] = inputs["reset"] = None
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **given: Any) -> tuple[Tensor, dict[str, Any]]:
         input_ids, given = super()._expand_inputs_for_generation(expand_size=expand_size, **given)
-        if expand_size > 1:
-            if given.get("memory") is not None:
-                given["memory"] = PretrainedMemory(*(x.repeat_interleave(expand_size, 0) for x in given["memory"]))
-            if given.get(CACHE) is not None:
-                given[CACHE] = given[CACHE].copy()
-                given[CACHE].batch_repeat_interleave(expand_size)
+        if expand_size > 1 and given.get("memory") is not None:
+            given["memory"] = PretrainedMemory(*(x.repeat_interleave(expand_size, 0) for x in given["memory"]))
         return input_ids, given
 
     # --- What a rollout asks for --------------------------------------------------------------------------------------
@@ -634,7 +623,9 @@ def with_memory(
         reader.to(next(layer.parameters()).device)
     if checkpoints is not None:
         made._set_gradient_checkpointing(True, checkpoints)
-    made.generation_config = model.generation_config
+    generation: Any = copy.deepcopy(model.generation_config)
+    generation.cache_implementation = None  # it has its own
+    made.generation_config = generation
     return made.train(model.training)
 
 
