@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,22 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..config import check_count
+from ..folders import model_in
 
-__all__ = ["CACHE", "check_base", "check_length", "decode", "layers_of", "logits_of", "without_peft"]
+__all__ = ["CACHE", "check_base", "check_length", "decode", "found", "layers_of", "logits_of", "without_peft"]
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls a cache."""
 ATTENDING = {"full_attention", "sliding_attention"}
 """The kinds of layers whose whole state is keys and values."""
+
+
+def found(name: Any) -> Any:
+    """Where a run's folder has its model: its best checkpoint if it evaluates on its way, else its newest.
+
+    Any other name, of a folder or of the hub, as it is.
+    """
+    return str(model_in(name)) if isinstance(name, (str, Path)) and Path(name).is_dir() else name
 
 
 def text_config(base: PreTrainedModel | PreTrainedConfig) -> Any:

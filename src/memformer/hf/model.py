@@ -10,10 +10,11 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -27,11 +28,12 @@ from ..interface import Divisor, SegmentModel, Step, TokenLosses
 from ..nn.losses import each_loss
 from ..nn.memory import WRITERS, SlotWriter
 from ..state import MemoryState
-from .bases import CACHE, check_base, decode, layers_of, logits_of, without_peft
+from .bases import CACHE, check_base, decode, found, layers_of, logits_of, without_peft
 from .cache import CarriedGenerationMixin, MemoryCache
 from .configuration import MemoryConfig
 from .places import along, before_each, counted_labels, kept_first
 from .reading import Readers
+from .reference import found_base, own_state, reference_to, weight_files
 
 __all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory"]
 
@@ -86,7 +88,8 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _keep_in_fp32_modules_strict: ClassVar[Any] = ["writer"]  # a slot changes by less than what bfloat16 can hold
+    # A slot changes by less than what bfloat16 can hold; PEFT keeps a LoRA in float32, too.
+    _keep_in_fp32_modules_strict: ClassVar[Any] = ["writer", "lora_A", "lora_B"]
 
     def __init__(self, config: MemoryConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
@@ -157,6 +160,76 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
     ) -> None:
         kept = self.readers.checkpointing(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, kept, **options)
+
+    # --- In a folder --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        *,
+        base: Literal["saved", "referenced"] = "saved",
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the model as transformers does; the other arguments are those of its ``save_pretrained``.
+
+        Args:
+            base: "referenced" writes the memory and a LoRA alone, and of a frozen base only its name, its GGUF file and
+                a fingerprint of its weights.
+
+        Raises:
+            ValueError: another word, or a base that cannot be referenced: it has no name, or is not frozen.
+        """
+        if base not in ("saved", "referenced"):
+            raise ValueError(f"base: expected 'saved' or 'referenced', got {base!r}")
+        if base == "referenced":
+            state_dict = own_state(self.state_dict() if state_dict is None else state_dict)
+            self.config.reference = reference_to(self.base, self.config.gguf_file)
+        try:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.reference = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, base_model: Any = None, **kwargs: Any
+    ) -> Self:
+        """The model in a folder, in a run's folder, or of the hub; the other arguments are those of transformers.
+
+        Args:
+            base_model: for a folder with the memory alone, where its base is now, or the base itself. Then the other
+                arguments are for loading the base, which is frozen.
+
+        Raises:
+            FileNotFoundError: the base is not there.
+            ValueError: the base is another one, or is given beside a folder that holds one.
+        """
+        folder = found(pretrained_model_name_or_path)
+        config = kwargs.pop("config", None)
+        if folder is not None and config is None:
+            config = cls.config_class.from_pretrained(folder, **kwargs)
+        if config is None or config.reference is None:
+            if base_model is not None:
+                raise ValueError(
+                    f"base_model: expected none, because {folder} holds one, got {type(base_model).__name__}"
+                )
+            return super().from_pretrained(folder, *args, config=config, **kwargs)
+        options = {"dtype": config.dtype} | {k: v for k, v in kwargs.items() if not hasattr(config, k)}
+        model = found_base(config.reference, base_model, folder, **options)
+        config.reference = None
+        if config.adapter is not None:
+            _add_adapter(model, config.adapter)
+        made = _around(model, config)
+        state = {name: x for file in weight_files(folder) for name, x in load_file(file).items()}
+        lacking = own_state(made.state_dict()).keys() ^ state.keys()
+        if lacking:
+            raise ValueError(
+                f"{folder}: expected the weights of its config.json; {', '.join(sorted(lacking))} do not fit"
+            )
+        for name, weight in state.items():
+            made.get_parameter(name).data = made.get_parameter(name).to(weight.dtype)
+        made.load_state_dict(state, strict=False)
+        return made.trainable("memory" if config.adapter is None else "lora").eval()
 
     # --- One call -----------------------------------------------------------------------------------------------------
 
@@ -582,6 +655,7 @@ def with_memory(
     memory_writer: Literal["normalised", "gated"] = "normalised",
     write_heads: int = 8,
     write_temperature: float = 0.25,
+    gguf_file: str | None = None,
 ) -> MemoryForCausalLM:
     """A memory around a causal language model. At construction it predicts a segment exactly as the model does.
 
@@ -594,6 +668,7 @@ def with_memory(
         segment_length: tokens that the base reads at once, at most as many as it has positions.
         read_dim, read_heads: width and heads of the attention over the slots.
         memory_writer, write_heads, write_temperature: how the slots are written, as in :class:`~memformer.Memformer`.
+        gguf_file: from which the base was loaded, for a memory that is saved with a reference to it.
 
     Raises:
         ValueError: the base is no causal model, or a setting does not fit it; the message says what was expected.
@@ -610,9 +685,15 @@ def with_memory(
         write_heads=write_heads,
         write_temperature=write_temperature,
         adapter=adapter,
+        gguf_file=gguf_file,
         dtype=model.dtype,
         attn_implementation=model.config._attn_implementation,
     )
+    return _around(model, config).train(model.training)
+
+
+def _around(model: PreTrainedModel, config: MemoryConfig) -> MemoryForCausalLM:
+    """A new memory around a base, in its dtype and on its devices."""
     checkpoints = next((m._gradient_checkpointing_func for m in model.modules() if _checkpoints(m)), None)
     made = MemoryForCausalLM(config, model)
     half = model.dtype in (torch.float16, torch.bfloat16)
@@ -626,7 +707,7 @@ def with_memory(
     generation: Any = copy.deepcopy(model.generation_config)
     generation.cache_implementation = None  # it has its own
     made.generation_config = generation
-    return made.train(model.training)
+    return made
 
 
 def _described(base: PreTrainedModel) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, chec
 from ..config import ModelConfig, check_count
 from ..data.segments import cut
 from ..data.tokenizers import CONFIG, Tokenizer, load_tokenizer
-from ..folders import model_in
 from ..generation import Writing, read_lanes
 from ..interface import SegmentModel
 from ..model import Memformer
@@ -34,7 +33,7 @@ from ..nn.losses import each_loss
 from ..nn.positions import Rotary
 from ..pretrained import SHARDS, distinct, read_config, read_shards
 from ..state import MemoryState
-from .bases import CACHE
+from .bases import CACHE, found
 from .cache import Carried, CarriedGenerationMixin
 from .places import along, kept_first
 
@@ -45,16 +44,7 @@ __all__ = [
     "MemformerForCausalLM",
     "StreamCache",
     "as_transformers",
-    "found",
 ]
-
-
-def found(name: Any) -> Any:
-    """Where a run's folder has its model: its best checkpoint if it evaluates on its way, else its newest.
-
-    Any other name, of a folder or of the hub, as it is.
-    """
-    return str(model_in(name)) if isinstance(name, (str, Path)) and Path(name).is_dir() else name
 
 
 class _OwnConfig(PreTrainedConfig):
@@ -209,7 +199,7 @@ class _OwnForCausalLM(PreTrainedModel, CarriedGenerationMixin):
 
     @abstractmethod
     def _hidden(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """What each token is predicted from, (batch, tokens, dim), for :meth:`_head`; those that are kept come first."""
+        """What each token is predicted from, (batch, tokens, dim), for :meth:`_head`; those kept come first."""
 
     @abstractmethod
     def _head(self, hidden: Tensor) -> Tensor:
@@ -465,7 +455,7 @@ def as_transformers(model: SegmentModel, tokenizer: Tokenizer | None = None) -> 
     """A model of this library for whatever takes a causal language model of transformers. It is not copied.
 
     Args:
-        model: a :class:`~memformer.CausalMemformer` or a :class:`~memformer.Memformer` that was trained to continue text.
+        model: a :class:`~memformer.CausalMemformer` or a :class:`~memformer.Memformer`, trained to continue text.
         tokenizer: with which it was trained. It says which tokens begin and end a document and are not written; a
             Memformer needs the first.
 
