@@ -9,6 +9,7 @@ Shapes: tokens and mask (batch, tokens), hidden states (batch, tokens, dim).
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +18,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..config import check_count
 from ..folders import model_in
+from ..nn import losses
 
-__all__ = ["CACHE", "check_base", "check_length", "decode", "found", "layers_of", "logits_of", "without_peft"]
+__all__ = [
+    "CACHE",
+    "check_base",
+    "check_length",
+    "decode",
+    "found",
+    "layers_of",
+    "logits_of",
+    "losses_of",
+    "without_peft",
+]
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls a cache."""
+LOGITS_AT_ONCE = 2**18
+"""On a CPU: few enough that a loss needs no more memory than the layers do."""
 ATTENDING = {"full_attention", "sliding_attention"}
 """The kinds of layers whose whole state is keys and values."""
 
@@ -89,6 +104,26 @@ def logits_of(base: PreTrainedModel, hidden: Tensor) -> Tensor:
     output = type(base).forward(head, inputs_embeds=hidden, use_cache=False, return_dict=True)
     logits: Tensor = output.logits
     return logits
+
+
+def losses_of(base: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each label in nats, (batch, tokens), given what it is predicted from; zero where it is -100.
+
+    Of many tokens the logits, a model's largest tensor, are made some rows at a time, and once more in backward.
+    """
+    at_once = LOGITS_AT_ONCE if hidden.device.type == "cpu" else losses.LOGITS_ON_A_CARD
+    rows = max(losses.FEWEST_ROWS, at_once // base.get_input_embeddings().weight.shape[0])
+    function = functools.partial(_losses_of, base)
+    if labels.numel() <= rows:
+        return function(hidden, labels)
+    if torch.is_grad_enabled():
+        function = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    parts = zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
+    return torch.cat([function(part[None], some[None])[0] for part, some in parts]).view(labels.shape)
+
+
+def _losses_of(base: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
+    return losses.each_loss(logits_of(base, hidden), labels)
 
 
 class _Given(nn.Module):

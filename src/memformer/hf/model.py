@@ -25,10 +25,9 @@ from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, chec
 from ..config import check_count
 from ..data.segments import Segment, Targets, cut, each_as_tokens, padded
 from ..interface import Divisor, SegmentModel, Step, TokenLosses
-from ..nn.losses import each_loss
 from ..nn.memory import WRITERS, SlotWriter
 from ..state import MemoryState
-from .bases import CACHE, check_base, decode, found, layers_of, logits_of, without_peft
+from .bases import CACHE, check_base, decode, found, layers_of, logits_of, losses_of, without_peft
 from .cache import CarriedGenerationMixin, MemoryCache
 from .configuration import MemoryConfig
 from .places import along, before_each, counted_labels, kept_first
@@ -277,7 +276,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         mask, reset = as_mask("attention_mask", attention_mask, device), as_mask("reset", reset, device)
         if cache is not None and isinstance(mask, Tensor) and isinstance(tokens, Tensor):
             mask = mask[:, -tokens.shape[-1] :]
-        self._check(tokens, memory, mask, reset, labels, names=("input_ids", "attention_mask"))
+        self._check(tokens, memory, mask, reset, labels, names=("input_ids", "attention_mask", "labels"))
         check_count("logits_to_keep", logits_to_keep, least=0)
         order = None
         if mask is not None and not mask.all():
@@ -296,7 +295,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             fresh = before.eq(0).all(-1) if reset is None or memory is None else before.eq(0).all(-1) | reset
             given = torch.cat([before[:, None].to(hidden.dtype), hidden[:, :-1]], 1)
             counted = counted_labels(labels, mask, fresh)
-            losses = each_loss(logits_of(self.base, given), labels.where(counted, IGNORED))
+            losses = losses_of(self.base, given, labels.where(counted, IGNORED))
             loss = losses.sum() / counted.sum().clamp(min=1)
         if order is not None:
             hidden = along(hidden, order.argsort(1))
@@ -505,7 +504,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         hidden = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in outputs])
         labels = torch.cat([padded(self.target(segment), longest, IGNORED) for segment in segments])
         counted = torch.cat([padded(self.counted(segment), longest, False) for segment in segments])
-        losses = each_loss(logits_of(self.base, hidden), labels.where(counted, IGNORED))
+        losses = losses_of(self.base, hidden, labels.where(counted, IGNORED))
         total = None if divisor is None else (losses / divisor(counted)).sum()
         return TokenLosses(labels, losses, counted, total)
 
@@ -530,7 +529,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         reset = each_as_tokens("reset", reset, device)
         labels = [as_tokens(x, device) for x in tgt] if isinstance(tgt, (list, tuple)) else as_tokens(tgt, device)
         whole = labels if isinstance(labels, Tensor) else None
-        self._check(tokens, mems, mask, None, whole, names=("src", "src_mask"))
+        self._check(tokens, mems, mask, None, whole, names=("src", "src_mask", "tgt"))
         if mask is not None:
             order = kept_first(mask)
             tokens, mask = tokens.gather(1, order), mask.gather(1, order)
@@ -544,7 +543,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         if mems is None:
             found[0] = found[0]._replace(reset=torch.ones(len(tokens), dtype=torch.bool, device=device))
         for s in found:
-            self._check(s.src, None, s.src_mask, s.reset, s.tgt, names=("src", "src_mask"))
+            self._check(s.src, None, s.src_mask, s.reset, s.tgt, names=("src", "src_mask", "tgt"))
         return found
 
     def silent(self, segment: Segment) -> Segment:
@@ -619,7 +618,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         mask: Tensor | None,
         reset: Tensor | None,
         labels: Tensor | None,
-        names: tuple[str, str],
+        names: tuple[str, str, str],
     ) -> None:
         vocabulary = self.table.shape[0]
         check_tokens(names[0], tokens, vocabulary, sys.maxsize, "")
@@ -630,7 +629,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         if reset is not None and not is_tensor(reset, (batch,), torch.bool):
             raise ValueError(f"reset: expected torch.bool of shape ({batch},), one per lane, got {describe(reset)}")
         if labels is not None:
-            check_labels("labels", labels, tokens, vocabulary)
+            check_labels(names[2], labels, tokens, vocabulary)
 
     def _check_memory(self, memory: PretrainedMemory, batch: int, slots: int) -> None:
         likes = [(batch, slots, self.dim), (batch, self.dim)]
