@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextStreamer
 
 from memformer.hf import with_memory
@@ -26,8 +26,8 @@ def case(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 
 def words(count: int) -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.WordLevel({f"w{i}.": i for i in range(count)}, unk_token="w0."))
-    inner.decoder = decoders.Fuse()
+    known = {f"w{i}.": i for i in range(count)} | {"abcdef": count}  # stop strings are sought behind the last one
+    inner = Tokenizer(models.WordLevel(known, unk_token="w0."))
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
