@@ -8,7 +8,6 @@ here: how a model computes. It is asked only for what a :class:`~memformer.inter
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import numbers
@@ -314,12 +313,6 @@ class Writing:
         self.state = self.state.select(lanes)
         self.filled = [self.filled[i] for i in lanes.tolist()]
         self.opened = tree_map(lambda x: x[lanes], self.opened)
-
-    def copy(self) -> Writing:
-        """Another one, of the same lanes."""
-        other = copy.copy(self)
-        other.select(torch.arange(self.state.batch_size, device=self.state.position.device))
-        return other
 
 
 # --- Streams and beams ------------------------------------------------------------------------------------------------

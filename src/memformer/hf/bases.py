@@ -28,6 +28,7 @@ from ..nn import losses
 
 __all__ = [
     "CACHE",
+    "add_adapter",
     "check_base",
     "check_length",
     "decode",
@@ -160,6 +161,21 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
         )
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
     return base.get_base_model(), {**settings, "peft_type": adapter.peft_type.value, "adapter_name": name}
+
+
+def add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Put a new adapter into a base's layers, given what :func:`without_peft` said of the one before.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import get_peft_config, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("this model has a LoRA; install peft: pip install 'memformer-replay[hf]'") from error
+    settings = dict(settings)
+    name = settings.pop("adapter_name")
+    inject_adapter_in_model(get_peft_config(settings), base, name)
 
 
 def check_length(config: PreTrainedConfig, segment_length: int) -> None:

@@ -10,18 +10,20 @@ import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..nn.attention import KeysValues
 from .bases import CACHE
 
-__all__ = ["Carried", "CarriedGenerationMixin", "MemoryCache"]
+__all__ = ["Carried", "CarriedGenerationMixin", "MemoryCache", "MemoryOutput", "PretrainedMemory"]
 
 
 class Carried(Cache):
@@ -98,6 +100,30 @@ class CarriedGenerationMixin(GenerationMixin):
             if expand_size > 1:
                 given[CACHE].batch_repeat_interleave(expand_size)
         return input_ids, given
+
+
+class PretrainedMemory(NamedTuple):
+    """What is carried from segment to segment, of one size whatever was read.
+
+    Attributes:
+        slots: (batch, slots, dim).
+        last: (batch, dim), the hidden state of the last token that was read, from which the next segment's first token
+            is predicted; zero where a document has just begun.
+    """
+
+    slots: Tensor
+    last: Tensor
+
+
+@dataclass
+class MemoryOutput(CausalLMOutputWithPast):
+    """What a :class:`MemoryForCausalLM` returns.
+
+    Attributes:
+        memory: after all tokens, for the next call; None with ``use_cache``, where the cache has it.
+    """
+
+    memory: PretrainedMemory | None = None
 
 
 class MemoryCache(Carried):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, check_tokens, describe, is_tensor
 from ..config import check_count
@@ -27,8 +25,8 @@ from ..data.segments import Segment, Targets, cut, each_as_tokens, padded
 from ..interface import Divisor, SegmentModel, Step, TokenLosses
 from ..nn.memory import WRITERS, SlotWriter
 from ..state import MemoryState
-from .bases import CACHE, check_base, decode, found, layers_of, logits_of, losses_of, without_peft
-from .cache import CarriedGenerationMixin, MemoryCache
+from .bases import CACHE, add_adapter, check_base, decode, found, layers_of, logits_of, losses_of, without_peft
+from .cache import CarriedGenerationMixin, MemoryCache, MemoryOutput, PretrainedMemory
 from .configuration import MemoryConfig
 from .places import along, before_each, counted_labels, kept_first
 from .reading import Readers
@@ -39,35 +37,11 @@ __all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory
 Part = Literal["memory", "lora", "all"]
 
 
-class PretrainedMemory(NamedTuple):
-    """What is carried from segment to segment, of one size whatever was read.
-
-    Attributes:
-        slots: (batch, slots, dim).
-        last: (batch, dim), the hidden state of the last token that was read, from which the next segment's first token
-            is predicted; zero where a document has just begun.
-    """
-
-    slots: Tensor
-    last: Tensor
-
-
 class Opened(NamedTuple):
     """What the tokens of a pending segment need: the memory before it, in parts. First dimension: batch."""
 
     memory: Tensor
     last: Tensor
-
-
-@dataclass
-class MemoryOutput(CausalLMOutputWithPast):
-    """What a :class:`MemoryForCausalLM` returns.
-
-    Attributes:
-        memory: after all tokens, for the next call; None with ``use_cache``, where the cache has it.
-    """
-
-    memory: PretrainedMemory | None = None
 
 
 class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
@@ -97,7 +71,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             attention = getattr(config, "_attn_implementation", None)
             base = AutoModelForCausalLM.from_config(config.base_config, attn_implementation=attention)
             if config.adapter is not None:
-                _add_adapter(base, config.adapter)
+                add_adapter(base, config.adapter)
         self.base, self.dim = base, config.hidden_size
         self.readers = Readers(layers_of(base), self.dim, config.read_dim, config.read_heads)
         self.write_norm = nn.LayerNorm(self.dim)
@@ -217,7 +191,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         model = found_base(config.reference, base_model, folder, **options)
         config.reference = None
         if config.adapter is not None:
-            _add_adapter(model, config.adapter)
+            add_adapter(model, config.adapter)
         made = _around(model, config)
         state = {name: x for file in weight_files(folder) for name, x in load_file(file).items()}
         lacking = own_state(made.state_dict()).keys() ^ state.keys()
@@ -721,13 +695,3 @@ def _checkpoints(module: nn.Module) -> bool:
 def _writer(config: MemoryConfig) -> SlotWriter:
     make = WRITERS[config.memory_writer]
     return make(config.hidden_size, config.slots, config.write_heads, config.write_temperature)
-
-
-def _add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
-    try:
-        from peft import get_peft_config, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError("this model has a LoRA; install peft: pip install 'memformer-replay[hf]'") from error
-    settings = dict(settings)
-    name = settings.pop("adapter_name")
-    inject_adapter_in_model(get_peft_config(settings), base, name)

@@ -8,6 +8,7 @@ Shapes: tokens and masks (batch, tokens), logits (batch, tokens, vocabulary).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from abc import abstractmethod
@@ -158,7 +159,9 @@ class StreamCache(Carried):
 
     def copy(self) -> StreamCache:
         """Another one; what is done to it leaves this one as it is."""
-        return StreamCache(self.writing.copy())
+        other = StreamCache(copy.copy(self.writing))
+        other.select(torch.arange(self.batch_size))
+        return other
 
     def select(self, lanes: Tensor) -> None:
         """Go on with those lanes alone, in that order; a lane may come more than once. In place."""
