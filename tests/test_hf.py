@@ -18,8 +18,9 @@ import memformer
 from memformer import MemoryState, generation, memory_replay_backprop, replay
 from memformer.data import ByteTokenizer, Document
 from memformer.evaluation import evaluate
-from memformer.hf import MemoryCache, MemoryConfig, MemoryForCausalLM, PretrainedMemory, with_memory
+from memformer.hf import MemoryCache, MemoryConfig, MemoryForCausalLM, PretrainedMemory, bases, with_memory
 from memformer.hf.bases import CACHE
+from memformer.nn import losses
 from memformer.rollouts import rollout
 
 # PEFT still calls what transformers has renamed.
@@ -428,6 +429,22 @@ def test_documents_are_evaluated_whole() -> None:
     assert held_out.loss_nats == pytest.approx(total / held_out.tokens, rel=1e-9)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_logits_of_a_loss_are_made_in_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are those of all at once, also of logits that are capped behind the head."""
+    model, tokens = model_of(family), some_tokens()
+    results = []
+    for fewest in (256, 7):
+        monkeypatch.setattr(losses, "FEWEST_ROWS", fewest)
+        monkeypatch.setattr(bases, "LOGITS_AT_ONCE", fewest * TOKENS)
+        results.append(gradients(model, replay.memory_replay, src=tokens))
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        results.append((results[-1][0], {name: p.grad.clone() for name, p in model.named_parameters()}))
+    for whole, parts in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-10)
+
+
 # --- In a folder
 
 
@@ -641,6 +658,9 @@ def test_wrong_inputs_are_named() -> None:
             model(**(dict(input_ids=tokens) | given))
     with pytest.raises(TypeError, match="attention_mas"):
         model(tokens, attention_mas=tokens)
+    for labels in (tokens[:, 1:], [tokens[:, :LENGTH], tokens[:, :3], None]):
+        with pytest.raises(ValueError, match="tgt: expected the shape of the tokens"):
+            memory_replay_backprop(model, tokens, labels)
     with pytest.raises(ValueError, match="tgt_mask: labels have the mask of their tokens"):
         memory_replay_backprop(model, tokens, tokens, tgt_mask=tokens > 0)
 
@@ -655,7 +675,7 @@ def test_a_cache_in_training_with_checkpointing_is_refused() -> None:
 
 
 def test_assisted_decoding_is_refused() -> None:
-    with pytest.raises(ValueError, match="stateful"):
+    with pytest.raises(ValueError, match="a memory cannot unread"):
         model_of().generate(some_tokens(1, 4), assistant_model=base_of(), max_new_tokens=3)
 
 

@@ -86,6 +86,13 @@ def test_pretrained_memory(capsys, tmp_path, monkeypatch):
     assert rows["base, windows alone"] == pytest.approx(float(alone.detach()), abs=1e-5)
 
 
+def test_other_recurrences(capsys):
+    """Also where mambapy is not installed, which is then said."""
+    differences = re.findall(r"^(.+): largest difference (\S+)", printed("replay_other_recurrences.py", capsys), re.M)
+    assert {"nn.LSTM", "linear attention"} <= {name for name, _ in differences}
+    assert all(float(x) < (1e-8 if name == "mambapy" else 1e-12) for name, x in differences)
+
+
 def test_third_party_recurrent_memory_transformer(capsys):
     pytest.importorskip("recurrent_memory_transformer_pytorch")
     differences = re.findall(r"largest difference (\S+)", printed("replay_third_party.py", capsys))

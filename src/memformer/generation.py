@@ -251,7 +251,7 @@ class _Choice:
 # --- Lanes ------------------------------------------------------------------------------------------------------------
 
 
-def _read(model: SegmentModel, lanes: Sequence[Tensor], state: MemoryState) -> MemoryState:
+def read_lanes(model: SegmentModel, lanes: Sequence[Tensor], state: MemoryState) -> MemoryState:
     """The state after these tokens. Each lane's last whole segment stays unread, as a state has it.
 
     Lanes read together, and where it pays with all layers at once, until the first of them has no more to read.
@@ -275,7 +275,7 @@ def _read(model: SegmentModel, lanes: Sequence[Tensor], state: MemoryState) -> M
     return state
 
 
-class _Writing:
+class Writing:
     """Lanes that are being written: their state, and what the network opens once per segment.
 
     The given state is written in place.
@@ -333,7 +333,7 @@ class Stream(Iterator[Tensor]):
         choice: _Choice,
         generator: Generators,
     ):
-        self._writing = _Writing(model, state)
+        self._writing = Writing(model, state)
         self._left, self._choice, self._generator = max_new_tokens, choice, generator
         self._lanes = list(range(state.batch_size))
         self._ended: dict[int, MemoryState] = {}
@@ -393,7 +393,7 @@ def _beam_search(
     length_penalty: float,
 ) -> Generated:
     """The likeliest ``beams`` hypotheses are kept, ended ones among them; a lane is done when all of its have ended."""
-    writing, device = _Writing(model, state), state.position.device
+    writing, device = Writing(model, state), state.position.device
     place = summing_device(device)  # of what is known of hypotheses; the model's own is on its device
     lanes = torch.arange(state.batch_size, device=place)
     found: dict[int, tuple[Tensor, MemoryState]] = {}
@@ -488,7 +488,7 @@ def read(
     """
     model = _of_kind(model)
     lanes, state = _begin(model, tokens, state, start, mask)
-    return _read(model, lanes, state)
+    return read_lanes(model, lanes, state)
 
 
 def stream(
@@ -538,7 +538,7 @@ def stream(
         )
     chosen = _Choice(choice, model.config, state.start)
     with torch.no_grad():
-        return Stream(model, _read(model, lanes, state), max_new_tokens, chosen, generator)
+        return Stream(model, read_lanes(model, lanes, state), max_new_tokens, chosen, generator)
 
 
 @torch.no_grad()
@@ -609,7 +609,7 @@ def generate(
     lanes, state = _begin(model, prompt, state, start, prompt_mask)
     _check_writing(model, max_new_tokens)
     choice = _Choice(sampling, model.config, state.start)
-    return _beam_search(model, _read(model, lanes, state), int(max_new_tokens), choice, beams, length_penalty)
+    return _beam_search(model, read_lanes(model, lanes, state), int(max_new_tokens), choice, beams, length_penalty)
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------

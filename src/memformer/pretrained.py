@@ -22,7 +22,7 @@ from .config import MemformerConfig, ModelConfig, a_path
 from .device import seeded
 from .folders import model_in
 
-__all__ = ["SHARDS", "Pretrained", "plain_state", "read_config", "read_shards", "unwrapped"]
+__all__ = ["SHARDS", "Pretrained", "distinct", "plain_state", "read_config", "read_shards", "unwrapped"]
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, DistributedDataParallel, FSDP and checkpointing call the module inside."""
@@ -56,14 +56,10 @@ class Pretrained(nn.Module):
         """
         folder = a_path("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
-        named: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
-        for name, tensor in sorted(plain_state(self).items()):
-            if not isinstance(tensor, Tensor):
-                raise ValueError(
-                    "save_pretrained: this model is quantised; save it as it was before, and quantise then"
-                )
-            named.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor.contiguous()))
-        save_file(dict(named.values()), folder / "model.safetensors")
+        state = plain_state(self)
+        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise ValueError("save_pretrained: this model is quantised; save it as it was before, and quantise then")
+        save_file(distinct(state), folder / "model.safetensors")
         self.write_config(folder)
 
     def save_with(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -108,6 +104,9 @@ class Pretrained(nn.Module):
                 f"{folder / 'config.json'}: of a {kind}, expected that of a {cls.kind}; use {kind}.from_pretrained, or "
                 "load_model for either"
             )
+        if "model_type" in values:  # transformers wrote it, with settings of its own
+            known = {field.name for field in dataclasses.fields(cls.config_class)}
+            values = {name: value for name, value in values.items() if name in known}
         return cls.config_class.from_dict(values)
 
     @classmethod
@@ -189,6 +188,14 @@ def plain_state(model: Pretrained) -> dict[str, Any]:
         else x
         for name, x in model.state_dict().items()
     }
+
+
+def distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor once, under the first of its names, and contiguous: as a safetensors file has it."""
+    named: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
+    for name, tensor in sorted(state.items()):
+        named.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor.contiguous()))
+    return dict(named.values())
 
 
 def read_shards(folder: Path, prefix: str = "") -> dict[str, Tensor]:

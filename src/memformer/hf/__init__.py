@@ -1,6 +1,6 @@
-"""A memory around any causal language model of transformers. Needs the extra ``hf``.
+"""A memory around any causal language model of transformers, and this library's own models there. Extra ``hf``.
 
-Importing this registers its models with ``AutoConfig`` and ``AutoModelForCausalLM``.
+Importing this registers the models with ``AutoConfig`` and ``AutoModelForCausalLM``.
 """
 
 import importlib
@@ -17,13 +17,27 @@ if int(transformers.__version__.split(".")[0]) < 5:
 
 from .cache import MemoryCache
 from .configuration import MemoryConfig
-from .model import MemoryForCausalLM, MemoryOutput, PretrainedMemory, with_memory
+from .model import MemoryForCausalLM, MemoryOutput, PretrainedMemory
+from .own import (
+    CausalMemformerForCausalLM,
+    HFCausalConfig,
+    HFMemformerConfig,
+    MemformerForCausalLM,
+    StreamCache,
+    as_transformers,
+    register,
+)
+from .wrap import with_memory
 
 if TYPE_CHECKING:
     from .arguments import MemoryTrainingArguments
     from .trainer import MemoryTrainer
 
 __all__ = [
+    "CausalMemformerForCausalLM",
+    "HFCausalConfig",
+    "HFMemformerConfig",
+    "MemformerForCausalLM",
     "MemoryCache",
     "MemoryConfig",
     "MemoryForCausalLM",
@@ -31,11 +45,14 @@ __all__ = [
     "MemoryTrainer",
     "MemoryTrainingArguments",
     "PretrainedMemory",
+    "StreamCache",
+    "as_transformers",
     "with_memory",
 ]
 
 transformers.AutoConfig.register(MemoryConfig.model_type, MemoryConfig, exist_ok=True)
 transformers.AutoModelForCausalLM.register(MemoryConfig, MemoryForCausalLM, exist_ok=True)
+register()
 
 
 def __getattr__(name: str) -> Any:

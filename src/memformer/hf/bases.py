@@ -9,24 +9,52 @@ Shapes: tokens and mask (batch, tokens), hidden states (batch, tokens, dim).
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..config import check_count
+from ..folders import model_in
+from ..nn import losses
 
-__all__ = ["CACHE", "check_base", "check_length", "decode", "layers_of", "logits_of", "without_peft"]
+__all__ = [
+    "CACHE",
+    "add_adapter",
+    "check_base",
+    "check_length",
+    "checkpoints_activations",
+    "decode",
+    "described",
+    "found",
+    "layers_of",
+    "logits_of",
+    "losses_of",
+    "without_peft",
+]
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls a cache."""
+LOGITS_AT_ONCE = 2**18
+"""On a CPU: few enough that a loss needs no more memory than the layers do."""
 ATTENDING = {"full_attention", "sliding_attention"}
 """The kinds of layers whose whole state is keys and values."""
+
+
+def found(name: Any) -> Any:
+    """Where a run's folder has its model: its best checkpoint if it evaluates on its way, else its newest.
+
+    Any other name, of a folder or of the hub, as it is.
+    """
+    return str(model_in(name)) if isinstance(name, (str, Path)) and Path(name).is_dir() else name
 
 
 def text_config(base: PreTrainedModel | PreTrainedConfig) -> Any:
@@ -81,6 +109,26 @@ def logits_of(base: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
+def losses_of(base: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each label in nats, (batch, tokens), given what it is predicted from; zero where it is -100.
+
+    Of many tokens the logits, a model's largest tensor, are made some rows at a time, and once more in backward.
+    """
+    at_once = LOGITS_AT_ONCE if hidden.device.type == "cpu" else losses.LOGITS_ON_A_CARD
+    rows = max(losses.FEWEST_ROWS, at_once // base.get_input_embeddings().weight.shape[0])
+    function = functools.partial(_losses_of, base)
+    if labels.numel() <= rows:
+        return function(hidden, labels)
+    if torch.is_grad_enabled():
+        function = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    parts = zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
+    return torch.cat([function(part[None], some[None])[0] for part, some in parts]).view(labels.shape)
+
+
+def _losses_of(base: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
+    return losses.each_loss(logits_of(base, hidden), labels)
+
+
 class _Given(nn.Module):
     """Stands for a decoder that has run."""
 
@@ -115,6 +163,21 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
         )
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
     return base.get_base_model(), {**settings, "peft_type": adapter.peft_type.value, "adapter_name": name}
+
+
+def add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Put a new adapter into a base's layers, given what :func:`without_peft` said of the one before.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import get_peft_config, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("this model has a LoRA; install peft: pip install 'memformer-replay[hf]'") from error
+    settings = dict(settings)
+    name = settings.pop("adapter_name")
+    inject_adapter_in_model(get_peft_config(settings), base, name)
 
 
 def check_length(config: PreTrainedConfig, segment_length: int) -> None:
@@ -186,3 +249,13 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def described(base: PreTrainedModel) -> dict[str, Any]:
+    """The base's configuration, but for its dtype, which is the model's."""
+    return {name: value for name, value in base.config.to_dict().items() if name != "dtype"}
+
+
+def checkpoints_activations(module: nn.Module) -> bool:
+    """Whether a part of a base computes its activations again in the backward pass."""
+    return bool(getattr(module, "gradient_checkpointing", False)) and hasattr(module, "_gradient_checkpointing_func")

@@ -1,4 +1,4 @@
-"""What a model around a pretrained one carries from call to call while it writes: of fixed size, whatever was read.
+"""What a model carries from call to call while transformers' ``generate`` writes: of fixed size, whatever was read.
 
 Shapes: slots (batch, slots, dim), the pending segment's hidden states (batch, columns, dim). A lane's pending tokens
 are the last of the columns; lanes may stand at different places of their segments.
@@ -7,20 +7,126 @@ are the last of the columns; lanes may stand at different places of their segmen
 from __future__ import annotations
 
 import copy
+import inspect
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..nn.attention import KeysValues
+from .bases import CACHE
 
-__all__ = ["MemoryCache"]
+__all__ = ["Carried", "CarriedGenerationMixin", "MemoryCache", "MemoryOutput", "PretrainedMemory"]
 
 
-class MemoryCache(Cache):
+class Carried(Cache):
+    """A cache whose lanes can be selected, and that was never given the tokens that it has read."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__(layers=DynamicCache().layers)
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """How many lanes there are."""
+
+    @abstractmethod
+    def copy(self) -> Self:
+        """Another one; what is done to it leaves this one as it is."""
+
+    @abstractmethod
+    def select(self, lanes: Tensor) -> None:
+        """Go on with those lanes alone, in that order; a lane may come more than once. In place."""
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """0: of the tokens that are given, none was read before."""
+        return 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beams that live on: lane i continues lane ``beam_idx[i]``."""
+        self.select(beam_idx)
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each lane as many times."""
+        self.select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+
+class CarriedGenerationMixin(GenerationMixin):
+    """``generate`` of transformers for a model with a :class:`Carried` cache, which its first call makes."""
+
+    _is_stateful = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any
+    ) -> Any:
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "generate: a memory cannot unread what turns out to be wrong, so there is no assisted decoding and no "
+                "prompt lookup; leave assistant_model and prompt_lookup_num_tokens out"
+            )
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                "cache_implementation: expected none, because this model makes its own cache, of one size whatever is "
+                f"read; got {generation_config.cache_implementation!r}"
+            )
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The tokens that were not read yet."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        known = inspect.signature(self.forward).parameters  # type: ignore[attr-defined]
+        return {name: value for name, value in inputs.items() if name in known}
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **given: Any) -> tuple[Tensor, dict[str, Any]]:
+        input_ids, given = super()._expand_inputs_for_generation(expand_size=expand_size, **given)
+        if isinstance(given.get(CACHE), Carried):  # the caller's stays as it is
+            given[CACHE] = given[CACHE].copy()
+            if expand_size > 1:
+                given[CACHE].batch_repeat_interleave(expand_size)
+        return input_ids, given
+
+
+class PretrainedMemory(NamedTuple):
+    """What is carried from segment to segment, of one size whatever was read.
+
+    Attributes:
+        slots: (batch, slots, dim).
+        last: (batch, dim), the hidden state of the last token that was read, from which the next segment's first token
+            is predicted; zero where a document has just begun.
+    """
+
+    slots: Tensor
+    last: Tensor
+
+
+@dataclass
+class MemoryOutput(CausalLMOutputWithPast):
+    """What a :class:`MemoryForCausalLM` returns.
+
+    Attributes:
+        memory: after all tokens, for the next call; None with ``use_cache``, where the cache has it.
+    """
+
+    memory: PretrainedMemory | None = None
+
+
+class MemoryCache(Carried):
     """The memory, and the pending segment's keys, values and hidden states. A call returns a new one.
 
     Give it to the next call, or to ``generate``, with new tokens alone: what was read before is not given again.
@@ -33,11 +139,8 @@ class MemoryCache(Cache):
         filled: for each lane, how many tokens are pending.
     """
 
-    is_compileable = False
-    is_croppable = False
-
     def __init__(self, slots: Tensor, last: Tensor, contexts: list[KeysValues]):
-        super().__init__(layers=DynamicCache().layers)
+        super().__init__()
         self.slots, self.last, self.contexts = slots, last, contexts
         self.hidden = last[:, None][:, :0]
         self.filled = [0] * len(last)
@@ -99,22 +202,6 @@ class MemoryCache(Cache):
         self.hidden = change(self.hidden)
         for layer in self.layers:
             layer.keys, layer.values = change(layer.keys), change(layer.values)
-
-    # --- What generate() of transformers asks for -------------------------------------------------------------------
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        """0: of the tokens that are given, none was read before."""
-        return 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beams that live on: lane i continues lane ``beam_idx[i]``."""
-        self.select(beam_idx)
-
-    batch_select_indices = reorder_cache
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each lane as many times."""
-        self.select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
 
 def _like(index: Tensor, x: Tensor) -> Tensor:

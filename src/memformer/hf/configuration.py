@@ -19,6 +19,8 @@ class MemoryConfig(PreTrainedConfig):
     Attributes:
         base: the base's configuration, as a dictionary.
         adapter: the settings of a LoRA in the base, as PEFT writes them; None without one.
+        gguf_file: the file in the base's folder that it was loaded from, where that is a GGUF.
+        reference: where the base is, for a folder that holds the memory alone: its name, GGUF file and fingerprint.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -37,9 +39,12 @@ class MemoryConfig(PreTrainedConfig):
         write_heads: int = 8,
         write_temperature: float = 0.25,
         adapter: dict[str, Any] | None = None,
+        gguf_file: str | None = None,
+        reference: dict[str, str | None] | None = None,
         **others: Any,
     ):
         self.base, self.adapter = base, adapter
+        self.gguf_file, self.reference = gguf_file, reference
         self.slots, self.segment_length = slots, segment_length
         self.read_dim, self.read_heads = read_dim, read_heads
         self.memory_writer, self.write_heads, self.write_temperature = memory_writer, write_heads, write_temperature

@@ -1,4 +1,4 @@
-"""MemoryForCausalLM: a pretrained causal language model that reads and writes a memory. See :func:`with_memory`.
+"""MemoryForCausalLM: a pretrained causal language model with a memory. See :func:`~memformer.hf.with_memory`.
 
 Shapes: tokens (batch, tokens), slots (batch, slots, dim), hidden states (batch, tokens, dim). Nothing here knows the
 replay engine.
@@ -6,50 +6,46 @@ replay engine.
 
 from __future__ import annotations
 
-import inspect
+import copy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, check_tokens, describe, is_tensor
 from ..config import check_count
 from ..data.segments import Segment, Targets, cut, each_as_tokens, padded
 from ..interface import Divisor, SegmentModel, Step, TokenLosses
-from ..nn.losses import each_loss
 from ..nn.memory import WRITERS, SlotWriter
 from ..state import MemoryState
-from .bases import CACHE, check_base, decode, layers_of, logits_of, without_peft
-from .cache import MemoryCache
+from .bases import (
+    CACHE,
+    add_adapter,
+    checkpoints_activations,
+    decode,
+    described,
+    found,
+    layers_of,
+    logits_of,
+    losses_of,
+)
+from .cache import CarriedGenerationMixin, MemoryCache, MemoryOutput, PretrainedMemory
 from .configuration import MemoryConfig
 from .places import along, before_each, counted_labels, kept_first
 from .reading import Readers
+from .reference import found_base, own_state, reference_to, weight_files
 
-__all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "with_memory"]
+__all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "memory_around"]
 
 Part = Literal["memory", "lora", "all"]
 M = TypeVar("M", bound="MemoryForCausalLM")
-
-
-class PretrainedMemory(NamedTuple):
-    """What is carried from segment to segment, of one size whatever was read.
-
-    Attributes:
-        slots: (batch, slots, dim).
-        last: (batch, dim), the hidden state of the last token that was read, from which the next segment's first token
-            is predicted; zero where a document has just begun.
-    """
-
-    slots: Tensor
-    last: Tensor
 
 
 class Opened(NamedTuple):
@@ -59,19 +55,8 @@ class Opened(NamedTuple):
     last: Tensor
 
 
-@dataclass
-class MemoryOutput(CausalLMOutputWithPast):
-    """What a :class:`MemoryForCausalLM` returns.
-
-    Attributes:
-        memory: after all tokens, for the next call; None with ``use_cache``, where the cache has it.
-    """
-
-    memory: PretrainedMemory | None = None
-
-
-class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
-    """A causal language model of transformers with a memory; :func:`with_memory` makes one.
+class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
+    """A causal language model of transformers with a memory; :func:`~memformer.hf.with_memory` makes one.
 
     Args:
         config: its settings.
@@ -86,9 +71,9 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _is_stateful = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _keep_in_fp32_modules_strict: ClassVar[Any] = ["writer"]  # a slot changes by less than what bfloat16 can hold
+    # A slot changes by less than what bfloat16 can hold; PEFT keeps a LoRA in float32, too.
+    _keep_in_fp32_modules_strict: ClassVar[Any] = ["writer", "lora_A", "lora_B"]
 
     def __init__(self, config: MemoryConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
@@ -97,7 +82,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
             attention = getattr(config, "_attn_implementation", None)
             base = AutoModelForCausalLM.from_config(config.base_config, attn_implementation=attention)
             if config.adapter is not None:
-                _add_adapter(base, config.adapter)
+                add_adapter(base, config.adapter)
         self.base, self.dim = base, config.hidden_size
         self.readers = Readers(layers_of(base), self.dim, config.read_dim, config.read_heads)
         self.write_norm = nn.LayerNorm(self.dim)
@@ -132,7 +117,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Give the base another vocabulary; see transformers."""
         table: nn.Module = self.base.resize_token_embeddings(*args, **kwargs)
-        self.config.base = _described(self.base)
+        self.config.base = described(self.base)
         return table
 
     def trainable(self, part: Part) -> MemoryForCausalLM:
@@ -159,6 +144,76 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
     ) -> None:
         kept = self.readers.checkpointing(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, kept, **options)
+
+    # --- In a folder --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: Any,
+        *,
+        base: Literal["saved", "referenced"] = "saved",
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the model as transformers does; the other arguments are those of its ``save_pretrained``.
+
+        Args:
+            base: "referenced" writes the memory and a LoRA alone, and of a frozen base only its name, its GGUF file and
+                a fingerprint of its weights.
+
+        Raises:
+            ValueError: another word, or a base that cannot be referenced: it has no name, or is not frozen.
+        """
+        if base not in ("saved", "referenced"):
+            raise ValueError(f"base: expected 'saved' or 'referenced', got {base!r}")
+        if base == "referenced":
+            state_dict = own_state(self.state_dict() if state_dict is None else state_dict)
+            self.config.reference = reference_to(self.base, self.config.gguf_file)
+        try:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[call-arg]
+        finally:
+            self.config.reference = None
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, base_model: Any = None, **kwargs: Any
+    ) -> Self:
+        """The model in a folder, in a run's folder, or of the hub; the other arguments are those of transformers.
+
+        Args:
+            base_model: for a folder with the memory alone, where its base is now, or the base itself. Then the other
+                arguments are for loading the base, which is frozen.
+
+        Raises:
+            FileNotFoundError: the base is not there.
+            ValueError: the base is another one, or is given beside a folder that holds one.
+        """
+        folder = found(pretrained_model_name_or_path)
+        config = kwargs.pop("config", None)
+        if folder is not None and config is None:
+            config = cls.config_class.from_pretrained(folder, **kwargs)
+        if config is None or config.reference is None:
+            if base_model is not None:
+                raise ValueError(
+                    f"base_model: expected none, because {folder} holds one, got {type(base_model).__name__}"
+                )
+            return super().from_pretrained(folder, *args, config=config, **kwargs)  # type: ignore[call-arg]
+        options = {"dtype": config.dtype} | {k: v for k, v in kwargs.items() if not hasattr(config, k)}
+        model = found_base(config.reference, base_model, folder, **options)
+        config.reference = None
+        if config.adapter is not None:
+            add_adapter(model, config.adapter)
+        made = memory_around(cls, model, config)
+        state = {name: x for file in weight_files(folder) for name, x in load_file(file).items()}
+        lacking = own_state(made.state_dict()).keys() ^ state.keys()
+        if lacking:
+            raise ValueError(
+                f"{folder}: expected the weights of its config.json; {', '.join(sorted(lacking))} do not fit"
+            )
+        for name, weight in state.items():
+            made.get_parameter(name).data = made.get_parameter(name).to(weight.dtype)
+        made.load_state_dict(state, strict=False)
+        return made.trainable("memory" if config.adapter is None else "lora").eval()
 
     # --- One call -----------------------------------------------------------------------------------------------------
 
@@ -206,7 +261,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         mask, reset = as_mask("attention_mask", attention_mask, device), as_mask("reset", reset, device)
         if cache is not None and isinstance(mask, Tensor) and isinstance(tokens, Tensor):
             mask = mask[:, -tokens.shape[-1] :]
-        self._check(tokens, memory, mask, reset, labels, names=("input_ids", "attention_mask"))
+        self._check(tokens, memory, mask, reset, labels, names=("input_ids", "attention_mask", "labels"))
         check_count("logits_to_keep", logits_to_keep, least=0)
         order = None
         if mask is not None and not mask.all():
@@ -225,7 +280,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
             fresh = before.eq(0).all(-1) if reset is None or memory is None else before.eq(0).all(-1) | reset
             given = torch.cat([before[:, None].to(hidden.dtype), hidden[:, :-1]], 1)
             counted = counted_labels(labels, mask, fresh)
-            losses = each_loss(logits_of(self.base, given), labels.where(counted, IGNORED))
+            losses = losses_of(self.base, given, labels.where(counted, IGNORED))
             loss = losses.sum() / counted.sum().clamp(min=1)
         if order is not None:
             hidden = along(hidden, order.argsort(1))
@@ -295,7 +350,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         Returns:
             the hidden state before the tokens, theirs, and the cache after them.
         """
-        if self.training and any(_checkpoints(part) for part in self.base.modules()):
+        if self.training and any(checkpoints_activations(part) for part in self.base.modules()):
             raise ValueError(
                 "use_cache: with checkpointing of activations transformers keeps no keys in training; call eval() first"
             )
@@ -374,27 +429,17 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
 
     # --- What generate() of transformers asks for ---------------------------------------------------------------------
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the first call makes its own
-
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """The tokens that were not read yet; a memory and resets are of the first call alone."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        known = inspect.signature(self.forward).parameters
-        inputs = {name: value for name, value in inputs.items() if name in known}
         if inputs.get(CACHE) is not None:
             inputs["memory"] = inputs["reset"] = None
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **given: Any) -> tuple[Tensor, dict[str, Any]]:
         input_ids, given = super()._expand_inputs_for_generation(expand_size=expand_size, **given)
-        if expand_size > 1:
-            if given.get("memory") is not None:
-                given["memory"] = PretrainedMemory(*(x.repeat_interleave(expand_size, 0) for x in given["memory"]))
-            if given.get(CACHE) is not None:
-                given[CACHE] = given[CACHE].copy()
-                given[CACHE].batch_repeat_interleave(expand_size)
+        if expand_size > 1 and given.get("memory") is not None:
+            given["memory"] = PretrainedMemory(*(x.repeat_interleave(expand_size, 0) for x in given["memory"]))
         return input_ids, given
 
     # --- What a rollout asks for --------------------------------------------------------------------------------------
@@ -444,7 +489,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         hidden = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in outputs])
         labels = torch.cat([padded(self.target(segment), longest, IGNORED) for segment in segments])
         counted = torch.cat([padded(self.counted(segment), longest, False) for segment in segments])
-        losses = each_loss(logits_of(self.base, hidden), labels.where(counted, IGNORED))
+        losses = losses_of(self.base, hidden, labels.where(counted, IGNORED))
         total = None if divisor is None else (losses / divisor(counted)).sum()
         return TokenLosses(labels, losses, counted, total)
 
@@ -469,7 +514,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         reset = each_as_tokens("reset", reset, device)
         labels = [as_tokens(x, device) for x in tgt] if isinstance(tgt, (list, tuple)) else as_tokens(tgt, device)
         whole = labels if isinstance(labels, Tensor) else None
-        self._check(tokens, mems, mask, None, whole, names=("src", "src_mask"))
+        self._check(tokens, mems, mask, None, whole, names=("src", "src_mask", "tgt"))
         if mask is not None:
             order = kept_first(mask)
             tokens, mask = tokens.gather(1, order), mask.gather(1, order)
@@ -483,7 +528,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         if mems is None:
             found[0] = found[0]._replace(reset=torch.ones(len(tokens), dtype=torch.bool, device=device))
         for s in found:
-            self._check(s.src, None, s.src_mask, s.reset, s.tgt, names=("src", "src_mask"))
+            self._check(s.src, None, s.src_mask, s.reset, s.tgt, names=("src", "src_mask", "tgt"))
         return found
 
     def silent(self, segment: Segment) -> Segment:
@@ -562,7 +607,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         mask: Tensor | None,
         reset: Tensor | None,
         labels: Tensor | None,
-        names: tuple[str, str],
+        names: tuple[str, str, str],
     ) -> None:
         vocabulary = self.table.shape[0]
         check_tokens(names[0], tokens, vocabulary, sys.maxsize, "")
@@ -573,7 +618,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
         if reset is not None and not is_tensor(reset, (batch,), torch.bool):
             raise ValueError(f"reset: expected torch.bool of shape ({batch},), one per lane, got {describe(reset)}")
         if labels is not None:
-            check_labels("labels", labels, tokens, vocabulary)
+            check_labels(names[2], labels, tokens, vocabulary)
 
     def _check_memory(self, memory: PretrainedMemory, batch: int, slots: int) -> None:
         likes = [(batch, slots, self.dim), (batch, self.dim)]
@@ -588,57 +633,9 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin, SegmentModel):
                 )
 
 
-def with_memory(
-    base: Any,
-    slots: int = 16,
-    segment_length: int = 512,
-    *,
-    read_dim: int = 256,
-    read_heads: int = 4,
-    memory_writer: Literal["normalised", "gated"] = "normalised",
-    write_heads: int = 8,
-    write_temperature: float = 0.25,
-) -> MemoryForCausalLM:
-    """A memory around a causal language model. At construction it predicts a segment exactly as the model does.
-
-    The base is not copied, and keeps its weights, names, dtype, device and ways of attending. Beside each of its layers
-    the tokens attend to the slots; the slots are written from the last hidden states.
-
-    Args:
-        base: as ``AutoModelForCausalLM`` loads it, or a ``peft.PeftModel`` with LoRA around one.
-        slots: of the memory; each is as wide as the base.
-        segment_length: tokens that the base reads at once, at most as many as it has positions.
-        read_dim, read_heads: width and heads of the attention over the slots.
-        memory_writer, write_heads, write_temperature: how the slots are written, as in :class:`~memformer.Memformer`.
-
-    Raises:
-        ValueError: the base is no causal model, or a setting does not fit it; the message says what was expected.
-    """
-    return around(
-        MemoryForCausalLM,
-        base,
-        slots=slots,
-        segment_length=segment_length,
-        read_dim=read_dim,
-        read_heads=read_heads,
-        memory_writer=memory_writer,
-        write_heads=write_heads,
-        write_temperature=write_temperature,
-    )
-
-
-def around(kind: type[M], base: Any, **sizes: Any) -> M:
-    """:func:`with_memory`, as a model of that kind."""
-    model, adapter = without_peft(base)
-    check_base(model)
-    config = MemoryConfig(
-        base=_described(model),
-        **sizes,
-        adapter=adapter,
-        dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
-    )
-    checkpoints = next((m._gradient_checkpointing_func for m in model.modules() if _checkpoints(m)), None)
+def memory_around(kind: type[M], model: PreTrainedModel, config: MemoryConfig) -> M:
+    """A new memory around a base, in its dtype and on its devices."""
+    checkpoints = next((m._gradient_checkpointing_func for m in model.modules() if checkpoints_activations(m)), None)
     made = kind(config, model)
     half = model.dtype in (torch.float16, torch.bfloat16)
     device = model.get_input_embeddings().weight.device
@@ -648,29 +645,12 @@ def around(kind: type[M], base: Any, **sizes: Any) -> M:
         reader.to(next(layer.parameters()).device)
     if checkpoints is not None:
         made._set_gradient_checkpointing(True, checkpoints)
-    made.generation_config = model.generation_config
-    return made.train(model.training)
-
-
-def _described(base: PreTrainedModel) -> dict[str, Any]:
-    """The base's configuration, but for its dtype, which is the model's."""
-    return {name: value for name, value in base.config.to_dict().items() if name != "dtype"}
-
-
-def _checkpoints(module: nn.Module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False)) and hasattr(module, "_gradient_checkpointing_func")
+    generation: Any = copy.deepcopy(model.generation_config)
+    generation.cache_implementation = None  # it has its own
+    made.generation_config = generation
+    return made
 
 
 def _writer(config: MemoryConfig) -> SlotWriter:
     make = WRITERS[config.memory_writer]
     return make(config.hidden_size, config.slots, config.write_heads, config.write_temperature)
-
-
-def _add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
-    try:
-        from peft import get_peft_config, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError("this model has a LoRA; install peft: pip install 'memformer-replay[hf]'") from error
-    settings = dict(settings)
-    name = settings.pop("adapter_name")
-    inject_adapter_in_model(get_peft_config(settings), base, name)

@@ -32,7 +32,8 @@ from ..settings import ModelSettings
 from ..state import MemoryState
 from .bases import check_length, logits_of, text_config
 from .configuration import MemoryConfig
-from .model import MemoryForCausalLM, around
+from .model import MemoryForCausalLM
+from .wrap import around
 
 __all__ = ["AroundBase"]
 

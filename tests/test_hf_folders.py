@@ -1,0 +1,88 @@
+"""A memory in a folder without its base, which is named there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from memformer.hf import MemoryForCausalLM, with_memory
+from test_hf import LENGTH, base_of, read_something, some_tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+SIZES = dict(read_dim=8, read_heads=2, write_heads=2)
+
+
+def saved_base(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    base_of(dtype=dtype, seed=seed).save_pretrained(folder, max_shard_size="5KB")
+    return folder
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["memory", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_memory_is_saved_without_its_base(lora: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base", dtype))
+    if lora:
+        base = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model = read_something(with_memory(base, 3, LENGTH, **SIZES)).trainable("lora" if lora else "memory").eval()
+    tokens = some_tokens()
+    expected = model(tokens)
+    model.save_pretrained(tmp_path / "memory", base="referenced")
+    size, whole = (
+        sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors")) for name in ("memory", "base")
+    )
+    assert size < whole
+    reference = json.loads((tmp_path / "memory" / "config.json").read_text())["reference"]
+    assert reference["name"] == str(tmp_path / "base")
+    for loader in (AutoModelForCausalLM, MemoryForCausalLM):
+        loaded = loader.from_pretrained(tmp_path / "memory")
+        found = loaded(tokens)
+        torch.testing.assert_close((found.logits, found.memory), (expected.logits, expected.memory), rtol=0, atol=0)
+        assert not loaded.training
+    trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+    # It can be saved again, in either way.
+    loaded.save_pretrained(tmp_path / "again", base="referenced")
+    loaded.save_pretrained(tmp_path / "whole", max_shard_size="5KB")
+    for name in ("again", "whole"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(again(tokens).logits, expected.logits, rtol=0, atol=0)
+        assert {n: p.dtype for n, p in again.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+    assert json.loads((tmp_path / "whole" / "config.json").read_text()).get("reference") is None
+    # The base may have moved.
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(
+        FileNotFoundError, match=r"memory: holds a memory alone; its base .* was not found .*base_model=\.\.\."
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    for base in (tmp_path / "moved", AutoModelForCausalLM.from_pretrained(tmp_path / "moved")):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "memory", base_model=base)
+        torch.testing.assert_close(loaded(tokens).logits, expected.logits, rtol=0, atol=0)
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base"))
+    model = with_memory(base, 3, LENGTH, **SIZES)
+    with pytest.raises(ValueError, match=r"base: expected a frozen one, .* call trainable\('memory'\)"):
+        model.save_pretrained(tmp_path / "memory", base="referenced")
+    model.trainable("memory").save_pretrained(tmp_path / "memory", base="referenced")
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    with pytest.raises(ValueError, match=r"was trained around .* with other weights than those of"):
+        MemoryForCausalLM.from_pretrained(tmp_path / "memory", base_model=base)
+    with pytest.raises(ValueError, match="base: expected 'saved' or 'referenced', got 'none'"):
+        model.save_pretrained(tmp_path / "x", base="none")
+    nameless = with_memory(base_of(), 3, LENGTH, **SIZES).trainable("memory")
+    with pytest.raises(ValueError, match=r"base: expected one that from_pretrained has loaded .* without a name"):
+        nameless.save_pretrained(tmp_path / "x", base="referenced")
+    nameless.save_pretrained(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"base_model: expected none, because .*x holds one, got "):
+        MemoryForCausalLM.from_pretrained(tmp_path / "x", base_model=base)
+    (tmp_path / "memory" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"memory: expected the weights of its config\.json; .*do not fit"):
+        MemoryForCausalLM.from_pretrained(tmp_path / "memory")
