@@ -64,9 +64,10 @@ class Carried(Cache):
 
 
 class CarriedGenerationMixin(GenerationMixin):
-    """``generate`` of transformers for a model with a :class:`Carried` cache, which its first call makes."""
+    """``generate`` of transformers for a model with a :class:`Carried` cache, which its first call makes.
 
-    _is_stateful = True
+    Such a model says ``_is_stateful = True`` itself: its ``PreTrainedModel``, which comes first, has the word, too.
+    """
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

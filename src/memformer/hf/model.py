@@ -71,6 +71,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
+    _is_stateful = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     # A slot changes by less than what bfloat16 can hold; PEFT keeps a LoRA in float32, too.
     _keep_in_fp32_modules_strict: ClassVar[Any] = ["writer", "lora_A", "lora_B"]

@@ -175,6 +175,7 @@ class _OwnForCausalLM(PreTrainedModel, CarriedGenerationMixin):
     base_model_prefix = "memformer"
     main_input_name = "input_ids"
     accepts_loss_kwargs = False
+    _is_stateful = True
     _supports_sdpa = True
 
     def __init__(self, config: _OwnConfig, model: SegmentModel | None = None):
@@ -385,11 +386,7 @@ class _OwnForCausalLM(PreTrainedModel, CarriedGenerationMixin):
 
 
 class CausalMemformerForCausalLM(_OwnForCausalLM):
-    """A :class:`~memformer.CausalMemformer` as a causal language model of transformers; ``memformer`` is the model.
-
-    Raises:
-        ValueError: a model without an overlap, which does not predict a segment's first token.
-    """
+    """A :class:`~memformer.CausalMemformer` as a causal language model of transformers; ``memformer`` is the model."""
 
     config_class = HFCausalConfig  # type: ignore[assignment]
     memformer: CausalMemformer

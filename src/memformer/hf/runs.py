@@ -191,7 +191,7 @@ class AroundBase(MemoryForCausalLM):
         """
         folder = model_in(a_path("folder", folder))
         _, saved = read_config(folder)
-        if "reference" not in saved:  # save_pretrained of transformers wrote it
+        if "model_type" in saved:  # save_pretrained of transformers wrote it
             with _quiet():
                 whole: Self = super().from_pretrained(folder, dtype=torch.float32)  # type: ignore[call-arg]
             return whole.eval()
