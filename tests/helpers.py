@@ -107,7 +107,7 @@ def lively(seed: int = 0, **changes: Any) -> Memformer:
         return enlivened(tiny(**{"enc_max_seq_len": 5, **overlap, **changes}), seed)
 
 
-def lively_causal(seed: int = 0, **changes: Any) -> CausalMemformer:
+def lively_causal(seed: int = 1, **changes: Any) -> CausalMemformer:
     """The same of the other kind; ``changes`` are CausalMemformer's keywords."""
     settings = {
         "dim": 8, "num_memory_slots": 3, "mem_update_attn_heads": 2, "num_tokens": VOCABULARY, "depth": 3, "heads": 2,

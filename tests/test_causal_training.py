@@ -266,7 +266,9 @@ def test_a_folder_says_which_model_it_holds(tmp_path: Path) -> None:
         CausalMemformer.from_pretrained(tmp_path / "memformer")
     values = json.loads((tmp_path / "causal" / "config.json").read_text())
     (tmp_path / "causal" / "config.json").write_text(json.dumps({**values, "model": "Perceiver"}))
-    with pytest.raises(ValueError, match="expected the model to be one of Memformer, CausalMemformer, got 'Perceiver'"):
+    with pytest.raises(
+        ValueError, match="expected the model to be one of Memformer, CausalMemformer, AroundBase, got 'Perceiver'"
+    ):
         load_model(tmp_path / "causal")
 
 

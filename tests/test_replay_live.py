@@ -103,8 +103,9 @@ def test_a_graph_is_freed_before_the_next_is_built():
 
 
 @pytest.mark.parametrize("where", ["cell", "readout"])
-def test_one_set_of_parameter_gradients_and_no_second(where):
-    """A parameter's gradient is added to its sum as soon as it is there: many large parameters, tiny graphs."""
+def test_one_set_of_parameter_gradients_and_no_second(where, monkeypatch):
+    """A large gradient is added to its sum as soon as it is there: many large parameters, tiny graphs."""
+    monkeypatch.setattr("memformer.replay.gradients.ADDED_AFTERWARDS", 16 * 1024)
     layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(8))
 
     def all_layers(x):

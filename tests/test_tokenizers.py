@@ -125,7 +125,7 @@ def test_loading_refuses_what_does_not_fit(bpe, tmp_path):
         ("{", "damaged"),
         ("[]", "damaged"),
         (json.dumps({"kind": "bytes"}), "damaged .*ordinary"),
-        (json.dumps({**saved, "kind": "morse"}), "expected a tokenizer of bytes, bpe or ids, got 'morse'"),
+        (json.dumps({**saved, "kind": "morse"}), "expected a tokenizer of bytes, bpe, ids or base, got 'morse'"),
         (json.dumps({**saved, "ordinary": 400}), "expected 400 ordinary tokens .* got 300 .* do not belong together"),
         (json.dumps({**saved, "mask": 0}), "do not belong together"),
     ]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
-from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..nn.attention import KeysValues
@@ -73,20 +72,13 @@ class CarriedGenerationMixin(GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any
-    ) -> Any:
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                "generate: a memory cannot unread what turns out to be wrong, so there is no assisted decoding and no "
-                "prompt lookup; leave assistant_model and prompt_lookup_num_tokens out"
-            )
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any) -> Any:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 "cache_implementation: expected none, because this model makes its own cache, of one size whatever is "
                 f"read; got {generation_config.cache_implementation!r}"
             )
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
+        return super()._prepare_cache_for_generation(generation_config, *args)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """The tokens that were not read yet."""
