@@ -71,6 +71,8 @@ class _OwnConfig(PreTrainedConfig):
             default = None if field.default is dataclasses.MISSING else field.default
             setattr(self, field.name, settings.pop(field.name, default))
         self.start_token_id, self.end_token_id, self.special_token_ids = start_token_id, end_token_id, special_token_ids
+        for name, token in (("bos", start_token_id), ("eos", end_token_id), ("pad", start_token_id)):
+            setattr(self, f"{name}_token_id", settings.pop(f"{name}_token_id", token))  # as others look for them
         super().__init__(**settings)
 
     @property
