@@ -13,7 +13,10 @@ def test_it_shows_memory_replay_as_the_earlier_library_does():
 
 
 def test_the_two_commands_are_where_ci_looks_for_them():
-    for marker, ends in {"install and train": "memformer train --recipe causal-tiny", "install and test": "make check"}.items():
+    for marker, ends in {
+        "install and train": "memformer train --recipe causal-tiny",
+        "install and test": "make check",
+    }.items():
         after = README.split(f"<!-- {marker} -->")[1]
         command = re.search(r"```bash\n(.*?)\n```", after, re.DOTALL)[1]
         assert command.startswith("python3 -m venv .venv && ")
