@@ -6,10 +6,10 @@ Shapes: labels and mask (batch, tokens), the mask True for tokens that exist; hi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import IGNORED
+from ..nn.causal import along, predicting
 
 __all__ = ["along", "before_each", "counted_labels", "kept_first"]
 
@@ -20,17 +20,8 @@ def before_each(hidden: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tens
     Args:
         hidden: (batch, tokens, dim). last: (batch, dim), before the segment. mask: (batch, tokens).
     """
-    states = torch.cat([last[:, None].to(hidden.dtype), hidden], 1)
-    if mask is not None:
-        place = torch.arange(1, states.shape[1], device=mask.device) * mask  # 0 where there is no token
-        place = F.pad(place.cummax(1).values, (1, 0))
-        states = along(states, place)
-    return states[:, :-1], states[:, -1].to(last.dtype)
-
-
-def along(x: Tensor, places: Tensor) -> Tensor:
-    """(batch, tokens, dim), at those places (batch, any number)."""
-    return x.gather(1, places[..., None].expand(*places.shape, x.shape[2]))
+    states, after = predicting(last, hidden, mask)
+    return states[:, :-1], after
 
 
 def kept_first(mask: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import struct
@@ -33,12 +32,11 @@ from ..state import MemoryState
 from .bases import check_length, logits_of, text_config
 from .configuration import MemoryConfig
 from .model import MemoryForCausalLM
+from .reference import fingerprint
 from .wrap import around
 
 __all__ = ["AroundBase"]
 
-SAMPLED = 4096
-"""So many numbers of each of a base's weights are looked at to tell it from another one."""
 FIELDS = (
     "base",
     "slots",
@@ -321,13 +319,3 @@ def _reference(base: PreTrainedModel, settings: BaseSettings) -> dict[str, str |
         "gguf": settings.gguf,
         "fingerprint": fingerprint(base),
     }
-
-
-def fingerprint(base: PreTrainedModel) -> str:
-    """A hash of a base's weights: of their names, shapes, and some numbers of each."""
-    digest = hashlib.sha256()
-    for name, parameter in base.named_parameters():
-        numbers = parameter.detach().flatten()
-        numbers = numbers[:: max(1, len(numbers) // SAMPLED)].float().contiguous().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}\0".encode() + numbers.numpy().tobytes())
-    return digest.hexdigest()

@@ -24,6 +24,7 @@ __all__ = [
     "MemoryInEachLayer",
     "OneMemory",
     "Remembered",
+    "along",
     "begun",
     "last_rows",
     "predicting",
@@ -68,7 +69,7 @@ def last_rows(last: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
     # Those before the segment all exist, so there are enough. Without a sort, which ONNX does not have.
     exists = F.pad(kept, (overlap, 0), value=True)
     place = torch.arange(exists.shape[-1], device=exists.device).where(exists, -1)
-    return _along(rows, place.topk(overlap).values.flip(-1))
+    return along(rows, place.topk(overlap).values.flip(-1))
 
 
 def predicting(output: Tensor, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -92,10 +93,10 @@ def _last_before(output: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
     place = torch.arange(1, tokens + 1, device=kept.device) * kept  # 0 where there is no token
     # The greatest so far, without cummax, which ONNX does not have.
     newest = (place[:, None] * causal_mask(tokens, tokens, kept.device)).amax(-1)
-    return _along(rows, F.pad(newest, (1, 0)))
+    return along(rows, F.pad(newest, (1, 0)))
 
 
-def _along(rows: Tensor, places: Tensor) -> Tensor:
+def along(rows: Tensor, places: Tensor) -> Tensor:
     """(..., rows, dim), at those places (..., any number)."""
     return rows.gather(-2, places[..., None].expand(*places.shape, rows.shape[-1]))
 
