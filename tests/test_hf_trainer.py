@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +24,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, Tra
 
 from memformer import Memformer
 from memformer.hf import MemoryForCausalLM, MemoryTrainer, MemoryTrainingArguments, PretrainedMemory, with_memory
-from processes import two_processes
 
 pytestmark = [
     # PEFT still calls what transformers has renamed.
@@ -283,22 +284,38 @@ def test_a_checkpoint_in_the_middle_of_an_update_begins_it_again(tmp_path):
     assert_close(found["weights"], expected["weights"], rtol=0, atol=0)
 
 
-def work(rank: int, out: Path) -> tuple[list[float], dict[str, float]]:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # torch's group has met already
-    trainer = trainer_of(out, max_steps=2, save_strategy="steps", save_steps=2, ddp_backend="gloo", **OF_TWO)
+OF_TWO = dict(learning_rate=1e-2, include_num_input_tokens_seen="non_padding")
+
+
+def launched(out: Path) -> None:
+    """What each process of a launcher runs; this file is its script."""
+    trainer = trainer_of(out, max_steps=2, save_strategy="steps", save_steps=2, **OF_TWO)
     assert trainer.accelerator.num_processes == 2
     trainer.train()
-    return losses(trainer), trainer.evaluate()
+    found = [losses(trainer), trainer.evaluate()["eval_loss"]]
+    (out / f"{trainer.args.process_index}.json").write_text(json.dumps(found))
 
 
-OF_TWO = dict(learning_rate=1e-2, include_num_input_tokens_seen="non_padding")
+def launch(*flags: str, out: Path) -> list[list]:
+    """This file under ``accelerate launch``, as the documentation has it; returns what each process found."""
+    out.mkdir()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", "2"]
+    command += ["--main_process_port", str(free_port()), __file__, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert not done.returncode, done.stderr[-5000:]
+    return [json.loads(file.read_text()) for file in sorted(out.glob("?.json"))]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_equal_one(tmp_path):
     """In their losses, weights, memories and evaluation; and one goes on with what two have saved."""
-    (first, evaluated), (second, also) = two_processes(work, tmp_path, tmp_path / "two")
+    (first, evaluated), (second, also) = launch("--multi_gpu", out=tmp_path / "two")
     how = dict(max_steps=3, save_strategy="steps", save_steps=1, per_device_train_batch_size=4, **OF_TWO)
     alone = trainer_of(tmp_path / "one", **how)
     alone.train()
@@ -312,10 +329,18 @@ def test_two_processes_equal_one(tmp_path):
     assert seen[0] == seen[1] > 0
     between = model_of()
     between.load_state_dict(one["weights"])
-    assert evaluated["eval_loss"] == also["eval_loss"] == pytest.approx(evaluate_by_hand(between, HELD_OUT), rel=1e-9)
+    assert evaluated == also == pytest.approx(evaluate_by_hand(between, HELD_OUT), rel=1e-9)
     goes_on = trainer_of(tmp_path / "two", **how)
     goes_on.train(resume_from_checkpoint=True)
     assert_close(goes_on.model.state_dict(), alone.model.state_dict(), rtol=0, atol=1e-9)
+
+
+def test_one_process_where_several_were_asked_for_is_said(tmp_path, monkeypatch):
+    """What ``accelerate launch --cpu --num_processes 2`` sets."""
+    for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match="starts one process, whatever --num_processes says"):
+        trainer_of(tmp_path)
 
 
 # --- What Trainer's users know ----------------------------------------------------------------------------------------
@@ -443,3 +468,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     (tmp_path / "checkpoint-1" / "memory.safetensors").unlink()
     with pytest.raises(ValueError, match=r"it has no memory\.safetensors, so the lanes' places are not known"):
         trainer.train(resume_from_checkpoint=True)
+
+
+if __name__ == "__main__":
+    launched(Path(sys.argv[1]))

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -129,6 +130,7 @@ class MemoryTrainer(Trainer):
                 f"{args.n_gpu} accelerators in one process: start a process for each, with torchrun or accelerate "
                 "launch, or show it one alone (CUDA_VISIBLE_DEVICES=0)"
             )
+        _warn_of_one_process(os.environ)
         kind = self.accelerator.distributed_type.value
         if kind != "NO" and not kind.startswith("MULTI_"):
             raise ValueError(f"{kind}: the model is not divided among processes yet; choose plain data parallelism")
@@ -447,6 +449,18 @@ def _segments(batch: Mapping[str, Tensor], length: int) -> list[Segment]:
     """What :func:`_batch` was given."""
     parts = batch["input_ids"].split(length, 1), batch["attention_mask"].split(length, 1), batch["reset"].unbind(1)
     return [Segment(*each) for each in zip(*parts, strict=True)]
+
+
+def _warn_of_one_process(environment: Mapping[str, str]) -> None:
+    """``accelerate launch --cpu`` tells where processes meet if it is asked for several, and starts one."""
+    alone = not any(environment.get(name) for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    if alone and environment.get("ACCELERATE_USE_CPU") == "True" and environment.get("MASTER_PORT"):
+        warnings.warn(
+            "accelerate launch --cpu starts one process, whatever --num_processes says, unless mpirun starts the "
+            "others: for several on a CPU use accelerate launch --multi_gpu --num_processes N, or torchrun, and the "
+            "argument use_cpu=True",
+            stacklevel=3,
+        )
 
 
 def _check_model(model: Any) -> None:
