@@ -16,6 +16,7 @@ from memformer import cli, load_model
 from memformer.around import BaseSettings
 from memformer.data import Document, encode_documents, load_tokenizer
 from memformer.evaluation import evaluate
+from memformer.hf.runs import AroundBase
 from memformer.settings import ModelSettings, TrainingConfig
 from memformer.training import assemble
 from pretrained_bases import TEXT, save_base
@@ -207,14 +208,16 @@ def test_another_base_is_refused(folder: Path, capsys: pytest.CaptureFixture[str
     save_base(folder / "other", seed=1)
     again = ["train", "--resume", "--out", "run", "--steps", "6", "--base"]
     assert cli.main([*again, "other"]) == 2
-    assert "trained around the base in" in error(capsys)
-    assert "are others: name the folder with that base" in error_of(again, "other", capsys)
+    assert "the memory was trained around" in error(capsys)
+    assert "with other weights than those of 'other'; give that base" in error_of(again, "other", capsys)
     shutil.move(folder / "base", folder / "moved")
     assert cli.main([*again, "moved"]) == 0
-    assert json.loads((folder / "run" / "step-000006" / "config.json").read_text())["reference"]["folder"].endswith(
+    assert json.loads((folder / "run" / "step-000006" / "config.json").read_text())["reference"]["name"].endswith(
         "moved"
     )
-    shutil.rmtree(folder / "moved")
+    shutil.move(folder / "moved", folder / "again")
+    model = AroundBase.from_pretrained(folder / "run", base_model=folder / "again")
+    assert model.config.reference["name"] == str(folder / "again")
     assert cli.main(["evaluate", "--checkpoint", "run"]) == 2
     assert "moved is no folder" in error(capsys)
 

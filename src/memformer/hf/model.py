@@ -167,13 +167,14 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         """
         if base not in ("saved", "referenced"):
             raise ValueError(f"base: expected 'saved' or 'referenced', got {base!r}")
+        before, self.config.reference = self.config.reference, None
         if base == "referenced":
             state_dict = own_state(self.state_dict() if state_dict is None else state_dict)
             self.config.reference = reference_to(self.base, self.config.gguf_file)
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[call-arg]
         finally:
-            self.config.reference = None
+            self.config.reference = before
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
