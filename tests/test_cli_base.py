@@ -301,7 +301,7 @@ def test_what_is_of_a_base_is_refused_without_one(name: str) -> None:
     [
         ("transformers", [], "memformer.hf needs transformers: pip install 'memformer-replay[hf]'"),
         ("peft", ["--lora", "2"], "lora: needs peft: pip install 'memformer-replay[hf]'"),
-        ("gguf", ["--gguf", "a.gguf"], "gguf: reading such a file needs the gguf library: pip install gguf"),
+        ("gguf", ["--gguf", "a.gguf"], "needs the gguf library: pip install 'memformer-replay[gguf]'"),
     ],
 )
 def test_what_is_not_installed_is_named(

@@ -271,7 +271,7 @@ def _loading(folder: Path, gguf: str | None, what: str) -> Iterator[None]:
         there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
         raise FileNotFoundError(f"gguf: no {gguf} in {folder}; the GGUF files there: {there}")
     if gguf is not None and importlib.util.find_spec("gguf") is None:
-        raise ImportError("gguf: reading such a file needs the gguf library: pip install gguf")
+        raise ImportError("gguf: reading such a file needs the gguf library: pip install 'memformer-replay[gguf]'")
     if gguf is None and not (folder / "config.json").is_file():
         found = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"for the GGUF there add --gguf {found[0]}" if found else "save_pretrained of transformers writes one"
