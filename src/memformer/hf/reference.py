@@ -23,7 +23,10 @@ def fingerprint(base: PreTrainedModel) -> str:
     """A hash of a base's weights, but for a LoRA's: their names, shapes, and up to 4,096 numbers of each."""
     digest = hashlib.sha256()
     for name, weight in sorted((_plain(name), p) for name, p in base.named_parameters() if "lora_" not in name):
-        flat = weight.detach().flatten()
+        try:
+            flat = weight.detach().flatten()
+        except NotImplementedError:  # quantised by torchao
+            flat = weight.detach().dequantize().flatten()
         some = flat[:: max(1, len(flat) // _SAMPLES)].to("cpu", torch.float64)
         digest.update(f"{name}\0{tuple(weight.shape)}\0".encode() + some.numpy().tobytes())
     return digest.hexdigest()
