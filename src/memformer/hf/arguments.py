@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..config import check_count
@@ -124,6 +125,12 @@ class MemoryTrainingArguments(TrainingArguments):
     def replay_schedule(self) -> Schedule:
         """``schedule`` as the engine takes it."""
         return RolloutSettings(schedule=self.schedule).replay_schedule()
+
+    @property
+    def device(self) -> torch.device:
+        """Trainer's, but a processor has no number: to cpu:0 transformers 5.0 cannot load an optimizer."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def documents_seed(self) -> int | None:

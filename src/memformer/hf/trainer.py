@@ -203,7 +203,7 @@ class MemoryTrainer(Trainer):
     def _begin(self) -> None:
         """Put the documents into lanes, at their beginning or where a checkpoint stood."""
         self.args.check()  # they may have been changed since
-        if self._divided:
+        if self.args.divide_base:
             check_frozen(self.model)
         documents = self.train_dataset
         if documents is None:
