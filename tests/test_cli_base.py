@@ -16,9 +16,10 @@ from memformer import cli, load_model
 from memformer.around import BaseSettings
 from memformer.data import Document, encode_documents, load_tokenizer
 from memformer.evaluation import evaluate
+from memformer.hf.runs import AroundBase, load_base
 from memformer.settings import ModelSettings, TrainingConfig
 from memformer.training import assemble
-from pretrained_bases import TEXT, save_base
+from pretrained_bases import TEXT, save_base, save_gguf
 
 # PEFT still calls what transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -207,14 +208,16 @@ def test_another_base_is_refused(folder: Path, capsys: pytest.CaptureFixture[str
     save_base(folder / "other", seed=1)
     again = ["train", "--resume", "--out", "run", "--steps", "6", "--base"]
     assert cli.main([*again, "other"]) == 2
-    assert "trained around the base in" in error(capsys)
-    assert "are others: name the folder with that base" in error_of(again, "other", capsys)
+    assert "the memory was trained around" in error(capsys)
+    assert "with other weights than those of 'other'; give that base" in error_of(again, "other", capsys)
     shutil.move(folder / "base", folder / "moved")
     assert cli.main([*again, "moved"]) == 0
-    assert json.loads((folder / "run" / "step-000006" / "config.json").read_text())["reference"]["folder"].endswith(
+    assert json.loads((folder / "run" / "step-000006" / "config.json").read_text())["reference"]["name"].endswith(
         "moved"
     )
-    shutil.rmtree(folder / "moved")
+    shutil.move(folder / "moved", folder / "again")
+    model = AroundBase.from_pretrained(folder / "run", base_model=folder / "again")
+    assert model.config.reference["name"] == str(folder / "again")
     assert cli.main(["evaluate", "--checkpoint", "run"]) == 2
     assert "moved is no folder" in error(capsys)
 
@@ -298,7 +301,7 @@ def test_what_is_of_a_base_is_refused_without_one(name: str) -> None:
     [
         ("transformers", [], "memformer.hf needs transformers: pip install 'memformer-replay[hf]'"),
         ("peft", ["--lora", "2"], "lora: needs peft: pip install 'memformer-replay[hf]'"),
-        ("gguf", ["--gguf", "a.gguf"], "gguf: reading such a file needs the gguf library: pip install gguf"),
+        ("gguf", ["--gguf", "a.gguf"], "needs the gguf library: pip install 'memformer-replay[gguf]'"),
     ],
 )
 def test_what_is_not_installed_is_named(
@@ -316,6 +319,19 @@ def test_what_is_not_installed_is_named(
             monkeypatch.delitem(sys.modules, name)
     assert train(folder, "--out", "new", *flags) == 2
     assert said in error(capsys)
+
+
+def test_a_gguf_is_the_base_that_it_was_made_of(folder: Path) -> None:
+    save_gguf(folder / "base", "a.gguf")
+    tokens = torch.arange(20)[None]
+    bases = [load_base(folder / "base", file) for file in ("a.gguf", None)]
+    torch.testing.assert_close(*(base(tokens).logits for base in bases), rtol=0, atol=1e-5)
+    (folder / "base" / "model.safetensors").unlink()
+    tokenizer = str(folder / "base" / "tokenizer.json")
+    assert train(folder, "--out", "new", "--gguf", "a.gguf", "--tokenizer", tokenizer, "--steps", "1") == 0
+    model = load_model(folder / "new")
+    assert model.config.reference["gguf_file"] == "a.gguf"
+    torch.testing.assert_close(model.base(tokens).logits, bases[0](tokens).logits, rtol=0, atol=0)
 
 
 def test_a_gguf_of_an_unknown_architecture_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from memformer.hf import MemoryForCausalLM, with_memory
@@ -63,6 +64,19 @@ def test_a_memory_is_saved_without_its_base(lora: bool, dtype: torch.dtype, tmp_
     for base in (tmp_path / "moved", AutoModelForCausalLM.from_pretrained(tmp_path / "moved")):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "memory", base_model=base)
         torch.testing.assert_close(loaded(tokens).logits, expected.logits, rtol=0, atol=0)
+
+
+def test_a_quantised_base_is_not_written(tmp_path: Path) -> None:
+    """What transformers would write of it is read as weights without their scales."""
+    base = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base"))
+    base.hf_quantizer = "pretended"
+    model, tokens = read_something(with_memory(base, 3, LENGTH, **SIZES)).trainable("memory").eval(), some_tokens()
+    with pytest.raises(ValueError, match=r"base: expected 'referenced', because this one is quantised"):
+        model.save_pretrained(tmp_path / "memory", base="saved")
+    model.save_pretrained(tmp_path / "memory")  # as Trainer calls it
+    assert not any(name.startswith("base.") for name in load_file(tmp_path / "memory" / "model.safetensors"))
+    loaded = MemoryForCausalLM.from_pretrained(tmp_path / "memory", base_model=base)
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,8 @@ def test_a_folder_of_either_is_read_by_both(kind: str, tmp_path: Path) -> None:
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
     torch.testing.assert_close(again(tokens).logits, expected, rtol=0, atol=0)
+    for name, tensor in load_model(tmp_path / "parts").state_dict().items():
+        assert torch.equal(tensor, own.state_dict()[name]), name
     if kind == "memformer":  # what is one stays one
         assert again.memformer.decoder.to_logits.weight is again.memformer.encoder.embedding.weight
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype=torch.bfloat16)
@@ -179,6 +182,27 @@ def test_a_folder_of_either_is_read_by_both(kind: str, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tmp_path / "own")
     assert isinstance(config, HFCausalConfig if kind == "causal" else HFMemformerConfig)
     assert (config.hidden_size, config.vocab_size, config.settings) == (8, VOCABULARY, own.config)
+
+
+def test_several_files_that_do_not_fit(tmp_path: Path) -> None:
+    as_transformers(MAKERS["causal"](), TOKENIZER).save_pretrained(tmp_path, max_shard_size="5KB")
+    index, first = tmp_path / "model.safetensors.index.json", min(tmp_path.glob("*.safetensors"))
+    content = first.read_bytes()
+    first.write_bytes(content[:-8])
+    with pytest.raises(ValueError, match=r"index\.json: damaged, or not the weights of .*config\.json"):
+        load_model(tmp_path)
+    first.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-.*: not found; .* the files that .*index\.json names"):
+        load_model(tmp_path)
+    first.write_bytes(content)
+    told = json.loads(index.read_text())
+    others = {name: file for name, file in told["weight_map"].items() if file != first.name}
+    index.write_text(json.dumps({"weight_map": others}))
+    with pytest.raises(ValueError, match="Missing key"):
+        load_model(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="damaged; expected a weight_map from tensors to files"):
+        load_model(tmp_path)
 
 
 @both

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, Tra
 
 from memformer import Memformer
 from memformer.hf import MemoryForCausalLM, MemoryTrainer, MemoryTrainingArguments, PretrainedMemory, with_memory
-from processes import two_processes
+from memformer.hf.divided import check_frozen
 
 pytestmark = [
     # PEFT still calls what transformers has renamed.
@@ -41,10 +43,12 @@ SIZES = dict(
 )  # fmt: skip
 
 
-def model_of(dropout: float = 0.0, lora: bool = False, dtype: torch.dtype = torch.float64) -> MemoryForCausalLM:
+def model_of(
+    dropout: float = 0.0, lora: bool = False, dtype: torch.dtype = torch.float64, seed: int = 0, **settings: object
+) -> MemoryForCausalLM:
     """A tiny one whose memory matters."""
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, attention_dropout=dropout), dtype=dtype)
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, attention_dropout=dropout, **settings), dtype=dtype)
     for parameter in base.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -283,28 +287,63 @@ def test_a_checkpoint_in_the_middle_of_an_update_begins_it_again(tmp_path):
     assert_close(found["weights"], expected["weights"], rtol=0, atol=0)
 
 
-def work(rank: int, out: Path) -> tuple[list[float], dict[str, float]]:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # torch's group has met already
-    trainer = trainer_of(out, max_steps=2, save_strategy="steps", save_steps=2, ddp_backend="gloo", **OF_TWO)
+OF_TWO = dict(learning_rate=1e-2, include_num_input_tokens_seen="non_padding")
+
+
+def launched(out: Path) -> None:
+    """What each process of a launcher runs; this file is its script."""
+    how = dict(max_steps=2, save_strategy="steps", **OF_TWO)
+    trainer = trainer_of(out / "plain", save_steps=2, **how)
     assert trainer.accelerator.num_processes == 2
     trainer.train()
-    return losses(trainer), trainer.evaluate()
+    found = {"plain": [losses(trainer), trainer.evaluate()["eval_loss"]]}
+    for tied in (False, True):
+        name, how["divide_base"] = f"divided-{tied}", True
+        trainer = trainer_of(out / name, frozen(tied), save_steps=1, **how)
+        weights = dict(trainer.model.base.named_parameters())
+        held = {n for n, p in weights.items() if hasattr(p, "full_tensor")}
+        assert held == {n for n, p in weights.items() if not p.requires_grad and not (tied and "embed" in n)}
+        trainer.train()
+        found[name] = [losses(trainer), trainer.evaluate()["eval_loss"]]
+        shutil.rmtree(out / name / "checkpoint-2", ignore_errors=True)
+        dist.barrier()
+        again = trainer_of(out / name, frozen(tied, seed=5), save_steps=1, **how)
+        again.train(resume_from_checkpoint=str(out / name / "checkpoint-1"))
+        found[f"{name}-resumed"] = [losses(again), again.evaluate()["eval_loss"]]
+    (out / f"{trainer.args.process_index}.json").write_text(json.dumps(found))
 
 
-OF_TWO = dict(learning_rate=1e-2, include_num_input_tokens_seen="non_padding")
+def frozen(tied: bool, seed: int = 0) -> MemoryForCausalLM:
+    return model_of(lora=True, seed=seed, tie_word_embeddings=tied).trainable("lora")
+
+
+def launch(*flags: str, out: Path) -> list[dict]:
+    """This file under ``accelerate launch``, as the documentation has it; returns what each process found."""
+    out.mkdir()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", "2"]
+    command += ["--main_process_port", str(free_port()), __file__, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert not done.returncode, done.stderr[-5000:]
+    return [json.loads(file.read_text()) for file in sorted(out.glob("?.json"))]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_equal_one(tmp_path):
     """In their losses, weights, memories and evaluation; and one goes on with what two have saved."""
-    (first, evaluated), (second, also) = two_processes(work, tmp_path, tmp_path / "two")
-    how = dict(max_steps=3, save_strategy="steps", save_steps=1, per_device_train_batch_size=4, **OF_TWO)
+    out, how = tmp_path / "two", dict(max_steps=3, save_strategy="steps", save_steps=1, **OF_TWO)
+    how["per_device_train_batch_size"] = 4
+    first, second = launch("--multi_gpu", out=out)
+    assert first == second
     alone = trainer_of(tmp_path / "one", **how)
     alone.train()
-    assert_close(first, losses(alone)[:2], rtol=1e-6, atol=0)
-    assert first == second
-    two, one = state_of(tmp_path / "two", 2), state_of(tmp_path / "one", 2)
+    assert_close(first["plain"][0], losses(alone)[:2], rtol=1e-6, atol=0)
+    two, one = state_of(out / "plain", 2), state_of(tmp_path / "one", 2)
     assert two["lanes"] == one["lanes"]
     for part in ("weights", "memory"):
         assert_close(two[part], one[part], rtol=0, atol=1e-9)
@@ -312,10 +351,29 @@ def test_two_processes_equal_one(tmp_path):
     assert seen[0] == seen[1] > 0
     between = model_of()
     between.load_state_dict(one["weights"])
-    assert evaluated["eval_loss"] == also["eval_loss"] == pytest.approx(evaluate_by_hand(between, HELD_OUT), rel=1e-9)
-    goes_on = trainer_of(tmp_path / "two", **how)
+    assert first["plain"][1] == pytest.approx(evaluate_by_hand(between, HELD_OUT), rel=1e-9)
+    goes_on = trainer_of(out / "plain", **how)
     goes_on.train(resume_from_checkpoint=True)
     assert_close(goes_on.model.state_dict(), alone.model.state_dict(), rtol=0, atol=1e-9)
+    # And where each holds a part of the base (FSDP2), also resumed.
+    for tied in (False, True):
+        name = f"divided-{tied}"
+        alone = trainer_of(tmp_path / name, frozen(tied), **{**how, "max_steps": 2})
+        alone.train()
+        for found in (first[name], first[f"{name}-resumed"]):
+            assert_close(found[0], losses(alone), rtol=1e-6, atol=0)
+            assert found[1] == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-9)
+        two, one = state_of(out / name, 2), state_of(tmp_path / name, 2)
+        for part in ("weights", "memory", "optimizer"):
+            assert_close(two[part], one[part], rtol=0, atol=1e-9)
+
+
+def test_one_process_where_several_were_asked_for_is_said(tmp_path, monkeypatch):
+    """What ``accelerate launch --cpu --num_processes 2`` sets."""
+    for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match="starts one process, whatever --num_processes says"):
+        trainer_of(tmp_path)
 
 
 # --- What Trainer's users know ----------------------------------------------------------------------------------------
@@ -363,7 +421,7 @@ def test_a_run_as_users_know_it(tmp_path):
         (dict(ddp_find_unused_parameters=True), "processes add up their gradients once a step"),
         (dict(fp16=True), "fp16: in float16 a memory can overflow, and stays so; bf16 has the range"),
         (dict(torch_compile=True), "torch_compile: a memory around a pretrained model is not compiled yet"),
-        (dict(fsdp="full_shard"), "fsdp: the model is not divided among processes yet; torchrun and accelerate launch"),
+        (dict(fsdp="full_shard"), "fsdp: a rollout does not call the model's forward, .* use divide_base=True"),
         (dict(average_tokens_across_devices=False), "the tokens of all processes count alike"),
         (dict(bf16_full_eval=True), "bf16_full_eval: the memory's writer stays in float32"),
         (dict(optim="adalomo"), "optim: adalomo changes weights while gradients are still being added up"),
@@ -391,6 +449,13 @@ def test_what_the_trainer_refuses(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             MemoryTrainer(**{"model": model, "args": args, **given})
+
+
+def test_a_base_that_is_trained_is_not_divided():
+    model = model_of(lora=True)
+    with pytest.raises(ValueError, match="divide_base: expected a frozen base, because what is trained is whole"):
+        check_frozen(model.trainable("all"))
+    check_frozen(model.trainable("lora"))
 
 
 def test_documents_that_do_not_fit(tmp_path):
@@ -443,3 +508,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     (tmp_path / "checkpoint-1" / "memory.safetensors").unlink()
     with pytest.raises(ValueError, match=r"it has no memory\.safetensors, so the lanes' places are not known"):
         trainer.train(resume_from_checkpoint=True)
+
+
+if __name__ == "__main__":
+    launched(Path(sys.argv[1]))

@@ -1,6 +1,7 @@
 """A model in a folder: its settings in ``config.json``, its weights in ``model.safetensors``. Never pickle.
 
-A training run whose processes each hold a part of the model leaves the weights in parts: see :func:`read_shards`.
+They may be in several files, as transformers writes those of a large model (:func:`read_weights`). A training run whose
+processes each hold a part of the model leaves them in parts (:func:`read_shards`).
 
 :class:`Pretrained` is what is needed of a model to store it, or something that belongs to it.
 """
@@ -15,14 +16,23 @@ from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import MemformerConfig, ModelConfig, a_path
 from .device import seeded
 from .folders import model_in
 
-__all__ = ["SHARDS", "Pretrained", "distinct", "plain_state", "read_config", "read_shards", "unwrapped"]
+__all__ = [
+    "SHARDS",
+    "Pretrained",
+    "distinct",
+    "plain_state",
+    "read_config",
+    "read_shards",
+    "read_weights",
+    "unwrapped",
+]
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, DistributedDataParallel, FSDP and checkpointing call the module inside."""
@@ -30,6 +40,9 @@ DEFAULT_KIND = "Memformer"
 """The kind of model that a folder holds which does not say: there was no other."""
 SHARDS = "shards"
 """The folder in a checkpoint with the tensors that each process of a run wrote for itself."""
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+"""Where transformers says which of several files a tensor is in."""
 
 
 class Pretrained(nn.Module):
@@ -122,19 +135,13 @@ class Pretrained(nn.Module):
         folder = model_in(a_path("folder", folder))
         with torch.device("cpu"):  # whatever the default device is
             model = cls(**cls.saved_config(folder).to_dict())
-        weights, in_parts = folder / "model.safetensors", (folder / SHARDS).is_dir()
-        if not weights.is_file() and not in_parts:
-            raise FileNotFoundError(f"{weights}: not found; a model's folder holds config.json and model.safetensors")
         try:
-            tensors = read_shards(folder / SHARDS, "model/") if in_parts else load_file(weights)
+            tensors = read_weights(folder)
             dtypes = {tensor.dtype for tensor in tensors.values()}
             model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-            if in_parts:
-                model.load_state_dict(tensors)
-            else:
-                load_model(model, weights)
+            model.load_state_dict(_by_each_name(model, tensors))
         except (SafetensorError, RuntimeError) as error:
-            damaged = folder / SHARDS if in_parts else weights
+            damaged = next((folder / name for name in (SHARDS, INDEX) if (folder / name).exists()), folder / WEIGHTS)
             raise ValueError(f"{damaged}: damaged, or not the weights of {folder / 'config.json'}: {error}") from error
         return model
 
@@ -196,6 +203,38 @@ def distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in sorted(state.items()):
         named.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor.contiguous()))
     return dict(named.values())
+
+
+def _by_each_name(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under all names that a model has for them: in a file, one with several (``tie_embeddings``) is once."""
+    places = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {place: tensors[name] for name, place in places.items() if name in tensors}
+    return tensors | {name: found[place] for name, place in places.items() if place in found}
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """A model's tensors, by name: from one file, from several with an index (as transformers writes a large model), or
+    from what each process of a run wrote.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the index is damaged, or a part is missing.
+        SafetensorError: a file is damaged.
+    """
+    if (folder / SHARDS).is_dir():
+        return read_shards(folder / SHARDS, "model/")
+    names = {WEIGHTS}
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        try:
+            names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX}: damaged; expected a weight_map from tensors to files") from error
+    if missing := sorted(str(name) for name in names if not (folder / Path(str(name)).name).is_file()):
+        raise FileNotFoundError(
+            f"{folder / missing[0]}: not found; a model's folder holds config.json and {WEIGHTS}, or the files that "
+            f"{INDEX} names"
+        )
+    return {name: x for file in sorted(names) for name, x in load_file(folder / Path(file).name).items()}
 
 
 def read_shards(folder: Path, prefix: str = "") -> dict[str, Tensor]:

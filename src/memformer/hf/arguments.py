@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..config import check_count
@@ -22,7 +23,7 @@ _IN_THE_PROCESS = "the lanes are drawn in the training process, which costs next
 _WHOLE = "the memory's writer stays in float32"
 _NO_LOGITS = "evaluation keeps no logits of whole documents; it gives the loss and the perplexity"
 _ADDED_UP = "processes add up their gradients once a step, without DDP's buckets"
-_DIVIDED = "the model is not divided among processes yet; torchrun and accelerate launch train it as DDP does"
+_DIVIDED = "a rollout does not call the model's forward, where it gathers what it has divided; use divide_base=True"
 _REFUSED = {
     "auto_find_batch_size": "the number of lanes is part of a run's state",
     "label_smoothing_factor": "the loss is the tokens' own",
@@ -67,6 +68,8 @@ class MemoryTrainingArguments(TrainingArguments):
         readout_tokens: how many tokens' logits are computed at once; None for what suits the device.
         spread: cut documents that are longer than their fair share into stretches, so that the lanes read different
             text. A stretch begins with a fresh memory, as a document does.
+        divide_base: divide the weights of a frozen base among the processes, by FSDP2, so that each holds a part of
+            them. What is trained, the memory and a LoRA, is whole in each.
 
     Raises:
         ValueError: one of these is out of range, or one of Trainer's is set that a memory has no use for.
@@ -81,6 +84,9 @@ class MemoryTrainingArguments(TrainingArguments):
     )
     spread: bool = field(
         default=True, metadata={"help": "Cut long documents into stretches, so that the lanes read different text."}
+    )
+    divide_base: bool = field(
+        default=False, metadata={"help": "Divide the weights of a frozen base among the processes, by FSDP2."}
     )
 
     def __post_init__(self) -> None:
@@ -119,6 +125,12 @@ class MemoryTrainingArguments(TrainingArguments):
     def replay_schedule(self) -> Schedule:
         """``schedule`` as the engine takes it."""
         return RolloutSettings(schedule=self.schedule).replay_schedule()
+
+    @property
+    def device(self) -> torch.device:
+        """Trainer's, but a processor has no number: to cpu:0 transformers 5.0 cannot load an optimizer."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def documents_seed(self) -> int | None:

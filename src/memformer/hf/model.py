@@ -152,7 +152,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         self,
         save_directory: Any,
         *,
-        base: Literal["saved", "referenced"] = "saved",
+        base: Literal["saved", "referenced"] | None = None,
         state_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -160,20 +160,29 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
 
         Args:
             base: "referenced" writes the memory and a LoRA alone, and of a frozen base only its name, its GGUF file and
-                a fingerprint of its weights.
+                a fingerprint of its weights. None: so of a quantised base, any other is "saved".
 
         Raises:
-            ValueError: another word, or a base that cannot be referenced: it has no name, or is not frozen.
+            ValueError: another word, a base that cannot be referenced (it has no name, or is not frozen), or a
+                quantised one that is to be saved.
         """
+        quantised = getattr(self.base, "hf_quantizer", None) is not None
+        base = base or ("referenced" if quantised else "saved")
         if base not in ("saved", "referenced"):
             raise ValueError(f"base: expected 'saved' or 'referenced', got {base!r}")
+        if quantised and base == "saved":
+            raise ValueError(
+                "base: expected 'referenced', because this one is quantised and is not written with a memory, got "
+                "'saved'; give the base itself when loading: MemoryForCausalLM.from_pretrained(folder, base_model=base)"
+            )
+        before, self.config.reference = self.config.reference, None
         if base == "referenced":
             state_dict = own_state(self.state_dict() if state_dict is None else state_dict)
             self.config.reference = reference_to(self.base, self.config.gguf_file)
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[call-arg]
         finally:
-            self.config.reference = None
+            self.config.reference = before
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -23,7 +23,10 @@ def fingerprint(base: PreTrainedModel) -> str:
     """A hash of a base's weights, but for a LoRA's: their names, shapes, and up to 4,096 numbers of each."""
     digest = hashlib.sha256()
     for name, weight in sorted((_plain(name), p) for name, p in base.named_parameters() if "lora_" not in name):
-        flat = weight.detach().flatten()
+        try:
+            flat = weight.detach().flatten()
+        except NotImplementedError:  # quantised by torchao
+            flat = weight.detach().dequantize().flatten()
         some = flat[:: max(1, len(flat) // _SAMPLES)].to("cpu", torch.float64)
         digest.update(f"{name}\0{tuple(weight.shape)}\0".encode() + some.numpy().tobytes())
     return digest.hexdigest()
@@ -54,6 +57,7 @@ def reference_to(base: PreTrainedModel, gguf_file: str | None) -> dict[str, str 
             "base: expected a frozen one, because a referenced base is not written; call trainable('memory') or "
             "trainable('lora') before training, or save it with the memory (base='saved')"
         )
+    name = str(Path(name).absolute()) if Path(name).is_dir() else name
     return {"name": name, "gguf_file": gguf_file, "fingerprint": fingerprint(base)}
 
 
@@ -83,8 +87,8 @@ def found_base(reference: dict[str, str | None], base: Any, folder: Any, **optio
     if fingerprint(model) != reference["fingerprint"]:
         raise ValueError(
             f"{folder}: the memory was trained around {reference['name']!r} with other weights than those of "
-            f"{getattr(model, 'name_or_path', '') or type(model).__name__!r}; give that base: "
-            "from_pretrained(folder, base_model=...)"
+            f"{getattr(model, 'name_or_path', '') or type(model).__name__!r}; give that base, with base_model=... to "
+            "from_pretrained, or with --base"
         )
     return model
 

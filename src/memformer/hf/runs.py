@@ -1,6 +1,6 @@
 """A training run around a pretrained model: the base of its settings, and checkpoints that hold what is trained alone.
 
-A frozen base stays where it is. A checkpoint has its folder and a hash of its weights, so that another is refused.
+A frozen base stays where it is: a checkpoint has a reference to it, as a memory has that is saved without its base.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..state import MemoryState
 from .bases import check_length, logits_of, text_config
 from .configuration import MemoryConfig
 from .model import MemoryForCausalLM
-from .reference import fingerprint
+from .reference import found_base, reference_to
 from .wrap import around
 
 __all__ = ["AroundBase"]
@@ -55,13 +55,10 @@ class AroundBase(MemoryForCausalLM):
 
     The base's own dropout is off, so that a run needs no generator's state to go on.
 
-    Attributes:
-        reference: ``folder``, ``gguf`` and ``fingerprint`` of the base that checkpoints do not hold; None where all of
-            its weights are trained, and so saved.
+    ``config.reference`` says which base that is; it is None where all weights are trained, and so saved.
     """
 
     kind = "AroundBase"
-    reference: dict[str, str | None] | None = None
 
     # --- From settings ------------------------------------------------------------------------------------------------
 
@@ -74,11 +71,9 @@ class AroundBase(MemoryForCausalLM):
             ImportError: a library that is needed is not installed.
         """
         assert settings.base is not None
-        base = load_base(settings.base, settings.gguf)
-        reference = None if settings.train_base else _reference(base, settings)
-        model: Self = around(
-            cls,
-            _with_lora(base, settings.lora) if settings.lora else base,
+        return cls._around(
+            load_base(settings.base, settings.gguf),
+            settings,
             slots=sizes.slots,
             segment_length=segment_length,
             read_dim=settings.read_dim,
@@ -87,8 +82,14 @@ class AroundBase(MemoryForCausalLM):
             write_heads=settings.write_heads,
             write_temperature=sizes.write_temperature,
         )
-        model.reference = reference
+
+    @classmethod
+    def _around(cls, base: PreTrainedModel, settings: BaseSettings, **sizes: Any) -> Self:
+        adapted = _with_lora(base, settings.lora) if settings.lora else base
+        model: Self = around(cls, adapted, **sizes, gguf_file=settings.gguf)
         model.trainable(settings.trained)
+        if not settings.train_base:
+            model.config.reference = reference_to(base, settings.gguf)
         return model
 
     @staticmethod
@@ -143,7 +144,7 @@ class AroundBase(MemoryForCausalLM):
     def described(self) -> dict[str, Any]:
         """What ``config.json`` holds."""
         fields = {name: getattr(self.config, name) for name in (*FIELDS, "adapter")}
-        return {"model": self.kind, **fields, "reference": self.reference}
+        return {"model": self.kind, **fields, "reference": self.config.reference}
 
     def load_saved(self, folder: Path) -> None:
         """Take over the weights of a checkpoint of the same run.
@@ -171,17 +172,19 @@ class AroundBase(MemoryForCausalLM):
 
     def _check_base_of(self, saved: Mapping[str, Any], folder: Path) -> None:
         there = saved.get("reference")
-        if (there is None) != (self.reference is None):
+        if (there is None) != (self.config.reference is None):
             raise ValueError(f"{folder}: of a run in which the base's own weights were trained, or the other way round")
-        if there is not None and self.reference is not None and there["fingerprint"] != self.reference["fingerprint"]:
-            raise ValueError(
-                f"{folder}: it was trained around the base in {there['folder']}, and the weights in "
-                f"{self.reference['folder']} are others: name the folder with that base"
-            )
+        if there is not None:
+            found_base(there, self.base, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *args: Any, **others: Any) -> Self:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: str | Path, *args: Any, base_model: str | Path | None = None, **others: Any
+    ) -> Self:
         """The model of a run's checkpoint, around the base that it names.
+
+        Args:
+            base_model: the folder of that base, where it has moved.
 
         Raises:
             FileNotFoundError: the checkpoint or its base is not there.
@@ -191,20 +194,17 @@ class AroundBase(MemoryForCausalLM):
         _, saved = read_config(folder)
         if "model_type" in saved:  # save_pretrained of transformers wrote it
             with _quiet():
-                whole: Self = super().from_pretrained(folder, dtype=torch.float32)  # type: ignore[call-arg]
+                whole: Self = super().from_pretrained(folder, base_model=base_model, dtype=torch.float32)
             return whole.eval()
         there, adapter = saved.get("reference"), saved.get("adapter")
         if there is not None:
-            base = load_base(Path(there["folder"]), there["gguf"])
+            base = load_base(Path(base_model or there["name"]), there["gguf_file"])
         else:
             config = MemoryConfig(**{name: saved[name] for name in FIELDS}).base_config
             base = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        settings = BaseSettings(base=Path("."), lora=adapter["r"] if adapter else 0, train_base=there is None)
-        reference = None if there is None else {**there, "fingerprint": fingerprint(base)}
-        sizes = {name: saved[name] for name in FIELDS if name != "base"}
-        model: Self = around(cls, _with_lora(base, settings.lora) if settings.lora else base, **sizes)
-        model.reference = reference
-        model.trainable(settings.trained)
+        gguf, lora = there and there["gguf_file"], adapter["r"] if adapter else 0
+        settings = BaseSettings(base=Path("."), gguf=gguf, lora=lora, train_base=there is None)
+        model = cls._around(base, settings, **{name: saved[name] for name in FIELDS if name != "base"})
         model.load_saved(folder)
         return model.eval()
 
@@ -271,7 +271,7 @@ def _loading(folder: Path, gguf: str | None, what: str) -> Iterator[None]:
         there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
         raise FileNotFoundError(f"gguf: no {gguf} in {folder}; the GGUF files there: {there}")
     if gguf is not None and importlib.util.find_spec("gguf") is None:
-        raise ImportError("gguf: reading such a file needs the gguf library: pip install gguf")
+        raise ImportError("gguf: reading such a file needs the gguf library: pip install 'memformer-replay[gguf]'")
     if gguf is None and not (folder / "config.json").is_file():
         found = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"for the GGUF there add --gguf {found[0]}" if found else "save_pretrained of transformers writes one"
@@ -311,11 +311,3 @@ def _peft() -> Any:
     except ImportError as error:
         raise ImportError("lora: needs peft: pip install 'memformer-replay[hf]'") from error
     return peft
-
-
-def _reference(base: PreTrainedModel, settings: BaseSettings) -> dict[str, str | None]:
-    return {
-        "folder": str(Path(settings.base or "").absolute()),
-        "gguf": settings.gguf,
-        "fingerprint": fingerprint(base),
-    }

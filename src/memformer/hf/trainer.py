@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
+from .. import replay
 from ..checks import check_tokens, plural
 from ..data import Lanes
 from ..data.lanes import LanesState
@@ -36,6 +38,7 @@ from ..parallel import Ranks
 from ..rollouts import rollout
 from ..training.parts import by_name, from_names
 from .arguments import MemoryTrainingArguments
+from .divided import check_frozen, divide, whole_state
 from .model import MemoryForCausalLM, PretrainedMemory
 
 __all__ = ["MemoryTrainer"]
@@ -112,6 +115,12 @@ class MemoryTrainer(Trainer):
             )
         if model is not None:
             _check_model(model)
+        self._divided = args.divide_base and args.world_size > 1
+        self._whole_state: dict[str, Any] | None = None
+        if self._divided:
+            if model is None:
+                raise ValueError("divide_base: expected the model itself, got model_init")
+            divide(model, args.device)
         super().__init__(
             model=model,
             args=args,
@@ -129,14 +138,24 @@ class MemoryTrainer(Trainer):
                 f"{args.n_gpu} accelerators in one process: start a process for each, with torchrun or accelerate "
                 "launch, or show it one alone (CUDA_VISIBLE_DEVICES=0)"
             )
+        _warn_of_one_process(os.environ)
         kind = self.accelerator.distributed_type.value
         if kind != "NO" and not kind.startswith("MULTI_"):
-            raise ValueError(f"{kind}: the model is not divided among processes yet; choose plain data parallelism")
+            raise ValueError(
+                f"{kind}: choose plain data parallelism (accelerate launch --multi_gpu, or torchrun); the argument "
+                "divide_base=True divides a frozen base among the processes, by FSDP2"
+            )
         if (
             getattr(self.accelerator.state, "dynamo_plugin", None)
             and self.accelerator.state.dynamo_plugin.backend != "NO"
         ):
             raise ValueError("dynamo: a memory around a pretrained model is not compiled yet; choose no backend")
+        if self._divided:
+            # DDP would wrap a model that nobody calls, and knows no divided weights.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+            for parameter in self.model.parameters():
+                if not hasattr(parameter, "full_tensor"):
+                    dist.broadcast(parameter.data, src=0)
         self.model_accepts_loss_kwargs = True  # a loss is divided by the tokens of all of an update's rollouts
         self._resumed_from: str | None = None
         self._stream: Lanes | None = None
@@ -184,6 +203,8 @@ class MemoryTrainer(Trainer):
     def _begin(self) -> None:
         """Put the documents into lanes, at their beginning or where a checkpoint stood."""
         self.args.check()  # they may have been changed since
+        if self.args.divide_base:
+            check_frozen(self.model)
         documents = self.train_dataset
         if documents is None:
             raise ValueError("train_dataset: training needs documents, got None")
@@ -256,11 +277,13 @@ class MemoryTrainer(Trainer):
                 _segments(inputs, self.model.config.segment_length),
                 self._memory,
                 divisor=num_items_in_batch / self.accelerator.num_processes,  # the processes' losses become their mean
+                method=replay.accumulate if self._divided else replay.memory_replay,
                 schedule=self.args.replay_schedule(),
                 readout_tokens=self.args.readout_tokens,
             )
         self._memory = tree_map(Tensor.detach, outcome.memory)
-        return outcome.loss
+        # The gradients that accumulate has added are there: Trainer's backward has nothing left to do.
+        return outcome.loss.requires_grad_() if self._divided else outcome.loss
 
     def _add_up(self) -> None:
         """The mean of the processes' gradients. One that no rollout reached (the writer's, at horizon 1) is zero.
@@ -346,6 +369,15 @@ class MemoryTrainer(Trainer):
         if not self.args.save_only_model:
             self._save_lanes(os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``Trainer.save_model``; all processes have to call it."""
+        self._whole_state = whole_state(self.model) if self._divided else None
+        super().save_model(output_dir, _internal_call)
+        self._whole_state = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, self._whole_state if state_dict is None else state_dict)
 
     def _save_lanes(self, folder: str) -> None:
         """Written before all else, so that a checkpoint which is whole has it."""
@@ -447,6 +479,18 @@ def _segments(batch: Mapping[str, Tensor], length: int) -> list[Segment]:
     """What :func:`_batch` was given."""
     parts = batch["input_ids"].split(length, 1), batch["attention_mask"].split(length, 1), batch["reset"].unbind(1)
     return [Segment(*each) for each in zip(*parts, strict=True)]
+
+
+def _warn_of_one_process(environment: Mapping[str, str]) -> None:
+    """``accelerate launch --cpu`` tells where processes meet if it is asked for several, and starts one."""
+    alone = not any(environment.get(name) for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    if alone and environment.get("ACCELERATE_USE_CPU") == "True" and environment.get("MASTER_PORT"):
+        warnings.warn(
+            "accelerate launch --cpu starts one process, whatever --num_processes says, unless mpirun starts the "
+            "others: for several on a CPU use accelerate launch --multi_gpu --num_processes N, or torchrun, and the "
+            "argument use_cpu=True",
+            stacklevel=3,
+        )
 
 
 def _check_model(model: Any) -> None:
