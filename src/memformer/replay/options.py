@@ -23,6 +23,10 @@ class Options:
         readout_segments: how many segments one call of the readout gets; the losses of the calls are added. More is
             faster on short segments, and the readout's graph grows with it. None: 1, or what the caller chooses
             (a Memformer's rollout).
+        keep_values: whether the readout runs once, on the values of all segments, which are kept for it, and then
+            their gradients until backward. False: it runs with the cell, a segment at a time, once without a graph and
+            once with one; of a segment its memory and its loss are kept, and nothing that grows with its tokens. None:
+            True, or what the caller chooses (a model's rollout).
         segment_weights: one factor per segment for its loss. A readout over several segments then returns one loss
             per segment, shape (segments of the call,).
         memory_gradients: takes down the norm of the memory's gradient between segments, and clips it if asked.
@@ -35,6 +39,7 @@ class Options:
 
     schedule: Schedule = dataclasses.field(default_factory=EveryMemory)
     readout_segments: int | None = None
+    keep_values: bool | None = None
     segment_weights: Weights | None = None
     memory_gradients: MemoryGradients | None = None
     check: bool = False
@@ -44,6 +49,13 @@ class Options:
             raise ValueError(f"schedule: expected a schedule, such as replay.Binomial(8), got {self.schedule!r}")
         if self.readout_segments is not None:
             at_least("readout_segments", self.readout_segments)
+        if self.keep_values not in (None, True, False):
+            raise ValueError(f"keep_values: expected True, False or None, got {self.keep_values!r}")
+        if self.keep_values is False and (self.readout_segments or 1) > 1:
+            raise ValueError(
+                f"readout_segments: expected 1 with keep_values=False, where each segment is read out as soon as the "
+                f"cell has run, got {self.readout_segments}"
+            )
         if not isinstance(self.memory_gradients, MemoryGradients | None):
             raise ValueError(f"memory_gradients: expected a replay.MemoryGradients, got {self.memory_gradients!r}")
 
@@ -63,6 +75,7 @@ class OptionKeywords(TypedDict, total=False):
 
     schedule: Schedule | None
     readout_segments: int | None
+    keep_values: bool | None
     segment_weights: Weights | None
     memory_gradients: MemoryGradients | None
     check: bool | None
