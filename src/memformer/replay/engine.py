@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from .boundary import detach
 from .environment import Environment
 from .fingerprint import Fingerprint, check_same
 from .gradients import GradientSums, explain, refuse_double_backward
@@ -98,7 +99,7 @@ class Run:
         self.environment = Environment([*self.parameters, *used, *given, *segments[0].tensors()])
         self.differentiable = self.environment.grad_enabled and bool(self.in_place or self.inputs)
         self.world = World(owned, self.parameters, captured=captured, watch_parameters=not self.in_place)
-        self.plan = self._plan(options.schedule)
+        self.plan = self._plan(options.schedule, options.measure_at)
         if any(action.kind in ("advance", "graph") for action in self.plan.replay):
             self.world.watch_buffers()
             self.world.refuse_masks_of_cudnn()
@@ -123,7 +124,7 @@ class Run:
         if self.watch is not None:
             self.watch.start(len(segments))
 
-    def _plan(self, schedule: Schedule) -> Plan:
+    def _plan(self, schedule: Schedule, measure_at: int) -> Plan:
         count = len(self.segments)
         if not self.differentiable:
             forward = tuple(Action("advance", t) for t in range(count))
@@ -131,11 +132,17 @@ class Run:
         if not schedule.needs_sizes:
             return schedule.plan(count)
         self.world.watch_buffers()
-        with self.world.restored():
-            cell: Cell = self.cell
-            if self.inside is not None:
-                cell = functools.partial(_judged, cell, *self.inside)
-            sizes = measure(cell, self.segments[0].tree(), self.initial.tree(), params=self.parameters)
+        if measure_at >= count:
+            raise ValueError(f"measure_at: expected one of the {count} segments, counted from 0, got {measure_at}")
+        cell: Cell = self.cell
+        if self.inside is not None:
+            cell = functools.partial(_judged, cell, *self.inside)
+        with self.world.restored(), self.environment.random_numbers_kept():
+            memory = self.initial.tree()
+            for t in range(measure_at):
+                with torch.enable_grad():  # a cell may differentiate something itself
+                    _, memory = call_cell(self.cell, self.segments[t].tree(), detach(memory))
+            sizes = measure(cell, self.segments[measure_at].tree(), memory, params=self.parameters)
         return schedule.plan(count, *sizes)
 
     # Forward

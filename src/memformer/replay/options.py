@@ -20,6 +20,8 @@ class Options:
     Attributes:
         schedule: which memories and graphs to keep; more of them is faster.
             ``print(schedule.plan(len(segments)))`` says what one costs.
+        measure_at: the segment by whose memory and graph a schedule that needs sizes is planned; give the one where
+            they are largest. The segments before it are run once more for it.
         readout_segments: how many segments one call of the readout gets; the losses of the calls are added. More is
             faster on short segments, and the readout's graph grows with it. None: 1, or what the caller chooses
             (a Memformer's rollout).
@@ -38,6 +40,7 @@ class Options:
     """
 
     schedule: Schedule = dataclasses.field(default_factory=EveryMemory)
+    measure_at: int = 0
     readout_segments: int | None = None
     keep_values: bool | None = None
     segment_weights: Weights | None = None
@@ -47,6 +50,7 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.schedule, type) or not hasattr(self.schedule, "plan"):
             raise ValueError(f"schedule: expected a schedule, such as replay.Binomial(8), got {self.schedule!r}")
+        at_least("measure_at", self.measure_at, 0)
         if self.readout_segments is not None:
             at_least("readout_segments", self.readout_segments)
         if self.keep_values not in (None, True, False):
@@ -74,6 +78,7 @@ class OptionKeywords(TypedDict, total=False):
     """The fields of :class:`Options` as keywords, for type checkers; None stands for the default."""
 
     schedule: Schedule | None
+    measure_at: int | None
     readout_segments: int | None
     keep_values: bool | None
     segment_weights: Weights | None
