@@ -297,10 +297,12 @@ class Run:
             return Leaves(value), Leaves(after)
 
     def _call_user(self, t: int, segment: Tree, memory: Tree, with_loss: bool = True) -> tuple[Tree, Tree]:
-        """The cell, and the readout where it is a part of it. Without the loss the value is of no use."""
+        """The cell, and the readout where it is a part of it and its loss is asked for."""
         value, after = call_cell(self.cell, segment, memory)
-        if self.inside is None or not with_loss:
+        if self.inside is None:
             return value, after
+        if not with_loss:
+            return None, after
         if not (self.recording and self.loss_leaves_no_trace):
             return self.inside.loss(t, value, segment), after
         (random, buffers), loss = self._trace(), self.inside.loss(t, value, segment)
@@ -343,7 +345,8 @@ class Run:
     ) -> list[object]:
         """Stand before segment ``t + 1``. Returns the leaves of the value of ``t``.
 
-        Without a graph, which holds what they are views of anyway, ``keep`` makes both what is kept.
+        Without a graph, which holds what they are views of anyway, ``keep`` makes both what is kept. Where no loss was
+        asked for, there is no value to compare with the recorded one.
         """
         if self.memory.changed() or (self.returned is not self.memory and self.returned.changed()):
             raise ValueError(
