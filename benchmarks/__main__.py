@@ -14,7 +14,7 @@ from . import card
 if TYPE_CHECKING or importlib.util.find_spec("tyro") is not None:
     import tyro
 
-    from . import earlier, export, generate, lanes, learn, loader, overhead, pixels, positions, text, wavefront
+    from . import earlier, export, generate, lanes, learn, loader, overhead, peak, pixels, positions, text, wavefront
 
     _RUN: dict[type, Callable[[Any], Iterator[str]]] = {
         learn.Learn: learn.run,
@@ -22,6 +22,7 @@ if TYPE_CHECKING or importlib.util.find_spec("tyro") is not None:
         generate.Generate: generate.run,
         earlier.EarlierLibrary: earlier.run,
         overhead.Overhead: overhead.run,
+        peak.PeakBenchmark: peak.run,
         positions.PositionsBenchmark: positions.run,
         loader.Loader: loader.run,
         lanes.LanesBenchmark: lanes.run,
@@ -36,6 +37,7 @@ if TYPE_CHECKING or importlib.util.find_spec("tyro") is not None:
         | Annotated[generate.Generate, tyro.conf.subcommand("generate")]
         | Annotated[earlier.EarlierLibrary, tyro.conf.subcommand("earlier")]
         | Annotated[overhead.Overhead, tyro.conf.subcommand("overhead")]
+        | Annotated[peak.PeakBenchmark, tyro.conf.subcommand("peak")]
         | Annotated[positions.PositionsBenchmark, tyro.conf.subcommand("positions")]
         | Annotated[loader.Loader, tyro.conf.subcommand("loader")]
         | Annotated[lanes.LanesBenchmark, tyro.conf.subcommand("lanes")]

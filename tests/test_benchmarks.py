@@ -134,6 +134,16 @@ def test_all_layers_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.count("->") == line.count(" x") == 2 for line in lines[5:])
 
 
+@pytest.mark.parametrize("models", [["memformer", "causal"], ["llama"]])
+def test_the_peak(capsys: pytest.CaptureFixture[str], models: list[str]) -> None:
+    if models == ["llama"]:
+        pytest.importorskip("transformers")
+    sizes = ["--dim", "16", "--depth", "2", "--segment-tokens", "4", "--slots", "2", "--vocabulary", "20"]
+    lines = report(capsys, "peak", "--models", *models, "--segments", "2", "4", *sizes)
+    assert lines[3].split() == ["model", "outputs", "2", "4", "last", "/", "first"]
+    assert [line.split()[0] for line in lines[4:]] == [w for name in models for w in (name, name, "gradients")]
+
+
 @pytest.mark.parametrize("model", [MODEL, ["--architecture", "causal", *SIZES]])
 def test_the_exported_steps(capsys: pytest.CaptureFixture[str], model: list[str]) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):

@@ -134,6 +134,11 @@ class CausalMemformer(SegmentModel):
         self.to_logits = None if tie_embeddings else nn.Linear(dim, num_tokens)
         self.bias = nn.Parameter(torch.zeros(num_tokens)) if tie_embeddings else None
 
+    @property
+    def depth(self) -> int:
+        """The stack's layers."""
+        return self.config.depth
+
     def get_initial_mem(self, batch_size: int) -> CausalMemory:
         """The learned memory before a document."""
         return _batch_first(*self.stack.initial(batch_size))

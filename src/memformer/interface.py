@@ -116,6 +116,11 @@ class SegmentModel(Pretrained):
 
     # --- What a rollout asks for ------------------------------------------------------------------------------------
 
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """How many layers there are between a segment and its losses: a graph grows with them."""
+
     @abstractmethod
     def get_initial_mem(self, batch_size: int) -> Memory:
         """The learned memory before a document."""

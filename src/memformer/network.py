@@ -270,6 +270,11 @@ class Network(SegmentModel):
             embedding, layers, config.dec_heads, config.dropout, config.tie_embeddings, config.dec_overlap
         )
 
+    @property
+    def depth(self) -> int:
+        """The encoder's layers and the decoder's."""
+        return self.config.enc_depth + (0 if self.decoder is None else self.config.dec_depth)
+
     def get_initial_mem(self, batch_size: int) -> Tensor:
         """The learned memory before the first segment, (batch, slots, dim)."""
         return self.writer.initial(batch_size)

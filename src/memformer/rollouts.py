@@ -20,12 +20,13 @@ from . import replay
 from .checks import describe
 from .data.segments import Segment, Targets
 from .interface import Divisor, Memory, SegmentModel, TokenLosses
+from .pretrained import divided
 from .replay.inputs import Readout, weight_list
 from .replay.options import OptionKeywords
 from .replay.schedules import at_least
 from .wavefront import Diagonal, Wavefront, pays
 
-__all__ = ["Tally", "memory_replay_backprop", "rollout", "verify_rollout"]
+__all__ = ["Tally", "keeps_outputs", "memory_replay_backprop", "rollout", "verify_rollout"]
 
 Reduction = Literal["segment_means", "mean", "sum"]
 
@@ -33,6 +34,11 @@ ENOUGH_TOKENS = 1024
 """On a CPU, targets in one call of the readout: with more of them, its products are no faster per token."""
 ENOUGH_ON_A_CARD = 16_384
 """The same on any other device (one H100: docs/log.md)."""
+
+SEGMENTS_PER_LAYER = 4
+"""With more of them, outputs and their gradients are half of a segment's graph, see :func:`keeps_outputs`."""
+FEW_BYTES = 2**24
+"""Of outputs and gradients: not worth computing a loss twice."""
 
 Tally = Callable[[Tensor, Tensor, Tensor], None]
 """Given targets (rows, tokens), their tokens' losses and which of them count, to add up what it likes of them."""
@@ -60,21 +66,26 @@ def rollout(
         mems: the memory before the first, as the model returns it; None for the learned initial memory.
         divisor: what each segment's summed loss is divided by; None for its number of counted targets.
         wavefront: run all layers of a causal model at once, each on another segment; None: where it pays, see
-            :func:`~memformer.wavefront.pays`. A schedule then counts steps, of which there are ``depth - 1`` more than
-            segments.
+            :func:`~memformer.wavefront.pays`, but not without ``keep_values``, for what is on its way between the
+            layers would be kept. A schedule then counts steps, of which there are ``depth - 1`` more than segments.
         method: :func:`~memformer.replay.memory_replay`, or one that equals it: :func:`~memformer.replay.full_bptt`,
             :func:`~memformer.replay.accumulate`.
-        options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too.
+        options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too. Where
+            ``keep_values`` is None and nothing is said of the readout's size, :func:`keeps_outputs` decides.
         readout_tokens: how many targets one call of the decoder gets at most, in whole segments and at least one of
             them, in place of ``readout_segments``. Fewer take less memory. None for what suits the device: enough to
             keep it busy, and on a card no more than half of the rollout.
-        tally: called with the losses of each call of the decoder; twice in float16, where that runs twice.
+        tally: called with the losses of each call of the decoder; twice in float16, where that runs twice. Without
+            ``keep_values`` once, where a segment is run with a graph, maybe in backward.
     """
-    options = _with_readout_segments(replay.Options.of(options, keywords), model, segments, readout_tokens)
+    options = _with_readout(replay.Options.of(options, keywords), model, segments, readout_tokens)
+    if tally is not None and options.keep_values is False and torch.is_grad_enabled():
+        tally = functools.partial(_where_it_trains, tally)
     each = options.segment_weights is not None
     readout: Readout = functools.partial(_of_each if each else _total, model, divisor, tally)
     if wavefront is None:
         wavefront = pays(model, len(segments)) and not each and options.memory_gradients is None
+        wavefront = wavefront and options.keep_values is not False
     if not wavefront:
         return method(functools.partial(_read, model), segments, mems, readout, options=options)
     if each or options.memory_gradients is not None:
@@ -82,6 +93,8 @@ def rollout(
     front = Wavefront(model, len(segments[0].src))
     run: Any = functools.partial(cast(Any, method), params=front.parameters)  # which every method takes
     cell, diagonals = functools.partial(_advance, front), front.diagonals(segments)
+    fullest = min(front.depth, len(segments)) - 1  # the first step in which as many layers work as ever
+    options = dataclasses.replace(options, measure_at=fullest)
     outcome = run(cell, diagonals, front.start(mems), functools.partial(_of_leaving, readout), options=options)
     return dataclasses.replace(outcome, memory=front.end(outcome.memory))
 
@@ -140,7 +153,8 @@ def memory_replay_backprop(
             ``torch.amp.GradScaler``, or ``lambda loss: loss / 4`` to accumulate the mean over four calls.
         options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too:
             ``schedule``, ``segment_weights``, ``memory_gradients``, ``check``, and, for targets, ``readout_segments``:
-            how many segments one call of the decoder gets.
+            how many segments one call of the decoder gets, and ``keep_values``: whether the losses are computed once,
+            of outputs that are kept for it, or twice (None: :func:`keeps_outputs` decides).
         readout_tokens: or how many targets, see :func:`rollout`.
 
     Returns:
@@ -165,6 +179,8 @@ def memory_replay_backprop(
     for name, given_size in (("readout_segments", options.readout_segments), ("readout_tokens", readout_tokens)):
         if loss_fn is not None and given_size is not None:
             raise ValueError(f"{name}: says how much the decoder gets at once, but loss_fn gets segments one by one")
+    if loss_fn is not None and options.keep_values is not None:
+        raise ValueError("keep_values: says when the decoder runs, but loss_fn gets each segment's output once")
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}")
     if loss_fn is not None and reduction != "segment_means":
@@ -231,14 +247,36 @@ def _backprop_own_loss(
     return torch.stack(losses).sum()
 
 
-def _with_readout_segments(
+def _with_readout(
     options: replay.Options, model: SegmentModel, segments: Sequence[Segment], tokens: int | None
 ) -> replay.Options:
+    """The options, with what they leave open about the readout: when it runs, and over how many segments."""
     if options.readout_segments is not None:
         if tokens is not None:
             raise ValueError("readout_tokens: expected either readout_segments or this, got both")
         return options
+    if options.keep_values is None and tokens is None:
+        options = dataclasses.replace(options, keep_values=keeps_outputs(model, segments, options.schedule))
+    if options.keep_values is False:
+        if tokens is not None:
+            raise ValueError("readout_tokens: expected none with keep_values=False, where a call gets one segment")
+        return options
     return dataclasses.replace(options, readout_segments=_readout_segments(model, segments, tokens))
+
+
+def keeps_outputs(model: SegmentModel, segments: Sequence[Segment], schedule: replay.Schedule) -> bool:
+    """Whether a rollout that leaves it open keeps the segments' outputs, so that the losses are computed once.
+
+    With their gradients these are two tensors (batch, tokens, dim) for each segment, and a segment's graph is some
+    sixteen for each layer. So they are kept unless they are half as much as that, and more than a few bytes. A schedule
+    that keeps the graphs of several segments is after time: then they are kept, too.
+    """
+    if len(segments) <= SEGMENTS_PER_LAYER * model.depth or divided(model):  # which would gather weights for each loss
+        return True
+    slots = model.writers()[0].initial(1)
+    if 2 * len(segments) * segments[0].src.numel() * slots.shape[-1] * slots.element_size() <= FEW_BYTES:
+        return True
+    return not schedule.needs_sizes and schedule.plan(len(segments)).live_graphs > 1
 
 
 def _readout_segments(model: SegmentModel, segments: Sequence[Segment], tokens: int | None) -> int:
@@ -259,6 +297,12 @@ def _detached(memory: Memory) -> Memory:
 
 def _read(model: SegmentModel, segment: Segment, memory: Memory | None) -> tuple[Tensor, Memory]:
     return model.cell(segment, memory)
+
+
+def _where_it_trains(tally: Tally, *of_a_call: Tensor) -> None:
+    """Of a readout that runs twice for a segment, the time with a graph."""
+    if torch.is_grad_enabled():
+        tally(*of_a_call)
 
 
 def _losses(

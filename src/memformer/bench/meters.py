@@ -26,6 +26,7 @@ __all__ = [
     "check_no_dropout",
     "flops",
     "gradient_difference",
+    "kept_bytes",
     "live_bytes",
     "machine",
     "peak_bytes",
@@ -208,6 +209,16 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     with _CountTensors(alive):
         step()
     return alive.most
+
+
+def kept_bytes(step: Callable[[], object]) -> int:
+    """The bytes of tensors that ``step`` makes and that are alive when it is done, as long as its result is."""
+    alive = _Alive()
+    with _CountTensors(alive):
+        result = step()
+    now = alive.now
+    del result
+    return now
 
 
 class ProcessMeter:

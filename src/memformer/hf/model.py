@@ -121,6 +121,11 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         self.config.base = described(self.base)
         return table
 
+    @property
+    def depth(self) -> int:
+        """The base's layers."""
+        return len(self.readers.each)
+
     def trainable(self, part: Part) -> MemoryForCausalLM:
         """Let gradients reach only a part: the ``"memory"`` alone, it and the base's ``"lora"``, or ``"all"``.
 

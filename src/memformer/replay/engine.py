@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from .boundary import detach
 from .environment import Environment
 from .fingerprint import Fingerprint, check_same
 from .gradients import GradientSums, explain, refuse_double_backward
-from .inputs import Cell, Grads, Leaves, Tree, call_cell, carries_grad, check_leaves, requires_grad
+from .inputs import (
+    Cell,
+    Grads,
+    Leaves,
+    Readout,
+    Tree,
+    call_cell,
+    call_readout,
+    carries_grad,
+    check_leaves,
+    requires_grad,
+)
 from .options import Options
 from .reach import Reach, check_hooks
 from .schedules import Action, Plan, Schedule
@@ -40,13 +53,25 @@ class Graph:
         return [*self.memory_sources.values(), *self.segment_sources.values()]
 
 
+class Inside(NamedTuple):
+    """A readout that is a part of the cell: its loss stands in place of the segment's value."""
+
+    readout: Readout
+    weights: list[float] | None
+
+    def loss(self, t: int, value: Tree, segment: Tree) -> Tensor | None:
+        """The loss of segment ``t``, weighed."""
+        return call_readout(self.readout, [value], [segment], self.weights and self.weights[t : t + 1])
+
+
 class Run:
     """A rollout in progress: carries out the actions of a plan, those of forward and then those of backward.
 
     It stands before some segment, with ``memory`` as it is there, and in backward with ``carry``, the loss's gradient
     by each leaf of the memory after the segment that is next. ``parameters`` are None where gradients are added to
     ``.grad`` on the spot (:func:`accumulate`); ``owned`` and ``captured`` hold the modules whose modes and
-    buffers the cell sees.
+    buffers the cell sees. With ``inside`` the losses are the values, and whatever the readout is and trains is to be
+    among these, too.
     """
 
     def __init__(
@@ -59,21 +84,22 @@ class Run:
         owned: Sequence[object],
         captured: Sequence[nn.Module] = (),
         sync: Callable[[bool], None] = lambda last: None,
+        inside: Inside | None = None,
     ):
-        self.cell = cell
+        self.cell, self.inside = cell, inside
         self.segments = segments
         self.initial = self.memory = Leaves(memory)
         check_leaves(self.initial, "the initial memory")
         self.in_place = parameters is None
         self.parameters = parameters or []
-        self.reach = Reach(cell, self.parameters)
+        self.reach = Reach([cell, *([] if inside is None else [inside.readout])], self.parameters)
         given = [*self.initial.tensors(), *segments.tensors()]
         self.inputs = self.parameters + [x for x in given if x.requires_grad]
         used = [p for owner in owned if isinstance(owner, nn.Module) for p in owner.parameters()]  # tell the devices
         self.environment = Environment([*self.parameters, *used, *given, *segments[0].tensors()])
         self.differentiable = self.environment.grad_enabled and bool(self.in_place or self.inputs)
         self.world = World(owned, self.parameters, captured=captured, watch_parameters=not self.in_place)
-        self.plan = self._plan(options.schedule)
+        self.plan = self._plan(options.schedule, options.measure_at)
         if any(action.kind in ("advance", "graph") for action in self.plan.replay):
             self.world.watch_buffers()
             self.world.refuse_masks_of_cudnn()
@@ -90,12 +116,15 @@ class Run:
         self.spent = False
         self.recorded: list[_Recorded] = []
         self.kept: list[list[object]] | None = [] if options.check else None
+        # A segment that is run again for its memory alone needs no loss, unless that draws numbers for what comes next.
+        again = inside is not None and any(action.kind == "advance" for action in self.plan.replay)
+        self.loss_leaves_no_trace = again and self.kept is None
         self.sync = sync
         self.watch = options.memory_gradients
         if self.watch is not None:
             self.watch.start(len(segments))
 
-    def _plan(self, schedule: Schedule) -> Plan:
+    def _plan(self, schedule: Schedule, measure_at: int) -> Plan:
         count = len(self.segments)
         if not self.differentiable:
             forward = tuple(Action("advance", t) for t in range(count))
@@ -103,8 +132,17 @@ class Run:
         if not schedule.needs_sizes:
             return schedule.plan(count)
         self.world.watch_buffers()
-        with self.world.restored():
-            sizes = measure(self.cell, self.segments[0].tree(), self.initial.tree(), params=self.parameters)
+        if measure_at >= count:
+            raise ValueError(f"measure_at: expected one of the {count} segments, counted from 0, got {measure_at}")
+        cell: Cell = self.cell
+        if self.inside is not None:
+            cell = functools.partial(_judged, cell, *self.inside)
+        with self.world.restored(), self.environment.random_numbers_kept():
+            memory = self.initial.tree()
+            for t in range(measure_at):
+                with torch.enable_grad():  # a cell may differentiate something itself
+                    _, memory = call_cell(self.cell, self.segments[t].tree(), detach(memory))
+            sizes = measure(cell, self.segments[measure_at].tree(), memory, params=self.parameters)
         return schedule.plan(count, *sizes)
 
     # Forward
@@ -186,11 +224,12 @@ class Run:
 
     def _advance(self, t: int) -> list[object]:
         """Run segment ``t`` without a graph."""
+        with_loss = self.recording or not self.loss_leaves_no_trace
         if self.records_with_graph:
-            return self._advance_in_grad_mode(t)
+            return self._advance_in_grad_mode(t, with_loss)
         try:
             with torch.no_grad():
-                value, after = self._call_cell(t, self.segments[t].tree(), self.memory.tree())
+                value, after = self._call_cell(t, self.segments[t].tree(), self.memory.tree(), with_loss)
         except RuntimeError as error:
             if "does not require grad" not in str(error) or not self.recording:
                 raise
@@ -202,18 +241,18 @@ class Run:
             self.environment.set_random_state(self.start[0])
             self.world.put_buffers(self.start[1])
             self.records_with_graph = True  # a cell that differentiates something itself
-            return self._advance_in_grad_mode(t)
-        return self._step(t, value, after, self.compact.copy)
+            return self._advance_in_grad_mode(t, with_loss)
+        return self._step(t, value, after, self.compact.copy, with_loss)
 
-    def _advance_in_grad_mode(self, t: int) -> list[object]:
+    def _advance_in_grad_mode(self, t: int, with_loss: bool) -> list[object]:
         """The same for a cell that needs grad mode, and where nothing is known that could need a gradient."""
         torch.clear_autocast_cache()
         with torch.enable_grad():
-            value, after, sources, _ = self._call_cut(t)
+            value, after, sources, _ = self._call_cut(t, with_loss)
         if not self.differentiable:  # a tensor that the cell captured may need one nevertheless
             self.reach([*value.leaves, *after.leaves], list(sources.values()))
         torch.clear_autocast_cache()
-        return self._step(t, value, after, self.compact.copy)
+        return self._step(t, value, after, self.compact.copy, with_loss)
 
     def _build_graph(self, t: int) -> list[object]:
         """Run segment ``t`` with a graph that starts at the memory before it."""
@@ -237,16 +276,16 @@ class Run:
             self.carrying.append([requires_grad(leaf) for leaf in after.leaves])
         return self._step(t, value, after)
 
-    def _call_cut(self, t: int) -> tuple[Leaves, Leaves, dict[int, Tensor], dict[int, Tensor]]:
+    def _call_cut(self, t: int, with_loss: bool = True) -> tuple[Leaves, Leaves, dict[int, Tensor], dict[int, Tensor]]:
         """Call the cell on copies cut from their graphs. Also returns the leaves of both where its graph starts."""
         segment, segment_sources = self.segments[t].cut(requires_grad)
         if self.carrying is not None and t < len(self.carrying):
             memory, memory_sources = self.memory.cut(self.carrying[t])
         else:
             memory, memory_sources = self.memory.cut(carries_grad if t else requires_grad)
-        return *self._call_cell(t, segment, memory), memory_sources, segment_sources
+        return *self._call_cell(t, segment, memory, with_loss), memory_sources, segment_sources
 
-    def _call_cell(self, t: int, segment: Tree, memory: Tree) -> tuple[Leaves, Leaves]:
+    def _call_cell(self, t: int, segment: Tree, memory: Tree, with_loss: bool) -> tuple[Leaves, Leaves]:
         """The leaves of value and memory, taken apart in the grad mode of the call."""
         if not self.recording and (self.memory.changed() or self.segments[t].changed()):
             raise RuntimeError(
@@ -254,8 +293,27 @@ class Run:
                 "replayed. Call backward first, or change a clone."
             )
         with self.environment.restored():
-            value, after = call_cell(self.cell, segment, memory)
+            value, after = self._call_user(t, segment, memory, with_loss)
             return Leaves(value), Leaves(after)
+
+    def _call_user(self, t: int, segment: Tree, memory: Tree, with_loss: bool = True) -> tuple[Tree, Tree]:
+        """The cell, and the readout where it is a part of it and its loss is asked for."""
+        value, after = call_cell(self.cell, segment, memory)
+        if self.inside is None:
+            return value, after
+        if not with_loss:
+            return None, after
+        if not (self.recording and self.loss_leaves_no_trace):
+            return self.inside.loss(t, value, segment), after
+        (random, buffers), loss = self._trace(), self.inside.loss(t, value, segment)
+        random_after, buffers_after = self._trace()
+        same = all(map(torch.equal, random, random_after)) and all(map(_is_same_state, buffers, buffers_after))
+        self.loss_leaves_no_trace = same
+        return loss, after
+
+    def _trace(self) -> tuple[list[Tensor], BufferState]:
+        """What a readout could change for the cell."""
+        return self.environment.random_state(), self.world.buffer_state()
 
     def _learn_what_carries(self, t: int) -> bool:
         """Which leaves of the memories up to ``t`` need a gradient, asked if the cell cannot have one for some of them.
@@ -278,18 +336,24 @@ class Run:
         return True
 
     def _step(
-        self, t: int, value: Leaves, after: Leaves, keep: Callable[[Leaves], Leaves] | None = None
+        self,
+        t: int,
+        value: Leaves,
+        after: Leaves,
+        keep: Callable[[Leaves], Leaves] | None = None,
+        with_loss: bool = True,
     ) -> list[object]:
         """Stand before segment ``t + 1``. Returns the leaves of the value of ``t``.
 
-        Without a graph, which holds what they are views of anyway, ``keep`` makes both what is kept.
+        Without a graph, which holds what they are views of anyway, ``keep`` makes both what is kept. Where no loss was
+        asked for, there is no value to compare with the recorded one.
         """
         if self.memory.changed() or (self.returned is not self.memory and self.returned.changed()):
             raise ValueError(
                 f"the cell changed its memory in place in segment {t}, and replay needs that memory again. "
                 "Return a new tensor: use out-of-place operations, or work on a clone."
             )
-        recorded = _Recorded(value.spec, after.spec)
+        recorded = _Recorded(value.spec if with_loss else self.recorded[t].value, after.spec)
         value, self.memory = value.detached(), after.detached()
         self.returned = self.memory
         if keep is not None:
@@ -354,6 +418,18 @@ class Run:
 
     def _carry_to(self, boundary: int, grads: Grads) -> None:
         self.carry = grads if self.watch is None else self.watch.passing(boundary, grads)
+
+
+def _judged(
+    cell: Cell, readout: Readout, weights: list[float] | None, segment: Tree, memory: Tree
+) -> tuple[Tensor | None, Tree]:
+    """The first segment's loss and the memory after it; a partial of this says whom it trains."""
+    value, memory = call_cell(cell, segment, memory)
+    return Inside(readout, weights).loss(0, value, segment), memory
+
+
+def _is_same_state(before: tuple[object, object], after: tuple[object, object]) -> bool:
+    return before[0] is after[0] and before[1] is after[1]
 
 
 class _Recorded(NamedTuple):

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Unpack
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .boundary import check_equal_across_ranks
-from .engine import Replay, Run
+from .engine import Inside, Replay, Run
 from .gradients import explaining_what_is_cut, watched
 from .inputs import (
     Cell,
@@ -79,21 +79,22 @@ def full_bptt(
     """Back-propagation through time by plain autograd: the reference that :func:`memory_replay` equals.
 
     Arguments, result and errors are those of :func:`memory_replay`. What a replay alone needs (``params``, the schedule
-    and ``check``) changes nothing here.
+    and ``check``) changes nothing here, and ``keep_values`` only when the readout runs, and so which random numbers it
+    draws.
     """
     options = Options.of(options, keywords)
     segments, watch = segment_list(segments), options.memory_gradients
     weights = weight_list(options.segment_weights, len(segments))
     if watch is not None:
         watch.start(len(segments))
-    values = []
+    inside, values = _inside(readout, weights, options), []
     for t, segment in enumerate(segments):
         memory = watched(watch, t, memory)
         value, memory = call_cell(cell, segment, memory)
-        values.append(value)
+        values.append(value if inside is None else inside.loss(t, value, segment))
     memory = watched(watch, len(segments), memory)
-    if readout is None:
-        return Rollout(sum_of_losses(values, weights), memory)
+    if readout is None or inside is not None:
+        return Rollout(sum_of_losses(values, None if inside else weights), memory)
     losses = [
         call_readout(readout, values[part], segments[part], weights and weights[part])
         for part in chunks(len(segments), options.readout_segments or 1)
@@ -124,7 +125,7 @@ def memory_replay(
         memory: the memory before the first segment, a pytree; may be ``None`` if the cell then makes its own.
         readout: ``readout(values, segments) -> scalar loss or None`` over lists of equal length. What only the loss
             needs (a decoder) belongs here: it is off the critical path, so it runs once, and never while memories are
-            recorded.
+            recorded. With ``keep_values=False`` it runs twice, and no value is kept.
         options: how the gradients travel, see :class:`Options`; its fields are keywords, too.
         params: further tensors or modules that ``cell`` or ``readout`` use and that are to be trained.
 
@@ -141,9 +142,10 @@ def memory_replay(
     parts = Segments(segments)
     weights = weight_list(options.segment_weights, len(parts))
     params = param_list(params)
-    values, memory = _replayed(cell, parts, memory, options, params)
-    if readout is None:
-        return Rollout(sum_of_losses(values, weights), memory)
+    inside = _inside(readout, weights, options)
+    values, memory = _replayed(cell, parts, memory, options, params, inside)
+    if readout is None or inside is not None:
+        return Rollout(sum_of_losses(values, None if inside else weights), memory)
     trained, owned = trained_tensors(readout, params), owners(readout, params)
     run = ReadoutRun(readout, values, parts, options.readout_segments or 1, weights, trained, owned)
     return Rollout(ReadOut.apply(run, *run.inputs), memory)  # type: ignore[no-untyped-call]
@@ -166,21 +168,33 @@ def scan(
     these are a ``ValueError``.
     """
     options = Options.of(options, keywords)
-    if options.segment_weights is not None or options.readout_segments is not None:
+    if any(x is not None for x in (options.segment_weights, options.readout_segments, options.keep_values)):
         raise ValueError(
-            "scan: has no loss to weigh and no readout, so expected neither segment_weights nor readout_segments. "
-            "Weigh the losses that you make of its outputs, or use memory_replay"
+            "scan: has no loss to weigh and no readout, so expected neither segment_weights nor readout_segments or "
+            "keep_values. Weigh the losses that you make of its outputs, or use memory_replay"
         )
     return _replayed(cell, Segments(segments), memory, options, params)
 
 
 def _replayed(
-    cell: Cell, segments: Segments, memory: Tree, options: Options, params: Params
+    cell: Cell, segments: Segments, memory: Tree, options: Options, params: Params, inside: Inside | None = None
 ) -> tuple[list[Tree], Tree]:
-    params = param_list(params)
-    trained = trained_tensors(cell, params)
-    run = Run(cell, segments, memory, options, trained, owners(cell, params), captured_modules(cell))
+    params, seen = _trained(cell, params, inside)
+    run = Run(cell, segments, memory, options, trained_tensors(cell, params), owners(cell, params), seen, inside=inside)
     return run.outputs(Replay.apply(run, *run.inputs))  # type: ignore[no-untyped-call]
+
+
+def _inside(readout: Readout | None, weights: list[float] | None, options: Options) -> Inside | None:
+    """The readout as a part of the cell, where the options say so."""
+    return None if readout is None or options.keep_values is not False else Inside(readout, weights)
+
+
+def _trained(cell: Cell, params: Params, inside: Inside | None) -> tuple[list[Tensor | nn.Module], list[nn.Module]]:
+    """What is trained beside the cell, and modules that are merely seen."""
+    params, seen = param_list(params), captured_modules(cell)
+    if inside is None:
+        return params, seen
+    return [*params, *owners(inside.readout, ())], [*seen, *captured_modules(inside.readout)]
 
 
 def accumulate(
@@ -222,10 +236,19 @@ def accumulate(
     check_equal_across_ranks(len(taken), "the number of segments")
     if any(map(requires_grad, [*taken.tensors(), *tree_leaves(memory)])):
         raise ValueError("accumulate: memory and segments are inputs here and get no gradient: detach them")
+    inside = _inside(readout, weights, options)
+    params, seen = _trained(cell, params, inside)
     owned = owners(cell, params)
     refuse_hooks_of([*owned, *owners(readout, ())])
-    rollout = Run(cell, taken, memory, options, None, owned, captured_modules(cell), sync)
+    rollout = Run(cell, taken, memory, options, None, owned, seen, sync, inside)
     values, memory = rollout.outputs(rollout.record())
+    if inside is not None:
+        if values[0] is None:
+            raise ValueError(
+                "accumulate: the first segment has no loss, so the readout's gradients were not synchronised. With "
+                "keep_values=False begin with a segment that has one"
+            )
+        readout, weights = None, None  # which the values are by now
     cut = [Leaves(value).cut(carries_grad) for value in values]
     losses: list[Tensor | None] = []
     parts = list(chunks(len(taken), len(taken) if readout is None else options.readout_segments or 1))

@@ -20,9 +20,15 @@ class Options:
     Attributes:
         schedule: which memories and graphs to keep; more of them is faster.
             ``print(schedule.plan(len(segments)))`` says what one costs.
+        measure_at: the segment by whose memory and graph a schedule that needs sizes is planned; give the one where
+            they are largest. The segments before it are run once more for it.
         readout_segments: how many segments one call of the readout gets; the losses of the calls are added. More is
             faster on short segments, and the readout's graph grows with it. None: 1, or what the caller chooses
             (a Memformer's rollout).
+        keep_values: whether the readout runs once, on the values of all segments, which are kept for it, and then
+            their gradients until backward. False: it runs with the cell, a segment at a time, once without a graph and
+            once with one; of a segment its memory and its loss are kept, and nothing that grows with its tokens. None:
+            True, or what the caller chooses (a model's rollout).
         segment_weights: one factor per segment for its loss. A readout over several segments then returns one loss
             per segment, shape (segments of the call,).
         memory_gradients: takes down the norm of the memory's gradient between segments, and clips it if asked.
@@ -34,7 +40,9 @@ class Options:
     """
 
     schedule: Schedule = dataclasses.field(default_factory=EveryMemory)
+    measure_at: int = 0
     readout_segments: int | None = None
+    keep_values: bool | None = None
     segment_weights: Weights | None = None
     memory_gradients: MemoryGradients | None = None
     check: bool = False
@@ -42,8 +50,16 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.schedule, type) or not hasattr(self.schedule, "plan"):
             raise ValueError(f"schedule: expected a schedule, such as replay.Binomial(8), got {self.schedule!r}")
+        at_least("measure_at", self.measure_at, 0)
         if self.readout_segments is not None:
             at_least("readout_segments", self.readout_segments)
+        if self.keep_values not in (None, True, False):
+            raise ValueError(f"keep_values: expected True, False or None, got {self.keep_values!r}")
+        if self.keep_values is False and (self.readout_segments or 1) > 1:
+            raise ValueError(
+                f"readout_segments: expected 1 with keep_values=False, where each segment is read out as soon as the "
+                f"cell has run, got {self.readout_segments}"
+            )
         if not isinstance(self.memory_gradients, MemoryGradients | None):
             raise ValueError(f"memory_gradients: expected a replay.MemoryGradients, got {self.memory_gradients!r}")
 
@@ -62,7 +78,9 @@ class OptionKeywords(TypedDict, total=False):
     """The fields of :class:`Options` as keywords, for type checkers; None stands for the default."""
 
     schedule: Schedule | None
+    measure_at: int | None
     readout_segments: int | None
+    keep_values: bool | None
     segment_weights: Weights | None
     memory_gradients: MemoryGradients | None
     check: bool | None

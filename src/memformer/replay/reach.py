@@ -18,14 +18,14 @@ Node = Any
 
 
 class Reach:
-    """The tensors that a callable trains, and which of them a graph reaches.
+    """The tensors that callables train, and which of them a graph reaches.
 
     The gradients of these alone are asked for. A graph that ends in anything else is refused: a gradient would be lost.
     Each graph is walked, for a cell may use other parameters in another segment.
     """
 
-    def __init__(self, function: object, parameters: Sequence[Tensor]):
-        self.function = function
+    def __init__(self, functions: Sequence[object], parameters: Sequence[Tensor]):
+        self.functions = functions
         self.leaves = {id(p): i for i, p in enumerate(parameters) if p.grad_fn is None}
         # A tensor that was derived from others, and is named in ``params``: a graph counts as ending there.
         self.derived = {(p.grad_fn, p.output_nr): i for i, p in enumerate(parameters) if p.grad_fn is not None}
@@ -57,9 +57,9 @@ class Reach:
             elif id(leaf) not in own:
                 stray.append(leaf)
         if stray and (stray := _held_by_somebody(stray)):
-            names = ", ".join(_describe(self.function, x, seen) for x in stray)
+            names = ", ".join(self._describe(x, seen) for x in stray)
             raise ValueError(
-                f"{name_of(self.function)} uses {names}, which requires a gradient and would get none. "
+                f"{self._names()} uses {names}, which requires a gradient and would get none. "
                 "Name it in params=[...], or pass an nn.Module (or a method bound to one) that owns it."
             )
         if self.derived:
@@ -90,11 +90,19 @@ class Reach:
         reached = seen | {node for (node, _), i in self.derived.items() if i in found}
         if both := reached & self.behind:
             leaves = [node.variable for node in both if hasattr(node, "variable")]
-            names = ", ".join(_describe(self.function, leaf, ()) for leaf in leaves)
+            names = ", ".join(self._describe(leaf, ()) for leaf in leaves)
             raise ValueError(
-                f"{name_of(self.function)} uses a tensor of params= that was computed from {names or 'another of them'}"
+                f"{self._names()} uses a tensor of params= that was computed from {names or 'another of them'}"
                 ", and that one, too. Compute it in the cell instead, and name what it is computed from."
             )
+
+    def _names(self) -> str:
+        return " or ".join(map(name_of, self.functions))
+
+    def _describe(self, leaf: Tensor, graph: Container[object]) -> str:
+        """The name under which one of them sees a leaf, or a tensor derived from it, for error messages."""
+        found = (_name_in(function, leaf, graph) for function in self.functions)
+        return next((name for name in found if name), "a tensor") + f" of shape {tuple(leaf.shape)}"
 
 
 def _held_by_somebody(leaves: list[Tensor]) -> list[Tensor]:
@@ -163,8 +171,8 @@ def walk(starts: Sequence[Node]) -> tuple[set[Node], list[Node]]:
     return seen, ends
 
 
-def _describe(function: object, leaf: Tensor, graph: Container[object]) -> str:
-    """The name under which a callable sees a leaf, or a tensor derived from it, for error messages."""
+def _name_in(function: object, leaf: Tensor, graph: Container[object]) -> str | None:
+    """The name under which a callable sees a leaf, or a tensor derived from it."""
     function = innermost(function)
     function = getattr(function, "__func__", function)
     if not inspect.isfunction(function):
@@ -177,5 +185,5 @@ def _describe(function: object, leaf: Tensor, graph: Container[object]) -> str:
         inner = value.named_parameters() if isinstance(value, nn.Module) else ()
         for full_name, x in [(name, value), *((f"{name}.{part}", x) for part, x in inner)]:
             if x is leaf or (isinstance(x, Tensor) and x.grad_fn is not None and x.grad_fn in graph):
-                return f"'{full_name}' of shape {tuple(x.shape)}"
-    return f"a tensor of shape {tuple(leaf.shape)}"
+                return f"'{full_name}'"
+    return None

@@ -1,4 +1,4 @@
-"""The readout: off the critical path, so it runs once, with its gradient."""
+"""The readout after the recording: off the critical path, so it runs once, with its gradient."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReadoutRun:
     ):
         self.readout = readout
         self.parameters = parameters
-        self.reach = Reach(readout, parameters)
+        self.reach = Reach([readout], parameters)
         self.values = [Leaves(value) for value in values]
         self.segments: Segments | list[Leaves] = segments
         self.parts = list(chunks(len(segments), size))

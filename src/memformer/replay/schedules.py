@@ -261,7 +261,8 @@ class Budget:
     """The fewest evaluations within a number of bytes, for stored memories and segments' graphs together.
 
     Keeps graphs where there is room for them, else every memory, else as many as fit. The sizes are measured on the
-    first segment, at the price of one evaluation; the readout's graph, gradients and values come on top.
+    first segment, or on that of ``measure_at``, at the price of one evaluation; the readout's graph, gradients and
+    values come on top.
     """
 
     bytes: int
