@@ -99,8 +99,8 @@ class Common:
         return inputs | ({"labels": inputs["input_ids"].clone()} if return_labels else {})
 
     def check_training_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """In one segment: their count is of layers that run once in a call."""
-        self.model_tester.seq_length = LENGTH
+        """In one segment, after which nothing reads what was written: they count on layers that run once in a call."""
+        self.model_tester.seq_length, self.test_all_params_have_gradient = LENGTH, False
         super().check_training_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
 
     def test_config(self) -> None:

@@ -7,6 +7,7 @@ are the last of the columns; lanes may stand at different places of their segmen
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +23,6 @@ from ..nn.attention import KeysValues
 from .bases import CACHE
 
 __all__ = ["Carried", "CarriedGenerationMixin", "MemoryCache", "MemoryOutput", "PretrainedMemory"]
-
-
-PLACES = {"position_ids", "cache_position"}
-"""What ``generate`` makes of all models' inputs, and these models know better: of what was read before, they know it."""
 
 
 class Carried(Cache):
@@ -84,9 +81,10 @@ class CarriedGenerationMixin(GenerationMixin):
         return super()._prepare_cache_for_generation(generation_config, *args)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """The tokens that were not read yet, and whatever else is given; places are the model's own affair."""
+        """The tokens that were not read yet."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        return {name: value for name, value in inputs.items() if name not in PLACES}
+        known = inspect.signature(self.forward).parameters  # type: ignore[attr-defined]
+        return {name: value for name, value in inputs.items() if name in known}
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **given: Any) -> tuple[Tensor, dict[str, Any]]:
         input_ids, given = super()._expand_inputs_for_generation(expand_size=expand_size, **given)
