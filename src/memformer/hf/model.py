@@ -327,7 +327,9 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             loss=loss,
             logits=logits,
             hidden_states=asked_for([*layers, hidden], which),
-            attentions=tuple(on_the_diagonal(x, order) for x in zip(*weights, strict=True)) if with_attentions else None,
+            attentions=tuple(on_the_diagonal(x, order) for x in zip(*weights, strict=True))
+            if with_attentions
+            else None,
             memory=after,
             **{CACHE: cache},
         )

@@ -306,7 +306,9 @@ class _OwnForCausalLM(PreTrainedModel):
         loss = states = None
         if cache is not None or (use_cache and labels is None):
             if which is not None and which is not False:
-                raise ValueError("output_hidden_states: expected no cache beside them, which keeps none; use_cache=False")
+                raise ValueError(
+                    "output_hidden_states: expected no cache beside them, which keeps none; use_cache=False"
+                )
             if labels is not None:
                 raise ValueError("labels: expected none beside a cache, which has no gradients; give the whole text")
             logits, cache = self._go_on(tokens, kept, cache, logits_to_keep)
