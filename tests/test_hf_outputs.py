@@ -1,8 +1,9 @@
-"""What a user of transformers asks a model and its configuration for, besides logits: hidden states, attentions, sizes."""
+"""What a user of transformers asks a model and its configuration for, besides logits."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
