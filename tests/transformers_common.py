@@ -4,7 +4,7 @@ They are in transformers' source, which has to be of the version that is install
 
     git clone --depth 1 --branch v5.24.0 https://github.com/huggingface/transformers
     pip install parameterized
-    TRANSFORMERS_SOURCE=transformers python -m pytest -o filterwarnings=ignore tests/transformers_common.py
+    TRANSFORMERS_SOURCE=transformers python -m pytest -o addopts= -o filterwarnings=ignore tests/transformers_common.py
 
 Its unpacked source distribution will do, too, but has no tests of generation. What cannot hold is in :data:`MEMORY` and
 :data:`OWN`, with the reason, and is counted as skipped; docs/pretrained.md lists it.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import torch
@@ -31,7 +30,6 @@ from .bases import (
     add_adapter,
     checkpoints_activations,
     decode,
-    decoder_of,
     found,
     layers_of,
     logits_of,
@@ -42,7 +40,7 @@ from .cache import CarriedGenerationMixin, MemoryCache, MemoryOutput, Pretrained
 from .configuration import MemoryConfig
 from .places import along, before_each, counted_labels, joined, kept_first
 from .reading import Readers
-from .recording import Which, asked_for, attentions_of, on_the_diagonal, states_of
+from .recording import Which, asked_for, looking
 from .reference import found_base, own_state, reference_to, weight_files
 
 __all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "memory_around"]
@@ -297,15 +295,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if with_attentions and (cache is not None or use_cache):
             raise ValueError("output_attentions: expected no cache beside it, which holds one segment; use_cache=False")
-        states: list[list[Tensor]] = []
-        weights: list[tuple[Tensor, ...]] = []
-        with ExitStack() as looking:
-            if which is not None and which is not False:
-                states = looking.enter_context(states_of(layers_of(self.base)))
-            if with_attentions:
-                weights = looking.enter_context(
-                    attentions_of(decoder_of(self.base), str(self.base.config._attn_implementation))
-                )
+        with looking(self.base, which, bool(with_attentions)) as seen:
             if cache is not None or use_cache:
                 before, hidden, cache, taken = self._go_on(tokens, mask, memory, reset, cache)
                 after = None
@@ -318,18 +308,15 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             counted = counted_labels(labels, mask, fresh)
             losses = losses_of(self.base, given, labels.where(counted, IGNORED))
             loss = losses.sum() / counted.sum().clamp(min=1)
-        layers = [joined(pieces, taken, tokens.shape[1]) for pieces in list(zip(*states, strict=True))[:-1]]
         if order is not None:
             order = order.argsort(1)
-            hidden, layers = along(hidden, order), [along(x, order) for x in layers]
+            hidden = along(hidden, order)
         logits = logits_of(self.base, hidden[:, -logits_to_keep:])
         output = MemoryOutput(
             loss=loss,
             logits=logits,
-            hidden_states=asked_for([*layers, hidden], which),
-            attentions=tuple(on_the_diagonal(x, order) for x in zip(*weights, strict=True))
-            if with_attentions
-            else None,
+            hidden_states=asked_for(seen.hidden_states(hidden, taken, order), which),
+            attentions=seen.attentions(order) if with_attentions else None,
             memory=after,
             **{CACHE: cache},
         )

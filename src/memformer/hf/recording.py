@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .places import along
+from .bases import decoder_of, layers_of
+from .places import along, joined
 
-__all__ = ["States", "Which", "asked_for", "attentions_of", "on_the_diagonal", "states_of"]
+__all__ = ["Seen", "States", "Which", "asked_for", "looking", "states_of"]
 
 Which = bool | int | list[int] | None
 """Which hidden states: all, none, or those of so many layers alone, 0 being the embeddings."""
@@ -45,8 +48,43 @@ def states_of(layers: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
             hook.remove()
 
 
+@dataclass
+class Seen:
+    """What :func:`looking` has seen of a base, for each run of its layers."""
+
+    states: list[list[Tensor]] = field(default_factory=list)
+    weights: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    def hidden_states(self, last: Tensor, taken: Sequence[Sequence[int]], order: Tensor | None) -> list[Tensor]:
+        """The embeddings and what each layer gave, (batch, tokens, dim) each, and ``last`` in place of the last one.
+
+        Args:
+            taken: how many tokens each lane has taken of each run.
+            order: (batch, tokens), where each token of ``last`` stands among those of the runs; None: at its place.
+        """
+        layers = [joined(pieces, taken, last.shape[1]) for pieces in list(zip(*self.states, strict=True))[:-1]]
+        return [*(x if order is None else along(x, order) for x in layers), last]
+
+    def attentions(self, order: Tensor | None) -> tuple[Tensor, ...]:
+        """Of each layer, (batch, heads, tokens, tokens); no run looks at another one's tokens."""
+        return tuple(_on_the_diagonal(parts, order) for parts in zip(*self.weights, strict=True))
+
+
 @contextmanager
-def attentions_of(decoder: nn.Module, implementation: str) -> Iterator[list[tuple[Tensor, ...]]]:
+def looking(base: PreTrainedModel, which: Which, attentions: bool) -> Iterator[Seen]:
+    """Look at a base's hidden states and attention weights, as far as they are asked for."""
+    with ExitStack() as opened:
+        seen = Seen()
+        if which is not None and which is not False:
+            seen.states = opened.enter_context(states_of(layers_of(base)))
+        if attentions:
+            implementation = str(base.config._attn_implementation)
+            seen.weights = opened.enter_context(_attentions_of(decoder_of(base), implementation))
+        yield seen
+
+
+@contextmanager
+def _attentions_of(decoder: nn.Module, implementation: str) -> Iterator[list[tuple[Tensor, ...]]]:
     """For each run of a base's decoder in here: its attention weights, one for each layer.
 
     A way of attending that keeps no weights gives none, with a warning, as in transformers.
@@ -84,7 +122,7 @@ def asked_for(states: Sequence[Tensor], which: Which) -> States | None:
     return tuple(x if number in wanted else None for number, x in enumerate(states))
 
 
-def on_the_diagonal(parts: Sequence[Tensor], order: Tensor | None) -> Tensor:
+def _on_the_diagonal(parts: Sequence[Tensor], order: Tensor | None) -> Tensor:
     """The weights of a text whose segments do not look at each other, (batch, heads, tokens, tokens).
 
     Args:
