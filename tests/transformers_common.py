@@ -6,8 +6,9 @@ They are in transformers' source, which has to be of the version that is install
     pip install parameterized
     TRANSFORMERS_SOURCE=transformers python -m pytest -o addopts= -o filterwarnings=ignore tests/transformers_common.py
 
-Its unpacked source distribution will do, too, but has no tests of generation. What cannot hold is in :data:`MEMORY` and
-:data:`OWN`, with the reason, and is counted as skipped; docs/pretrained.md lists it.
+Its unpacked source distribution will do, too, with an empty file ``tests/__init__.py`` put into it, but has no tests of
+generation. What cannot hold is in :data:`MEMORY` and :data:`OWN`, with the reason, and is counted as skipped;
+docs/pretrained.md lists it.
 """
 
 from __future__ import annotations
