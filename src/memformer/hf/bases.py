@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +34,12 @@ __all__ = [
     "check_length",
     "checkpoints_activations",
     "decode",
-    "described",
+    "decoder_of",
     "found",
     "layers_of",
     "logits_of",
     "losses_of",
+    "settings_of",
     "without_peft",
 ]
 
@@ -251,9 +253,9 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def described(base: PreTrainedModel) -> dict[str, Any]:
-    """The base's configuration, but for its dtype, which is the model's."""
-    return {name: value for name, value in base.config.to_dict().items() if name != "dtype"}
+def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """A base's configuration as JSON has it, but for its dtype, which is the model's."""
+    return {name: x for name, x in json.loads(config.to_json_string(use_diff=False)).items() if name != "dtype"}
 
 
 def checkpoints_activations(module: nn.Module) -> bool:

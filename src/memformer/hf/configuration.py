@@ -8,9 +8,23 @@ from typing import Any, get_args
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import Writer, check_count, check_number
-from .bases import check_length, text_config
+from .bases import check_length, settings_of, text_config
 
 __all__ = ["MemoryConfig"]
+
+
+def _of_the_base(name: str, text: str = "The base's.") -> Any:
+    """A setting of the language model inside, to be read and set."""
+
+    def get(config: MemoryConfig) -> Any:
+        return getattr(text_config(config.base_config), name)
+
+    def put(config: MemoryConfig, value: Any) -> None:
+        base = config.base_config
+        setattr(text_config(base), name, value)
+        config.base = settings_of(base)
+
+    return property(get, put, doc=text)
 
 
 class MemoryConfig(PreTrainedConfig):
@@ -52,6 +66,16 @@ class MemoryConfig(PreTrainedConfig):
         if base is not None:  # transformers compares with a configuration of defaults alone
             self.check()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers does. Raises ValueError for the settings of another kind of model."""
+        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"expected a folder of a {cls.model_type}, got that of a {kind} without a memory: load it with "
+                "AutoModelForCausalLM, and put a memory around it with memformer.hf.with_memory"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def check(self) -> None:
         """Raise ValueError where a setting is out of range or does not fit the base."""
         for name in ("slots", "read_dim", "read_heads", "write_heads"):
@@ -73,27 +97,17 @@ class MemoryConfig(PreTrainedConfig):
 
     @property
     def base_config(self) -> PreTrainedConfig:
-        """A new configuration of the base."""
-        values = copy.deepcopy(self.base or {})
+        """A new configuration of the base. Raises AttributeError where there is none."""
+        if self.base is None:
+            raise AttributeError("base: expected the configuration of a language model, got none; see with_memory")
+        values = copy.deepcopy(self.base)
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
-    @property
-    def hidden_size(self) -> int:
-        """The width of the base, and of a slot."""
-        width: int = text_config(self.base_config).hidden_size
-        return width
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """The base's."""
-        count: int = text_config(self.base_config).num_hidden_layers
-        return count
-
-    @property
-    def vocab_size(self) -> int:
-        """The base's."""
-        size: int = text_config(self.base_config).vocab_size
-        return size
+    hidden_size = _of_the_base("hidden_size", "The width of the base, and of a slot.")
+    num_hidden_layers = _of_the_base("num_hidden_layers")
+    num_attention_heads = _of_the_base("num_attention_heads")
+    vocab_size = _of_the_base("vocab_size")
+    tie_word_embeddings = _of_the_base("tie_word_embeddings")
 
     @property
     def vocabulary(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +30,22 @@ from .bases import (
     add_adapter,
     checkpoints_activations,
     decode,
-    described,
     found,
     layers_of,
     logits_of,
     losses_of,
+    settings_of,
 )
 from .cache import CarriedGenerationMixin, MemoryCache, MemoryOutput, PretrainedMemory
 from .configuration import MemoryConfig
-from .places import along, before_each, counted_labels, kept_first
+from .places import along, before_each, counted_labels, joined, kept_first
 from .reading import Readers
+from .recording import Which, asked_for, looking
 from .reference import found_base, own_state, reference_to, weight_files
 
 __all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "memory_around"]
 
+HALF = (torch.float16, torch.bfloat16)
 Part = Literal["memory", "lora", "all"]
 M = TypeVar("M", bound="MemoryForCausalLM")
 
@@ -73,8 +75,6 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
     accepts_loss_kwargs = False
     _is_stateful = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    # A slot changes by less than what bfloat16 can hold; PEFT keeps a LoRA in float32, too.
-    _keep_in_fp32_modules_strict: ClassVar[Any] = ["writer", "lora_A", "lora_B"]
 
     def __init__(self, config: MemoryConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
@@ -88,6 +88,9 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         self.readers = Readers(layers_of(base), self.dim, config.read_dim, config.read_heads)
         self.write_norm = nn.LayerNorm(self.dim)
         self.writer = _writer(config)
+        # A slot changes by less than what bfloat16 can hold; PEFT keeps a LoRA in float32, too.
+        lora = [] if config.adapter is None else ["lora_A", "lora_B"]
+        self._keep_in_fp32_modules_strict = ["writer", *lora]
         if not made:
             for part in self.modules():  # nothing is left to be initialised
                 part._is_hf_initialized = True  # type: ignore[assignment]
@@ -107,6 +110,11 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         return self.base.get_input_embeddings()
 
     @property
+    def vocab_size(self) -> int:
+        """The base's."""
+        return self.config.vocab_size
+
+    @property
     def table(self) -> Tensor:
         """The base's embeddings, (vocabulary, dim)."""
         return self.base.get_input_embeddings().weight
@@ -115,10 +123,14 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         """The base's."""
         return self.base.get_output_embeddings()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Give the base another projection to logits."""
+        self.base.set_output_embeddings(new_embeddings)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Give the base another vocabulary; see transformers."""
         table: nn.Module = self.base.resize_token_embeddings(*args, **kwargs)
-        self.config.base = described(self.base)
+        self.config.base = settings_of(self.base.config)
         return table
 
     @property
@@ -203,8 +215,10 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             FileNotFoundError: the base is not there.
             ValueError: the base is another one, or is given beside a folder that holds one.
         """
-        folder = found(pretrained_model_name_or_path)
-        config = kwargs.pop("config", None)
+        folder, given = found(pretrained_model_name_or_path), kwargs.pop("config", None)
+        if (older := kwargs.pop("torch_dtype", None)) is not None:
+            kwargs.setdefault("dtype", older)
+        config = given
         if folder is not None and config is None:
             config = cls.config_class.from_pretrained(folder, **kwargs)
         if config is None or config.reference is None:
@@ -212,7 +226,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
                 raise ValueError(
                     f"base_model: expected none, because {folder} holds one, got {type(base_model).__name__}"
                 )
-            return super().from_pretrained(folder, *args, config=config, **kwargs)  # type: ignore[call-arg]
+            return super().from_pretrained(folder, *args, config=given, **kwargs)  # type: ignore[call-arg]
         options = {"dtype": config.dtype} | {k: v for k, v in kwargs.items() if not hasattr(config, k)}
         model = found_base(config.reference, base_model, folder, **options)
         config.reference = None
@@ -243,6 +257,8 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         past_key_values: MemoryCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: Which = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> MemoryOutput:
         """Read tokens of any length, a segment at a time, and predict what follows each.
@@ -259,11 +275,15 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
                 part is that of ``input_ids``. ``past_key_values`` is its older name.
             use_cache: the last segment stays open, and a cache is returned to go on in it, in place of a memory.
             logits_to_keep: of so many last tokens alone; 0 for all.
+            output_hidden_states: return the embeddings and what each layer gives, with what it has read of the memory;
+                the last ones after the base's last norm. Numbers say of which layers alone.
+            output_attentions: return the base's attention weights; a token attends to its own segment alone. Not beside
+                a cache. Of both the config has the default.
 
         Returns:
             ``loss`` (the mean over the labels that count, in nats), ``logits`` (batch, tokens, vocabulary) of what
             follows each token, ``memory``, and ``cache`` or ``past_key_values``, as this version of transformers calls
-            it.
+            it. ``hidden_states`` are (batch, tokens, dim), ``attentions`` (batch, heads, tokens, tokens).
 
         Raises:
             ValueError: a shape, dtype or token id does not fit; the message says what was expected.
@@ -285,11 +305,16 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             labels = None if labels is None else labels.gather(1, order)
         elif mask is not None:
             mask = None
-        if cache is not None or use_cache:
-            before, hidden, cache = self._go_on(tokens, mask, memory, reset, cache)
-            after = None
-        else:
-            before, hidden, after = self._read(tokens, mask, memory, reset)
+        which = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if with_attentions and (cache is not None or use_cache):
+            raise ValueError("output_attentions: expected no cache beside it, which holds one segment; use_cache=False")
+        with looking(self.base, which, bool(with_attentions)) as seen:
+            if cache is not None or use_cache:
+                before, hidden, cache, taken = self._go_on(tokens, mask, memory, reset, cache)
+                after = None
+            else:
+                before, hidden, after, taken = self._read(tokens, mask, memory, reset)
         loss = None
         if labels is not None:
             fresh = before.eq(0).all(-1) if reset is None or memory is None else before.eq(0).all(-1) | reset
@@ -298,21 +323,35 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             losses = losses_of(self.base, given, labels.where(counted, IGNORED))
             loss = losses.sum() / counted.sum().clamp(min=1)
         if order is not None:
-            hidden = along(hidden, order.argsort(1))
+            order = order.argsort(1)
+            hidden = along(hidden, order)
         logits = logits_of(self.base, hidden[:, -logits_to_keep:])
-        output = MemoryOutput(loss=loss, logits=logits, memory=after, **{CACHE: cache})
+        output = MemoryOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=asked_for(seen.hidden_states(hidden, taken, order), which),
+            attentions=seen.attentions(order) if with_attentions else None,
+            memory=after,
+            **{CACHE: cache},
+        )
         return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
 
     def _read(
         self, tokens: Tensor, mask: Tensor | None, memory: PretrainedMemory | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, PretrainedMemory]:
-        """All segments of some tokens: the hidden state before them, theirs, and the memory after them."""
+    ) -> tuple[Tensor, Tensor, PretrainedMemory, list[list[int]]]:
+        """All segments of some tokens, those that exist first.
+
+        Returns:
+            the hidden state before them, theirs, the memory after them, and how many tokens each lane has taken of each
+            segment.
+        """
         memory = self._started(memory, reset, len(tokens))
         before, outputs = memory.last, []
         for part in cut(self.config.segment_length, tokens, None, mask):
             hidden, memory = self.step(part.src, memory, part.src_mask)
             outputs.append(hidden)
-        return before, torch.cat(outputs, 1), memory
+        taken = [[x.shape[1]] * len(tokens) for x in outputs]
+        return before, joined(outputs, taken, tokens.shape[1]), memory, taken
 
     def step(
         self, tokens: Tensor, memory: PretrainedMemory, mask: Tensor | None = None
@@ -356,14 +395,15 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         memory: PretrainedMemory | None,
         reset: Tensor | None,
         cache: MemoryCache | None,
-    ) -> tuple[Tensor, Tensor, MemoryCache]:
+    ) -> tuple[Tensor, Tensor, MemoryCache, list[list[int]]]:
         """Tokens of any length behind those of a cache; each lane's segments are cut where its own tokens stand.
 
         Args:
             tokens, mask: (batch, tokens), those that exist first.
 
         Returns:
-            the hidden state before the tokens, theirs, and the cache after them.
+            the hidden state before the tokens, theirs, the cache after them, and how many tokens each lane has taken of
+            each piece.
         """
         if self.training and any(checkpoints_activations(part) for part in self.base.modules()):
             raise ValueError(
@@ -384,21 +424,15 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             )
         before, length = cache.last, tokens.shape[1]
         left = [length] * len(tokens) if mask is None else mask.sum(1).tolist()
-        done, hidden = [0] * len(tokens), cache.last.new_zeros(*tokens.shape, self.dim)
+        done, pieces, taken = [0] * len(tokens), [], []
         while any(left):
-            cache, piece, taken = self._extend(cache, tokens, done, left)
-            place = torch.arange(piece.shape[1], device=tokens.device)
-            index = torch.tensor(done, device=tokens.device)[:, None] + place
-            if piece.shape[1] == length:
-                hidden = piece
-            else:
-                kept = place < torch.tensor(taken, device=tokens.device)[:, None]
-                # What no lane has taken goes behind all tokens.
-                index = index.where(kept, length)[..., None].expand_as(piece)
-                hidden = F.pad(hidden.to(piece), (0, 0, 0, 1)).scatter(1, index, piece)[:, :length]
-            done = [d + t for d, t in zip(done, taken, strict=True)]
-            left = [n - t for n, t in zip(left, taken, strict=True)]
-        return before, hidden, cache
+            cache, piece, some = self._extend(cache, tokens, done, left)
+            pieces.append(piece)
+            taken.append(some)
+            done = [d + t for d, t in zip(done, some, strict=True)]
+            left = [n - t for n, t in zip(left, some, strict=True)]
+        hidden = joined(pieces, taken, length) if pieces else before.new_zeros(*tokens.shape, self.dim)
+        return before, hidden, cache, taken
 
     def _extend(
         self, cache: MemoryCache, tokens: Tensor, done: list[int], left: list[int]
@@ -652,7 +686,7 @@ def memory_around(kind: type[M], model: PreTrainedModel, config: MemoryConfig) -
     """A new memory around a base, in its dtype and on its devices."""
     checkpoints = next((m._gradient_checkpointing_func for m in model.modules() if checkpoints_activations(m)), None)
     made = kind(config, model)
-    half = model.dtype in (torch.float16, torch.bfloat16)
+    half = model.dtype in HALF
     device = model.get_input_embeddings().weight.device
     for part in (made.readers, made.write_norm, made.writer):  # the base's tables of positions keep their dtype
         part.to(device, torch.float32 if half and part is made.writer else model.dtype)
@@ -668,4 +702,5 @@ def memory_around(kind: type[M], model: PreTrainedModel, config: MemoryConfig) -
 
 def _writer(config: MemoryConfig) -> SlotWriter:
     make = WRITERS[config.memory_writer]
-    return make(config.hidden_size, config.slots, config.write_heads, config.write_temperature)
+    writer = make(config.hidden_size, config.slots, config.write_heads, config.write_temperature)
+    return writer.float() if torch.get_default_dtype() in HALF else writer

@@ -37,6 +37,7 @@ from ..state import MemoryState
 from .bases import CACHE, found
 from .cache import Carried, CarriedGenerationMixin
 from .places import along, kept_first
+from .recording import States, Which, asked_for, states_of
 
 __all__ = [
     "CausalMemformerForCausalLM",
@@ -170,7 +171,7 @@ class StreamCache(Carried):
         self.writing.select(lanes.to(self.writing.state.position.device))
 
 
-class _OwnForCausalLM(PreTrainedModel, CarriedGenerationMixin):
+class _OwnForCausalLM(PreTrainedModel):
     """A model of this library that continues text. ``memformer`` is the model itself."""
 
     config: _OwnConfig  # type: ignore[assignment]
@@ -210,6 +211,15 @@ class _OwnForCausalLM(PreTrainedModel, CarriedGenerationMixin):
     @abstractmethod
     def _head(self, hidden: Tensor) -> Tensor:
         """(..., dim) -> logits."""
+
+    @property
+    @abstractmethod
+    def _layers(self) -> list[nn.Module]:
+        """Those that predict, the first one first."""
+
+    @abstractmethod
+    def _predicting(self, states: list[Tensor]) -> Tensor:
+        """What a layer gave for each segment, in the places of :meth:`_hidden`."""
 
     def _ties(self) -> dict[str, str]:
         """Which parameters are one, by name: the second is the one that is saved."""
@@ -254,6 +264,8 @@ class _OwnForCausalLM(PreTrainedModel, CarriedGenerationMixin):
         past_key_values: StreamCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: Which = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Read tokens of any length from a document's beginning, or behind a cache, and predict what follows each.
@@ -267,6 +279,9 @@ class _OwnForCausalLM(PreTrainedModel, CarriedGenerationMixin):
                 longer mask the last part is that of ``input_ids``. ``past_key_values`` is its older name.
             use_cache: return a cache to go on from.
             logits_to_keep: of so many last tokens alone; 0 for all.
+            output_hidden_states: return the embeddings and what each layer gives, (batch, tokens, dim) each: from the
+                last ones the logits are made. Numbers say of which layers alone. Not beside a cache.
+            output_attentions: refused, for no weights are kept.
 
         Raises:
             ValueError: a shape, dtype or token id does not fit; the message says what was expected.
@@ -282,35 +297,48 @@ class _OwnForCausalLM(PreTrainedModel, CarriedGenerationMixin):
         check_tokens("input_ids", tokens, vocabulary, 2**62, "")
         check_mask("attention_mask", mask, tokens)
         check_count("logits_to_keep", logits_to_keep, least=0)
+        which = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_attentions:
+            raise ValueError("output_attentions: expected none, for the models of this library keep no weights")
         kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         if self.config.start_token_id is not None:
             kept = kept & (tokens != self.config.start_token_id)
-        loss = None
+        loss = states = None
         if cache is not None or (use_cache and labels is None):
+            if which is not None and which is not False:
+                raise ValueError(
+                    "output_hidden_states: expected no cache beside them, which keeps none; use_cache=False"
+                )
             if labels is not None:
                 raise ValueError("labels: expected none beside a cache, which has no gradients; give the whole text")
             logits, cache = self._go_on(tokens, kept, cache, logits_to_keep)
         else:
             if labels is not None:
                 check_labels("labels", labels, tokens, vocabulary)
-            logits, loss = self._whole(tokens, kept, labels, logits_to_keep)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+            logits, loss, states = self._whole(tokens, kept, labels, logits_to_keep, which)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states, **{CACHE: cache})
         return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
 
     def _whole(
-        self, tokens: Tensor, kept: Tensor, labels: Tensor | None, logits_to_keep: int
-    ) -> tuple[Tensor, Tensor | None]:
+        self, tokens: Tensor, kept: Tensor, labels: Tensor | None, logits_to_keep: int, which: Which
+    ) -> tuple[Tensor, Tensor | None, States | None]:
         order = kept_first(kept)
         # One more, which does not exist: what is predicted there follows the last one.
         first, exists = F.pad(tokens.gather(1, order), (0, 1)), F.pad(kept.gather(1, order), (0, 1))
-        hidden = self._hidden(first, exists)
-        after = kept.cumsum(1)  # so many tokens were read
+        after, states = kept.cumsum(1), None  # so many tokens were read
+        if which is None or which is False:
+            hidden = self._hidden(first, exists)
+        else:
+            with states_of(self._layers) as runs:
+                hidden = self._hidden(first, exists)
+            layers = [self._predicting(list(x)) for x in zip(*runs, strict=True)]
+            states = asked_for([along(x, after) for x in (*layers[:-1], hidden)], which)
         logits = self._logits(along(hidden, after[:, -logits_to_keep:]))
         if labels is None:
-            return logits, None
+            return logits, None, states
         counted = kept & (labels != IGNORED)
         losses = each_loss(self._logits(along(hidden, (after - 1).clamp(min=0))), labels.where(counted, IGNORED))
-        return logits, losses.sum() / counted.sum().clamp(min=1)
+        return logits, losses.sum() / counted.sum().clamp(min=1), states
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)[..., : self.memformer.config.vocabulary]
@@ -387,7 +415,7 @@ class _OwnForCausalLM(PreTrainedModel, CarriedGenerationMixin):
         return super().from_pretrained(folder, *args, **kwargs)
 
 
-class CausalMemformerForCausalLM(_OwnForCausalLM):
+class CausalMemformerForCausalLM(_OwnForCausalLM, CarriedGenerationMixin):
     """A :class:`~memformer.CausalMemformer` as a causal language model of transformers; ``memformer`` is the model."""
 
     config_class = HFCausalConfig  # type: ignore[assignment]
@@ -407,8 +435,15 @@ class CausalMemformerForCausalLM(_OwnForCausalLM):
     def _head(self, hidden: Tensor) -> Tensor:
         return self.memformer.head(hidden)
 
+    @property
+    def _layers(self) -> list[nn.Module]:
+        return list(self.memformer.stack.each_block())
 
-class MemformerForCausalLM(_OwnForCausalLM):
+    def _predicting(self, states: list[Tensor]) -> Tensor:
+        return F.pad(torch.cat(states, 1), (0, 0, 1, 0))  # before the first token layers have given nothing
+
+
+class MemformerForCausalLM(_OwnForCausalLM, CarriedGenerationMixin):
     """A :class:`~memformer.Memformer` that continues text, as ``memformer train`` makes it; ``memformer`` is the model.
 
     The decoder predicts each segment from the encoding of the one before. There is no source to give beside the text,
@@ -448,6 +483,14 @@ class MemformerForCausalLM(_OwnForCausalLM):
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.memformer.need_decoder("text").to_logits(hidden)
+
+    @property
+    def _layers(self) -> list[nn.Module]:
+        return list(self.memformer.need_decoder("text").layers)
+
+    def _predicting(self, states: list[Tensor]) -> Tensor:
+        overlap = self.memformer.need_decoder("text").overlap
+        return torch.cat([x[:, overlap:] for x in states], 1)
 
 
 ADAPTERS = (CausalMemformerForCausalLM, MemformerForCausalLM)

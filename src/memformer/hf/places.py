@@ -5,13 +5,16 @@ Shapes: labels and mask (batch, tokens), the mask True for tokens that exist; hi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import IGNORED
 from ..nn.causal import along, predicting
 
-__all__ = ["along", "before_each", "counted_labels", "kept_first"]
+__all__ = ["along", "before_each", "counted_labels", "joined", "kept_first"]
 
 
 def before_each(hidden: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -27,6 +30,29 @@ def before_each(hidden: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tens
 def kept_first(mask: Tensor) -> Tensor:
     """(batch, tokens), the order in which those that exist come first."""
     return (~mask).byte().argsort(dim=1, stable=True)
+
+
+def joined(pieces: Sequence[Tensor], taken: Sequence[Sequence[int]], length: int) -> Tensor:
+    """Pieces one behind the other, (batch, length, dim); behind a lane's tokens anything.
+
+    Args:
+        pieces: (batch, any number, dim) each, of which a lane has taken the first few.
+        taken: for each piece, how many tokens each lane has taken.
+    """
+    rows = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), 1)
+    if rows.shape[1] == length and all(n == x.shape[1] for x, each in zip(pieces, taken, strict=True) for n in each):
+        return rows
+    place = torch.arange(max(x.shape[1] for x in pieces), device=rows.device)
+    kept = torch.cat(
+        [
+            place[: x.shape[1]] < torch.tensor(each, device=rows.device)[:, None]
+            for x, each in zip(pieces, taken, strict=True)
+        ],
+        1,
+    )
+    missing = max(0, length - rows.shape[1])
+    order = kept_first(F.pad(kept, (0, missing)))[:, :length]
+    return along(F.pad(rows, (0, 0, 0, missing)), order)
 
 
 def counted_labels(labels: Tensor, mask: Tensor | None, fresh: Tensor | None) -> Tensor:

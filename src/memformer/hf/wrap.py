@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .bases import check_base, described, without_peft
+from .bases import check_base, settings_of, without_peft
 from .configuration import MemoryConfig
 from .model import M, MemoryForCausalLM, memory_around
 
@@ -58,7 +58,7 @@ def around(kind: type[M], base: Any, **sizes: Any) -> M:
     model, adapter = without_peft(base)
     check_base(model)
     config = MemoryConfig(
-        base=described(model),
+        base=settings_of(model.config),
         **sizes,
         adapter=adapter,
         dtype=model.dtype,
