@@ -6,7 +6,9 @@ next one, a decoder-only model reads the tokens in a row. Only tokens marked as 
 
 from .base import ASK, BLANK, START, SYMBOLS, Episode, Task
 from .images import Pixels, digits
+from .prose import InProse, Prose, Telling, in_prose, prose_of, read_prose
 from .symbols import AssociativeRetrieval, Copy, KeyValue, OneFact, Reverse
+from .worlds import WORLDS, Asked, Story, ThreeFacts, TwoFacts, Values, Whereabouts, World
 
 __all__ = [
     "ASK",
@@ -14,15 +16,29 @@ __all__ = [
     "START",
     "SYMBOLS",
     "TASKS",
+    "WORLDS",
+    "Asked",
     "AssociativeRetrieval",
     "Copy",
     "Episode",
+    "InProse",
     "KeyValue",
     "OneFact",
     "Pixels",
+    "Prose",
     "Reverse",
+    "Story",
     "Task",
+    "Telling",
+    "ThreeFacts",
+    "TwoFacts",
+    "Values",
+    "Whereabouts",
+    "World",
     "digits",
+    "in_prose",
+    "prose_of",
+    "read_prose",
 ]
 
 TASKS: dict[str, Task] = {
@@ -34,4 +50,4 @@ TASKS: dict[str, Task] = {
     "one-fact": OneFact(),
     **{f"pairs-{pairs}": KeyValue(pairs=pairs) for pairs in (4, 8, 16, 32)},
 }
-"""The tasks in their standard sizes. Pixels come with images: :func:`digits`."""
+"""The tasks in their standard sizes. Pixels come with images: :func:`digits`; facts with prose: :func:`in_prose`."""
