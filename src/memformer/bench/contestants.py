@@ -78,7 +78,10 @@ class Contestant(nn.Module):
         return Outcome(logits[wanted], detached, extra_loss)
 
     def read(self, episode: Episode, state: Any) -> tuple[Tensor, Any, Tensor]:
-        """Logits (batch, segments with an answer, length, vocabulary), the state, and an extra loss."""
+        """Logits (batch, segments with an answer, length, vocabulary), the state, and an extra loss.
+
+        Where there is no answer, the logits are (batch, 0, length), for there is nothing to predict.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
@@ -121,6 +124,8 @@ class EncoderDecoder(Contestant):
                     sources.append(last)
                     targets.append(segment)
             last = segment
+        if not targets:
+            return episode.tokens[:, :0].float(), (memory, last), torch.zeros((), device=episode.tokens.device)
         started = F.pad(torch.stack(targets, 1)[..., :-1], (1, 0), value=START)
         logits = self.decode(*(x.flatten(0, 1) for x in (started, torch.stack(encoded, 1), torch.stack(sources, 1))))
         return logits.unflatten(0, started.shape[:2]), (memory, last), logits.new_zeros(())
@@ -187,7 +192,7 @@ class Causal(Contestant):
     def read(self, episode: Episode, state: Any) -> tuple[Tensor, Any, Tensor]:
         outputs, memory = self.outputs(episode.tokens, state)
         wanted = [x[:, :-1] for x, w in zip(outputs, episode.answers.any(2).any(0).tolist(), strict=True) if w]
-        logits = self.network.head(torch.stack(wanted, 1))
+        logits = self.network.head(torch.stack(wanted, 1)) if wanted else episode.tokens[:, :0].float()
         return logits, memory, logits.new_zeros(())
 
     def outputs(self, tokens: Tensor, memory: Any) -> tuple[Sequence[Tensor], Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .. import pictures
 from ..config import check_count
@@ -24,7 +25,7 @@ from .contestants import OWN, Build, Contestant, build
 from .meters import flops, machine
 from .trials import Record, Result, Trial, Tuned, tune
 
-__all__ = ["LearningBenchmark", "run", "train"]
+__all__ = ["LearningBenchmark", "optimizing", "run", "train"]
 
 MODEL = ModelSettings(
     dim=64, slots=16, enc_depth=1, dec_depth=1, dec_overlap=0, heads=4, positions="relative", tie_embeddings=False
@@ -178,9 +179,7 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
     torch.manual_seed(trial["seed"])
     model = _contestant(settings, trial["contestant"], entrants, task)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=trial["learning_rate"], betas=(0.9, 0.98), weight_decay=0)
-    curve_of_rates = functools.partial(warmup_cosine, steps=settings.steps, warmup=WARM_UP)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, curve_of_rates)
+    optimizer, schedule = optimizing(parameters, trial["learning_rate"], settings.steps)
     generator = torch.Generator().manual_seed(trial["seed"])
     validation = _episodes(held_out, _VALIDATION, task.segments)
     costs = _flops_per_segments(model, task, settings.batch_size)
@@ -221,6 +220,15 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
         "flops": spent,
         "flops_per_step": sum(costs.values()) / len(costs),
     }
+
+
+def optimizing(
+    parameters: Sequence[nn.Parameter], learning_rate: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, and the curve of its rates: a rise, then a cosine to zero."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0)
+    curve_of_rates = functools.partial(warmup_cosine, steps=steps, warmup=WARM_UP)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, curve_of_rates)
 
 
 def _flops_per_segments(model: Contestant, task: Task, batch_size: int) -> dict[int, int]:
