@@ -101,8 +101,8 @@ def test_a_file_is_gone_on_with(tmp_path, monkeypatch):
     printed = lines(learning_rates=(1e-3, 3e-3), seeds=(0, 4), out=out)
     runs = json.loads(out.read_text())["runs"]
     assert runs[: len(first)] == first
-    assert [(run["learning_rate"], run["seed"]) for run in made[:4]] == [(3e-3, 0)] * 4
-    assert [run["seed"] for run in made[4:]] == [4] * 4
+    assert [(run["learning_rate"], run["seed"]) for run in made[: len(OWN)]] == [(3e-3, 0)] * len(OWN)
+    assert [run["seed"] for run in made[len(OWN) :]] == [4] * len(OWN)
     assert {"memformer", "machine", "date", "command"} <= runs[0]["made"].keys()
     made.clear()
     timed = ("s per run", "machine")
