@@ -17,7 +17,7 @@ import torch
 
 from memformer import tasks
 from memformer.tasks import ASK, BLANK, WORLDS, Episode, InProse, ThreeFacts, TwoFacts, Values, Whereabouts, World
-from memformer.tasks.worlds import LEFT, MOVED, NAMES, TOOK, WORDS
+from memformer.tasks.worlds import LEFT, MOVED, NAMES, PLACES, TOOK, WORDS
 
 NOISE = ("he said so", "the sea was calm today", "nothing of it is known , and nobody asks", "they sang", "who was it")
 TEXT = "\n\n".join(
@@ -214,6 +214,31 @@ def test_chance_is_one_of_all_answers_whatever_is_asked(world: World, choices: i
         if sum(answers.values()) > 10 * choices:
             assert len(answers) == choices, question
             assert spread(np.array(list(answers.values()))) < 5, question
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "words", "after", "last", "any_told"),
+    [
+        ("qa1", 6.0, 36, 1.5, 0.46, 0.34),
+        ("qa2", 10.3, 61, 5.7, 0.35, 0.29),
+        ("qa3", 16.8, 99, 12.0, 0.16, 0.22),
+        ("needle", 8, 56, 6.2, 0, 0),
+    ],
+)
+def test_the_statistics_in_the_documentation(
+    name: str, facts: float, words: float, after: float, last: float, any_told: float
+) -> None:
+    rng, rows = random.Random(0), []
+    for _ in range(2000):
+        story = WORLDS[name].tell(rng)
+        answer, needed = story.asked[0].answer[0], story.asked[0].needed
+        told = [word for fact in story.facts for word in fact if word in PLACES] or [""]
+        count = len(story.facts)
+        guesses = told[-1] == answer, told.count(answer) / len(told)
+        rows.append((count, sum(map(len, story.facts)), count - 1 - needed[0], *guesses))
+    found = np.mean(rows, 0)
+    assert found[:3] == pytest.approx([facts, words, after], rel=0.05)
+    assert found[3:] == pytest.approx([last, any_told], abs=0.03)
 
 
 @each_world

@@ -20,6 +20,7 @@ START, ASK, BLANK, SYMBOLS = range(4)
 
 
 Metric = Literal["accuracy", "exact", "bits"]
+"""What a task counts: see :class:`Task`."""
 
 
 class Episode(NamedTuple):
