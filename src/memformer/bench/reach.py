@@ -1,8 +1,8 @@
 """How far does the memory reach in text? Facts in real prose, trained on short texts, asked after long ones.
 
-A model learns on texts of a few thousand tokens by exact gradients through all of each, at the memory of a part of it; then
-it is judged by the text's length, up to a million tokens and more, and by where the first needed fact stands. Texts are
-made while they are read, and read in parts.
+A model learns on texts of a few thousand tokens by exact gradients through all of each, at the memory of a part of it.
+Then it is judged by the text's length, up to a million tokens and more, and by where the first needed fact stands.
+Texts are made while they are read, and read in parts.
 """
 
 from __future__ import annotations
