@@ -84,8 +84,9 @@ class DecoderOnly(Contestant):
             extra_losses.append(extra_loss)
             if wanted:
                 logits.append(predicted)
-        mean = logits[0].new_zeros(()) + sum(extra_losses) / len(extra_losses)
-        return torch.stack(logits, 1), (memory, tokens[:, -1, -1:]), mean
+        mean = predicted.new_zeros(()) + sum(extra_losses) / len(extra_losses)
+        found = torch.stack(logits, 1) if logits else tokens[:, :0].float()
+        return found, (memory, tokens[:, -1, -1:]), mean
 
 
 class RMT(DecoderOnly):

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from memformer.bench import learn
 from memformer.bench.contestants import OWN, Contestant
 from memformer.bench.trials import Record
 from memformer.cli import main
-from memformer.tasks import TASKS, AssociativeRetrieval, Copy, Pixels
+from memformer.tasks import TASKS, AssociativeRetrieval, Copy, Episode, KeyValue, Pixels
 
-TINY = {"steps": 3, "batch_size": 4, "jobs": 1}
+MODEL = dataclasses.replace(learn.MODEL, dim=16, heads=2, slots=4)
+SIZES = ["--dim", "16", "--heads", "2", "--slots", "4"]
+TINY = {"steps": 3, "batch_size": 4, "jobs": 1, "model": MODEL}
 TRIAL = {"task": "retrieval", "contestant": "memformer", "learning_rate": 1e-3, "seed": 0}
 
 
@@ -25,7 +28,8 @@ def _small(monkeypatch):
     monkeypatch.setattr(learn, "LONGER", {"retrieval": (6,)})
     monkeypatch.setitem(learn.TASKS, "retrieval", AssociativeRetrieval(segments=3, pairs=3))
     monkeypatch.setitem(learn.TASKS, "copy", Copy(segments=1, per_segment=2))
-    monkeypatch.setattr(learn, "MODEL", dataclasses.replace(learn.MODEL, dim=16, heads=2, slots=4))
+    monkeypatch.setattr(learn, "FEWER", (1,))
+    monkeypatch.setitem(learn.TASKS, "pairs-4", KeyValue(pairs=2, symbols=3))
 
 
 def lines(**settings):
@@ -40,16 +44,16 @@ def result(**changes):
 def test_the_command(capsys, tmp_path):
     command = "bench learn --steps 3 --batch-size 4 --jobs 1 --tasks retrieval copy --seeds 0 1 --learning-rates 1e-3"
     picture = tmp_path / "learn.png"
-    assert main([*command.split(), "--plot", str(picture)]) == 0
+    assert main([*command.split(), *SIZES, "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert sum(" seed 0 " in line for line in printed) == sum(" seed 1 " in line for line in printed) == 8
+    assert sum(" seed 0 " in line for line in printed) == sum(" seed 1 " in line for line in printed) == 2 * len(OWN)
     tables = [i for i, line in enumerate(printed) if line.startswith("contestant")]
     assert [printed[i - 1].split(":")[0] for i in tables] == ["retrieval", "copy"]
     assert "chance 12.5, solved from 99.0" in printed[tables[0] - 1]
     assert "at 3" in printed[tables[0]]
     assert "at 6" in printed[tables[0]]
     for i in tables:
-        assert [printed[i + n].split("  ")[0] for n in range(1, 5)] == list(OWN)
+        assert [printed[i + n].split("  ")[0] for n in range(1, len(OWN) + 1)] == list(OWN)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -97,8 +101,8 @@ def test_a_file_is_gone_on_with(tmp_path, monkeypatch):
     printed = lines(learning_rates=(1e-3, 3e-3), seeds=(0, 4), out=out)
     runs = json.loads(out.read_text())["runs"]
     assert runs[: len(first)] == first
-    assert [(run["learning_rate"], run["seed"]) for run in made[:4]] == [(3e-3, 0)] * 4
-    assert [run["seed"] for run in made[4:]] == [4] * 4
+    assert [(run["learning_rate"], run["seed"]) for run in made[: len(OWN)]] == [(3e-3, 0)] * len(OWN)
+    assert [run["seed"] for run in made[len(OWN) :]] == [4] * len(OWN)
     assert {"memformer", "machine", "date", "command"} <= runs[0]["made"].keys()
     made.clear()
     timed = ("s per run", "machine")
@@ -120,7 +124,7 @@ def test_runs_are_the_same_in_one_process_and_another(tmp_path):
 
 def test_a_task_is_solved_the_second_time_in_a_row_and_the_run_goes_on(monkeypatch):
     scores = iter([(0.2, 1.0), (1.0, 0.1), (0.5, 1.0), (1.0, 0.1), (1.0, 0.1)])
-    monkeypatch.setattr(learn, "_judge", lambda model, episodes: next(scores, (0.75, 0.5)))
+    monkeypatch.setattr(learn, "_judge", lambda *_: next(scores, (0.75, 0.5)))
     found = learn.train(learn.LearningBenchmark(**TINY | {"steps": 20}), OWN, TRIAL)
     assert found["solved_at"] == 10
     assert [point[0] for point in found["curve"]] == list(range(2, 21, 2))
@@ -164,7 +168,7 @@ def test_the_judge_counts_every_answer_once():
 
     episodes = learn._episodes(TASKS["retrieval"], 3, 3)
     wanted = torch.cat([x.tokens[x.answers] for x in episodes])
-    accuracy, bits = learn._judge(Fixed(torch.nn.Identity()), episodes)
+    accuracy, bits = learn._judge(Fixed(torch.nn.Identity()), TASKS["retrieval"], episodes)
     said = episodes[0].tokens[0, -1, 0]
     assert accuracy == float((wanted == said).float().mean())
     of_said = math.exp(3) / (math.exp(3) + 50)
@@ -172,9 +176,49 @@ def test_the_judge_counts_every_answer_once():
     assert bits == pytest.approx(-sum(map(math.log2, expected)) / len(wanted), rel=1e-5)
 
 
+def test_an_exact_match_needs_all_answers_of_an_episode():
+    class Knowing(Contestant):
+        """Right wherever the wanted token is above 3."""
+
+        def read(self, episode, state):
+            tokens = episode.tokens[:, episode.answers.any(2).any(0)]
+            return F.one_hot(tokens.clamp(min=4), 9).float(), None, torch.zeros(())
+
+    tokens = torch.tensor([[[0, 0], [4, 5]], [[0, 0], [3, 5]], [[0, 0], [3, 3]]])
+    answers = torch.tensor([[False, False], [True, True]]).expand(3, 2, 2)
+    model = Knowing(torch.nn.Identity())
+    episodes = [Episode(tokens, answers)]
+    assert learn._judge(model, TASKS["pairs-4"], episodes)[0] == pytest.approx(1 / 3)
+    assert learn._judge(model, TASKS["retrieval"], episodes)[0] == pytest.approx(1 / 2)
+
+
+def test_pairs_are_judged_by_their_number(tmp_path):
+    out = tmp_path / "pairs.json"
+    only = {"seeds": (0,), "learning_rates": (1e-3,), "contestants": ("memformer",), "tasks": ("pairs-4",)}
+    printed = lines(**only, questions=2, out=out)
+    head = next(i for i, line in enumerate(printed) if line.startswith("contestant"))
+    assert "of exact match in % by pairs in one segment; chance 11.1, solved from 99.0" in printed[head - 1]
+    assert "at 1 " in printed[head]
+    assert "at 2 " in printed[head]
+    held = json.loads(out.read_text())
+    assert held["runs"][0]["result"]["scores"].keys() == {"1", "2"}
+    assert held["settings"]["questions"] == 2
+    with pytest.raises(ValueError, match="holds runs with questions of 2, not None"):
+        lines(**only, out=out)
+
+
+def test_the_sizes_are_those_of_the_command(capsys):
+    command = "bench learn --steps 1 --batch-size 2 --jobs 1 --seeds 0 --learning-rates 1e-3 --contestants memformer"
+    counts = []
+    for dim in ("8", "16"):
+        assert main([*command.split(), *SIZES, "--dim", dim]) == 0
+        counts.append(int(capsys.readouterr().out.splitlines()[-1].split()[1].replace(",", "")))
+    assert counts[0] < counts[1]
+
+
 def test_flops_grow_with_segments_and_with_the_batch():
     task = TASKS["retrieval"]
-    model = learn._contestant("memformer", OWN, task)
+    model = learn._contestant(learn.LearningBenchmark(**TINY), "memformer", OWN, task)
     costs = learn._flops_per_segments(model, task, 4)
     assert len(costs) == 3
     assert list(costs) == [3, 4, 5], "with question and answer"
@@ -202,6 +246,8 @@ def test_pixels_are_compared_in_bits():
         ({"seeds": (1, 1)}, "seeds: expected one or more, all different, got 1, 1"),
         ({"learning_rates": ()}, "learning_rates: expected one or more"),
         ({"learning_rates": (0.0,)}, "learning_rates: expected numbers above 0"),
+        ({"questions": 2}, "questions: only tasks of pairs ask several, and tasks are retrieval"),
+        ({"model": dataclasses.replace(MODEL, heads=3)}, "heads: "),
         ({"steps": 0}, "steps: expected a whole number of at least 1, got 0"),
         ({"plot": Path("a.gif")}, "plot: expected the name of a .png file"),
         ({"out": Path("nowhere/a.json")}, "out: expected a file in a folder that exists"),

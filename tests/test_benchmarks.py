@@ -5,7 +5,6 @@ With other packages where the environment says in which folders they are: MEMFOR
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -172,10 +171,10 @@ def small_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learn, "EPISODES", 8)
     monkeypatch.setattr(learn, "LONGER", {})
     monkeypatch.setitem(learn.TASKS, "retrieval", AssociativeRetrieval(segments=2, pairs=2))
-    monkeypatch.setattr(learn, "MODEL", dataclasses.replace(learn.MODEL, dim=16, heads=2, slots=4))
 
 
 LEARN = ["learn", "--steps", "2", "--batch-size", "2", "--jobs", "1", "--seeds", "0", "--learning-rates", "1e-3"]
+LEARN += ["--dim", "16", "--heads", "2", "--slots", "4"]
 
 
 @pytest.mark.usefixtures("small_task")

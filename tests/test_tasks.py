@@ -24,6 +24,7 @@ from memformer.tasks import (
     AssociativeRetrieval,
     Copy,
     Episode,
+    KeyValue,
     OneFact,
     Pixels,
     Reverse,
@@ -37,6 +38,7 @@ SMALL = {
     "retrieval": AssociativeRetrieval(segments=6, pairs=4, keys=5, values=3),
     "rewrite": AssociativeRetrieval(segments=6, pairs=5, keys=2, values=3, rewrite=True),
     "one fact": OneFact(segments=5, facts=3, noise=4),
+    "pairs": KeyValue(pairs=2, symbols=3, room=3),
     "pixels": Pixels(images=DOTS, levels=4, per_segment=3),
 }
 each_task = pytest.mark.parametrize("task", SMALL.values(), ids=SMALL.keys())
@@ -54,6 +56,27 @@ def lanes(episode: Episode) -> Iterator[tuple[list[list[int]], list[int]]]:
 
 def flat(segments: list[list[int]]) -> list[int]:
     return [token for segment in segments for token in segment]
+
+
+def read_pairs(tokens: list[list[int]], answers: list[int], symbols: int, pairs: int, asked: int) -> None:
+    """One episode of pairs, read word by word."""
+    given, *_, question, answer = tokens
+    bound = {}
+    for place in range(0, 4 * pairs, 4):
+        first, second, *value = given[place : place + 4]
+        assert all(SYMBOLS <= symbol < SYMBOLS + symbols for symbol in (first, second, *value))
+        assert (first, second) not in bound, "keys differ"
+        bound[first, second] = value
+    assert set(given[4 * pairs :]) <= {BLANK}
+    wanted, keys = [], []
+    for place in range(0, 3 * asked, 3):
+        assert question[place] == ASK
+        keys.append(tuple(question[place + 1 : place + 3]))
+        wanted += bound[keys[-1]]
+    assert len(set(keys)) == asked
+    assert set(question[3 * asked :]) <= {BLANK}
+    assert answer == [*wanted, *[BLANK] * (len(answer) - 2 * asked)]
+    assert answers == wanted
 
 
 seeds = st.integers(0, 2**31)
@@ -109,6 +132,26 @@ class TestRight:
             fact = [token for token in flat(tokens[:segments]) if token < SYMBOLS + facts]
             assert fact == answers
             assert set(tokens[0]) & set(fact)
+
+    @given(seed=seeds, pairs=counts, symbols=st.integers(3, 9), more=st.integers(0, 2), batch=counts)
+    @settings(deadline=None, max_examples=60)
+    def test_pairs(self, seed: int, pairs: int, symbols: int, more: int, batch: int) -> None:
+        task = KeyValue(pairs=pairs, symbols=symbols, room=pairs + more, questions=pairs)
+        for drawn in (None, 3):
+            for tokens, answers in lanes(task.draw(batch, generator(seed), drawn)):
+                read_pairs(tokens, answers, symbols, pairs, 1)
+                assert tokens[1:-2] == [[BLANK] * task.length] * ((drawn or 1) - 1)
+        one, numbers = generator(seed), set()
+        for _ in range(20):
+            episode = task.exercise(batch, one)
+            assert episode.tokens.shape == (batch, 3, task.length)
+            asked = int(episode.answers.sum()) // (2 * batch)
+            given = int((episode.tokens[0, 0] != BLANK).sum()) // 4
+            numbers.add((given, asked))
+            for tokens, answers in lanes(episode):
+                read_pairs(tokens, answers, symbols, given, asked)
+        assert all(asked <= given <= pairs for given, asked in numbers)
+        assert pairs == 1 or len(numbers) > 1
 
     def test_rewrite_wants_the_last_value(self) -> None:
         """Keys are indeed bound more than once, and their first value is not what is wanted."""
@@ -169,12 +212,16 @@ class TestShape:
 
     def test_the_table_of_standard_sizes(self) -> None:
         assert {"copy", "reverse", "retrieval", "rewrite", "one-fact"} <= TASKS.keys()
+        sixteen = TASKS["retrieval-16"]
+        assert isinstance(sixteen, AssociativeRetrieval)
+        assert (sixteen.pairs, sixteen.segments, sixteen.keys, sixteen.values) == (8, 8, 16, 16)
         retrieval = TASKS["retrieval"]
         assert isinstance(retrieval, AssociativeRetrieval)
         assert (retrieval.pairs, retrieval.segments) == (8, 8)
         shapes = {name: tuple(task.draw(1, generator()).tokens[0].shape) for name, task in TASKS.items()}
         assert shapes == {
             "copy": (9, 6), "reverse": (9, 6), "retrieval": (10, 2), "rewrite": (10, 2), "one-fact": (34, 4),
+            "retrieval-16": (10, 2), "pairs-4": (3, 16), "pairs-8": (3, 32), "pairs-16": (3, 64), "pairs-32": (3, 128),
         }  # fmt: skip
         assert all(2 * task.chance < task.solved < 1 for task in TASKS.values())
 
@@ -199,6 +246,21 @@ class TestFair:
         assert spread((asked - SYMBOLS).bincount(minlength=7)) < 4
         assert spread(place.bincount(minlength=6)) < 4
         assert spread((tokens[answers] - SYMBOLS - 7).bincount(minlength=5)) < 4
+
+    def test_pairs_asked_and_their_symbols(self) -> None:
+        task = KeyValue(pairs=4, symbols=3)
+        tokens, answers = task.draw(self.COUNT, generator())
+        given = tokens[:, 0].unflatten(1, (4, 2, 2)) - SYMBOLS
+        place = (given[:, :, 0] == tokens[:, -2, None, 1:3] - SYMBOLS).all(2).long().argmax(1)
+        assert spread(place.bincount(minlength=4)) < 4
+        numbers = 3 * given[..., 0] + given[..., 1]
+        for column in numbers.flatten(1).T:
+            assert spread(column.bincount(minlength=9)) < 4
+        wanted = tokens[answers].view(-1, 2) - SYMBOLS
+        assert spread((3 * wanted[:, 0] + wanted[:, 1]).bincount(minlength=9)) < 4
+        assert task.chance == pytest.approx(1 / 9)
+        both = 9 * (3 * (tokens[:, -2, 1] - SYMBOLS) + tokens[:, -2, 2] - SYMBOLS) + 3 * wanted[:, 0] + wanted[:, 1]
+        assert spread(both.bincount(minlength=81)) < 4, "the key tells nothing of its value"
 
     def test_symbols_facts_and_their_places(self) -> None:
         copied, _ = SMALL["copy"].draw(self.COUNT, generator())
@@ -294,6 +356,10 @@ class TestRefusals:
             (lambda: AssociativeRetrieval(values=True), "values: expected"),
             (lambda: AssociativeRetrieval(pairs=9), r"pairs: .*at most segments \(8\), got 9"),
             (lambda: AssociativeRetrieval(keys=7), r"pairs: .*at most keys \(7\), got 8. .*rewrite=True"),
+            (lambda: KeyValue(pairs=0), "pairs: expected"),
+            (lambda: KeyValue(pairs=5, symbols=2), r"pairs: .*at most symbols \*\* 2 \(4\), got 5"),
+            (lambda: KeyValue(pairs=5, room=4), "room: expected a whole number of at least 5, got 4"),
+            (lambda: KeyValue(pairs=5, questions=6), r"questions: expected at most pairs \(5\), got 6"),
             (lambda: Pixels(images=IMAGES, levels=0, per_segment=2), "levels: expected"),
             (lambda: Pixels(images=IMAGES, levels=2, per_segment=0), "per_segment: expected"),
             (lambda: Pixels(images=IMAGES, levels=2, per_segment=3), "per_segment: must cut the 4 pixels.* got 3"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..causal import CausalMemformer
-from ..config import MemformerConfig
+from ..config import MemformerConfig, MemoryLayout
 from ..data.segments import Segment
 from ..model import Memformer
 from ..tasks import START, Episode
@@ -78,7 +78,10 @@ class Contestant(nn.Module):
         return Outcome(logits[wanted], detached, extra_loss)
 
     def read(self, episode: Episode, state: Any) -> tuple[Tensor, Any, Tensor]:
-        """Logits (batch, segments with an answer, length, vocabulary), the state, and an extra loss."""
+        """Logits (batch, segments with an answer, length, vocabulary), the state, and an extra loss.
+
+        Where there is no answer, the logits are (batch, 0, length), for there is nothing to predict.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
@@ -121,6 +124,8 @@ class EncoderDecoder(Contestant):
                     sources.append(last)
                     targets.append(segment)
             last = segment
+        if not targets:
+            return episode.tokens[:, :0].float(), (memory, last), torch.zeros((), device=episode.tokens.device)
         started = F.pad(torch.stack(targets, 1)[..., :-1], (1, 0), value=START)
         logits = self.decode(*(x.flatten(0, 1) for x in (started, torch.stack(encoded, 1), torch.stack(sources, 1))))
         return logits.unflatten(0, started.shape[:2]), (memory, last), logits.new_zeros(())
@@ -157,21 +162,23 @@ class Causal(Contestant):
     """
 
     network: CausalMemformer
+    memory: MemoryLayout = "layers"
     rereads = False  # whether a segment comes with the overlap before it
 
     def __init__(self, config: MemformerConfig):
-        depth, rows = config.enc_depth + config.dec_depth, config.num_memory_slots - 1  # one is the output
-        self.overlap = config.dec_overlap
+        depth, self.overlap = config.enc_depth + config.dec_depth, config.dec_overlap
+        rows = config.num_memory_slots - 1 - depth * self.overlap  # one is the output
 
         def make(feed: int) -> CausalMemformer:
             return CausalMemformer(
                 dim=config.dim,
-                num_memory_slots=max(1, rows // depth - self.overlap),
+                num_memory_slots=max(1, rows // depth if self.memory == "layers" else rows),
                 num_tokens=config.vocabulary,
                 max_seq_len=config.segment_length + self.overlap * self.rereads,
                 depth=depth,
                 heads=config.enc_heads,
                 overlap=self.overlap,
+                memory=self.memory,
                 num_mem_updates=config.num_mem_updates,
                 mem_update_attn_heads=config.mem_update_attn_heads,
                 memory_writer=config.memory_writer,
@@ -187,7 +194,7 @@ class Causal(Contestant):
     def read(self, episode: Episode, state: Any) -> tuple[Tensor, Any, Tensor]:
         outputs, memory = self.outputs(episode.tokens, state)
         wanted = [x[:, :-1] for x, w in zip(outputs, episode.answers.any(2).any(0).tolist(), strict=True) if w]
-        logits = self.network.head(torch.stack(wanted, 1))
+        logits = self.network.head(torch.stack(wanted, 1)) if wanted else episode.tokens[:, :0].float()
         return logits, memory, logits.new_zeros(())
 
     def outputs(self, tokens: Tensor, memory: Any) -> tuple[Sequence[Tensor], Any]:
@@ -196,6 +203,12 @@ class Causal(Contestant):
         segments = [Segment(segment) for segment in tokens.unbind(1)]
         memory = read_segments(self.network, segments, memory, found.append)
         return found, memory
+
+
+class CausalOneMemory(Causal):
+    """One memory for all layers, written from the last: what others mean by so many memory vectors."""
+
+    memory = "one"
 
 
 class CausalMemoryOff(Causal):
@@ -252,6 +265,7 @@ OWN: dict[str, Build] = {
     "memformer": WithMemory,
     "memory off": MemoryOff,
     "causal": Causal,
+    "causal one memory": CausalOneMemory,
     "causal memory off": CausalMemoryOff,
 }
 """By name: the models of this library, and each without its memory."""

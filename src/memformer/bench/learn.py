@@ -14,17 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .. import pictures
 from ..config import check_count
 from ..learning_rate import warmup_cosine
 from ..settings import ModelSettings
-from ..tasks import TASKS, Episode, Pixels, Task, digits
+from ..tasks import TASKS, Episode, KeyValue, Pixels, Task, digits
 from .contestants import OWN, Build, Contestant, build
 from .meters import flops, machine
 from .trials import Record, Result, Trial, Tuned, tune
 
-__all__ = ["LearningBenchmark", "run", "train"]
+__all__ = ["LearningBenchmark", "optimizing", "run", "train"]
 
 MODEL = ModelSettings(
     dim=64, slots=16, enc_depth=1, dec_depth=1, dec_overlap=0, heads=4, positions="relative", tie_embeddings=False
@@ -32,9 +33,12 @@ MODEL = ModelSettings(
 """This model; the others get about as many parameters and carry about as many numbers."""
 LONGER = {"retrieval": (16,), "rewrite": (16,), "one-fact": (128, 512)}
 """Segments beyond those of training, on which a task is judged too."""
+FEWER = (4, 8, 16)
+"""Pairs, fewer than those of training, on which a task of pairs is judged too."""
 WARM_UP, EVERY, EPISODES = 300, 100, 512
 """Steps in which the learning rate rises, before it falls to zero along a cosine; steps from one look at the held-out
 episodes to the next; the number of these episodes."""
+_METRICS = {"accuracy": "accuracy", "exact": "exact match", "bits": "bits"}
 _VALIDATION, _TEST = 1_000_000, 1_000_001
 """Seeds of the episodes that choose the learning rate, and of those that judge a run."""
 
@@ -50,7 +54,8 @@ class LearningBenchmark:
     """
 
     tasks: tuple[str, ...] = ("retrieval",)
-    """Of copy, reverse, retrieval, rewrite, one-fact, pixels (8 x 8 digits of scikit-learn)."""
+    """Of copy, reverse, retrieval, rewrite, retrieval-16 (keys, values), one-fact, pairs-4, pairs-8, pairs-16, pairs-32
+    (in one segment), pixels (8 x 8 digits of scikit-learn)."""
     contestants: tuple[str, ...] = ()
     """Models to compare, such as: memformer "memory off". Default: all."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -60,7 +65,11 @@ class LearningBenchmark:
     steps: int = 3000
     """Training steps of a trial."""
     batch_size: int = 64
-    """Episodes in a step, of 1 segment up to the task's own number."""
+    """Episodes in a step, of 1 segment (or pair) up to the task's own number."""
+    questions: int = 1
+    """In training, of a task of pairs: how many keys are asked at once, at most. It is judged with one."""
+    model: ModelSettings = MODEL
+    """Sizes of this model. A causal one has both depths' layers, which share out the slots; others are as large."""
     jobs: int = 0
     """How many trials run at a time, each in one thread; 0: one per core."""
     out: Path | None = None
@@ -76,6 +85,10 @@ class LearningBenchmark:
         for name in ("steps", "batch_size"):
             check_count(name, getattr(self, name))
         check_count("jobs", self.jobs, least=0)
+        check_count("questions", self.questions)
+        if self.questions > 1 and not any(isinstance(TASKS.get(name), KeyValue) for name in self.tasks):
+            raise ValueError(f"questions: only tasks of pairs ask several, and tasks are {', '.join(self.tasks)}")
+        self.model.memformer_config(1, 1)  # which the others are compared with
         if min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates: expected numbers above 0, got {min(self.learning_rates)}")
         if min(self.seeds) < 0 or max(self.seeds) >= _VALIDATION:
@@ -94,26 +107,27 @@ def run(settings: LearningBenchmark, entrants: Mapping[str, Build] = OWN) -> Ite
         ImportError: a package for a task or a picture is missing.
     """
     pictures.check(settings.plot)
-    tasks = {name: _tasks(name) for name in settings.tasks}
+    tasks = {name: _tasks(settings, name) for name in settings.tasks}
     names = settings.contestants or tuple(entrants)
     for name in names:  # whatever is missing is noticed before the first trial
-        _contestant(name, entrants, tasks[settings.tasks[0]][0])
+        _contestant(settings, name, entrants, tasks[settings.tasks[0]][0])
     record = Record(
         settings.out,
         {
             "benchmark": "learn",
             "steps": settings.steps,
             "batch_size": settings.batch_size,
-            "model": dataclasses.asdict(MODEL),
+            "model": dataclasses.asdict(settings.model),
             "every": EVERY,
             "episodes": EPISODES,
-        },
+        }
+        | ({"questions": settings.questions} if settings.questions > 1 else {}),  # records from before have none
     )
     yield machine(torch.device("cpu"))
     yield (
         f"batches of {settings.batch_size}, {settings.steps:,} steps; AdamW, {WARM_UP} steps of warm-up, then a cosine "
         "to zero, gradients clipped at 1; this model: "
-        + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(MODEL).items())
+        + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings.model).items())
     )
     pairs = [(task, contestant) for task in settings.tasks for contestant in names]
     found = yield from tune(
@@ -135,28 +149,37 @@ def run(settings: LearningBenchmark, entrants: Mapping[str, Build] = OWN) -> Ite
         yield f"plot in {settings.plot}"
 
 
-def _tasks(name: str) -> tuple[Task, Task]:
+def _tasks(settings: LearningBenchmark, name: str) -> tuple[Task, Task]:
     """The task to train on, and the held-out one: the same, but for images."""
     if name == "pixels":
         return digits()
     if name not in TASKS:
         raise ValueError(f"tasks: expected some of {', '.join([*TASKS, 'pixels'])}, got {name!r}")
-    return TASKS[name], TASKS[name]
+    task = TASKS[name]
+    if isinstance(task, KeyValue):
+        return dataclasses.replace(task, questions=min(task.pairs, settings.questions)), task
+    return task, task
 
 
-def _contestant(name: str, entrants: Mapping[str, Build], task: Task) -> Contestant:
-    return build(name, entrants, MODEL.memformer_config(task.vocabulary, task.length))
+def _contestant(settings: LearningBenchmark, name: str, entrants: Mapping[str, Build], task: Task) -> Contestant:
+    return build(name, entrants, settings.model.memformer_config(task.vocabulary, task.length))
+
+
+def _judged_on(name: str, task: Task) -> dict[str, tuple[Task, int]]:
+    """By what a table calls them: the tasks that a run is judged on in the end, and their segments of information."""
+    if isinstance(task, KeyValue):
+        sizes = [n for n in FEWER if n < task.pairs] + [task.pairs]
+        return {str(n): (dataclasses.replace(task, pairs=n, room=task.pairs), task.segments) for n in sizes}
+    return {str(n): (task, n) for n in (task.segments, *LONGER.get(name, ()))}
 
 
 def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Trial) -> Result:
     """One trial: a contestant, a task, a learning rate, a seed."""
-    task, held_out = _tasks(trial["task"])
+    task, held_out = _tasks(settings, trial["task"])
     torch.manual_seed(trial["seed"])
-    model = _contestant(trial["contestant"], entrants, task)
+    model = _contestant(settings, trial["contestant"], entrants, task)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=trial["learning_rate"], betas=(0.9, 0.98), weight_decay=0)
-    curve_of_rates = functools.partial(warmup_cosine, steps=settings.steps, warmup=WARM_UP)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, curve_of_rates)
+    optimizer, schedule = optimizing(parameters, trial["learning_rate"], settings.steps)
     generator = torch.Generator().manual_seed(trial["seed"])
     validation = _episodes(held_out, _VALIDATION, task.segments)
     costs = _flops_per_segments(model, task, settings.batch_size)
@@ -179,9 +202,9 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
         spent += costs[episode.tokens.shape[1]]
         if step % EVERY and step < settings.steps:
             continue
-        curve.append((step, *_judge(model, validation)))
+        curve.append((step, *_judge(model, task, validation)))
         # What counts as solved in bits is a mark on the way; there runs are compared by where they end.
-        if task.metric == "accuracy" and len(curve) > 1 and all(task.solves(score) for _, score, _ in curve[-2:]):
+        if task.metric != "bits" and len(curve) > 1 and all(task.solves(score) for _, score, _ in curve[-2:]):
             solved_at = solved_at or step
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
@@ -190,13 +213,22 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
         "solved_at": solved_at,
         "diverged_at": diverged_at,
         "scores": {
-            str(length): _judge(model, _episodes(held_out, _TEST, length))
-            for length in (task.segments, *LONGER.get(trial["task"], ()))
+            size: _judge(model, task, _episodes(easier, _TEST, segments))
+            for size, (easier, segments) in _judged_on(trial["task"], held_out).items()
         },
         "seconds": seconds,
         "flops": spent,
         "flops_per_step": sum(costs.values()) / len(costs),
     }
+
+
+def optimizing(
+    parameters: Sequence[nn.Parameter], learning_rate: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, and the curve of its rates: a rise, then a cosine to zero."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0)
+    curve_of_rates = functools.partial(warmup_cosine, steps=steps, warmup=WARM_UP)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, curve_of_rates)
 
 
 def _flops_per_segments(model: Contestant, task: Task, batch_size: int) -> dict[int, int]:
@@ -219,22 +251,24 @@ def _episodes(task: Task, seed: int, segments: int) -> list[Episode]:
 
 
 @torch.no_grad()
-def _judge(model: Contestant, episodes: Sequence[Episode]) -> tuple[float, float]:
-    """Accuracy, and bits per answer (infinite where they are not a number)."""
-    right, nats, count = 0, 0.0, 0
+def _judge(model: Contestant, task: Task, episodes: Sequence[Episode]) -> tuple[float, float]:
+    """Accuracy, of whole episodes where the task wants that, and bits per answer (infinite where not a number)."""
+    right, nats, count, wanted_right = 0, 0.0, 0, 0
     model.eval()
     for episode in episodes:
         wanted, logits = episode.tokens[episode.answers], model(episode).logits
-        right += int((logits.argmax(-1) == wanted).sum())
+        hits = torch.ones_like(episode.answers).masked_scatter(episode.answers, logits.argmax(-1) == wanted)
+        counted = hits.flatten(1).all(1) if task.metric == "exact" else hits[episode.answers]
+        right, wanted_right = right + int(counted.sum()), wanted_right + len(counted)
         nats += float(F.cross_entropy(logits, wanted, reduction="sum"))
         count += len(wanted)
     model.train()
-    return right / count, math.inf if math.isnan(nats) else nats / count / math.log(2)
+    return right / wanted_right, math.inf if math.isnan(nats) else nats / count / math.log(2)
 
 
 def _score(task: Task, judged: Sequence[float]) -> float:
     """In the task's metric, of accuracy and bits."""
-    return judged[0] if task.metric == "accuracy" else judged[1]
+    return judged[1] if task.metric == "bits" else judged[0]
 
 
 def _badness(task: Task, result: Result) -> tuple[float, float, float]:
@@ -244,11 +278,11 @@ def _badness(task: Task, result: Result) -> tuple[float, float, float]:
 
 
 def _shown(task: Task, score: float) -> str:
-    return f"{100 * score:.1f}" if task.metric == "accuracy" else f"{score:.3f}"
+    return f"{score:.3f}" if task.metric == "bits" else f"{100 * score:.{1 if score > 0.001 else 2}f}"
 
 
 def _line(task: Task, trial: Trial, result: Result) -> str:
-    unit = "% right" if task.metric == "accuracy" else "bits"
+    unit = "bits" if task.metric == "bits" else "% right"
     scores = ", ".join(f"{_shown(task, _score(task, s))} {unit} at {n}" for n, s in result["scores"].items())
     steps = result["curve"][-1][0] if result["curve"] else 0
     end = "solved, " if result["solved_at"] else "diverged, " if result["diverged_at"] else ""
@@ -260,11 +294,12 @@ def _line(task: Task, trial: Trial, result: Result) -> str:
 
 def _table(name: str, tasks: tuple[Task, Task], chosen: dict[str, Tuned]) -> Iterator[str]:
     task, held_out = tasks
-    unit = "%" if task.metric == "accuracy" else "bits"
+    unit = "bits" if task.metric == "bits" else "%"
+    by = "pairs in one segment" if isinstance(task, KeyValue) else "segments of information"
     some = next(iter(chosen.values())).results
     lengths = list(some[0]["scores"])
     yield (
-        f"{name}: {len(some)} seeds, mean (min-max) of {task.metric} in {unit} by segments of information; "
+        f"{name}: {len(some)} seeds, mean (min-max) of {_METRICS[task.metric]} in {unit} by {by}; "
         f"chance {_shown(task, held_out.chance)}, solved from {_shown(task, held_out.solved)}"
     )
     yield (
@@ -303,7 +338,7 @@ def _plot(
     figure = pictures.new_figure(5 * columns, 3.6 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for (name, (task, held_out)), panel in zip(tasks.items(), panels, strict=False):
-        percent = 100 if task.metric == "accuracy" else 1
+        percent = 1 if task.metric == "bits" else 100
         for contestant in names:
             curves = [result["curve"] for result in chosen[name, contestant].results if result["curve"]]
             if not curves:
@@ -313,7 +348,7 @@ def _plot(
             (line,) = panel.plot(steps, scores.mean(0), label=contestant, linewidth=1.8, marker=".")
             panel.fill_between(steps, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         panel.axhline(percent * held_out.chance, color="0.5", linestyle=":", linewidth=1)
-        panel.set(title=name, xlabel="training steps", ylabel="accuracy, %" if percent == 100 else "bits per pixel")
+        panel.set(title=name, xlabel="training steps", ylabel=f"{_METRICS[task.metric]}{', %' * (percent == 100)}")
         if percent == 100:
             panel.set_ylim(-3, 103)
         panel.set_xlim(left=0)

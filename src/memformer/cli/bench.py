@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..bench import generation, learn, million, replay, text
+from ..bench import generation, learn, million, reach, replay, text
 
 __all__ = ["BenchCommand", "run"]
 
@@ -22,6 +22,7 @@ class BenchCommand:
         | Annotated[million.MillionTokens, tyro.conf.subcommand("million")]
         | Annotated[generation.GenerationBenchmark, tyro.conf.subcommand("generate")]
         | Annotated[learn.LearningBenchmark, tyro.conf.subcommand("learn")]
+        | Annotated[reach.ReachBenchmark, tyro.conf.subcommand("reach")]
         | Annotated[text.TextBenchmark, tyro.conf.subcommand("text")]
     )
 
@@ -31,6 +32,7 @@ _RUN: dict[type, Callable[[Any], Iterator[str]]] = {
     million.MillionTokens: million.run,
     generation.GenerationBenchmark: generation.run,
     learn.LearningBenchmark: learn.run,
+    reach.ReachBenchmark: reach.run,
     text.TextBenchmark: text.run,
 }
 

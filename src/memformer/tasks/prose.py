@@ -1,0 +1,377 @@
+"""Facts scattered in real prose, and a question at the end: a text of any length, made while it is read.
+
+The kind of task that BABILong is (arXiv 2406.10149). Words are the tokens; rare ones are one token, unknown.
+
+Shapes: tokens (batch, segments, length).
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import check_count
+from ..data.corpora import read_documents
+from .base import ASK, BLANK, SYMBOLS, Episode, Metric, Task, at_most
+from .worlds import NAMES, WORDS, WORLDS, Asked, World
+
+__all__ = ["InProse", "Prose", "Telling", "in_prose", "prose_of", "read_prose"]
+
+UNKNOWN, FIRST_WORD = SYMBOLS, SYMBOLS + 1
+LONGEST, SHORTEST = 60, 3
+"""Tokens of a sentence of prose, at most and at least: what is longer is a table or a program."""
+_TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[.,;:!?]")
+
+
+@dataclass(frozen=True, eq=False)
+class Prose:
+    """Sentences to scatter facts among, none of which has the name of anything that facts are about.
+
+    Attributes:
+        words: the words that are tokens, those of all facts and questions first; word i is token ``FIRST_WORD + i``.
+        tokens: the sentences' token ids, one after the other.
+        starts: where each sentence starts in ``tokens``, and where the last one ends.
+    """
+
+    words: tuple[str, ...] = field(repr=False)
+    tokens: np.ndarray = field(repr=False)
+    starts: np.ndarray = field(repr=False)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Of each word its token."""
+        return {word: FIRST_WORD + i for i, word in enumerate(self.words)}
+
+    def encode(self, words: Iterable[str]) -> np.ndarray:
+        """Token ids of words."""
+        return np.array([self.ids.get(word, UNKNOWN) for word in words], np.int64)
+
+    def decode(self, tokens: Iterable[int]) -> list[str]:
+        """The words of token ids; what is no word is shown in brackets."""
+        special = ("[start]", "[ask]", "[blank]", "[unknown]")
+        return [special[token] if token < FIRST_WORD else self.words[token - FIRST_WORD] for token in tokens]
+
+
+def prose_of(texts: Iterable[str], words: int = 2000, held_out_share: int = 5) -> tuple[Prose, Prose]:
+    """Prose for training, and held-out prose: the last part of the sentences; both with the words of the first.
+
+    Small letters only. A sentence ends with a full stop, a question mark, an exclamation mark or its paragraph; of the
+    paragraphs those count that end in such a mark.
+
+    Args:
+        texts: in their order; their paragraphs are apart by blank lines.
+        words: different words that are tokens, with those of the facts; the most frequent ones of the training prose.
+        held_out_share: hold out one sentence in this many.
+
+    Raises:
+        ValueError: a number is out of range, or there are too few sentences.
+    """
+    check_count("words", words, len(WORDS))
+    check_count("held_out_share", held_out_share, 2)
+    sentences = [s for text in texts for s in _sentences(text) if NAMES.isdisjoint(w.split("'")[0] for w in s)]
+    cut = len(sentences) - len(sentences) // held_out_share
+    if len(sentences) < 2 * held_out_share:
+        raise ValueError(
+            f"texts: expected {2 * held_out_share} sentences of prose or more, of {SHORTEST} to {LONGEST} words, in "
+            f"paragraphs with blank lines between them, got {len(sentences)}"
+        )
+    counts = collections.Counter(word for sentence in sentences[:cut] for word in sentence)
+    for word in WORDS:
+        del counts[word]
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))[: words - len(WORDS)]
+    vocabulary = (*WORDS, *frequent)
+    return _encoded(vocabulary, sentences[:cut]), _encoded(vocabulary, sentences[cut:])
+
+
+def _sentences(text: str) -> Iterator[list[str]]:
+    for paragraph in re.split(r"\n\s*\n", text):
+        if not paragraph.rstrip().endswith((".", "!", "?")):
+            continue  # a heading, a table, a program
+        sentence: list[str] = []
+        for token in [*_TOKEN.findall(paragraph.lower().replace("\u2019", "'")), "."]:
+            sentence.append(token)
+            if token in (".", "!", "?"):
+                if SHORTEST < len(sentence) <= LONGEST:
+                    yield sentence
+                sentence = []
+
+
+def _encoded(words: tuple[str, ...], sentences: Sequence[Sequence[str]]) -> Prose:
+    new = Prose(words, np.empty(0, np.int64), np.empty(0, np.int64))
+    starts = np.cumsum([0, *map(len, sentences)])
+    return dataclasses.replace(new, tokens=new.encode(word for s in sentences for word in s), starts=starts)
+
+
+def read_prose(paths: str | Path | Iterable[str | Path] = ()) -> list[str]:
+    """The texts of files and folders; without any, the language reference that comes with Python, all in English.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: what is there is no text.
+        ImportError: this Python comes without its reference (a minimal system package).
+    """
+    if not paths:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise ImportError(
+                "the prose by default is Python's language reference, which this Python comes without: give a path to "
+                "texts, or install the whole standard library",
+                name=error.name,
+            ) from error
+        return [topics[name] for name in sorted(topics)]
+    return [bytes(document).decode() for document in read_documents(paths, content="text")]
+
+
+class _Lane:
+    """One text: facts among the sentences of a prose that goes round in a circle. Any part of it can be had."""
+
+    def __init__(self, prose: Prose, begin: int, facts: Sequence[np.ndarray], offsets: Sequence[int], length: int):
+        """``begin``: the first sentence; ``offsets``: tokens of prose before each fact, ascending."""
+        self.prose, self.length = prose, length
+        background = length - sum(map(len, facts))
+        first = int(prose.starts[begin])
+        pieces: list[
+            tuple[int, np.ndarray | int]
+        ] = []  # where each begins, and what it is: a fact, or a place in prose
+        at = told = 0
+        self.places = []
+        for fact, offset in zip(facts, offsets, strict=True):
+            before = self._whole(first, offset)
+            if before > background:
+                before = self._whole(first, background, -1)
+            if before > at:
+                pieces.append((at + told, first + at))
+            self.places.append(before + told)
+            pieces.append((before + told, fact))
+            at, told = before, told + len(fact)
+        if background > at:
+            pieces.append((at + told, first + at))
+        self._begins, self._whats = [begins for begins, _ in pieces], [what for _, what in pieces]
+
+    def _whole(self, first: int, offset: int, side: Literal[1, -1] = 1) -> int:
+        """Tokens of prose after which a sentence ends: ``offset``, or the next more (1) or fewer (-1)."""
+        rounds, rest = divmod(first + offset, len(self.prose.tokens))
+        starts = self.prose.starts
+        number = np.searchsorted(starts, rest) if side == 1 else np.searchsorted(starts, rest, "right") - 1
+        return int(rounds * len(self.prose.tokens) + starts[number]) - first
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Its tokens from ``start`` up to ``stop``."""
+        out = np.empty(stop - start, np.int64)
+        number = bisect.bisect_right(self._begins, start) - 1
+        while start < stop:
+            begins, what = self._begins[number], self._whats[number]
+            ends = self._begins[number + 1] if number + 1 < len(self._begins) else self.length
+            until = min(ends, stop)
+            to = out[len(out) - (stop - start) :][: until - start]
+            if isinstance(what, np.ndarray):
+                to[:] = what[start - begins : until - begins]
+            else:
+                np.take(self.prose.tokens, np.arange(what + start - begins, what + until - begins), mode="wrap", out=to)
+            start, number = until, number + 1
+        return out
+
+
+class Telling(NamedTuple):
+    """A batch of texts, with facts and questions, of which no more is there than where all stands.
+
+    Attributes:
+        places: (batch, needed) the tokens before each of the facts from which the first answer follows.
+        tokens: of a text without questions.
+    """
+
+    places: Tensor
+    tokens: int
+    lanes: list[_Lane]
+    asked: Episode
+
+    def parts(self, at_once: int = 1) -> Iterator[Episode]:
+        """The texts in parts of so many segments, then the two segments of questions and answers."""
+        check_count("at_once", at_once)
+        length = self.asked.tokens.shape[2]
+        for start in range(0, self.tokens, at_once * length):
+            stop = min(start + at_once * length, self.tokens)
+            read = torch.from_numpy(np.stack([lane.read(start, stop) for lane in self.lanes]))
+            tokens = read.unflatten(1, (-1, length))
+            yield Episode(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+        yield self.asked
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InProse(Task):
+    """Facts of a small world, scattered in prose in the order told; then a segment that asks, and one of the answer.
+
+    The first fact that the answer needs stands anywhere with the same probability; the facts before it stand anywhere
+    before, those after it anywhere after. Each stands between two sentences. The text has ``segments * per_segment``
+    tokens, always; its prose begins at any sentence, and at its end begins anew. An answer is right if all its words
+    are.
+
+    Attributes:
+        world: what the facts are about.
+        prose: what they stand in.
+        segments: of information, at most.
+        per_segment: tokens in a segment.
+        questions: asked at once in :meth:`exercise`, at most; :meth:`draw` asks one.
+    """
+
+    world: World
+    prose: Prose
+    segments: int = 4
+    per_segment: int = 256
+    questions: int = 1
+    metric: ClassVar[Metric] = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("per_segment", self.per_segment)
+        check_count("questions", self.questions)
+        asked = self.questions * max(1 + self.world.longest_question, self.world.answer_words)
+        if asked > self.per_segment:
+            raise ValueError(
+                f"per_segment: questions (or answers) fill one segment, and may have {asked} tokens, got "
+                f"{self.per_segment}"
+            )
+        if self.least_segments > self.segments:
+            raise ValueError(
+                f"segments: the facts alone may fill {self.least_segments} segments of {self.per_segment}, got "
+                f"{self.segments}"
+            )
+
+    @property
+    def least_segments(self) -> int:
+        """Segments that hold the longest story."""
+        return -(-self.world.most * self.world.longest_fact // self.per_segment)
+
+    @property
+    def vocabulary(self) -> int:
+        return FIRST_WORD + len(self.prose.words)
+
+    @property
+    def length(self) -> int:
+        return self.per_segment
+
+    @property
+    def chance(self) -> float:
+        return self.world.chance
+
+    @property
+    def solved(self) -> float:
+        return 0.95
+
+    def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
+        """A batch of 1, 2, 4, ... up to ``segments`` segments, each as often, with 1 to ``questions`` questions."""
+        told = self.practice(batch_size, generator)
+        return _whole(told)
+
+    def practice(self, batch_size: int, generator: torch.Generator) -> Telling:
+        """What :meth:`exercise` gives, to be read in parts."""
+        sizes = [self.segments]
+        while sizes[-1] // 2 >= self.least_segments:
+            sizes.append(sizes[-1] // 2)
+        segments = sizes[at_most(len(sizes), generator) - 1]
+        return self.tell(batch_size, generator, segments, questions=at_most(self.questions, generator))
+
+    def tell(
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        segments: int | None = None,
+        depth: float | None = None,
+        questions: int = 1,
+    ) -> Telling:
+        """What :meth:`draw` gives, to be read in parts: texts of any length take no more memory than short ones.
+
+        Args:
+            batch_size, generator, segments: as for :meth:`draw`.
+            depth: where the first needed fact stands, 0 at the start and 1 at the end; None for anywhere.
+            questions: asked of each text, or fewer where its story holds no more.
+
+        Raises:
+            ValueError: there is no such batch; the message says why.
+        """
+        segments = self.segments if segments is None else segments
+        check_count("batch_size", batch_size)
+        check_count("segments", segments, self.least_segments)
+        if depth is not None and not 0 <= depth <= 1:
+            raise ValueError(f"depth: expected 0 (the start) to 1 (the end), got {depth}")
+        seeds = torch.randint(2**62, (batch_size,), generator=generator, device="cpu").tolist()
+        lanes, places, asked = [], [], []
+        for seed in seeds:
+            rng = random.Random(seed)
+            story = self.world.tell(rng, questions)
+            facts = [self.prose.encode(fact) for fact in story.facts]
+            background = segments * self.per_segment - sum(map(len, facts))
+            first, place = story.asked[0].needed[0], rng.random() if depth is None else depth
+            before = sorted(place * rng.random() for _ in range(first))
+            after = sorted(place + (1 - place) * rng.random() for _ in facts[first + 1 :])
+            offsets = [int(background * x) for x in (*before, place, *after)]
+            begin = rng.randrange(len(self.prose.starts) - 1)
+            lanes.append(_Lane(self.prose, begin, facts, offsets, segments * self.per_segment))
+            places.append([lanes[-1].places[number] for number in story.asked[0].needed])
+            asked.append(story.asked)
+        return Telling(torch.tensor(places, device="cpu"), segments * self.per_segment, lanes, self._ask(asked))
+
+    def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
+        return _whole(self.tell(batch_size, generator, segments))
+
+    def _ask(self, asked: Sequence[Sequence[Asked]]) -> Episode:
+        """The two last segments."""
+        tokens = torch.full((len(asked), 2, self.per_segment), BLANK, device="cpu")
+        answers = torch.zeros_like(tokens, dtype=torch.bool)
+        for lane, questions in enumerate(asked):
+            words = np.concatenate([[ASK, *self.prose.encode(one.question)] for one in questions])
+            wanted = self.prose.encode(word for one in questions for word in one.answer)
+            tokens[lane, 0, : len(words)] = torch.from_numpy(words)
+            tokens[lane, 1, : len(wanted)] = torch.from_numpy(wanted)
+            answers[lane, 1, : len(wanted)] = True
+        return Episode(tokens, answers)
+
+
+def _whole(told: Telling) -> Episode:
+    text, asked = told.parts(told.tokens)
+    return Episode(torch.cat([text.tokens, asked.tokens], 1), torch.cat([text.answers, asked.answers], 1))
+
+
+def in_prose(
+    world: str | World,
+    paths: str | Path | Iterable[str | Path] = (),
+    *,
+    words: int = 2000,
+    segments: int = 4,
+    per_segment: int = 256,
+    questions: int = 1,
+) -> tuple[InProse, InProse]:
+    """A task for training, and the held-out one: the same facts in other prose.
+
+    Args:
+        world: one of :data:`~memformer.tasks.WORLDS` by its name, or another.
+        paths: files and folders of texts; see :func:`read_prose`.
+        words: see :func:`prose_of`.
+        segments, per_segment, questions: see :class:`InProse`.
+
+    Raises:
+        FileNotFoundError, ImportError: as :func:`read_prose`.
+        ValueError: no such world, or as :func:`prose_of` and :class:`InProse`.
+    """
+    if isinstance(world, str):
+        if world not in WORLDS:
+            raise ValueError(f"world: expected one of {', '.join(WORLDS)}, got {world!r}")
+        world = WORLDS[world]
+    train, held_out = (
+        InProse(world=world, prose=prose, segments=segments, per_segment=per_segment, questions=questions)
+        for prose in prose_of(read_prose(paths), words)
+    )
+    return train, held_out

@@ -1,0 +1,269 @@
+"""Tasks of random symbols: copying, retrieval, one fact, and as many pairs as a memory can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..config import check_count
+from .base import ASK, BLANK, SYMBOLS, Episode, Metric, Task, at_most
+
+__all__ = ["AssociativeRetrieval", "Copy", "KeyValue", "OneFact", "Reverse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy(Task):
+    """Segments of random symbols, then a segment that asks, then the same segments again.
+
+    Attributes:
+        symbols: different symbols.
+        per_segment: symbols per segment.
+    """
+
+    segments: int = 4
+    symbols: int = 8
+    per_segment: int = 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("symbols", self.symbols)
+        check_count("per_segment", self.per_segment)
+
+    @property
+    def vocabulary(self) -> int:
+        return SYMBOLS + self.symbols
+
+    @property
+    def length(self) -> int:
+        return self.per_segment
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.symbols
+
+    def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
+        shape = (batch_size, segments, self.length)
+        given = _symbols(self.symbols, shape, generator)
+        ask = torch.full((batch_size, 1, self.length), ASK)
+        wanted = self._wanted(given)
+        return Episode(
+            torch.cat([given, ask, wanted], 1),
+            torch.cat([torch.zeros_like(given), torch.zeros_like(ask), torch.ones_like(wanted)], 1).bool(),
+        )
+
+    @staticmethod
+    def _wanted(given: Tensor) -> Tensor:
+        return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reverse(Copy):
+    """As :class:`Copy`, but the whole sequence comes back in reverse."""
+
+    @staticmethod
+    def _wanted(given: Tensor) -> Tensor:
+        return given.flip(1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssociativeRetrieval(Task):
+    """Segments that each bind a key to a value; then one key is given, and its value is wanted.
+
+    Segments beyond ``pairs`` hold noise, at random places. Keys differ, unless ``rewrite``: then each is drawn anew,
+    and the value that a key was given last is wanted.
+
+    Attributes:
+        pairs: segments that bind a key, at most; an episode of fewer segments has one pair in each.
+        keys, values: different keys and values.
+        rewrite: whether a key may be bound again.
+    """
+
+    segments: int = 8
+    pairs: int = 8
+    keys: int = 8
+    values: int = 8
+    rewrite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pairs", "keys", "values"):
+            check_count(name, getattr(self, name))
+        if self.pairs > self.segments:
+            raise ValueError(f"pairs: a segment holds one, so at most segments ({self.segments}), got {self.pairs}")
+        if self.pairs > self.keys and not self.rewrite:
+            raise ValueError(
+                f"pairs: their keys differ, so at most keys ({self.keys}), got {self.pairs}. Raise keys, or set "
+                "rewrite=True"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        return SYMBOLS + self.keys + 2 * self.values
+
+    @property
+    def length(self) -> int:
+        return 2
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.values
+
+    def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
+        """One batch in three has fewer pairs than segments, and so noise."""
+        segments = at_most(self.segments, generator)
+        pairs = min(self.pairs, segments)
+        if at_most(3, generator) == 1:
+            pairs = at_most(pairs, generator)
+        return dataclasses.replace(self, pairs=pairs).draw(batch_size, generator, segments)
+
+    def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
+        pairs = min(self.pairs, segments)
+        if self.rewrite:
+            keys = torch.randint(self.keys, (batch_size, pairs), generator=generator)
+        else:
+            keys = torch.rand(batch_size, self.keys, generator=generator).argsort(1)[:, :pairs]
+        values = torch.randint(self.values, (batch_size, pairs), generator=generator)
+        asked = keys.gather(1, torch.randint(pairs, (batch_size, 1), generator=generator))
+        last = (keys == asked).long().mul(torch.arange(1, pairs + 1)).argmax(1, keepdim=True)
+        wanted = values.gather(1, last)
+
+        first_value, first_noise = SYMBOLS + self.keys, SYMBOLS + self.keys + self.values
+        tokens = first_noise + torch.randint(self.values, (batch_size, segments, 2), generator=generator)
+        places = torch.rand(batch_size, segments, generator=generator).argsort(1)[:, :pairs].sort(1).values
+        bound = torch.stack([SYMBOLS + keys, first_value + values], -1)
+        tokens = tokens.scatter(1, places[..., None].expand(-1, -1, 2), bound)
+        question = torch.stack([torch.full_like(asked, ASK), SYMBOLS + asked], -1)
+        answer = torch.stack([first_value + wanted, torch.full_like(wanted, BLANK)], -1)
+        tokens = torch.cat([tokens, question, answer], 1)
+        answers = torch.zeros_like(tokens, dtype=torch.bool)
+        answers[:, -1, 0] = True
+        return Episode(tokens, answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyValue(Task):
+    """Pairs of a key and a value of two symbols each, all in one segment; then one key is given, its value wanted.
+
+    The task of GradMem (ICML 2026) in 8 vectors: how much fits into a memory at once. Keys differ; keys and values are
+    of the same symbols, and where they stand tells one from the other. Further ``segments`` are blank. An answer is
+    right if both symbols are.
+
+    Attributes:
+        pairs: how many there are.
+        symbols: different symbols, of which ``symbols ** 2`` keys and values are made.
+        room: pairs that a segment has room for, where it is longer than its pairs; None for as many as there are.
+        questions: keys that are asked at once in :meth:`exercise`, at most; a question more is a signal more at nearly
+            the same cost. :meth:`draw` asks one.
+    """
+
+    segments: int = 1
+    pairs: int = 16
+    symbols: int = 62
+    room: int | None = None
+    questions: int = 1
+    metric: ClassVar[Metric] = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pairs", "symbols", "questions"):
+            check_count(name, getattr(self, name))
+        if self.pairs > self.symbols**2:
+            raise ValueError(f"pairs: their keys differ, so at most symbols ** 2 ({self.symbols**2}), got {self.pairs}")
+        if self.room is not None:
+            check_count("room", self.room, least=self.pairs)
+        if self.questions > self.pairs:
+            raise ValueError(f"questions: expected at most pairs ({self.pairs}), got {self.questions}")
+
+    @property
+    def vocabulary(self) -> int:
+        return SYMBOLS + self.symbols
+
+    @property
+    def length(self) -> int:
+        return 4 * (self.room or self.pairs)
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.symbols**2
+
+    def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
+        """A batch of 1 to ``pairs`` pairs, of which 1 to ``questions`` are asked."""
+        pairs = at_most(self.pairs, generator)
+        asked = at_most(min(pairs, self.questions), generator)
+        easier = dataclasses.replace(self, pairs=pairs, room=self.room or self.pairs, questions=asked)
+        return easier._of(batch_size, self.segments, asked, generator)
+
+    def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
+        return self._of(batch_size, segments, 1, generator)
+
+    def _of(self, batch_size: int, segments: int, asked: int, generator: torch.Generator) -> Episode:
+        with torch.device("cpu"):
+            tokens = torch.full((batch_size, segments + 2, self.length), BLANK)
+            answers = torch.zeros_like(tokens, dtype=torch.bool)
+            keys = torch.rand(batch_size, self.symbols**2, generator=generator).topk(self.pairs).indices
+            values = torch.randint(self.symbols**2, (batch_size, self.pairs), generator=generator)
+            places = torch.rand(batch_size, self.pairs, generator=generator).topk(asked).indices
+            bound = torch.stack([self._two(keys), self._two(values)], 2)  # (batch, pairs, 2, 2)
+            wanted = bound[torch.arange(batch_size)[:, None], places]
+            question = torch.cat([torch.full_like(wanted[:, :, 0, :1], ASK), wanted[:, :, 0]], 2)
+            for segment, part in ((0, bound), (-2, question), (-1, wanted[:, :, 1])):
+                tokens[:, segment, : part[0].numel()] = part.flatten(1)
+            answers[:, -1, : 2 * asked] = True
+        return Episode(tokens, answers)
+
+    def _two(self, numbers: Tensor) -> Tensor:
+        """Each number as two symbols."""
+        return SYMBOLS + torch.stack([numbers // self.symbols, numbers % self.symbols], -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneFact(Task):
+    """One fact in the first segment, noise around it and in all others, then the question what it was.
+
+    Attributes:
+        facts, noise: different facts, and different tokens of noise.
+    """
+
+    segments: int = 32
+    facts: int = 16
+    noise: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("facts", self.facts)
+        check_count("noise", self.noise)
+
+    @property
+    def vocabulary(self) -> int:
+        return SYMBOLS + self.facts + self.noise
+
+    @property
+    def length(self) -> int:
+        return 4
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.facts
+
+    @property
+    def solved(self) -> float:
+        return 0.95
+
+    def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
+        shape = (batch_size, segments + 2, self.length)
+        tokens = SYMBOLS + self.facts + torch.randint(self.noise, shape, generator=generator)
+        place = torch.randint(self.length, (batch_size,), generator=generator)
+        fact = _symbols(self.facts, (batch_size,), generator)
+        tokens[torch.arange(batch_size), 0, place] = fact
+        tokens[:, -2], tokens[:, -1], tokens[:, -1, 0] = ASK, BLANK, fact
+        answers = torch.zeros_like(tokens, dtype=torch.bool)
+        answers[:, -1, 0] = True
+        return Episode(tokens, answers)
+
+
+def _symbols(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return SYMBOLS + torch.randint(count, shape, generator=generator)

@@ -1,0 +1,160 @@
+"""The benchmark of reach: exact gradients in parts, what is judged by length and depth, and what is kept."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from memformer import replay
+from memformer.bench import reach
+from memformer.bench.contestants import OWN, Contestant, build
+from memformer.cli import main
+
+SIZES = {"dim": 16, "heads": 2, "slots": 12, "enc_depth": 1, "dec_depth": 1}
+TINY = {
+    **{"steps": 3, "batch_size": 2, "jobs": 1, "seeds": (0,), "episodes": 5, "depths": 2, "part": 3, "words": 150},
+    **{"segment_tokens": 64, "train_tokens": 256, "lengths": (128, 1024), "questions": 2},
+    "model": dataclasses.replace(reach.MODEL, **SIZES),
+}
+TRIAL = {"task": "qa1", "contestant": "causal", "learning_rate": 1e-3, "seed": 0}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(reach, "EVERY", 2)
+
+
+def settings(**changes):
+    return reach.ReachBenchmark(**TINY | changes)
+
+
+def test_the_command(capsys, tmp_path):
+    command = "bench reach --tasks qa1 needle --contestants causal --steps 2 --batch-size 2 --jobs 1 --seeds 0"
+    command += " --episodes 4 --depths 2 --part 3 --words 150 --segment-tokens 64 --train-tokens 128 --questions 1"
+    command += " --lengths 128 1024 " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SIZES.items())
+    picture = tmp_path / "reach.png"
+    assert main([*command.split(), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "chance 16.7" in next(line for line in printed if line.startswith("qa1: 1 seeds"))
+    heads = [line for line in printed if line.startswith("contestant")]
+    assert len(heads) == 2
+    assert all("at 128" in head and "at 1,024" in head for head in heads)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_gradients_in_parts_are_those_of_the_whole_text(name):
+    """Against plain back-propagation through the whole episode at once, in float64."""
+    torch.manual_seed(0)
+    given = settings()
+    task, _ = reach._tasks(given, "qa1")
+    model = build(name, OWN, reach._config(given, task)).double()
+    whole, told = task.draw(2, torch.Generator().manual_seed(1)), task.tell(2, torch.Generator().manual_seed(1))
+    other = copy.deepcopy(model)
+    expected = other(whole).loss(whole)
+    expected.backward()
+    loss = replay.memory_replay(reach._Cell(model), list(told.parts(3)), None).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in model.parameters()) > 10
+    for (parameter, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        zero = torch.zeros_like(one)
+        grads = [zero if x.grad is None else x.grad for x in (one, two)]
+        torch.testing.assert_close(*grads, msg=lambda text, name=parameter: f"{name}: {text}")
+
+
+def test_results_by_length_and_depth(monkeypatch):
+    """A model that finds the fact if it stands in the first half, and only in short texts."""
+    task = reach._tasks(settings(), "qa1")[1]
+    asked = {}
+
+    class Knowing(Contestant):
+        def read(self, episode, state):
+            wanted = episode.tokens[:, episode.answers.any(2).any(0)]
+            state = (0 if state is None else state) + episode.tokens.shape[1]
+            logits = torch.nn.functional.one_hot(wanted, task.vocabulary).float()
+            if wanted.shape[1]:
+                early = asked["places"][asked["read"] : asked["read"] + len(wanted)] < asked["half"]
+                asked["read"] += len(wanted)
+                logits = logits * (early & (state < 10))[:, None, None, None]
+            return logits, state, torch.zeros(())
+
+    tell = type(task).tell
+
+    def watched(self, *given, **keywords):
+        told = tell(self, *given, **keywords)
+        asked["places"] = torch.cat([asked["places"], told.places[:, 0]])
+        asked["half"] = told.tokens / 2
+        return told
+
+    monkeypatch.setattr(type(task), "tell", watched)
+    given = settings(episodes=25)
+    for tokens in given.lengths:
+        asked |= {"places": torch.zeros(0), "read": 0}
+        judged = reach._judge(given, Knowing(torch.nn.Identity()), task, tokens)
+        first, second = judged["by_depth"]
+        assert first[1] + second[1] == judged["episodes"] == 25
+        assert min(first[1], second[1]) > 4
+        assert second[0] == 0
+        assert first[0] == judged["right"] == (first[1] if tokens == 128 else 0)
+
+
+def test_weights_are_kept_and_judged_again_at_other_lengths(tmp_path, monkeypatch):
+    given = settings(weights=tmp_path)
+    one = reach.train(given, OWN, TRIAL)
+    (file,) = tmp_path.iterdir()
+    assert file.name == "qa1-causal-0.001-0.safetensors"
+    monkeypatch.setattr(reach, "_learn", None)
+    again = reach.train(dataclasses.replace(given, lengths=(128, 320)), OWN, TRIAL)
+    assert again["curve"] == [list(point) for point in one["curve"]]
+    timeless = [{**result["lengths"]["128"], "seconds": 0} for result in (one, again)]
+    assert timeless[0] == timeless[1]
+    with pytest.raises(ValueError, match=r"weights: .* was trained with other settings"):
+        reach.train(dataclasses.replace(given, questions=1), OWN, TRIAL)
+
+
+def test_trials_are_kept_and_are_the_same_again(tmp_path, monkeypatch):
+    out = tmp_path / "reach.json"
+    printed = list(reach.run(settings(out=out)))
+    held = json.loads(out.read_text())
+    assert held["runs"][0]["run"] == TRIAL
+    found = held["runs"][0]["result"]
+    assert found["tokens"] <= 3 * 2 * 256
+    again = reach.train(settings(), OWN, TRIAL)
+    assert [list(point) for point in again["curve"]] == found["curve"]
+    monkeypatch.setattr(reach, "train", lambda *_: pytest.fail("it is there"))
+    assert list(reach.run(settings(out=out)))[-1] == printed[-1]
+    with pytest.raises(ValueError, match="holds runs with episodes of 5, not 6"):
+        list(reach.run(settings(out=out, episodes=6)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ("qa7",)}, "tasks: expected some of qa1, qa2, qa3, needle, got 'qa7'"),
+        ({"tasks": ()}, "tasks: expected one or more"),
+        ({"contestants": ("RMT",)}, "contestants: expected some of memformer, .* got 'RMT'"),
+        ({"lengths": (1000,)}, r"lengths: expected a multiple of segment_tokens \(64\), .* got 1000"),
+        ({"train_tokens": 100}, "train_tokens: expected a multiple"),
+        ({"lengths": (64,), "tasks": ("qa3",)}, "lengths: the facts of qa3 alone may have 192 tokens, got 64"),
+        ({"train_tokens": 64, "tasks": ("qa3",)}, "segments: the facts alone may fill 3 segments of 64, got 1"),
+        ({"part": 0}, "part: expected a whole number of at least 1, got 0"),
+        ({"seeds": (-1,)}, "seeds: expected whole numbers from 0"),
+        ({"learning_rates": (0.0,)}, "learning_rates: expected numbers above 0"),
+        ({"device": "moon"}, "device: 'moon' cannot be used here"),
+        ({"weights": Path("nowhere")}, "weights: expected a folder that exists, got nowhere"),
+        ({"plot": Path("a.gif")}, "plot: expected the name of a .png file"),
+    ],
+)
+def test_mistakes_are_refused_before_the_first_run(changes, message, monkeypatch):
+    monkeypatch.setattr(reach, "train", None)
+    with pytest.raises(ValueError, match=message):
+        list(reach.run(settings(**changes)))
+
+
+def test_prose_of_ones_own(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        list(reach.run(settings(prose=(tmp_path / "nowhere",))))
