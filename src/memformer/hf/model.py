@@ -23,7 +23,7 @@ from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, chec
 from ..config import check_count
 from ..data.segments import Segment, Targets, cut, each_as_tokens, padded
 from ..interface import Divisor, SegmentModel, Step, TokenLosses
-from ..nn.memory import WRITERS, SlotWriter
+from ..nn.memory import SlotWriter
 from ..state import MemoryState
 from .bases import (
     CACHE,
@@ -39,13 +39,12 @@ from .bases import (
 from .cache import CarriedGenerationMixin, MemoryCache, MemoryOutput, PretrainedMemory
 from .configuration import MemoryConfig
 from .places import along, before_each, counted_labels, joined, kept_first
-from .reading import Readers
+from .reading import HALF, Readers, writer_of
 from .recording import Which, asked_for, looking
 from .reference import found_base, own_state, reference_to, weight_files
 
 __all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "memory_around"]
 
-HALF = (torch.float16, torch.bfloat16)
 Part = Literal["memory", "lora", "all"]
 M = TypeVar("M", bound="MemoryForCausalLM")
 
@@ -87,7 +86,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         self.base, self.dim = base, config.hidden_size
         self.readers = Readers(layers_of(base), self.dim, config.read_dim, config.read_heads)
         self.write_norm = nn.LayerNorm(self.dim)
-        self.writer = _writer(config)
+        self.writer = writer_of(config)
         # A slot changes by less than what bfloat16 can hold; PEFT keeps a LoRA in float32, too.
         lora = [] if config.adapter is None else ["lora_A", "lora_B"]
         self._keep_in_fp32_modules_strict = ["writer", *lora]
@@ -99,7 +98,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
     def _init_weights(self, module: nn.Module) -> None:
         """What a checkpoint lacks is as at construction."""
         if isinstance(module, SlotWriter):
-            fresh = _writer(self.config)
+            fresh = writer_of(self.config)
             for name, parameter in module.named_parameters():
                 init.copy_(parameter, fresh.get_parameter(name))
         elif isinstance(module, (nn.Linear, nn.LayerNorm)):
@@ -698,9 +697,3 @@ def memory_around(kind: type[M], model: PreTrainedModel, config: MemoryConfig) -
     generation.cache_implementation = None  # it has its own
     made.generation_config = generation
     return made
-
-
-def _writer(config: MemoryConfig) -> SlotWriter:
-    make = WRITERS[config.memory_writer]
-    writer = make(config.hidden_size, config.slots, config.write_heads, config.write_temperature)
-    return writer.float() if torch.get_default_dtype() in HALF else writer

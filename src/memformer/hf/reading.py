@@ -1,4 +1,5 @@
-"""How a language model reads a memory: attention over the slots beside each layer, which adds nothing at first.
+"""How a language model reads a memory: attention over the slots beside each layer, which adds nothing at first. And what
+writes it.
 
 Shapes: x (batch, tokens, dim), slots (batch, slots, dim).
 """
@@ -10,11 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nn.attention import KeysValues, attend, merge_heads, split_heads
+from ..nn.memory import WRITERS, SlotWriter
+from .configuration import MemoryConfig
 
-__all__ = ["Reader", "Readers"]
+__all__ = ["Reader", "Readers", "writer_of"]
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class ZeroLinear(nn.Linear):
@@ -92,3 +98,10 @@ def _checkpointed(readers: Readers, checkpoint: Callable[..., Any], function: Ca
 def _with(readers: Readers, contexts: list[KeysValues] | None, function: Callable[..., Any], *args: Any) -> Any:
     with readers.reading(contexts):
         return function(*args)
+
+
+def writer_of(config: MemoryConfig) -> SlotWriter:
+    """A new writer of these settings; in single precision where half is the default, for it adds up over segments."""
+    make = WRITERS[config.memory_writer]
+    writer = make(config.hidden_size, config.slots, config.write_heads, config.write_temperature)
+    return writer.float() if torch.get_default_dtype() in HALF else writer
