@@ -1,5 +1,5 @@
-"""How a language model reads a memory: attention over the slots beside each layer, which adds nothing at first. And what
-writes it.
+"""How a language model reads a memory: attention over the slots beside each layer, which adds nothing at first.
+And what writes it.
 
 Shapes: x (batch, tokens, dim), slots (batch, slots, dim).
 """
