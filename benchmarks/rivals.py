@@ -47,13 +47,14 @@ class Earlier(EncoderDecoder):
     """
 
     def __init__(self, config: MemformerConfig, folder: Path | None):
+        wanted = parameters(config)  # by this library, which is put away while the other is imported
         with importing(folder, "memformer") as package:
 
             def make(dim: int) -> nn.Module:
                 network: nn.Module = package.Memformer(**earlier_settings(config) | {"dim": dim})
                 return network
 
-            super().__init__(of_equal_size(make, _dims(config), parameters(config)))
+            super().__init__(of_equal_size(make, _dims(config), wanted))
 
     def encode(self, tokens: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         encoded, memory, _ = self.network(tokens, mems=memory)

@@ -16,7 +16,7 @@ import torch
 from benchmarks.rivals import Folders
 
 import memformer
-from memformer.bench.contestants import OWN, build
+from memformer.bench.contestants import OWN, build, number_of_parameters, parameters
 from memformer.settings import ModelSettings
 from memformer.tasks import Episode
 
@@ -134,6 +134,22 @@ def test_the_earlier_library_leaves_this_one_in_its_place():
     assert sys.modules["memformer.model"] is mine
     assert sys.modules["memformer"] is memformer
     assert "memformer.mrbp" not in sys.modules
+
+
+def test_another_package_of_this_name_is_built_beside_this_one(tmp_path):
+    """Without the earlier library: whatever this one counts, it counts before it is put away."""
+    (tmp_path / "memformer").mkdir()
+    (tmp_path / "memformer" / "__init__.py").write_text(
+        "from torch import nn\n"
+        "class Memformer(nn.Module):\n"
+        "    def __init__(self, dim, **settings):\n"
+        "        super().__init__()\n"
+        "        self.map = nn.Linear(10 * dim, dim)\n"
+    )
+    model = build("earlier", Folders(earlier=tmp_path).entrants(["earlier"]), CONFIG)
+    assert type(model.network) is not memformer.Memformer
+    assert number_of_parameters(model.network) == pytest.approx(parameters(CONFIG), rel=0.1)
+    assert sys.modules["memformer"] is memformer
 
 
 def test_those_take_part_whose_folder_is_given_or_who_are_named(tmp_path):

@@ -1,7 +1,9 @@
-"""Trials in processes of their own end with the process that wants them, however it ends."""
+"""Trials in processes of their own end with the process that wants them, however it ends; results can be gone on with."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from memformer.bench import learn, text
 from memformer.bench.trials import Record, Result, Trial, carry_out
 
 
@@ -73,3 +76,20 @@ def test_whoever_wants_no_more_is_not_kept_waiting(tmp_path: Path) -> None:
     results = carry_out(sleep, wanted, Record(None, {}), 2)
     assert next(results) == (wanted[0], {"done": True})
     results.close()
+
+
+COMMITTED = sorted((Path(__file__).parents[1] / "docs" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_the_committed_results_can_be_gone_on_with(path):
+    """Whatever settings are new since then."""
+    held = json.loads(path.read_text())["settings"]
+    model = (learn if "benchmark" in held else text).MODEL
+    model = dataclasses.replace(model, **held["model"])
+    if "benchmark" in held:
+        fixed = learn._fixed(learn.LearningBenchmark(steps=held["steps"], batch_size=held["batch_size"], model=model))
+    else:
+        own = {name: held[name] for name in held.keys() - {"documents", "model"}}
+        fixed = text._fixed(text.TextBenchmark(**own, model=model)) | {"documents": held["documents"]}
+    assert Record(path, fixed).trials

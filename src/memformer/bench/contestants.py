@@ -7,6 +7,7 @@ Knows neither data nor optimizer.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +20,7 @@ from ..causal import CausalMemformer
 from ..config import MemformerConfig, MemoryLayout
 from ..data.segments import Segment
 from ..model import Memformer
+from ..settings import ModelSettings
 from ..tasks import START, Episode
 from ..wavefront import read_segments
 
@@ -32,6 +34,7 @@ __all__ = [
     "number_of_parameters",
     "of_equal_size",
     "parameters",
+    "sizes",
 ]
 
 
@@ -283,3 +286,9 @@ def build(name: str, entrants: Mapping[str, Build], config: MemformerConfig) -> 
             "the repository: python -m benchmarks --help"
         )
     return entrants[name](config)
+
+
+def sizes(model: ModelSettings) -> dict[str, object]:
+    """By name, those of a model's settings from which a contestant is built; they are an encoder-decoder's."""
+    every = dataclasses.asdict(model)
+    return {name: every[name] for name in every if name not in ("architecture", "depth", "overlap", "memory_layout")}

@@ -21,9 +21,9 @@ from ..config import check_count
 from ..learning_rate import warmup_cosine
 from ..settings import ModelSettings
 from ..tasks import TASKS, Episode, KeyValue, Pixels, Task, digits
-from .contestants import OWN, Build, Contestant, build
+from .contestants import OWN, Build, Contestant, build, sizes
 from .meters import flops, machine
-from .trials import Record, Result, Trial, Tuned, tune
+from .trials import Record, Result, Trial, Tuned, seeds_in_words, tune
 
 __all__ = ["LearningBenchmark", "optimizing", "run", "train"]
 
@@ -111,23 +111,12 @@ def run(settings: LearningBenchmark, entrants: Mapping[str, Build] = OWN) -> Ite
     names = settings.contestants or tuple(entrants)
     for name in names:  # whatever is missing is noticed before the first trial
         _contestant(settings, name, entrants, tasks[settings.tasks[0]][0])
-    record = Record(
-        settings.out,
-        {
-            "benchmark": "learn",
-            "steps": settings.steps,
-            "batch_size": settings.batch_size,
-            "model": dataclasses.asdict(settings.model),
-            "every": EVERY,
-            "episodes": EPISODES,
-        }
-        | ({"questions": settings.questions} if settings.questions > 1 else {}),  # records from before have none
-    )
+    record = Record(settings.out, _fixed(settings))
     yield machine(torch.device("cpu"))
     yield (
         f"batches of {settings.batch_size}, {settings.steps:,} steps; AdamW, {WARM_UP} steps of warm-up, then a cosine "
         "to zero, gradients clipped at 1; this model: "
-        + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings.model).items())
+        + ", ".join(f"{name} {value}" for name, value in sizes(settings.model).items())
     )
     pairs = [(task, contestant) for task in settings.tasks for contestant in names]
     found = yield from tune(
@@ -145,8 +134,23 @@ def run(settings: LearningBenchmark, entrants: Mapping[str, Build] = OWN) -> Ite
         yield ""
         yield from _table(name, tasks[name], {who: chosen[name, who] for who in names})
     if settings.plot is not None:
-        _plot(tasks, names, chosen, settings.plot)
+        _plot(tasks, names, chosen, settings.seeds, settings.plot)
         yield f"plot in {settings.plot}"
+
+
+def _fixed(settings: LearningBenchmark) -> dict[str, object]:
+    """What all trials of a file have in common."""
+    fixed: dict[str, object] = {
+        "benchmark": "learn",
+        "steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "model": sizes(settings.model),
+        "every": EVERY,
+        "episodes": EPISODES,
+    }
+    return (
+        fixed if settings.questions == 1 else fixed | {"questions": settings.questions}
+    )  # files from before have none
 
 
 def _tasks(settings: LearningBenchmark, name: str) -> tuple[Task, Task]:
@@ -168,8 +172,8 @@ def _contestant(settings: LearningBenchmark, name: str, entrants: Mapping[str, B
 def _judged_on(name: str, task: Task) -> dict[str, tuple[Task, int]]:
     """By what a table calls them: the tasks that a run is judged on in the end, and their segments of information."""
     if isinstance(task, KeyValue):
-        sizes = [n for n in FEWER if n < task.pairs] + [task.pairs]
-        return {str(n): (dataclasses.replace(task, pairs=n, room=task.pairs), task.segments) for n in sizes}
+        counts = [n for n in FEWER if n < task.pairs] + [task.pairs]
+        return {str(n): (dataclasses.replace(task, pairs=n, room=task.pairs), task.segments) for n in counts}
     return {str(n): (task, n) for n in (task.segments, *LONGER.get(name, ()))}
 
 
@@ -330,9 +334,19 @@ def _over_steps(task: Task, curves: list[list[tuple[int, float, float]]]) -> tup
     return steps, np.array([[_score(task, point[1:]) for point in points] for points in held])
 
 
+def _at_the_end(task: Task, tuned: Tuned) -> float:
+    """The mean over the seeds of what the table has in its first column of scores."""
+    return statistics.mean(_score(task, next(iter(result["scores"].values()))) for result in tuned.results)
+
+
 def _plot(
-    tasks: dict[str, tuple[Task, Task]], names: Sequence[str], chosen: dict[tuple[str, str], Tuned], path: Path
+    tasks: dict[str, tuple[Task, Task]],
+    names: Sequence[str],
+    chosen: dict[tuple[str, str], Tuned],
+    seeds: Sequence[int],
+    path: Path,
 ) -> None:
+    """Scores against steps. Each panel's title says which two contestants come out best."""
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
     figure = pictures.new_figure(5 * columns, 3.6 * rows + 0.4)
@@ -348,7 +362,11 @@ def _plot(
             (line,) = panel.plot(steps, scores.mean(0), label=contestant, linewidth=1.8, marker=".")
             panel.fill_between(steps, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         panel.axhline(percent * held_out.chance, color="0.5", linestyle=":", linewidth=1)
-        panel.set(title=name, xlabel="training steps", ylabel=f"{_METRICS[task.metric]}{', %' * (percent == 100)}")
+        ends = {who: _at_the_end(task, chosen[name, who]) for who in names}
+        ranked = sorted(ends, key=ends.__getitem__, reverse=task.metric != "bits")[:2]
+        title = f"{name}: " + ", then ".join(f"{who} {_shown(task, ends[who])}" for who in ranked)
+        panel.set_title(f"{title}\n({seeds_in_words(seeds)})", fontsize=10)
+        panel.set(xlabel="training steps", ylabel=f"{_METRICS[task.metric]}{', %' * (percent == 100)}")
         if percent == 100:
             panel.set_ylim(-3, 103)
         panel.set_xlim(left=0)

@@ -7,7 +7,6 @@ Texts are made while they are read, and read in parts.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -29,7 +28,7 @@ from ..config import check_count
 from ..device import choose_device
 from ..settings import ModelSettings
 from ..tasks import WORLDS, Episode, InProse, in_prose
-from .contestants import OWN, Build, Contestant, build
+from .contestants import OWN, Build, Contestant, build, sizes
 from .learn import optimizing
 from .meters import machine
 from .trials import Record, Result, Trial, Tuned, tune
@@ -149,7 +148,7 @@ def run(settings: ReachBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterat
     yield (
         f"training texts of up to {settings.train_tokens:,} tokens, of {len(prose.words):,} words; their prose begins "
         f"anew after {len(prose.tokens):,}; batches of {settings.batch_size}, {settings.steps:,} steps; this model: "
-        + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings.model).items())
+        + ", ".join(f"{name} {value}" for name, value in sizes(settings.model).items())
     )
     pairs = [(task, contestant) for task in settings.tasks for contestant in settings.contestants]
     found = yield from tune(
@@ -192,7 +191,7 @@ def _trained_with(settings: ReachBenchmark) -> dict[str, Any]:
     return {
         "prose": [path.name for path in settings.prose],
         **{name: getattr(settings, name) for name in names},
-        "model": dataclasses.asdict(settings.model),
+        "model": sizes(settings.model),
     }
 
 

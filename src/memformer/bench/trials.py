@@ -26,7 +26,7 @@ from .._installation import __version__
 from ..files import replace_file
 from .meters import machine
 
-__all__ = ["Record", "Result", "Trial", "Tuned", "carry_out", "tune"]
+__all__ = ["Record", "Result", "Trial", "Tuned", "carry_out", "seeds_in_words", "tune"]
 
 Trial = dict[str, Any]
 """What one training is made of."""
@@ -203,3 +203,8 @@ def tune(
         )
         for one, rate in pairs
     ]
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """For a picture: which runs it shows."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
