@@ -1,4 +1,4 @@
-"""Trials in processes of their own end with the process that wants them, however it ends; results can be gone on with."""
+"""Trials in processes of their own end with the process that wants them, however it ends. Files of them last."""
 
 from __future__ import annotations
 
