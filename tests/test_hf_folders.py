@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -100,3 +101,25 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "memory" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"memory: expected the weights of its config\.json; .*do not fit"):
         MemoryForCausalLM.from_pretrained(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("name", ["somebody/llama", "models/llama", ""])
+def test_a_folder_has_a_card(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a hub reads it: what it is, and of which model it was made if that has a name there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    model = with_memory(base_of(), 3, LENGTH, **SIZES)
+    model.base.name_or_path = name
+    model.save_pretrained("mine")
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert set(card.data.tags) >= {"memformer", "memory"}
+    assert card.data.base_model == (name if name == "somebody/llama" else None)
+    assert "from_pretrained('mine')" in card.text
+    assert f"3 memory slots, read beside each layer, written after each {LENGTH} tokens" in card.text
+    assert "not in this folder" not in card.text
+    (tmp_path / "mine" / "README.md").write_text("my own words")
+    model.save_pretrained("mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "my own words"
+    model.save_pretrained("theirs", is_main_process=False)
+    assert not (tmp_path / "theirs" / "README.md").exists()

@@ -277,3 +277,8 @@ def test_who_is_refused(tmp_path: Path) -> None:
         model.resize_token_embeddings(20)
     with pytest.raises(ValueError, match="not supported with stateful models"):
         model.generate(tokens[:1], assistant_model=adapter("causal"), max_new_tokens=3)
+
+
+def test_a_folder_of_an_own_model_has_a_card(tmp_path: Path) -> None:
+    adapter("causal").save_pretrained(tmp_path)
+    assert "A CausalMemformer of " in (tmp_path / "README.md").read_text()

@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_map
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..checks import describe, is_tensor
 from ..nn.attention import KeysValues
 from .bases import CACHE
 
-__all__ = ["Carried", "CarriedGenerationMixin", "MemoryCache", "MemoryOutput", "PretrainedMemory"]
+__all__ = ["Carried", "CarriedGenerationMixin", "MemoryCache", "MemoryOutput", "PretrainedMemory", "check_memory"]
 
 
 class Carried(Cache):
@@ -201,3 +202,15 @@ def _like(index: Tensor, x: Tensor) -> Tensor:
     """(batch, columns), to gather columns of (batch, ..., columns, width)."""
     index = index.to(x.device).view(len(index), *[1] * (x.dim() - 3), index.shape[1], 1)
     return index.expand(*x.shape[:-2], index.shape[-2], x.shape[-1])
+
+
+def check_memory(memory: object, *likes: tuple[tuple[int, ...], torch.dtype]) -> None:
+    """Refuse with a ValueError what is not a :class:`PretrainedMemory` with parts of these shapes and dtypes."""
+    parts = memory if isinstance(memory, tuple) and len(memory) == 2 else (None, None)
+    for part, (shape, dtype) in zip(parts, likes, strict=True):
+        if not is_tensor(part, shape, dtype):
+            got = describe(memory) if part is None else describe(part)
+            raise ValueError(
+                f"memory: expected that of this model and this batch, a PretrainedMemory with {dtype} of shape "
+                f"{shape}, got {got}"
+            )

@@ -36,7 +36,8 @@ from .bases import (
     losses_of,
     settings_of,
 )
-from .cache import CarriedGenerationMixin, MemoryCache, MemoryOutput, PretrainedMemory
+from .cache import CarriedGenerationMixin, MemoryCache, MemoryOutput, PretrainedMemory, check_memory
+from .card import TAGS, write_card
 from .configuration import MemoryConfig
 from .places import along, before_each, counted_labels, joined, kept_first
 from .reading import HALF, Readers, writer_of
@@ -70,6 +71,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
     reads_its_targets = True
     base_model_prefix = "base"
     main_input_name = "input_ids"
+    model_tags = TAGS
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _is_stateful = True
@@ -199,6 +201,12 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[call-arg]
         finally:
             self.config.reference = before
+        if not kwargs.get("is_main_process", True):
+            return
+        name, sizes = self.base.name_or_path or type(self.base).__name__, self.config
+        about = f"{sizes.slots} memory slots, read beside each layer, written after each {sizes.segment_length} tokens."
+        missing = " The weights of the base are not in this folder." if base == "referenced" else ""
+        write_card(save_directory, f"A memory around {name}", about + missing, name)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -669,16 +677,8 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             check_labels(names[2], labels, tokens, vocabulary)
 
     def _check_memory(self, memory: PretrainedMemory, batch: int, slots: int) -> None:
-        likes = [(batch, slots, self.dim), (batch, self.dim)]
-        dtypes = [self.writer.initial(1).dtype, self.write_norm.weight.dtype]
-        parts = memory if isinstance(memory, tuple) and len(memory) == 2 else (None, None)
-        for part, shape, dtype in zip(parts, likes, dtypes, strict=True):
-            if not is_tensor(part, shape, dtype):
-                got = describe(memory) if part is None else describe(part)
-                raise ValueError(
-                    f"memory: expected that of this model and this batch, a PretrainedMemory with {dtype} of shape "
-                    f"{shape}, got {got}"
-                )
+        dtypes = self.writer.initial(1).dtype, self.write_norm.weight.dtype
+        check_memory(memory, ((batch, slots, self.dim), dtypes[0]), ((batch, self.dim), dtypes[1]))
 
 
 def memory_around(kind: type[M], model: PreTrainedModel, config: MemoryConfig) -> M:

@@ -36,6 +36,7 @@ from ..pretrained import SHARDS, distinct, read_config, read_shards
 from ..state import MemoryState
 from .bases import CACHE, found
 from .cache import Carried, CarriedGenerationMixin
+from .card import TAGS, write_card
 from .places import along, kept_first
 from .recording import States, Which, asked_for, states_of
 
@@ -176,6 +177,7 @@ class _OwnForCausalLM(PreTrainedModel):
 
     config: _OwnConfig  # type: ignore[assignment]
     base_model_prefix = "memformer"
+    model_tags = TAGS
     main_input_name = "input_ids"
     accepts_loss_kwargs = False
     _is_stateful = True
@@ -403,6 +405,10 @@ class _OwnForCausalLM(PreTrainedModel):
         prefix = f"{self.base_model_prefix}."
         named = distinct({name.removeprefix(prefix): tensor for name, tensor in state.items()})
         super().save_pretrained(save_directory, state_dict=named, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        kind, parameters = type(self.memformer).__name__, sum(p.numel() for p in self.memformer.parameters())
+        write_card(save_directory, f"A {kind}", f"A {kind} of {parameters:,} parameters.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
