@@ -117,6 +117,7 @@ def test_a_folder_has_a_card(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert card.data.base_model == (name if name == "somebody/llama" else None)
     assert "from_pretrained('mine')" in card.text
     assert f"3 memory slots, read beside each layer, written after each {LENGTH} tokens" in card.text
+    assert f"# A memory{' around llama' if name else ''}\n" in card.text
     assert "not in this folder" not in card.text
     (tmp_path / "mine" / "README.md").write_text("my own words")
     model.save_pretrained("mine")

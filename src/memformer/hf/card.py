@@ -38,7 +38,8 @@ def write_card(folder: Any, title: str, about: str, base: str | None = None) -> 
     Args:
         folder: where the model was saved.
         title, about: its name, and a paragraph on what it is.
-        base: the model that it was made of, by its name on a hub; a path says nothing elsewhere, and is left out.
+        base: the model that it was made of, by its name on a hub; of a path, which says nothing elsewhere, only the
+            last part is shown.
     """
     path = Path(folder) / "README.md"
     if path.exists():
@@ -51,5 +52,6 @@ def write_card(folder: Any, title: str, about: str, base: str | None = None) -> 
         base_model=named,
         ignore_metadata_errors=True,
     )
+    title += f" around {Path(base).name}" if base else ""
     text = _TEXT.format(data=data.to_yaml(), title=title, about=about, folder=path.parent.name)
     ModelCard(text).save(path)

@@ -203,10 +203,10 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
             self.config.reference = before
         if not kwargs.get("is_main_process", True):
             return
-        name, sizes = self.base.name_or_path or type(self.base).__name__, self.config
-        about = f"{sizes.slots} memory slots, read beside each layer, written after each {sizes.segment_length} tokens."
+        slots, length = self.config.slots, self.config.segment_length
+        about = f"{slots} memory slots, read beside each layer, written after each {length} tokens."
         missing = " The weights of the base are not in this folder." if base == "referenced" else ""
-        write_card(save_directory, f"A memory around {name}", about + missing, name)
+        write_card(save_directory, "A memory", about + missing, self.base.name_or_path)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
