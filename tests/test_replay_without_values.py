@@ -244,6 +244,9 @@ def test_a_budget_is_measured_where_most_layers_work(kept: bool) -> None:
     assert memory_bytes >= max(size.memory_bytes for size in sizes)
     assert graph_bytes >= 0.99 * max(size.graph_bytes for size in sizes)
     assert graph_bytes > 3 * sizes[0].graph_bytes
+    # Whoever says where is heard.
+    rollouts.rollout(model, text, wavefront=True, schedule=Noting(), keep_values=kept, measure_at=0)
+    assert planned[1][1] < graph_bytes / 2
 
 
 # --- The caller's mistakes --------------------------------------------------------------------------------------------

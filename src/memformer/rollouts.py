@@ -84,8 +84,8 @@ def rollout(
     each = options.segment_weights is not None
     readout: Readout = functools.partial(_of_each if each else _total, model, divisor, tally)
     if wavefront is None:
-        wavefront = pays(model, len(segments)) and not each and options.memory_gradients is None
-        wavefront = wavefront and options.keep_values is not False
+        possible = not each and options.memory_gradients is None and options.keep_values is not False
+        wavefront = possible and pays(model, len(segments))
     if not wavefront:
         return method(functools.partial(_read, model), segments, mems, readout, options=options)
     if each or options.memory_gradients is not None:
@@ -93,8 +93,8 @@ def rollout(
     front = Wavefront(model, len(segments[0].src))
     run: Any = functools.partial(cast(Any, method), params=front.parameters)  # which every method takes
     cell, diagonals = functools.partial(_advance, front), front.diagonals(segments)
-    fullest = min(front.depth, len(segments)) - 1  # the first step in which as many layers work as ever
-    options = dataclasses.replace(options, measure_at=fullest)
+    if options.measure_at is None:  # the first step in which as many layers work as ever
+        options = dataclasses.replace(options, measure_at=min(front.depth, len(segments)) - 1)
     outcome = run(cell, diagonals, front.start(mems), functools.partial(_of_leaving, readout), options=options)
     return dataclasses.replace(outcome, memory=front.end(outcome.memory))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .. import pictures
 from ..config import check_count
@@ -25,7 +25,7 @@ from .contestants import OWN, Build, Contestant, build, sizes
 from .meters import flops, machine
 from .trials import Record, Result, Trial, Tuned, seeds_in_words, tune
 
-__all__ = ["LearningBenchmark", "optimizing", "run", "train"]
+__all__ = ["LearningBenchmark", "descend", "optimizing", "run", "train"]
 
 MODEL = ModelSettings(
     dim=64, slots=16, enc_depth=1, dec_depth=1, dec_overlap=0, heads=4, positions="relative", tie_embeddings=False
@@ -148,9 +148,9 @@ def _fixed(settings: LearningBenchmark) -> dict[str, object]:
         "every": EVERY,
         "episodes": EPISODES,
     }
-    return (
-        fixed if settings.questions == 1 else fixed | {"questions": settings.questions}
-    )  # files from before have none
+    if settings.questions > 1:  # files from before have none
+        fixed["questions"] = settings.questions
+    return fixed
 
 
 def _tasks(settings: LearningBenchmark, name: str) -> tuple[Task, Task]:
@@ -197,11 +197,7 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
         if not loss.isfinite():
             diverged_at = step
             break
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, parameters, optimizer, schedule)
         seconds += time.perf_counter() - begun
         spent += costs[episode.tokens.shape[1]]
         if step % EVERY and step < settings.steps:
@@ -233,6 +229,20 @@ def optimizing(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0)
     curve_of_rates = functools.partial(warmup_cosine, steps=steps, warmup=WARM_UP)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, curve_of_rates)
+
+
+def descend(
+    loss: Tensor,
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    """A step of training, with gradients clipped at 1."""
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
 
 
 def _flops_per_segments(model: Contestant, task: Task, batch_size: int) -> dict[int, int]:

@@ -29,7 +29,7 @@ from ..device import choose_device
 from ..settings import ModelSettings
 from ..tasks import WORLDS, Episode, InProse, in_prose
 from .contestants import OWN, Build, Contestant, build, sizes
-from .learn import optimizing
+from .learn import descend, optimizing
 from .meters import machine
 from .trials import Record, Result, Trial, Tuned, tune
 
@@ -270,11 +270,7 @@ def _learn(
         if not loss.isfinite():
             diverged_at = step
             break
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, parameters, optimizer, schedule)
         tokens += settings.batch_size * told.tokens
         if step % EVERY == 0 or step == settings.steps:
             look = _read(settings, model, held_out, held_out.segments, settings.batch_size * 2, _LOOK)

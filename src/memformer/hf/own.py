@@ -38,7 +38,7 @@ from .bases import CACHE, found
 from .cache import Carried, CarriedGenerationMixin
 from .card import TAGS, write_card
 from .places import along, kept_first
-from .recording import States, Which, asked_for, states_of
+from .recording import States, Which, asked_for, states_of, wants_some
 
 __all__ = [
     "CausalMemformerForCausalLM",
@@ -307,7 +307,7 @@ class _OwnForCausalLM(PreTrainedModel):
             kept = kept & (tokens != self.config.start_token_id)
         loss = states = None
         if cache is not None or (use_cache and labels is None):
-            if which is not None and which is not False:
+            if wants_some(which):
                 raise ValueError(
                     "output_hidden_states: expected no cache beside them, which keeps none; use_cache=False"
                 )
@@ -328,7 +328,7 @@ class _OwnForCausalLM(PreTrainedModel):
         # One more, which does not exist: what is predicted there follows the last one.
         first, exists = F.pad(tokens.gather(1, order), (0, 1)), F.pad(kept.gather(1, order), (0, 1))
         after, states = kept.cumsum(1), None  # so many tokens were read
-        if which is None or which is False:
+        if not wants_some(which):
             hidden = self._hidden(first, exists)
         else:
             with states_of(self._layers) as runs:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .bases import decoder_of, layers_of
 from .places import along, joined
 
-__all__ = ["Seen", "States", "Which", "asked_for", "looking", "states_of"]
+__all__ = ["Seen", "States", "Which", "asked_for", "looking", "states_of", "wants_some"]
 
 Which = bool | int | list[int] | None
 """Which hidden states: all, none, or those of so many layers alone, 0 being the embeddings."""
@@ -75,7 +75,7 @@ def looking(base: PreTrainedModel, which: Which, attentions: bool) -> Iterator[S
     """Look at a base's hidden states and attention weights, as far as they are asked for."""
     with ExitStack() as opened:
         seen = Seen()
-        if which is not None and which is not False:
+        if wants_some(which):
             seen.states = opened.enter_context(states_of(layers_of(base)))
         if attentions:
             implementation = str(base.config._attn_implementation)
@@ -112,9 +112,14 @@ def _attentions_of(decoder: nn.Module, implementation: str) -> Iterator[list[tup
             hook.remove()
 
 
+def wants_some(which: Which) -> TypeGuard[bool | int | list[int]]:
+    """Whether any hidden states are asked for; 0 asks for the embeddings."""
+    return which is not None and which is not False
+
+
 def asked_for(states: Sequence[Tensor], which: Which) -> States | None:
     """Those that :data:`Which` says, in their places; numbers below 0 count from the end."""
-    if which is None or which is False:
+    if not wants_some(which):
         return None
     if which is True:
         return tuple(states)

@@ -99,7 +99,7 @@ class Run:
         self.environment = Environment([*self.parameters, *used, *given, *segments[0].tensors()])
         self.differentiable = self.environment.grad_enabled and bool(self.in_place or self.inputs)
         self.world = World(owned, self.parameters, captured=captured, watch_parameters=not self.in_place)
-        self.plan = self._plan(options.schedule, options.measure_at)
+        self.plan = self._plan(options.schedule, options.measure_at or 0)
         if any(action.kind in ("advance", "graph") for action in self.plan.replay):
             self.world.watch_buffers()
             self.world.refuse_masks_of_cudnn()

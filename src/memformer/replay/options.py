@@ -21,7 +21,8 @@ class Options:
         schedule: which memories and graphs to keep; more of them is faster.
             ``print(schedule.plan(len(segments)))`` says what one costs.
         measure_at: the segment by whose memory and graph a schedule that needs sizes is planned; give the one where
-            they are largest. The segments before it are run once more for it.
+            they are largest. The segments before it are run once more for it. None: the first, or what the caller
+            chooses (a model's rollout).
         readout_segments: how many segments one call of the readout gets; the losses of the calls are added. More is
             faster on short segments, and the readout's graph grows with it. None: 1, or what the caller chooses
             (a Memformer's rollout).
@@ -40,7 +41,7 @@ class Options:
     """
 
     schedule: Schedule = dataclasses.field(default_factory=EveryMemory)
-    measure_at: int = 0
+    measure_at: int | None = None
     readout_segments: int | None = None
     keep_values: bool | None = None
     segment_weights: Weights | None = None
@@ -50,7 +51,8 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.schedule, type) or not hasattr(self.schedule, "plan"):
             raise ValueError(f"schedule: expected a schedule, such as replay.Binomial(8), got {self.schedule!r}")
-        at_least("measure_at", self.measure_at, 0)
+        if self.measure_at is not None:
+            at_least("measure_at", self.measure_at, 0)
         if self.readout_segments is not None:
             at_least("readout_segments", self.readout_segments)
         if self.keep_values not in (None, True, False):
