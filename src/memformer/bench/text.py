@@ -101,6 +101,8 @@ class TextBenchmark:
     """Segments of each lane in a training step, whatever the horizon."""
     segment_tokens: int = 16
     """Tokens in a segment."""
+    restart: int = 16
+    """After so many steps all lanes forget what they read, as at a document's beginning; 0: never."""
     steps: int = 1600
     """Training steps of this model; in the study of peers the others get as many FLOPs."""
     learning_rates: tuple[float, ...] = (3e-3,)
@@ -119,7 +121,7 @@ class TextBenchmark:
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,)
             numbers = [x for x in values if isinstance(x, (int, float))]
-            zero = name in ("jobs", "seeds", "overlaps")
+            zero = name in ("jobs", "seeds", "overlaps", "restart")
             if (not values and name != "contestants") or any(x < 0 or (x == 0 and not zero) for x in numbers):
                 expected = "some" if not values else "at least 0" if zero else "above 0"
                 raise ValueError(f"{name}: expected {expected}, got {value}")
@@ -222,18 +224,25 @@ def _corpus(settings: TextBenchmark) -> _Corpus:
 
 
 def windows(
-    documents: Sequence[Tensor], lanes: int, window: int, length: int, generator: torch.Generator
+    documents: Sequence[Tensor], lanes: int, window: int, length: int, generator: torch.Generator, restart: int = 0
 ) -> Iterator[Tensor]:
     """Windows of text without an end, (lanes, window, length); the first is longer by one segment, which is given.
 
-    The lanes start at even distances in a circle of all documents, whose order the generator draws.
+    The lanes start at even distances in a circle of all documents, whose order the generator draws. After ``restart``
+    windows comes a first one again, if that is not 0.
     """
     order = torch.randperm(len(documents), generator=generator).tolist()
     circle = torch.cat([documents[i] for i in order])
-    places, count = torch.arange(lanes)[:, None] * len(circle) // lanes, (window + 1) * length
-    while True:
+    places = torch.arange(lanes)[:, None] * len(circle) // lanes
+    for number in itertools.count():
+        count = (window + _begins(number, restart)) * length
         yield circle[(places + torch.arange(count)) % len(circle)].long().view(lanes, -1, length)
-        places, count = places + count, window * length
+        places = places + count
+
+
+def _begins(number: int, restart: int) -> bool:
+    """Whether nothing is remembered from before a window."""
+    return number % restart == 0 if restart else number == 0
 
 
 def _gradient(contestant: Contestant, tokens: Tensor, state: Any, horizon: int) -> Any:
@@ -345,14 +354,15 @@ def _train(settings: TextBenchmark, entrants: Mapping[str, Build], trial: Trial)
     contestant = _contestant(settings, entrants, variant, len(corpus.token_bytes))
     optimizer = torch.optim.AdamW(contestant.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     generator = torch.Generator().manual_seed(trial["seed"])
-    texts = windows(corpus.training, settings.lanes, settings.window, settings.segment_tokens, generator)
+    texts = windows(corpus.training, settings.lanes, settings.window, settings.segment_tokens, generator, settings.restart)
     judge = functools.partial(held_out, contestant, token_bytes=corpus.token_bytes, length=settings.segment_tokens)
     points, tuning, state, seconds = {steps * n // POINTS for n in range(1, POINTS + 1)}, [], None, 0.0
     for step, tokens in enumerate(itertools.islice(texts, steps)):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = trial["learning_rate"] * warmup_cosine(step, steps, WARM_UP, least=0.1)
-        state = _gradient(contestant, tokens, state, variant.horizon)
+        before = None if _begins(step, settings.restart) else state
+        state = _gradient(contestant, tokens, before, variant.horizon)
         torch.nn.utils.clip_grad_norm_(contestant.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
