@@ -15,6 +15,7 @@ from memformer.bench.text import (
     _corpus,
     _documents,
     _gradient,
+    _train,
     held_out,
     windows,
 )
@@ -106,6 +107,30 @@ def test_windows_go_on_where_the_last_one_ended():
     for lane, start in enumerate((0, 93 // 2)):
         read = torch.cat([part[lane].flatten() for part in parts])
         assert torch.equal(read, circle.roll(-start).repeat(2)[: len(read)])
+
+
+def test_all_lanes_begin_anew_after_some_windows():
+    texts = documents(30, 23, 40)
+    stream = windows(texts, 2, 3, LENGTH, torch.Generator().manual_seed(1), restart=2)
+    parts = [next(stream) for _ in range(5)]
+    assert [part.shape[1] for part in parts] == [4, 3, 4, 3, 4], "where nothing is known, a segment more is given"
+    everything = next(windows(texts, 2, 17, LENGTH, torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.cat(parts, 1), everything), "the text itself goes on"
+
+
+def test_a_training_begins_anew_with_its_windows(monkeypatch):
+    small(monkeypatch)
+    settings = TextBenchmark(lanes=2, window=2, horizon=2, horizons=(2,), segment_tokens=LENGTH)
+    known = []
+
+    def recording(contestant, tokens, state, horizon):
+        known.append((tokens.shape[1], state is not None))
+        return _gradient(contestant, tokens, state, horizon)
+
+    monkeypatch.setattr("memformer.bench.text._gradient", recording)
+    trial = {"variant": ["memformer", 2, 2, 2], "steps": 5, "seed": 0, "learning_rate": 1e-3, "restart": 2}
+    _train(settings, OWN, trial)
+    assert known == [(3, False), (2, True), (3, False), (2, True), (3, False)]
 
 
 def test_the_horizon_cuts_the_gradient_and_nothing_else(contestant):

@@ -350,18 +350,19 @@ def _costs(settings: TextBenchmark, entrants: Mapping[str, Build], variant: Vari
 def _train(settings: TextBenchmark, entrants: Mapping[str, Build], trial: Trial) -> Result:
     """Train and judge one contestant; the same windows for all at one seed."""
     corpus, variant, steps = _corpus(settings), Variant(*trial["variant"]), trial["steps"]
+    restart: int = trial.get("restart", 0)
     torch.manual_seed(trial["seed"])
     contestant = _contestant(settings, entrants, variant, len(corpus.token_bytes))
     optimizer = torch.optim.AdamW(contestant.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     generator = torch.Generator().manual_seed(trial["seed"])
-    texts = windows(corpus.training, settings.lanes, settings.window, settings.segment_tokens, generator, settings.restart)
+    texts = windows(corpus.training, settings.lanes, settings.window, settings.segment_tokens, generator, restart)
     judge = functools.partial(held_out, contestant, token_bytes=corpus.token_bytes, length=settings.segment_tokens)
     points, tuning, state, seconds = {steps * n // POINTS for n in range(1, POINTS + 1)}, [], None, 0.0
     for step, tokens in enumerate(itertools.islice(texts, steps)):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = trial["learning_rate"] * warmup_cosine(step, steps, WARM_UP, least=0.1)
-        before = None if _begins(step, settings.restart) else state
+        before = None if _begins(step, restart) else state
         state = _gradient(contestant, tokens, before, variant.horizon)
         torch.nn.utils.clip_grad_norm_(contestant.parameters(), 1.0)
         optimizer.step()
@@ -424,9 +425,10 @@ def run(settings: TextBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterato
         budget = settings.steps * (costs.get(usual) or _costs(settings, entrants, usual, vocabulary))["flops_per_step"]
         steps = {variant: round(budget / cost["flops_per_step"]) for variant, cost in costs.items()}
     names = {variant: label for label, variant in variants.items()}
+    restart = {"restart": settings.restart} if settings.restart else {}  # trials from before there was one lack it
     found = yield from tune(
         functools.partial(_train, settings, entrants),
-        [{"variant": list(variant), "steps": steps[variant]} for variant in variants.values()],
+        [{"variant": list(variant), "steps": steps[variant]} | restart for variant in variants.values()],
         settings.learning_rates,
         settings.seeds,
         _badness,
@@ -449,7 +451,7 @@ def run(settings: TextBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterato
 def _fixed(settings: TextBenchmark) -> dict[str, object]:
     """What all trials of a file have in common, whatever the study."""
     studies = {"study", "contestant", "horizons", "slot_counts", "overlaps", "contestants"}
-    of_a_trial = {"horizon", "steps", "learning_rates", "seeds"}
+    of_a_trial = {"horizon", "restart", "steps", "learning_rates", "seeds"}
     fixed = dataclasses.asdict(settings)
     for name in studies | of_a_trial | {"shakespeare", "jobs", "out", "plot"}:
         del fixed[name]
