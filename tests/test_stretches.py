@@ -88,15 +88,17 @@ seeds = st.none() | st.integers(0, 3)
     seed=seeds,
     epochs=st.integers(1, 2),
     ends=st.booleans(),
+    most=st.none() | st.integers(1, 4),
 )
-def test_each_token_is_a_target_once_per_epoch_in_order(lengths, lanes, length, seed, epochs, ends):
+def test_each_token_is_a_target_once_per_epoch_in_order(lengths, lanes, length, seed, epochs, ends, most):
     """Stretches lie side by side and are one document together; each begins with the segment before it."""
     documents = ending(lengths) if ends else tokens(lengths)
     given_ = dict(lanes=lanes, length=length, start=START, seed=seed, epochs=epochs)
-    stream = Lanes(documents, **given_, spread=True)
+    stream = Lanes(documents, **given_, spread=True, stretch=most)
     count, found = stream.stretches, stretches_of(stream)
     assert len(found) == epochs * count
     share = max(1, math.ceil(sum(map(len, documents)) / lanes / length)) * length
+    share = share if most is None else min(share, most * length)
     whole = [document[:].tolist() for document in documents]
     where = {}  # of each stretch, by its first target; an end alone is told by its source
     for source, targets in found:
@@ -253,6 +255,17 @@ def test_what_has_no_known_lengths_cannot_be_spread(given_):
     assert Lanes(Iterable(), lanes=2, length=4, start=START).stretches is None
 
 
+def test_a_stretch_has_as_many_segments_as_one_says_and_no_more():
+    stream = Lanes(tokens([900, 5, 30]), lanes=4, length=5, start=START, epochs=1, spread=True, stretch=16)
+    assert stream.stretches == 12 + 1 + 1, "of at most 80 tokens; a share would be 235"
+    with pytest.raises(ValueError, match="stretch: documents that are not spread are not cut"):
+        Lanes(tokens([900]), lanes=4, length=5, start=START, stretch=16)
+    with pytest.raises(ValueError, match="stretch: with --no-spread documents are not cut"):
+        training_settings(spread=False, stretch=16)
+    with pytest.raises(ValueError, match="stretch: expected a whole number of at least 1, got 0"):
+        training_settings(stretch=0)
+
+
 def test_a_state_of_other_stretches_is_refused():
     def stream(lengths, spread=True):
         return Lanes(tokens(lengths), lanes=4, length=5, start=START, spread=spread)
@@ -337,6 +350,7 @@ def test_the_start_of_a_run_says_how_many_stretches_there_are(book, capsys):
 def test_stretches_and_ends_may_change_on_purpose(book):
     """The documents then begin anew, with the tokenizer that the settings ask for."""
     list(Run(book(steps=2)).train())
+    assert Run(book(resume=True, stretch=5)).parts.stream.stretches > 4
     run = Run(book(resume=True, spread=False, end=False))
     assert (run.parts.stream.stretches, run.parts.stream.state_dict()["epoch"], run.tokenizer.end) == (1, 1, None)
     list(run.train())

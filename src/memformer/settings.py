@@ -247,6 +247,8 @@ class RolloutSettings(Typed):
     """Rollouts per step, one after the other in the same documents."""
     spread: bool = True
     """Cut long documents into stretches, so that the lanes read different text; otherwise each is read by one lane."""
+    stretch: int | None = None
+    """Segments of a stretch, at most, so that memories often begin anew; by default a lane's fair share."""
     schedule: str = "every"
     """Which memories replay stores: every; binomial:N, at most N; budget:SIZE (2GB), the fastest way that fits."""
     graphs: int | None = None
@@ -261,6 +263,10 @@ class RolloutSettings(Typed):
             check_count(name, getattr(self, name))
         if self.graphs is not None:
             check_count("graphs", self.graphs, least=0)
+        if self.stretch is not None:
+            check_count("stretch", self.stretch)
+            if not self.spread:
+                raise ValueError("stretch: with --no-spread documents are not cut; leave one of the two out")
         self.replay_schedule()
         if self.horizon_start is not None:
             check_count("horizon_start", self.horizon_start)

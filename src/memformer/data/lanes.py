@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 import numpy as np
 import torch
 
+from ..config import check_count
 from .documents import Document, Tokens
 from .objectives import Mixture, Objective
 from .segments import Segment
@@ -97,6 +98,8 @@ class Lanes:
             into stretches of about equal length, so that the lanes read different text. A stretch is streamed as a
             document is, but its first source is the segment before it. Where no document is so long, nothing changes.
             Only a list of arrays, or the like, can be cut: other lengths are not known before their turn comes.
+        stretch: with ``spread``, segments of a stretch at most, so that memories often begin anew: where they seldom do,
+            a model does not learn to begin. None for no other limit than the share.
 
     Raises:
         ValueError: a setting is out of range, or a document is empty or not such an array (at once where the documents
@@ -117,6 +120,7 @@ class Lanes:
         objectives: Mixture | None = None,
         encode: Callable[[Any], object] | None = None,
         spread: bool = False,
+        stretch: int | None = None,
     ):
         if lanes < 1 or length < 1:
             raise ValueError(f"lanes and length: expected at least 1, got {lanes} and {length}")
@@ -126,6 +130,10 @@ class Lanes:
             raise ValueError(f"lanes: expected a multiple of the {world_size} ranks that share them, got {lanes}")
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs: expected at least 1, or None for ever, got {epochs}")
+        if stretch is not None:
+            check_count("stretch", stretch)
+            if not spread:
+                raise ValueError("stretch: documents that are not spread are not cut; leave one of the two out")
         self.documents, self.length, self.start, self.seed, self.epochs = documents, length, start, seed, epochs
         # Continuation alone needs no draws.
         self.objectives = objectives if objectives is not None and objectives.odds[Objective.CONTINUATION] < 1 else None
@@ -145,7 +153,7 @@ class Lanes:
         if isinstance(documents, Sequence) and encode is None:
             sizes = [len(self._tokens(index, item)) for index, item in enumerate(documents)]
             self.sizes = np.array(sizes, np.int64)
-            self._cuts = _cuts(self.sizes, lanes, length) if spread else None
+            self._cuts = _cuts(self.sizes, lanes, length, stretch) if spread else None
         elif spread:
             raise ValueError(
                 "spread: expected a list of arrays, or the like, whose lengths are known without reading; leave it out "
@@ -359,8 +367,9 @@ class Lanes:
         return found
 
 
-def _cuts(sizes: np.ndarray, lanes: int, length: int) -> np.ndarray | None:
-    """(stretches, 3), the document, begin and end of each, in order; None where no document is longer than its share.
+def _cuts(sizes: np.ndarray, lanes: int, length: int, most: int | None) -> np.ndarray | None:
+    """(stretches, 3), the document, begin and end of each, in order; None where no document is to be cut: none is longer
+    than its share, and none has more than ``most`` segments.
 
     Borders are borders of segments, so the segments are those of whole documents.
     """
@@ -368,6 +377,8 @@ def _cuts(sizes: np.ndarray, lanes: int, length: int) -> np.ndarray | None:
     share = -(-total // (lanes * length)) * length
     segments = -(-sizes // length)
     pieces = np.where(sizes > share, np.minimum(-(-sizes * lanes // total), segments), 1)
+    if most is not None:
+        pieces = np.maximum(pieces, -(-segments // most))
     if pieces.max() == 1:
         return None
     document = np.repeat(np.arange(len(sizes)), pieces)

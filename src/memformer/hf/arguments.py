@@ -68,6 +68,7 @@ class MemoryTrainingArguments(TrainingArguments):
         readout_tokens: how many tokens' logits are computed at once; None for what suits the device.
         spread: cut documents that are longer than their fair share into stretches, so that the lanes read different
             text. A stretch begins with a fresh memory, as a document does.
+        stretch: segments of a stretch at most, so that memories often begin anew; None for a lane's fair share.
         divide_base: divide the weights of a frozen base among the processes, by FSDP2, so that each holds a part of
             them. What is trained, the memory and a LoRA, is whole in each.
 
@@ -85,6 +86,9 @@ class MemoryTrainingArguments(TrainingArguments):
     spread: bool = field(
         default=True, metadata={"help": "Cut long documents into stretches, so that the lanes read different text."}
     )
+    stretch: int | None = field(
+        default=None, metadata={"help": "Segments of a stretch, at most; by default a lane's fair share."}
+    )
     divide_base: bool = field(
         default=False, metadata={"help": "Divide the weights of a frozen base among the processes, by FSDP2."}
     )
@@ -99,6 +103,10 @@ class MemoryTrainingArguments(TrainingArguments):
         check_count("horizon", self.horizon)
         if self.readout_tokens is not None:
             check_count("readout_tokens", self.readout_tokens)
+        if self.stretch is not None:
+            check_count("stretch", self.stretch)
+            if not self.spread:
+                raise ValueError("stretch: with spread=False documents are not cut; leave one of the two out")
         self.replay_schedule()
         self._refuse()
         if not self.average_tokens_across_devices:

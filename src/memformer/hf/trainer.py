@@ -221,6 +221,7 @@ class MemoryTrainer(Trainer):
             world_size=processes,
             encode=None if indexed else functools.partial(_tokens, "train_dataset"),
             spread=indexed and self.args.spread,
+            stretch=self.args.stretch,
         )
         if self._resumed_from is not None:
             self._restore(self._resumed_from)

@@ -128,6 +128,7 @@ def _stream(settings: TrainingConfig, training: Sequence[Document], tokenizer: T
         world_size=ranks.size,
         objectives=Mixture(tokenizer, **dataclasses.asdict(settings.objective), seed=settings.seed),
         spread=settings.rollout.spread,
+        stretch=settings.rollout.stretch,
     )
 
 

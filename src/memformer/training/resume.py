@@ -49,6 +49,7 @@ ON_RESUMING: dict[str, Kind] = {
     "around": "fixed", "around.base": "exact", "around.gguf": "exact",
     "objective": "stretch",
     "rollout": "stretch", "rollout.lanes": "stream", "rollout.segment_length": "fixed", "rollout.spread": "stream",
+    "rollout.stretch": "stream",
     "rollout.schedule": "exact", "rollout.graphs": "exact", "rollout.offload": "exact",
     "optimizer": "stretch", "optimizer.optimizer": "fixed", "optimizer.skip_non_finite": "exact",
     "compute": "exact", "compute.precision": "stretch",
