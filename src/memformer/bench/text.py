@@ -101,8 +101,9 @@ class TextBenchmark:
     """Segments of each lane in a training step, whatever the horizon."""
     segment_tokens: int = 16
     """Tokens in a segment."""
-    restart: int = 16
-    """After so many steps all lanes forget what they read, as at a document's beginning; 0: never."""
+    restart: int = 0
+    """After so many steps all lanes forget what they read, as at a document's beginning; 0: never. Lanes go on from one
+    document to the next, so without it no memory begins anew in training, but in judging each does."""
     steps: int = 1600
     """Training steps of this model; in the study of peers the others get as many FLOPs."""
     learning_rates: tuple[float, ...] = (3e-3,)
