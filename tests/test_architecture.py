@@ -44,6 +44,7 @@ LAYERS = [
         "nn.losses",
         "tasks.base",
         "around",
+        "trees",
         "pretrained",
         "data.segments",
     },

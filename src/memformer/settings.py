@@ -7,13 +7,12 @@ the command line.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -28,9 +27,9 @@ from .config import (
     Typed,
     Writer,
     check_count,
-    convert,
 )
 from .learning_rate import warmup_constant, warmup_cosine, warmup_stable_decay
+from .trees import build, to_flat, to_plain
 
 __all__ = [
     "RECIPES",
@@ -51,9 +50,6 @@ __all__ = [
     "to_plain",
     "to_yaml",
 ]
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -604,33 +600,6 @@ def to_yaml(settings: TrainingConfig) -> str:
     return yaml.safe_dump(to_plain(settings), sort_keys=False)
 
 
-def to_plain(settings: DataclassInstance) -> dict[str, object]:
-    """Settings as nested dicts of numbers, strings and lists."""
-    plain: dict[str, object] = {}
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = to_plain(value)
-        elif isinstance(value, Path):
-            value = str(value)
-        elif isinstance(value, tuple):
-            value = [str(part) for part in value]
-        plain[f.name] = value
-    return plain
-
-
-def to_flat(settings: DataclassInstance) -> dict[str, object]:
-    """Settings by dotted names, as "model.dim"."""
-    return _flat(to_plain(settings), "")
-
-
-def _flat(plain: Mapping[str, object], where: str) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in plain.items():
-        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
-    return flat
-
-
 def absolute(settings: T) -> T:
     """Settings whose paths of what is read do not depend on the working directory; ``out`` stays as it is."""
     changes: dict[str, object] = {}
@@ -663,41 +632,3 @@ def read_saved(values: Mapping[str, Any]) -> TrainingConfig:
     """
     former = {group: {**fields, **values.get(group, {})} for group, fields in FORMER.items()}
     return build(TrainingConfig, {**values, **former})
-
-
-def build(cls: type[T], values: object, *, base: T | None = None, where: str = "") -> T:
-    """Settings from nested dicts; what they leave out comes from ``base``, or is the default.
-
-    Raises:
-        ValueError: an unknown key, with the nearest known one, or a value of another type.
-    """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where or 'settings'}: expected names with values, got {values!r}")
-    hints = get_type_hints(cls)
-    given: dict[str, Any] = {}
-    for name, value in values.items():
-        path = f"{where}.{name}" if where else str(name)
-        if name not in hints:
-            raise ValueError(f"{path}: unknown setting{_suggestion(str(name))}")
-        if dataclasses.is_dataclass(hints[name]):
-            given[name] = build(hints[name], value, base=None if base is None else getattr(base, name), where=path)
-        else:
-            given[name] = convert(path, hints[name], value, text=True)
-    return cls(**given) if base is None else dataclasses.replace(base, **given)  # type: ignore[type-var]
-
-
-def _suggestion(name: str) -> str:
-    known = dict(reversed(_paths(TrainingConfig, "")))  # a section before the setting of the same name
-    if name in ("recipe", "config"):
-        return f": --{name} is a flag"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f". Perhaps you meant {known[close[0]]}" if close else f"; there are {', '.join(sorted(known))}"
-
-
-def _paths(cls: type[DataclassInstance], where: str) -> list[tuple[str, str]]:
-    found = []
-    for name, hint in get_type_hints(cls).items():
-        found.append((name, where + name))
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            found += _paths(hint, f"{name}.")
-    return found

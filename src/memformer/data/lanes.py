@@ -98,8 +98,8 @@ class Lanes:
             into stretches of about equal length, so that the lanes read different text. A stretch is streamed as a
             document is, but its first source is the segment before it. Where no document is so long, nothing changes.
             Only a list of arrays, or the like, can be cut: other lengths are not known before their turn comes.
-        stretch: with ``spread``, segments of a stretch at most, so that memories often begin anew: where they seldom do,
-            a model does not learn to begin. None for no other limit than the share.
+        stretch: with ``spread``, segments of a stretch at most, so that memories often begin anew; where they seldom
+            do, a model does not learn to begin. None for no other limit than the share.
 
     Raises:
         ValueError: a setting is out of range, or a document is empty or not such an array (at once where the documents
@@ -368,8 +368,8 @@ class Lanes:
 
 
 def _cuts(sizes: np.ndarray, lanes: int, length: int, most: int | None) -> np.ndarray | None:
-    """(stretches, 3), the document, begin and end of each, in order; None where no document is to be cut: none is longer
-    than its share, and none has more than ``most`` segments.
+    """(stretches, 3), the document, begin and end of each, in order; None where nothing is cut, for no document is
+    longer than its share, or has more than ``most`` segments.
 
     Borders are borders of segments, so the segments are those of whole documents.
     """
