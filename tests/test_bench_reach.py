@@ -147,12 +147,31 @@ def test_trials_are_kept_and_are_the_same_again(tmp_path, monkeypatch):
         ({"device": "moon"}, "device: 'moon' cannot be used here"),
         ({"weights": Path("nowhere")}, "weights: expected a folder that exists, got nowhere"),
         ({"plot": Path("a.gif")}, "plot: expected the name of a .png file"),
+        ({"include": ("",)}, r"include: expected patterns such as '\*\.txt', got an empty one"),
+        ({"exclude": ("*.txt",)}, "exclude: says what is read of folders of prose, and none was given"),
     ],
 )
 def test_mistakes_are_refused_before_the_first_run(changes, message, monkeypatch):
     monkeypatch.setattr(reach, "train", None)
     with pytest.raises(ValueError, match=message):
         list(reach.run(settings(**changes)))
+
+
+def test_patterns_say_what_is_prose_in_a_folder(tmp_path):
+    """As for training; and what was learned of other files is not taken for the same."""
+    for name in ("play_gut.txt", "play_gut_f.txt"):
+        (tmp_path / name).write_text("\n\n".join(f"The {name[:4]} has a line {n} here." for n in range(20)))
+
+    def of(**patterns):
+        given = settings(prose=(tmp_path,), **patterns)
+        return len(reach._tasks(given, "qa1")[0].prose.starts), reach._trained_with(given)
+
+    (both, known), (one, of_one), (other, of_other) = of(), of(include=("*_gut.txt",)), of(exclude=("*_f.txt",))
+    assert both - 1 == 2 * (one - 1) == 2 * (other - 1) == 32
+    assert known.keys().isdisjoint(("include", "exclude")), "records of earlier versions are gone on with"
+    assert (of_one["include"], of_other["exclude"]) == (["*_gut.txt"], ["*_f.txt"])
+    with pytest.raises(ValueError, match=r"include, exclude: the pattern '\*\.md' matches no file"):
+        list(reach.run(settings(prose=(tmp_path,), include=("*.md",))))
 
 
 def test_prose_of_ones_own(tmp_path):

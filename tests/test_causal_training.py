@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from helpers import lively, lively_causal, take_grads, tokens, training_settings
-from memformer import CausalMemformer, Memformer, load_model, memory_replay_backprop, replay
+from memformer import CausalMemformer, Memformer, load_model, memory_replay_backprop, replay, rollouts
 from memformer.cli.inspect import describe
 from memformer.data import ByteTokenizer, Lanes, encode_documents
 from memformer.data.documents import Document
@@ -25,7 +25,7 @@ from memformer.folders import all_checkpoints
 from memformer.inspection import inspect, slot_diversity
 from memformer.rollouts import rollout, verify_rollout
 from memformer.settings import TrainingConfig
-from memformer.training import Run, average, checkpoints, sized_as
+from memformer.training import Run, StepMetrics, average, checkpoints, sized_as
 from memformer.training.parts import begun_anew, by_name, from_names, only_finite
 from memformer.wavefront import pays, read_segments
 
@@ -211,6 +211,22 @@ def test_an_inspection_counts_the_slots_of_all_layers() -> None:
 def test_the_command_says_where_the_slots_are() -> None:
     found = inspect(lively_causal(), [tokens(20).numpy()], start=10)
     assert describe(found).startswith("9 slots (3 in each of 3 layers, in their order), read over 4 segments of 1 doc")
+
+
+@pytest.mark.parametrize("horizon", [12, 13])
+def test_how_far_credit_reaches_is_told_unless_all_layers_run_at_once(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, horizon: int
+) -> None:
+    """A rollout of 13 segments keeps no outputs here, and so runs its three layers one after the other."""
+    monkeypatch.setattr(rollouts, "FEW_BYTES", 0)
+    fronts, made = [], rollouts.Wavefront
+    monkeypatch.setattr(rollouts, "Wavefront", lambda *given: fronts.append(given) or made(*given))
+    lines = list(Run(settings(steps=1, horizon=horizon, graphs=1)).train())
+    [line] = [line for line in lines if isinstance(line, StepMetrics)]
+    at_once = horizon == 12
+    assert bool(fronts) == at_once
+    assert (line.memory_gradient is None) == at_once
+    assert line.memory_gradient is None or line.memory_gradient > 0
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which dynamo looks at

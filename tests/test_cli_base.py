@@ -16,6 +16,7 @@ from memformer import cli, load_model
 from memformer.around import BaseSettings
 from memformer.data import Document, encode_documents, load_tokenizer
 from memformer.evaluation import evaluate
+from memformer.hf import reference
 from memformer.hf.runs import AroundBase, load_base
 from memformer.settings import ModelSettings, TrainingConfig
 from memformer.training import assemble
@@ -202,6 +203,15 @@ def test_what_a_run_has_trained_goes_to_transformers_whole(folder: Path) -> None
     tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
     torch.testing.assert_close(load_model(folder / "whole")(tokens).logits, model(tokens).logits)
+
+
+def test_a_base_is_looked_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fingerprint reads all weights: of a large base that takes a while."""
+    looked: list[object] = []
+    of_base = reference.fingerprint
+    monkeypatch.setattr(reference, "fingerprint", lambda base: looked.append(base) or of_base(base))
+    AroundBase.from_pretrained(folder / "run")
+    assert len(looked) == 1
 
 
 def test_another_base_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

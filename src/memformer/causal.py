@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from . import generation
 from .checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, check_tokens, describe, is_tensor
 from .config import CausalConfig, MemoryLayout, Positions, Writer
-from .data.segments import Segment, Targets, cut, each_as_tokens, padded
-from .interface import Divisor, SegmentModel, Step, TokenLosses, as_pairs, as_tensor
+from .data.segments import Segment, Targets, cut, each_as_tokens
+from .interface import Divisor, LanguageModel, Step, TokenLosses, as_pairs, as_tensor
 from .nn.attention import KeysValues
 from .nn.blocks import Block, embedding_table
 from .nn.causal import (
@@ -68,7 +68,7 @@ class CausalResults(NamedTuple):
     loss: Tensor | None
 
 
-class CausalMemformer(SegmentModel):
+class CausalMemformer(LanguageModel):
     """A causal Transformer with memories of fixed size, for sequences of any length, segment by segment.
 
     >>> model = CausalMemformer(dim=32, num_memory_slots=4, num_tokens=256, depth=2, max_seq_len=16)
@@ -102,7 +102,6 @@ class CausalMemformer(SegmentModel):
     config: CausalConfig
     config_class = CausalConfig
     kind = "CausalMemformer"
-    reads_its_targets = True
 
     def __init__(
         self,
@@ -247,10 +246,6 @@ class CausalMemformer(SegmentModel):
         """The stack with its memories; see :meth:`step`."""
         return self.step(segment.src, memory, segment.src_mask, segment.reset)
 
-    def target(self, segment: Segment) -> Tensor:
-        """The labels; where there are none, the tokens themselves."""
-        return segment.src if segment.tgt is None else segment.tgt
-
     def counted(self, segment: Segment) -> Tensor:
         """Which labels count, (batch, tokens)."""
         return counted_labels(self.target(segment), segment.src_mask)
@@ -261,8 +256,7 @@ class CausalMemformer(SegmentModel):
         """The losses of several segments' labels, from one call of the head."""
         longest = max(segment.src.shape[1] for segment in segments)
         hidden = self.norm(torch.cat([F.pad(x[:, :-1], (0, 0, 0, longest + 1 - x.shape[1])) for x in outputs]))
-        labels = torch.cat([padded(self.target(segment), longest, IGNORED) for segment in segments])
-        counted = torch.cat([padded(self.counted(segment), longest, False) for segment in segments])
+        labels, counted = self.joined_labels(segments, longest)
         labels_that_count = labels.where(counted, IGNORED)
         found = vocabulary_loss(hidden, self._projection(), labels_that_count, divisor and divisor(counted))
         return TokenLosses(labels, found.losses, counted, found.total)
@@ -281,8 +275,7 @@ class CausalMemformer(SegmentModel):
         Raises:
             ValueError: as :meth:`forward`.
         """
-        if tgt_mask is not None:
-            raise ValueError("tgt_mask: labels have the mask of their tokens, src_mask; one of -100 does not count")
+        self.refuse_mask_of_labels(tgt_mask)
         device, length = self.embedding.weight.device, self.config.max_seq_len
         src, src_mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
         labels, reset = tgt, each_as_tokens("reset", reset, device)
@@ -301,10 +294,6 @@ class CausalMemformer(SegmentModel):
             if s.tgt is not None:
                 check_labels("tgt", s.tgt, s.src, self.config.num_tokens)
         return found
-
-    def silent(self, segment: Segment) -> Segment:
-        """The segment with labels that do not count."""
-        return segment._replace(tgt=torch.full_like(segment.src, IGNORED))
 
     def of_stream(self, segment: Segment) -> Segment:
         """The tokens that a decoder would write of the segment: each of a document comes once."""

@@ -22,6 +22,7 @@ __all__ = [
     "as_tokens",
     "check_labels",
     "check_mask",
+    "check_patterns",
     "check_tokens",
     "describe",
     "has_values",
@@ -69,6 +70,12 @@ def as_paths(name: str, paths: object) -> tuple[Path, ...]:
             return tuple(Path(path) for path in given)
     got = [type(path).__name__ for path in given] if isinstance(given, list) else type(paths).__name__
     raise ValueError(f"{name}: expected a path, or a list of paths, got {got}")
+
+
+def check_patterns(name: str, patterns: Sequence[str]) -> None:
+    """Raises ValueError, naming the patterns, where one of them is empty: it matches nothing."""
+    if "" in patterns:
+        raise ValueError(f"{name}: expected patterns such as '*.txt', got an empty one")
 
 
 def as_tokens(x: Any, device: torch.device | None = None) -> Any:

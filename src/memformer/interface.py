@@ -14,13 +14,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .data.segments import Segment, Targets
+from .checks import IGNORED
+from .data.segments import Segment, Targets, padded
 from .nn.attention import KeysValues
 from .nn.memory import SlotWriter
 from .pretrained import Pretrained
 from .state import MemoryState
 
-__all__ = ["Axes", "Divisor", "Memory", "SegmentModel", "Step", "TokenLosses", "as_pairs", "as_tensor"]
+__all__ = ["Axes", "Divisor", "LanguageModel", "Memory", "SegmentModel", "Step", "TokenLosses", "as_pairs", "as_tensor"]
 
 Memory = Any
 """A tensor, or a named tuple of tensors, batch first: what :meth:`SegmentModel.get_initial_mem` returns."""
@@ -229,3 +230,28 @@ class SegmentModel(Pretrained):
         """``encode``, which reads a segment and writes the memory, and, where text can be written, ``decode``, which
         takes one token per lane and gives the logits of the next.
         """
+
+
+class LanguageModel(SegmentModel):
+    """A model that predicts what it reads: its targets are labels, of the shape of their segment."""
+
+    reads_its_targets = True
+
+    def target(self, segment: Segment) -> Tensor:
+        """The labels; where there are none, the tokens themselves."""
+        return segment.src if segment.tgt is None else segment.tgt
+
+    def silent(self, segment: Segment) -> Segment:
+        """The segment with labels that do not count."""
+        return segment._replace(tgt=torch.full_like(segment.src, IGNORED))
+
+    def joined_labels(self, segments: Sequence[Segment], length: int) -> tuple[Tensor, Tensor]:
+        """The labels of segments of any length, and which of them count: both (segments * batch, length)."""
+        labels = torch.cat([padded(self.target(segment), length, IGNORED) for segment in segments])
+        return labels, torch.cat([padded(self.counted(segment), length, False) for segment in segments])
+
+    @staticmethod
+    def refuse_mask_of_labels(tgt_mask: object) -> None:
+        """Raise ValueError where labels come with a mask."""
+        if tgt_mask is not None:
+            raise ValueError("tgt_mask: labels have the mask of their tokens, src_mask; one of -100 does not count")

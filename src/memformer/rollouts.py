@@ -26,7 +26,7 @@ from .replay.options import OptionKeywords
 from .replay.schedules import at_least
 from .wavefront import Diagonal, Wavefront, pays
 
-__all__ = ["Tally", "keeps_outputs", "memory_replay_backprop", "rollout", "verify_rollout"]
+__all__ = ["Tally", "keeps_outputs", "layers_at_once", "memory_replay_backprop", "rollout", "verify_rollout"]
 
 Reduction = Literal["segment_means", "mean", "sum"]
 
@@ -65,9 +65,8 @@ def rollout(
         segments: at least one with a target.
         mems: the memory before the first, as the model returns it; None for the learned initial memory.
         divisor: what each segment's summed loss is divided by; None for its number of counted targets.
-        wavefront: run all layers of a causal model at once, each on another segment; None: where it pays, see
-            :func:`~memformer.wavefront.pays`, but not without ``keep_values``, for what is on its way between the
-            layers would be kept. A schedule then counts steps, of which there are ``depth - 1`` more than segments.
+        wavefront: run all layers of a causal model at once, each on another segment; None: :func:`layers_at_once`
+            decides. A schedule then counts steps, of which there are ``depth - 1`` more than segments.
         method: :func:`~memformer.replay.memory_replay`, or one that equals it: :func:`~memformer.replay.full_bptt`,
             :func:`~memformer.replay.accumulate`.
         options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too. Where
@@ -84,8 +83,7 @@ def rollout(
     each = options.segment_weights is not None
     readout: Readout = functools.partial(_of_each if each else _total, model, divisor, tally)
     if wavefront is None:
-        possible = not each and options.memory_gradients is None and options.keep_values is not False
-        wavefront = possible and pays(model, len(segments))
+        wavefront = layers_at_once(model, segments, options)
     if not wavefront:
         return method(functools.partial(_read, model), segments, mems, readout, options=options)
     if each or options.memory_gradients is not None:
@@ -262,6 +260,17 @@ def _with_readout(
             raise ValueError("readout_tokens: expected none with keep_values=False, where a call gets one segment")
         return options
     return dataclasses.replace(options, readout_segments=_readout_segments(model, segments, tokens))
+
+
+def layers_at_once(model: SegmentModel, segments: Sequence[Segment], options: replay.Options) -> bool:
+    """Whether a rollout that leaves it open runs all layers of a causal model at once.
+
+    It does where that pays, see :func:`~memformer.wavefront.pays`; but not without ``keep_values``, for what is on its
+    way between the layers would be kept, nor where something is asked of single segments, which no step is.
+    """
+    if options.segment_weights is not None or options.memory_gradients is not None:
+        return False
+    return pays(model, len(segments)) and _with_readout(options, model, segments, None).keep_values is not False
 
 
 def keeps_outputs(model: SegmentModel, segments: Sequence[Segment], schedule: replay.Schedule) -> bool:

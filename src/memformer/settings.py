@@ -18,6 +18,7 @@ import yaml
 
 from . import replay
 from .around import BaseSettings, check_others
+from .checks import check_patterns
 from .config import (
     CausalConfig,
     MemformerConfig,
@@ -92,8 +93,7 @@ class DocumentSettings(Typed):
         if self.held_out_data and self.held_out != 48:
             raise ValueError(f"held_out: {self.held_out} has no meaning beside held_out_data; leave one of them out")
         for name in ("include", "exclude"):
-            if "" in getattr(self, name):
-                raise ValueError(f"{name}: expected patterns such as '*.txt', got an empty one")
+            check_patterns(name, getattr(self, name))
         if self.separator is not None:
             check_count("separator", self.separator, least=0)
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from .. import pictures, replay
+from ..checks import check_patterns
 from ..config import check_count
 from ..device import choose_device
 from ..settings import ModelSettings
@@ -57,6 +58,10 @@ class ReachBenchmark:
     """Models to compare: causal, memformer, "causal memory off", "memory off"."""
     prose: tuple[Path, ...] = ()
     """Files or folders of texts to scatter the facts in; none: Python's language reference, which comes with it."""
+    include: tuple[str, ...] = ()
+    """Of folders of prose, read only what matches one of these patterns, such as '*.txt' or 'books/*'."""
+    exclude: tuple[str, ...] = ()
+    """Of folders of prose, leave out what matches one of these patterns."""
     words: int = 2000
     """Different words that are tokens; all others are one token."""
     segment_tokens: int = 128
@@ -98,6 +103,8 @@ class ReachBenchmark:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected one or more, all different, got {', '.join(map(str, values))}")
+        for name in ("include", "exclude"):
+            check_patterns(name, getattr(self, name))
         for name in ("segment_tokens", "questions", "episodes", "depths", "steps", "batch_size", "part"):
             check_count(name, getattr(self, name))
         check_count("jobs", self.jobs, least=0)
@@ -126,7 +133,8 @@ def run(settings: ReachBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterat
 
     Raises:
         FileNotFoundError: a path of prose does not exist.
-        ValueError: an unknown contestant, prose that is none, or ``out`` or ``weights`` hold what other settings made.
+        ValueError: an unknown contestant, prose that is none, a pattern that matches nothing, or ``out`` or ``weights``
+            hold what other settings made.
         ImportError: a package for a picture is missing.
     """
     pictures.check(settings.plot)
@@ -174,6 +182,8 @@ def _tasks(settings: ReachBenchmark, name: str) -> tuple[InProse, InProse]:
     return in_prose(
         name,
         settings.prose,
+        include=settings.include,
+        exclude=settings.exclude,
         words=settings.words,
         segments=settings.train_tokens // settings.segment_tokens,
         per_segment=settings.segment_tokens,
@@ -190,6 +200,8 @@ def _trained_with(settings: ReachBenchmark) -> dict[str, Any]:
     names = ("words", "segment_tokens", "train_tokens", "questions", "steps", "batch_size")
     return {
         "prose": [path.name for path in settings.prose],
+        # Only where they are given: files of results from before know nothing of them.
+        **{name: list(given) for name in ("include", "exclude") if (given := getattr(settings, name))},
         **{name: getattr(settings, name) for name in names},
         "model": sizes(settings.model),
     }

@@ -21,8 +21,8 @@ from transformers import initialization as init
 
 from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, check_tokens, describe, is_tensor
 from ..config import check_count
-from ..data.segments import Segment, Targets, cut, each_as_tokens, padded
-from ..interface import Divisor, SegmentModel, Step, TokenLosses
+from ..data.segments import Segment, Targets, cut, each_as_tokens
+from ..interface import Divisor, LanguageModel, Step, TokenLosses
 from ..nn.memory import SlotWriter
 from ..state import MemoryState
 from .bases import (
@@ -57,7 +57,7 @@ class Opened(NamedTuple):
     last: Tensor
 
 
-class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
+class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
     """A causal language model of transformers with a memory; :func:`~memformer.hf.with_memory` makes one.
 
     Args:
@@ -68,7 +68,6 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
     config: MemoryConfig  # type: ignore[assignment]
     config_class = MemoryConfig  # type: ignore[assignment]
     kind = "MemoryForCausalLM"
-    reads_its_targets = True
     base_model_prefix = "base"
     main_input_name = "input_ids"
     model_tags = TAGS
@@ -529,10 +528,6 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         before, _ = before_each(hidden, memory.last, segment.src_mask)
         return before, after
 
-    def target(self, segment: Segment) -> Tensor:
-        """The labels; where there are none, the tokens themselves."""
-        return segment.src if segment.tgt is None else segment.tgt
-
     def counted(self, segment: Segment) -> Tensor:
         """Which labels count, (batch, tokens): not a document's first, before which nothing stands."""
         return counted_labels(self.target(segment), segment.src_mask, segment.reset)
@@ -543,8 +538,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         """The losses of several segments' labels, from one call of the base's head."""
         longest = max(segment.src.shape[1] for segment in segments)
         hidden = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in outputs])
-        labels = torch.cat([padded(self.target(segment), longest, IGNORED) for segment in segments])
-        counted = torch.cat([padded(self.counted(segment), longest, False) for segment in segments])
+        labels, counted = self.joined_labels(segments, longest)
         losses = losses_of(self.base, hidden, labels.where(counted, IGNORED))
         total = None if divisor is None else (losses / divisor(counted)).sum()
         return TokenLosses(labels, losses, counted, total)
@@ -563,8 +557,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         Raises:
             ValueError: as :meth:`forward`.
         """
-        if tgt_mask is not None:
-            raise ValueError("tgt_mask: labels have the mask of their tokens, src_mask; one of -100 does not count")
+        self.refuse_mask_of_labels(tgt_mask)
         device, length = self.table.device, self.config.segment_length
         tokens, mask = as_tokens(src, device), as_mask("src_mask", src_mask, device)
         reset = each_as_tokens("reset", reset, device)
@@ -586,10 +579,6 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, SegmentModel):
         for s in found:
             self._check(s.src, None, s.src_mask, s.reset, s.tgt, names=("src", "src_mask", "tgt"))
         return found
-
-    def silent(self, segment: Segment) -> Segment:
-        """The segment with labels that do not count."""
-        return segment._replace(tgt=torch.full_like(segment.src, IGNORED))
 
     def of_stream(self, segment: Segment) -> Segment:
         """The tokens that a decoder would write of the segment: each of a document comes once."""

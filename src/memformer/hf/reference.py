@@ -6,6 +6,7 @@ Shapes: none; weights as they are in the base.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-__all__ = ["fingerprint", "found_base", "own_state", "reference_to", "weight_files"]
+__all__ = ["check_base", "fingerprint", "found_base", "own_state", "reference_to", "weight_files"]
 
 _SAMPLES = 4096
 """Numbers of each weight that a fingerprint looks at; training changes all of them."""
@@ -84,13 +85,26 @@ def found_base(reference: dict[str, str | None], base: Any, folder: Any, **optio
                 f"{folder}: holds a memory alone; its base {place!r} was not found ({str(error).splitlines()[0]}). Say "
                 "where it is: from_pretrained(folder, base_model=...)"
             ) from error
-    if fingerprint(model) != reference["fingerprint"]:
+    check_base(reference, fingerprint(model), model, folder)
+    return model
+
+
+def check_base(reference: Mapping[str, str | None], looked: str | None, model: PreTrainedModel, folder: Any) -> None:
+    """Whether a base is that of a reference.
+
+    Args:
+        looked: its fingerprint.
+        folder: of the memory, for the message.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if looked != reference["fingerprint"]:
         raise ValueError(
             f"{folder}: the memory was trained around {reference['name']!r} with other weights than those of "
             f"{getattr(model, 'name_or_path', '') or type(model).__name__!r}; give that base, with base_model=... to "
             "from_pretrained, or with --base"
         )
-    return model
 
 
 def weight_files(folder: str | Path) -> list[Path]:

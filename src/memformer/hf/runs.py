@@ -32,7 +32,7 @@ from ..state import MemoryState
 from .bases import check_length, logits_of, text_config
 from .configuration import MemoryConfig
 from .model import MemoryForCausalLM
-from .reference import found_base, reference_to
+from .reference import check_base, reference_to
 from .wrap import around
 
 __all__ = ["AroundBase"]
@@ -171,11 +171,11 @@ class AroundBase(MemoryForCausalLM):
                 parameter.copy_(weights[name])
 
     def _check_base_of(self, saved: Mapping[str, Any], folder: Path) -> None:
-        there = saved.get("reference")
-        if (there is None) != (self.config.reference is None):
+        there, here = saved.get("reference"), self.config.reference
+        if (there is None) != (here is None):
             raise ValueError(f"{folder}: of a run in which the base's own weights were trained, or the other way round")
-        if there is not None:
-            found_base(there, self.base, folder)
+        if there is not None and here is not None:  # which was taken of these weights, and they are frozen
+            check_base(there, here["fingerprint"], self.base, folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

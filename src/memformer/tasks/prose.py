@@ -114,15 +114,24 @@ def _encoded(words: tuple[str, ...], sentences: Sequence[Sequence[str]]) -> Pros
     return dataclasses.replace(new, tokens=new.encode(word for s in sentences for word in s), starts=starts)
 
 
-def read_prose(paths: str | Path | Iterable[str | Path] = ()) -> list[str]:
+def read_prose(
+    paths: str | Path | Iterable[str | Path] = (), *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[str]:
     """The texts of files and folders; without any, the language reference that comes with Python, all in English.
+
+    Args:
+        paths: of files and folders.
+        include, exclude: what is read of folders, see :func:`~memformer.data.read_documents`.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: what is there is no text.
+        ValueError: what is there is no text; a pattern matches nothing, or there is no folder for it.
         ImportError: this Python comes without its reference (a minimal system package).
     """
     if not paths:
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            if patterns:
+                raise ValueError(f"{name}: says what is read of folders of prose, and none was given")
         try:
             from pydoc_data.topics import topics
         except ImportError as error:
@@ -132,7 +141,8 @@ def read_prose(paths: str | Path | Iterable[str | Path] = ()) -> list[str]:
                 name=error.name,
             ) from error
         return [topics[name] for name in sorted(topics)]
-    return [bytes(document).decode() for document in read_documents(paths, content="text")]
+    documents = read_documents(paths, include=include, exclude=exclude, content="text")
+    return [bytes(document).decode() for document in documents]
 
 
 class _Lane:
@@ -349,6 +359,8 @@ def in_prose(
     world: str | World,
     paths: str | Path | Iterable[str | Path] = (),
     *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     words: int = 2000,
     segments: int = 4,
     per_segment: int = 256,
@@ -358,7 +370,7 @@ def in_prose(
 
     Args:
         world: one of :data:`~memformer.tasks.WORLDS` by its name, or another.
-        paths: files and folders of texts; see :func:`read_prose`.
+        paths, include, exclude: files and folders of texts, and what is read of these; see :func:`read_prose`.
         words: see :func:`prose_of`.
         segments, per_segment, questions: see :class:`InProse`.
 
@@ -372,6 +384,6 @@ def in_prose(
         world = WORLDS[world]
     train, held_out = (
         InProse(world=world, prose=prose, segments=segments, per_segment=per_segment, questions=questions)
-        for prose in prose_of(read_prose(paths), words)
+        for prose in prose_of(read_prose(paths, include=include, exclude=exclude), words)
     )
     return train, held_out

@@ -54,7 +54,8 @@ class StepMetrics:
     """The last step's."""
     memory_gradient: float | None
     """How far credit reaches: the gradient's norm at the memory before the last rollout's second segment, divided by
-    the norm before its last segment. None where a rollout has fewer than three segments."""
+    the norm before its last segment. None where a rollout has fewer than three segments, and where it runs all layers
+    of a causal model at once."""
     self_attention: float
     """The share of the writing attention that slots give themselves, in the last segment: 1 keeps all, 0 nothing."""
     slot_diversity: float

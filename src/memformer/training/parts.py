@@ -18,8 +18,7 @@ from ..data.segments import Segment
 from ..device import compile_error
 from ..interface import Memory, SegmentModel
 from ..parallel import Ranks, gradient_sync
-from ..rollouts import Tally, rollout
-from ..wavefront import pays
+from ..rollouts import Tally, layers_at_once, rollout
 
 __all__ = [
     "Best",
@@ -222,7 +221,8 @@ class RolloutLoss(nn.Module):
             mems: the memory before the first; None for the initial memory.
             divisor: what the summed loss is divided by.
             last: whether this is the step's last rollout, after which processes exchange gradients.
-            watch: takes down the norms of the memory's gradient.
+            watch: takes down the norms of the memory's gradient, unless all layers work at once: then no memory is
+                between two segments.
             tally: takes down the losses, see :func:`~memformer.rollouts.rollout`.
         """
         if self._keeping is not None:  # measured once: whatever is kept, the gradients are the same
@@ -237,11 +237,19 @@ class RolloutLoss(nn.Module):
                 switch(last and last_backward)
 
             method = functools.partial(replay.accumulate, sync=sync)
-        if pays(self.model, len(segments)):
-            watch = None  # the gradient of a memory between segments is nowhere to be seen when all layers work at once
-        options = dataclasses.replace(self.options, memory_gradients=watch)
+        at_once = layers_at_once(self.model, segments, self.options)
+        options = dataclasses.replace(self.options, memory_gradients=None if at_once else watch)
         try:
-            outcome = rollout(self.model, segments, mems, divisor=divisor, method=method, options=options, tally=tally)
+            outcome = rollout(
+                self.model,
+                segments,
+                mems,
+                divisor=divisor,
+                wavefront=at_once,
+                method=method,
+                options=options,
+                tally=tally,
+            )
         except RuntimeError as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise ValueError(f"compile: {compile_error(error)}. Leave --compile out to train without it") from error
