@@ -27,6 +27,15 @@ from memformer.settings import (
 UNTIED = ModelSettings(tie_embeddings=False)
 
 
+@pytest.mark.parametrize(
+    "given_", [dict(include=("*.txt",)), dict(exclude=("a",)), dict(separator=3), dict(text_field="body")]
+)
+def test_how_files_are_read_needs_files(given_):
+    with pytest.raises(ValueError, match=rf"{next(iter(given_))}: Python's own sources, .* give --data"):
+        TrainingConfig(documents=DocumentSettings(**given_))
+    assert TrainingConfig(data=("texts",), documents=DocumentSettings(**given_))
+
+
 def test_the_path_of_a_tokenizer_is_found_from_any_folder_as_data_is(tmp_path, monkeypatch):
     """Else a run is refused its own tokenizer, under another spelling of the path."""
     monkeypatch.chdir(tmp_path)

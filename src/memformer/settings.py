@@ -484,6 +484,11 @@ class TrainingConfig(Typed):
         check_count("seed", self.seed, least=0)
         if self.seed >= 2**63:
             raise ValueError(f"seed: expected less than 2**63, got {self.seed}")
+        how = self.documents
+        if not (self.data or how.held_out_data or how.test_data):
+            for name in ("include", "exclude", "separator", "text_field", "bin_dtype"):
+                if getattr(how, name) != getattr(DocumentSettings, name):
+                    raise ValueError(f"{name}: Python's own sources, read without --data, have none; give --data")
         if self.around.base is not None:
             check_others(self)
             return
