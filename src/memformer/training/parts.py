@@ -198,13 +198,18 @@ class RolloutLoss(nn.Module):
         options: how the gradients travel.
         keeping: the schedule that keeps so many graphs, in place of that of the options: as many as fit into
             ``GRAPHS_BYTES``. None: the options say it all.
+        readout_tokens: see :func:`~memformer.rollouts.rollout`.
     """
 
     def __init__(
-        self, model: SegmentModel, options: replay.Options, keeping: Callable[[int], replay.Schedule] | None = None
+        self,
+        model: SegmentModel,
+        options: replay.Options,
+        keeping: Callable[[int], replay.Schedule] | None = None,
+        readout_tokens: int | None = None,
     ):
         super().__init__()
-        self.model, self.options, self._keeping = model, options, keeping
+        self.model, self.options, self._keeping, self._readout_tokens = model, options, keeping, readout_tokens
 
     def forward(
         self,
@@ -241,7 +246,16 @@ class RolloutLoss(nn.Module):
             watch = None  # the gradient of a memory between segments is nowhere to be seen when all layers work at once
         options = dataclasses.replace(self.options, memory_gradients=watch)
         try:
-            outcome = rollout(self.model, segments, mems, divisor=divisor, method=method, options=options, tally=tally)
+            outcome = rollout(
+                self.model,
+                segments,
+                mems,
+                divisor=divisor,
+                method=method,
+                options=options,
+                readout_tokens=self._readout_tokens,
+                tally=tally,
+            )
         except RuntimeError as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise ValueError(f"compile: {compile_error(error)}. Leave --compile out to train without it") from error
