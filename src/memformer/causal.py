@@ -103,6 +103,7 @@ class CausalMemformer(SegmentModel):
     config_class = CausalConfig
     kind = "CausalMemformer"
     reads_its_targets = True
+    steps_alike = True
 
     def __init__(
         self,
