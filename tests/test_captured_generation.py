@@ -65,7 +65,7 @@ def assert_same_state(actual: MemoryState, expected: MemoryState) -> None:
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[], type[PretendCard]]:
-    """Called, it makes the CPU a card: what is computed before is eager. Nobody looks for gradients: that takes time."""
+    """Called, it makes the CPU a card: what is computed before is eager. Nobody looks for gradients, to save time."""
 
     def begin() -> type[PretendCard]:
         monkeypatch.setattr(capture, "_leaves_with_gradients", lambda device: [])
