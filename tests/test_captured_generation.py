@@ -47,10 +47,10 @@ def prompts(*lengths: int) -> list[Tensor]:
 BEGUN = prompts(0, 4, 5, 11, 2)
 
 
-def generators(name: str) -> Any:
+def generators(name: str, device: torch.device | str = "cpu") -> Any:
     if "each" in name:
-        return [torch.Generator().manual_seed(lane) for lane in range(len(BEGUN))]
-    return torch.Generator().manual_seed(5)
+        return [torch.Generator(device).manual_seed(lane) for lane in range(len(BEGUN))]
+    return torch.Generator(device).manual_seed(5)
 
 
 def states(given: Any) -> list[Tensor]:
@@ -350,3 +350,52 @@ def test_what_is_drawn_is_what_torch_draws(dtype: torch.dtype) -> None:
         expected = torch.multinomial(probability, 1, generator=drawing[0])[:, 0]
         noise = torch.empty_like(logits).exponential_(generator=drawing[1])
         assert torch.equal(choice(logits, seen, noise), expected)
+
+
+# --- On a card --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def card(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("captures nothing: run with --device cuda")
+    return device
+
+
+@both
+@pytest.mark.parametrize("name", HOW)
+def test_on_a_card_it_is_what_is_written_eagerly(
+    card: torch.device, lively: Lively, name: str, streams: list[Stream]
+) -> None:
+    model, begun, found = lively().to(card), [lane.to(card) for lane in BEGUN], []
+    for mode in ("off", "on"):
+        generator = generators(name, card)
+        tokens, state = model.generate(begun, TOKENS, start=START, generator=generator, capture=mode, **HOW[name])
+        after = model.generate(None, 9, state=state, generator=generator, capture=mode, **HOW[name])
+        found.append((tokens, after.tokens, states(generator), after.state))
+    assert_close(found[1][:3], found[0][:3], rtol=0, atol=0)
+    assert_same_state(found[1][3], found[0][3])
+    assert [stream.launches > 0 for stream in streams] == [False, False, True, True]
+
+
+@both
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_on_a_card_no_token_waits(card: torch.device, lively: Lively, mode: Any) -> None:
+    sizes = {"max_seq_len": 40} if lively is lively_causal else {"enc_max_seq_len": 40, "dec_max_seq_len": 41}
+    model, begun = lively(**sizes).to(card), [lane.to(card) for lane in BEGUN]
+    stream = model.stream(begun, 25, start=START, generator=generators("", card), capture=mode)
+    next(stream), next(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(writing.AHEAD - 3):
+            next(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_on_a_card_streams_do_not_grow_memory(card: torch.device) -> None:
+    model, sizes = lively().to(card), []
+    for _ in range(6):
+        model.generate([lane.to(card) for lane in BEGUN], TOKENS, start=START, capture="on")
+        sizes.append(torch.cuda.memory_allocated())
+    assert sizes[-1] <= sizes[1]

@@ -198,7 +198,7 @@ class _Graph:
             """Returns the leaves of the outputs, then the gradients."""
             for x in self.targets:
                 x.grad = None
-            with _no_autocast_cache():
+            with _own_casts():
                 outputs, self.spec = tree_flatten(function(*inputs))
             return [*map(_detached, outputs), *(x.grad for x in self.targets)]
 
@@ -321,15 +321,12 @@ def _waiting_refused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """A weight that was converted before is not the one of a launch, and one of a launch is nobody else's."""
-    before = torch.is_autocast_cache_enabled()
+def _own_casts() -> Iterator[None]:
+    """A weight that autocast converted before is not the one of a launch, and one of a launch is nobody else's."""
     torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
         torch.clear_autocast_cache()
 
 
