@@ -411,7 +411,7 @@ class Written:
     strict: bool
 
 
-def _written(model: Memformer, prompt: Tensor, count: int, mode: Any, **how: float) -> Written:
+def _written(model: Memformer, prompt: Tensor, count: int, mode: Any, **how: Any) -> Written:
     device = prompt.device
     generator = torch.Generator(device).manual_seed(0)
     stream = model.stream(
