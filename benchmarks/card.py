@@ -25,8 +25,10 @@ from memformer.bench.meters import machine
 from memformer.config import check_count
 from memformer.data.segments import Segment
 from memformer.rollouts import rollout
+from memformer.sampling import Sampling
 from memformer.settings import ComputeSettings, TrainingConfig
 from memformer.training import Run
+from memformer.writing import AHEAD
 
 __all__ = ["Card", "run"]
 
@@ -371,10 +373,75 @@ def _training(settings: Card, device: torch.device) -> Iterator[str]:
     yield f"  after {steps} steps the weights differ by {_apart(weights['auto'], weights['off']):.1e}"
 
 
+# --- Generation
+
+
+def _generation(settings: Card, device: torch.device) -> Iterator[str]:
+    """One launch per token beside eager, with the ends of segments, from the same generator."""
+    size, count = (SMALL, 24) if settings.tiny else (PAPER, 128)
+    model = size.model(device).eval()
+    yield f"  {'batch':>7}  {'tokens':<8}{'eager':>12}{'captured':>12}{'faster':>9}{'tokens/s':>10}{'second token':>15}"
+    differ = []
+    for batch in (1, 2) if settings.tiny else (1, 32, 256):
+        prompt = torch.randint(size.vocabulary - 1, (batch, size.length), device=device)
+        for name, how in {"greedy": {"temperature": 0.0}, "drawn": {"temperature": 1.0, "top_p": 0.95}}.items():
+            eager, captured = (
+                _written(model, prompt, count, mode, **how)
+                for mode in ("off", "on" if device.type == "cuda" else "auto")
+            )
+            same = torch.equal(eager.tokens, captured.tokens)
+            speed = f"{eager.seconds / captured.seconds:>7.2f} x{batch / captured.seconds:>10,.0f}"
+            times = f"{1e3 * eager.seconds:>9.2f} ms{1e3 * captured.seconds:>9.2f} ms{speed}"
+            waits = "; waits for nothing inside a segment" if captured.strict else ""
+            verdict = f"{'equal' if same else 'DIFFERENT TOKENS'}{waits}"
+            yield f"  {batch:>7}  {name:<8}{times}{1e3 * captured.second:>12.0f} ms  {verdict}"
+            if not same:
+                differ.append(f"{name} at batch {batch}")
+    if differ:
+        raise RuntimeError(f"other tokens than eager: {', '.join(differ)}")
+
+
+@dataclass(frozen=True)
+class Written:
+    """Tokens (batch, count), seconds per token without the first two, and of the second, before which is captured."""
+
+    tokens: Tensor
+    seconds: float
+    second: float
+    strict: bool
+
+
+def _written(model: Memformer, prompt: Tensor, count: int, mode: Any, **how: Any) -> Written:
+    device = prompt.device
+    generator = torch.Generator(device).manual_seed(0)
+    stream = model.stream(
+        prompt, count, start=model.config.vocabulary - 1, generator=generator, capture=mode, sampling=Sampling(**how)
+    )
+    tokens = [next(stream)]
+    _wait(device)
+    began = time.perf_counter()
+    tokens.append(next(stream))
+    _wait(device)
+    second = time.perf_counter() - began
+    strict = stream.launches > 0 and prompt.shape[1] > AHEAD  # a segment's end is looked at
+    began = time.perf_counter()
+    if strict:  # for fewer tokens than those after which is looked
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens += [next(stream) for _ in range(AHEAD - 3)] if strict else []
+    finally:
+        if strict:
+            torch.cuda.set_sync_debug_mode("default")
+    tokens += stream
+    _wait(device)
+    return Written(torch.stack(tokens, 1), (time.perf_counter() - began) / (count - 2), second, strict)
+
+
 _PARTS: dict[str, Callable[[Card, torch.device], Iterator[str]]] = {
     "exactness": _exact,
     "memory": _memory,
     "training": _training,
+    "generation": _generation,
     "one gradient": _times,
     "the source's example": _example,
 }

@@ -30,6 +30,7 @@ LAYERS = [
         "data.pieces",
     },
     {
+        "sampling",
         "replay.capture",
         "replay.storage",
         "replay.gradients",
@@ -52,6 +53,7 @@ LAYERS = [
     {"replay.options", "replay.readout", "replay.sizes", "nn.memory", "state"},
     {"replay.engine", "interface", "nn.causal", "nn.stacked"},
     {"replay.functions", "network", "wavefront"},
+    {"writing"},
     {"generation"},
     {"replay.verdict", "model", "causal", "export"},
     {"models"},

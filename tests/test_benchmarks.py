@@ -247,6 +247,7 @@ def test_the_page_of_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     lines = report(capsys, "card", "--device", "cpu", "--tiny", "--launches", "2")
     assert lines[1].startswith("skipped: cpu captures nothing")
     assert sum("equal; so are the next random numbers" in line for line in lines) == 8
+    assert sum(line.endswith(" ms  equal") for line in lines) == 4, "tokens, greedy and drawn, at two batches"
     assert not [line for line in lines if "WRONG" in line or "FAILED" in line]
     assert lines[-1].startswith("all parts ran, ")
     assert main(["card", "--device", "nowhere"]) == 2

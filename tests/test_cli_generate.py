@@ -60,6 +60,12 @@ def piped(text: str) -> Iterator[None]:
         yield
 
 
+def test_capturing_is_asked_for(generate: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("--prompt", "ab", *GREEDY, "--capture", "off") == generate("--prompt", "ab", *GREEDY)
+    assert main(["generate", "--checkpoint", "run", "--prompt", "ab", "--capture", "on", "--device", "cpu"]) == 2
+    assert "capture: expected a CUDA device, got cpu; leave capture 'on' out" in capsys.readouterr().err
+
+
 def test_the_text_is_the_models(generate: Callable[..., str], model: Memformer) -> None:
     tokenizer = ByteTokenizer()
     prompt = torch.from_numpy(tokenizer.encode("For ever").astype("int64"))[None]

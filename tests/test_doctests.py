@@ -16,7 +16,8 @@ CALLS = {
     "causal": ["CausalMemformer"],
     "interface": ["SegmentModel.resize_memory"],
     "model": ["Memformer"],
-    "generation": ["Sampling", "generate", "read", "stream"],
+    "generation": ["generate", "read", "stream"],
+    "sampling": ["Sampling"],
     "state": ["MemoryState.load", "MemoryState.save"],
 }
 """The calls that have an example, by module; the names that it may use are made below."""

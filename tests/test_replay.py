@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from memformer import replay
@@ -201,6 +202,53 @@ def test_autocast_bfloat16(at_once):
     actual, expected = run(replay.memory_replay), run(replay.full_bptt)
     assert expected["grads"][1].abs().sum() > 0
     assert_equal(actual, expected, rtol=2e-2, atol=2e-3)
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often a weight of 3 x 3 is converted to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        of_weight = func.overloadpacket is torch.ops.aten._to_copy and args[0].shape == (3, 3)
+        self.count += of_weight and out.dtype == torch.bfloat16
+        return out
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("schedule", [replay.EveryMemory(0), replay.EveryMemory(2), replay.Binomial(3)], ids=str)
+def test_weights_are_cast_once_and_not_in_each_segment(inside, schedule):
+    """While recording, for the segments that are recorded with a graph, and for the replay; with the same gradients."""
+    linear = nn.Linear(3, 3)
+
+    def cell(x, memory):
+        memory = linear(x + memory).float().tanh()
+        return memory.square().sum(), memory
+
+    def run(segments, cached):
+        linear.zero_grad()
+        given = list(segments), torch.zeros(2, 3)
+        with Casts() as casts:
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+                loss = replay.memory_replay(cell, *given, params=linear, schedule=schedule).loss
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+        return casts.count, [p.grad for p in linear.parameters()]
+
+    segments = torch.randn(24, 2, 3)
+    few, many = run(segments[:12], True)[0], run(segments, True)
+    if isinstance(schedule, replay.EveryMemory):
+        assert few == many[0] == (3 if schedule.graphs else 2)
+    else:
+        assert many[0] < 24, "where segments are run without a graph in between, it is cast anew"
+    expected = run(segments, False)
+    assert expected[0] >= 48 - schedule.graphs
+    assert_equal({"grads": many[1]}, {"grads": expected[1]}, rtol=0, atol=0)
 
 
 def test_float16_readout_keeps_small_gradients():

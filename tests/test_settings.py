@@ -106,6 +106,8 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
         (lambda: ObjectiveSettings(continuation=-1.0), "continuation: expected a number of at least 0"),
         (lambda: ObjectiveSettings(continuation=0), "expected one of the odds above 0"),
         (lambda: RolloutSettings(horizon=2, horizon_start=3), "horizon_start: expected at most the horizon 2, got 3"),
+        (lambda: RolloutSettings(readout_tokens=0), "readout_tokens: expected a whole number of at least 1, got 0"),
+        (lambda: RolloutSettings(readout_tokens=9, horizon=1), "readout_tokens: has no meaning with a horizon of 1"),
         (lambda: RolloutSettings(graphs=-1), "graphs: expected a whole number of at least 0, got -1"),
         *(
             (

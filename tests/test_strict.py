@@ -298,6 +298,7 @@ def calls(folder: Path) -> dict[str, tuple[Callable[..., object], dict[str, Any]
     found = inspect(model, [np.arange(40)], start=256, segments=3)
     read = dict(tokens=ids, state=None, start=256, mask=None)
     write = dict(prompt=ids, max_new_tokens=2, start=256, prompt_mask=None, state=None, sampling=None, generator=None)
+    write |= dict(capture="auto")
     filters = dict(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop=(), never=())
     return {
         "Memformer": (Memformer, SMALL),

@@ -10,10 +10,11 @@ import torch
 from torch.testing import assert_close
 
 from helpers import training_settings
-from memformer import Memformer, replay
+from memformer import CausalMemformer, Memformer, replay
 from memformer.data import ByteTokenizer, load_tokenizer
 from memformer.evaluation import HeldOut
 from memformer.inspection import memory_health
+from memformer.network import Network
 from memformer.settings import read_yaml
 from memformer.training import Run, StepMetrics, assemble, checkpoints, saved_settings
 from memformer.training import parts as parts_of_a_run
@@ -151,6 +152,29 @@ def test_a_schedule_changes_no_number_and_may_change_on_resuming(settings, tmp_p
     run, _ = trained(settings(steps=4, horizon=5, resume=True, **schedule))
     assert run.parts.rollouts.options.schedule == run.settings.rollout.replay_schedule() != replay.EveryMemory()
     assert_close(weights(run), weights(usual), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", [{}, dict(architecture="causal", dec_depth=2)])
+def test_so_many_tokens_are_read_out_at_once(settings, tmp_path, monkeypatch, architecture):
+    """A run that knew no such setting goes on with it; the weights are those of the same run, to rounding."""
+    called = []
+    token_losses = [kind.token_losses for kind in (Network, CausalMemformer)]
+    for kind, losses in zip((Network, CausalMemformer), token_losses, strict=True):
+        monkeypatch.setattr(
+            kind, "token_losses", lambda *given, losses=losses: called.append(len(given[1])) or losses(*given)
+        )
+    changes = {"horizon": 5, "dropout": 0.0, **architecture}
+    usual, _ = trained(settings(steps=2, out=tmp_path / "usual", **changes))
+    trained(settings(steps=1, **changes))
+    file = tmp_path / "run" / "step-000001" / "training.json"
+    numbers = checkpoints.load_numbers(file.parent)
+    del numbers["settings"]["rollout"]["readout_tokens"]
+    checkpoints.record(file.parent, numbers)
+    called.clear()
+    run, _ = trained(settings(steps=2, readout_tokens=47, resume=True, **changes))
+    assert [str(change) for change in run.parts.changes] == ["steps 1 -> 2", "rollout.readout_tokens None -> 47"]
+    assert called[:3] == [2, 2, 1]  # of 2 x 8 tokens, and a Memformer's two start tokens
+    assert_close(weights(run), weights(usual), rtol=1e-4, atol=1e-5)
 
 
 def test_as_many_graphs_are_kept_as_fit(settings, tmp_path, monkeypatch):

@@ -102,6 +102,7 @@ class CausalMemformer(LanguageModel):
     config: CausalConfig
     config_class = CausalConfig
     kind = "CausalMemformer"
+    steps_alike = True
 
     def __init__(
         self,

@@ -81,9 +81,12 @@ class SegmentModel(Pretrained):
 
     Attributes:
         reads_its_targets: whether what it reads is what it predicts, so that no target has to be given.
+        steps_alike: whether :meth:`next_logits` does the same for each token, with tensors that stay where they are, so
+            that it can be captured as a CUDA graph.
     """
 
     reads_its_targets: ClassVar[bool]
+    steps_alike: ClassVar[bool] = False
 
     def resize_memory(self, num_memory_slots: int, *, generator: torch.Generator | None = None) -> None:
         """Give the memory, or each of several, another number of slots, in place.

@@ -245,6 +245,7 @@ class Network(SegmentModel):
 
     config: MemformerConfig
     reads_its_targets = False
+    steps_alike = True
 
     def __init__(self, config: MemformerConfig):
         super().__init__()

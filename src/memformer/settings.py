@@ -252,24 +252,23 @@ class RolloutSettings(Typed):
     into 256 MB, and one at least. A budget chooses N itself."""
     offload: str | None = None
     """Where stored memories are kept: cpu, or a folder on a disk; by default on the device."""
+    readout_tokens: int | None = None
+    """Predict this many tokens at once, in whole segments: fewer take less memory. By default what suits the device."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("lanes", "segment_length", "horizon", "horizon_steps", "accumulate"):
             check_count(name, getattr(self, name))
-        if self.graphs is not None:
-            check_count("graphs", self.graphs, least=0)
-        if self.stretch is not None:
-            check_count("stretch", self.stretch)
-            if not self.spread:
-                raise ValueError("stretch: with --no-spread documents are not cut; leave one of the two out")
+        for name, least in (("graphs", 0), ("horizon_start", 1), ("readout_tokens", 1), ("stretch", 1)):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least)
+        if self.stretch is not None and not self.spread:
+            raise ValueError("stretch: with --no-spread documents are not cut; leave one of the two out")
         self.replay_schedule()
-        if self.horizon_start is not None:
-            check_count("horizon_start", self.horizon_start)
-            if self.horizon_start > self.horizon:
-                raise ValueError(
-                    f"horizon_start: expected at most the horizon {self.horizon}, got {self.horizon_start}"
-                )
+        if (self.horizon_start or 0) > self.horizon:
+            raise ValueError(f"horizon_start: expected at most the horizon {self.horizon}, got {self.horizon_start}")
+        if self.readout_tokens is not None and self.horizon == 1:
+            raise ValueError("readout_tokens: has no meaning with a horizon of 1, which is one segment; leave it out")
 
     def horizon_at(self, step: int) -> int:
         """The horizon of a step, counted from 0: a line from ``horizon_start`` to ``horizon``."""

@@ -21,6 +21,7 @@ from ..data import TokenIds, Tokenizer
 from ..generation import Filters, Sampling, stream
 from ..interface import SegmentModel
 from ..state import MemoryState
+from ..writing import Capture
 from . import models
 
 __all__ = ["GenerateCommand", "run", "write"]
@@ -48,6 +49,8 @@ class GenerateCommand:
     """Seed of the choices; a --state that goes on draws new numbers."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
+    capture: Capture = "auto"
+    """On CUDA, launch each token as one graph; auto where that pays and can be, on or else refuse."""
     sampling: Filters = field(default_factory=lambda: Filters(temperature=0.9, top_p=0.95))
 
 
@@ -208,6 +211,7 @@ def _continue(
         state=state,
         sampling=Sampling(never=tokenizer.special, stop=[] if end is None else [end], **asdict(command.sampling)),
         generator=generator,
+        capture=command.capture,
     )
     try:
         with _Interrupts() as interrupts:

@@ -27,13 +27,13 @@ from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, chec
 from ..config import ModelConfig, check_count
 from ..data.segments import cut
 from ..data.tokenizers import CONFIG, Tokenizer, load_tokenizer
-from ..generation import Writing, read_lanes
 from ..interface import SegmentModel
 from ..model import Memformer
 from ..nn.losses import each_loss
 from ..nn.positions import Rotary
 from ..pretrained import SHARDS, distinct, read_config, read_shards
 from ..state import MemoryState
+from ..writing import Writing, read_lanes
 from .bases import CACHE, found
 from .cache import Carried, CarriedGenerationMixin
 from .card import TAGS, write_card

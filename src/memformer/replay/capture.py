@@ -48,7 +48,7 @@ def captured(function: Callable[..., Tree], *example: Tree, mode: Mode = "auto",
     gradients, random numbers and the buffers of its modules are afterwards as before.
 
     Args:
-        function: ``function(*inputs)`` calls ``backward`` itself and returns a pytree of tensors.
+        function: ``function(*inputs)`` calls ``backward`` itself, if it is to, and returns a pytree of tensors.
         example: inputs for which it is captured at once; without them it is captured when it is first called.
             Inputs are pytrees of tensors, all on one card, and of things that can be compared, such as numbers.
         mode: "auto" runs eagerly what cannot be captured, and warns once (not on a CPU); "on" raises; "off" always runs
@@ -198,7 +198,7 @@ class _Graph:
             """Returns the leaves of the outputs, then the gradients."""
             for x in self.targets:
                 x.grad = None
-            with _no_autocast_cache():
+            with _own_casts():
                 outputs, self.spec = tree_flatten(function(*inputs))
             return [*map(_detached, outputs), *(x.grad for x in self.targets)]
 
@@ -321,15 +321,12 @@ def _waiting_refused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """A weight that was converted before is not the one of a launch, and one of a launch is nobody else's."""
-    before = torch.is_autocast_cache_enabled()
+def _own_casts() -> Iterator[None]:
+    """A weight that autocast converted before is not the one of a launch, and one of a launch is nobody else's."""
     torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
         torch.clear_autocast_cache()
 
 
@@ -376,7 +373,7 @@ def _leaves_with_gradients(device: torch.device) -> list[Tensor]:
 
 def _refuse_parallel(targets: Sequence[Tensor]) -> None:
     ids = {id(x) for x in targets}
-    for x in gc.get_objects():
+    for x in gc.get_objects() if ids else ():
         if issubclass(type(x), DistributedDataParallel) and any(id(p) in ids for p in x.parameters()):
             raise NotCapturedError(
                 "what it trains is wrapped in DistributedDataParallel, whose exchange of gradients is not captured: "

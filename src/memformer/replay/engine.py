@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -110,6 +111,7 @@ class Run:
         self.buffers: dict[int, BufferState] = {}
         self.graphs: dict[int, Graph] = {}
         self.recording = True
+        self.casts_lack_graphs = True  # of the weights that autocast has converted and kept
         in_grad_mode = not self.differentiable or self.world.has_a_fast_path()
         self.records_with_graph = self.environment.grad_enabled and in_grad_mode
         self.carrying: list[list[bool]] | None = None
@@ -155,7 +157,7 @@ class Run:
             values += self._do(action)
         # A weight that autocast converted here must not serve others: it may lack a graph, or keep ours alive.
         torch.clear_autocast_cache()
-        self.recording = False
+        self.recording, self.casts_lack_graphs = False, True
         self.segments.let_go()
         leaves = values + self.memory.leaves
         self.memory = self.returned = self.initial
@@ -187,7 +189,9 @@ class Run:
         self.segment_grads: list[Grads] = []
         self._carry_to(len(self.segments), list(output_grads[ends[-1] :]))
         self.parameter_grads = GradientSums(self.parameters)
-        with self.world.restored(), self.environment.random_numbers_kept(), self.parameter_grads:
+        # Where FSDP gathers the weights for each segment, they are not to be kept in another form.
+        kept = contextlib.nullcontext() if self.in_place else self.environment.casts_kept()
+        with self.world.restored(), self.environment.random_numbers_kept(), kept, self.parameter_grads:
             for action in self.plan.replay:
                 self._do(action)
         self.memory = self.returned = self.initial
@@ -228,6 +232,7 @@ class Run:
         if self.records_with_graph:
             return self._advance_in_grad_mode(t, with_loss)
         try:
+            self.casts_lack_graphs = True
             with torch.no_grad():
                 value, after = self._call_cell(t, self.segments[t].tree(), self.memory.tree(), with_loss)
         except RuntimeError as error:
@@ -256,7 +261,9 @@ class Run:
 
     def _build_graph(self, t: int) -> list[object]:
         """Run segment ``t`` with a graph that starts at the memory before it."""
-        torch.clear_autocast_cache()  # of weights that were converted without a graph
+        if self.casts_lack_graphs or self.in_place:
+            torch.clear_autocast_cache()
+            self.casts_lack_graphs = False  # several segments' graphs may share what has one
         self.segments.fetch(t)  # an error in it is not the cell's
         with torch.enable_grad():
             try:

@@ -70,6 +70,19 @@ class Environment:
     def _autocast_now(self) -> list[tuple[str, torch.dtype, bool]]:
         return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in self.kinds]
 
+    @contextlib.contextmanager
+    def casts_kept(self) -> Iterator[None]:
+        """Weights that autocast converts inside serve until the end, not until it is left next."""
+        if not self.caches_casts or not any(enabled for _, _, enabled in self.autocast):
+            yield
+            return
+        torch.autocast_increment_nesting()
+        try:
+            yield
+        finally:
+            torch.autocast_decrement_nesting()
+            torch.clear_autocast_cache()
+
     def restored(self) -> contextlib.AbstractContextManager[object]:
         """Autocast, cuDNN and the caching of parametrised weights as they were when the rollout started."""
         same_autocast = self.autocast == self._autocast_now()

@@ -164,7 +164,7 @@ def _parallel(model: SegmentModel, settings: TrainingConfig, ranks: Ranks, devic
     # Under FSDP a graph's size is not what it is made of: weights are gathered for it.
     unsaid = (how.schedule, how.graphs, how.offload) == ("every", None, None)
     keeping = how.replay_schedule if unsaid and not divided else None
-    rollouts = RolloutLoss(model, replay.Options(schedule=how.replay_schedule()), keeping)
+    rollouts = RolloutLoss(model, replay.Options(schedule=how.replay_schedule()), keeping, how.readout_tokens)
     if ranks.size > 1 and settings.compute.parallel == "ddp":
         return DistributedDataParallel(rollouts)
     return rollouts

@@ -197,13 +197,18 @@ class RolloutLoss(nn.Module):
         options: how the gradients travel.
         keeping: the schedule that keeps so many graphs, in place of that of the options: as many as fit into
             ``GRAPHS_BYTES``. None: the options say it all.
+        readout_tokens: see :func:`~memformer.rollouts.rollout`.
     """
 
     def __init__(
-        self, model: SegmentModel, options: replay.Options, keeping: Callable[[int], replay.Schedule] | None = None
+        self,
+        model: SegmentModel,
+        options: replay.Options,
+        keeping: Callable[[int], replay.Schedule] | None = None,
+        readout_tokens: int | None = None,
     ):
         super().__init__()
-        self.model, self.options, self._keeping = model, options, keeping
+        self.model, self.options, self._keeping, self._readout_tokens = model, options, keeping, readout_tokens
 
     def forward(
         self,
@@ -248,6 +253,7 @@ class RolloutLoss(nn.Module):
                 wavefront=at_once,
                 method=method,
                 options=options,
+                readout_tokens=self._readout_tokens,
                 tally=tally,
             )
         except RuntimeError as error:
