@@ -262,7 +262,7 @@ def test_every_kind_of_model(tmp_path, format, writer, positions):
 @pytest.mark.parametrize(("writer", "positions"), list(product(WRITERS, POSITIONS)))
 def test_every_kind_of_causal_model(tmp_path, format, memory, writer, positions):
     model = small_causal(
-        memory=memory, memory_writer=writer, positions=positions, num_mem_updates=2, tie_embeddings=True, overlap=7
+        memory=memory, memory_writer=writer, positions=positions, num_mem_updates=2, tie_embeddings=True, overlap=5
     )
     export(model, tmp_path, format=format)
     for batch_size in (1, 2, 5):
