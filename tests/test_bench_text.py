@@ -237,6 +237,30 @@ def test_peers_spend_the_same(monkeypatch, tmp_path):
     assert {(run["variant"][0], run["steps"]) for run in runs} == {("memformer", 4), ("memory off", 10)}
 
 
+def test_one_file_holds_trainings_that_begin_anew_and_others(monkeypatch, tmp_path):
+    small(monkeypatch)
+    out = tmp_path / "runs.json"
+    command = [
+        "bench",
+        "text",
+        *SMALL,
+        "--horizons",
+        "2",
+        "--seeds",
+        "0",
+        "--learning-rates",
+        "1e-2",
+        "--out",
+        str(out),
+    ]
+    for restart in ([], ["--restart", "2"], ["--restart", "2"]):
+        assert main([*command, *restart, "--out", str(out)]) == 0
+    never, anew = json.loads(out.read_text())["runs"]
+    assert "restart" not in never["run"], "as in files of earlier versions"
+    assert anew["run"] == never["run"] | {"restart": 2}
+    assert anew["result"]["bits_per_byte"] != never["result"]["bits_per_byte"]
+
+
 def test_a_study_may_be_of_the_causal_model(monkeypatch, capsys):
     small(monkeypatch)
     command = ["bench", "text", "--contestant", "causal", "--seeds", "0", *SMALL]

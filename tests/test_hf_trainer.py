@@ -171,6 +171,14 @@ def test_training_is_plain_bptt(tmp_path, accumulate, horizon, schedule):
     assert not torch.equal(model.writer.initial(1), model_of().writer.initial(1))
 
 
+def test_stretches_have_a_limit(tmp_path):
+    trainer = trainer_of(tmp_path, spread=True, stretch=1, max_steps=1)
+    trainer.train()
+    assert trainer._stream.stretches == sum(-(-len(row) // LENGTH) for row in TRAINING)
+    with pytest.raises(ValueError, match="stretch: documents of an iterable, whose lengths are not known, are not cut"):
+        trainer_of(tmp_path, spread=True, stretch=1, max_steps=1, train=iter(TRAINING)).train()
+
+
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
 
@@ -411,6 +419,8 @@ def test_a_run_as_users_know_it(tmp_path):
         (dict(horizon=0), "horizon: expected"),
         (dict(schedule="cosine"), "schedule: expected every, binomial:N"),
         (dict(readout_tokens=0), "readout_tokens: expected"),
+        (dict(spread=True, stretch=0), "stretch: expected a whole number of at least 1, got 0"),
+        (dict(stretch=3), "stretch: with spread=False documents are not cut; leave one of the two out"),
         (
             dict(label_smoothing_factor=0.1),
             "label_smoothing_factor: the loss is the tokens' own. Leave it out, got 0.1",

@@ -34,7 +34,7 @@ from .sampling import (
     penalise_repetition,
 )
 from .state import MemoryState
-from .writing import Capture, Generators, Stream, Writing, check_capture, diverged, read_lanes
+from .writing import Capture, Generators, Stream, Writing, after_last, check_capture, diverged, read_lanes
 
 __all__ = [
     "Filters",
@@ -102,7 +102,7 @@ def _beam_search(
             for lane, row in zip(lanes[done].tolist(), rows.gather(1, best)[done, 0].tolist(), strict=True):
                 written = _tokens(histories[row])
                 tokens = torch.tensor(written, dtype=torch.int64, device=device)
-                found[lane] = tokens, _after(writing.state.select([row]), *written[-1:])
+                found[lane] = tokens, after_last(writing.state.select([row]), *written[-1:])
             lanes, scores, ended, count, rows = (x[~done] for x in (lanes, scores, ended, count, rows))
             writing.select(rows.flatten().to(device))
             histories = [histories[row] for row in rows.flatten().tolist()]
@@ -133,11 +133,6 @@ def _beam_search(
         ended = ended | torch.isin(token, stops)
     results = [found[lane] for lane in range(state.batch_size)]
     return Generated([tokens for tokens, _ in results], MemoryState.cat([after for _, after in results]))
-
-
-def _after(state: MemoryState, *last: int) -> MemoryState:
-    """The state of one lane after its last token: the start token has ended a document, and begins the next one."""
-    return state.reset([0]) if last == (state.start,) else state
 
 
 def _tokens(history: _History) -> list[int]:

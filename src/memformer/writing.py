@@ -31,6 +31,7 @@ __all__ = [
     "Generators",
     "Stream",
     "Writing",
+    "after_last",
     "check_capture",
     "diverged",
     "read_lanes",
@@ -127,6 +128,11 @@ class Writing:
         self.state = self.state.select(lanes)
         self.filled = [self.filled[i] for i in lanes.tolist()]
         self.opened = tree_map(lambda x: x[lanes], self.opened)
+
+
+def after_last(state: MemoryState, *last: int) -> MemoryState:
+    """The state of one lane after its last token: the start token has ended a document, and begins the next one."""
+    return state.reset([0]) if last == (state.start,) else state
 
 
 def diverged() -> ValueError:
@@ -349,9 +355,9 @@ class Stream(Iterator[Tensor]):
         self._places = torch.tensor(self._lanes, dtype=torch.int64, device=self._index.device)
 
     def _after(self, row: int) -> MemoryState:
-        """The state of one lane after its last token: the start token has ended a document, and begins the next one."""
+        """:func:`after_last`, of one of the lanes."""
         state, filled = self._writing.state.select([row]), self._writing.filled[row]
         if self._choice.start not in self._choice.sampling.stop:
             return state
         last = state.pending[0, filled - 1] if filled else state.segment[0, -1]
-        return state.reset([0]) if int(last) == self._choice.start else state
+        return after_last(state, int(last))

@@ -363,8 +363,9 @@ def _train(settings: TextBenchmark, entrants: Mapping[str, Build], trial: Trial)
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = trial["learning_rate"] * warmup_cosine(step, steps, WARM_UP, least=0.1)
-        before: Any = None if _begins(step, restart) else state
-        state = _gradient(contestant, tokens, before, variant.horizon)
+        if _begins(step, restart):
+            state = None
+        state = _gradient(contestant, tokens, state, variant.horizon)
         torch.nn.utils.clip_grad_norm_(contestant.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

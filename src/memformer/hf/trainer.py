@@ -209,6 +209,10 @@ class MemoryTrainer(Trainer):
         if documents is None:
             raise ValueError("train_dataset: training needs documents, got None")
         processes, indexed = self.accelerator.num_processes, _indexed(documents)
+        if self.args.stretch is not None and not indexed:
+            raise ValueError(
+                "stretch: documents of an iterable, whose lengths are not known, are not cut; leave it out"
+            )
         once = not indexed and iter(documents) is documents
         self._stream = Lanes(
             _Documents("train_dataset", documents) if indexed else documents,
