@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from memformer import CausalMemformer
 from memformer.model import Memformer
 from memformer.nn.blocks import Block
-from memformer.nn.memory import GatedWriter, NormalisedWriter
+from memformer.nn.memory import GatedWriter, NormalisedWriter, PlacedWriter
 from memformer.nn.positions import BucketedBias, RelativeEncoding, Rotary
 
 
@@ -104,9 +104,8 @@ def block(
     return x + layer.feed_forward(layer.feed_norm(x))
 
 
-def layer_context(projection: nn.Linear, context: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of one layer, from its own rows of the common projection."""
-    dim = context.shape[-1]
+def layer_context(projection: nn.Linear, context: Tensor, index: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer, (rows, dim), from its own rows of the common projection."""
     first, second = (slice((2 * index + n) * dim, (2 * index + n + 1) * dim) for n in (0, 1))
     weight, bias = projection.weight, projection.bias
     return context @ weight[first].T + bias[first], context @ weight[second].T + bias[second]
@@ -117,7 +116,12 @@ def encode(model: Memformer, src: Tensor, memory: Tensor, mask: Tensor | None = 
     encoder, x = model.encoder, model.encoder.embedding.weight[src]
     kept = torch.ones(len(src), dtype=torch.bool) if mask is None else mask
     for i, layer in enumerate(encoder.layers):
-        context = layer_context(encoder.memory_projection.to_kv, encoder.memory_norm(memory), i)
+        normed = encoder.memory_norm(memory)
+        if isinstance(model.writer, PlacedWriter):  # what a head of a slot holds is read by itself
+            normed = torch.stack(
+                [head(slot, h, model.writer.heads) for slot in normed for h in range(model.writer.heads)]
+            )
+        context = layer_context(encoder.memory_projection.to_kv, normed, i, model.config.dim)
         x = block(layer, x, *context, kept.expand(len(src), -1), None)
     return encoder.norm(x) * kept[:, None]
 
@@ -155,7 +159,7 @@ def last_logits(model: Memformer, tgt: Tensor, kept: Tensor, enc_out: Tensor, sr
     allowed = torch.tensor([[i == j or bool(i > j and kept[j]) for j in range(len(tgt))] for i in range(len(tgt))])
     context_allowed = None if src_mask is None else src_mask.expand(len(tgt), -1)
     for i, layer in enumerate(decoder.layers):
-        context = layer_context(decoder.context_projection.to_kv, enc_out, i)
+        context = layer_context(decoder.context_projection.to_kv, enc_out, i, model.config.dim)
         x = block(layer, x, *context, allowed, context_allowed)
     return decoder.to_logits(decoder.norm(x[-1]))
 
@@ -164,9 +168,20 @@ def last_logits(model: Memformer, tgt: Tensor, kept: Tensor, enc_out: Tensor, sr
 
 
 def slot_attention(
-    q: Tensor, own_k: Tensor, own_v: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, temperature: float
+    q: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    temperature: float,
+    places: Tensor | None = None,
 ) -> Tensor:
-    """q, own_k, own_v (slots, dim): each slot alone before itself and the kept tokens (paper v2, section 3.3)."""
+    """q, own_k, own_v (slots, dim): each slot alone before itself and the kept tokens (paper v2, section 3.3).
+
+    places (slots, heads, length): what each head of a slot prefers, by where in the kept tokens it looks.
+    """
     kept = [j for j in range(len(k)) if mask is None or mask[j]]
     slots = []
     for i in range(len(q)):
@@ -175,7 +190,11 @@ def slot_attention(
             seen_k = torch.stack([head(own_k[i], h, heads), *(head(k[j], h, heads) for j in kept)])
             seen_v = torch.stack([head(own_v[i], h, heads), *(head(v[j], h, heads) for j in kept)])
             query = head(q[i], h, heads)
-            weights = (seen_k @ query / (math.sqrt(len(query)) * temperature)).softmax(0)
+            logits = seen_k @ query / (math.sqrt(len(query)) * temperature)
+            if places is not None and kept:
+                there = [math.floor(n / len(kept) * places.shape[2] + 1e-9) for n in range(len(kept))]
+                logits = logits + torch.cat([logits.new_zeros(1), places[i, h][there]])
+            weights = logits.softmax(0)
             parts.append(weights @ seen_v)
         slots.append(torch.cat(parts))
     return torch.stack(slots)
@@ -187,7 +206,8 @@ def write(writer: NormalisedWriter | GatedWriter, memory: Tensor, x: Tensor, mas
         names = torch.stack([math.sqrt(len(b)) * b / b.norm() for b in writer.bias])
         q, own_k = (0.3 * (normed + names) / math.sqrt(2) @ writer.slots_to_qk.weight.T).chunk(2, -1)
         k, v = (0.3 * x @ writer.segment_to_kv.weight.T).chunk(2, -1)
-        moved = slot_attention(q, own_k, memory, k, v, writer.heads, mask, writer.temperature)
+        places = writer.places if isinstance(writer, PlacedWriter) else None
+        moved = slot_attention(q, own_k, memory, k, v, writer.heads, mask, writer.temperature, places)
         return torch.stack([slot / slot.square().sum().sqrt() for slot in moved + writer.scale * writer.bias])
     k, v = writer.segment_kv(x).chunk(2, -1)
     q, own_k, own_v = writer.slot_qkv(normed).chunk(3, -1)

@@ -57,7 +57,7 @@ def test_context_projection_gives_each_layer_its_own() -> None:
     pairs = projection(context)
     assert len(pairs) == 3
     for layer, pair in enumerate(pairs):
-        for actual, expected in zip(pair, naive.layer_context(projection.to_kv, context, layer), strict=True):
+        for actual, expected in zip(pair, naive.layer_context(projection.to_kv, context, layer, DIM), strict=True):
             torch.testing.assert_close(merge_heads(actual), expected)
 
 
@@ -97,3 +97,14 @@ def test_each_sublayer_has_dropout() -> None:
             nn.init.constant_(other.bias, 1 if other is part else 0)
         assert (layer(x, context) - x).round(decimals=9).unique().tolist() == [0, 2]
     assert torch.equal(layer.eval()(x, context), x + 1)
+
+
+def test_rows_of_a_context_in_parts_are_more_rows() -> None:
+    context = randn(2, 3, DIM)
+    parts = context.view(2, 6, DIM // 2)
+    whole, halves = (ContextProjection(DIM, HEADS, 2, count).double() for count in (1, 2))
+    assert halves.to_kv.weight.shape == (4 * DIM, DIM // 2)
+    for layer, pair in enumerate(halves(context)):
+        for actual, expected in zip(pair, naive.layer_context(halves.to_kv, parts, layer, DIM), strict=True):
+            torch.testing.assert_close(merge_heads(actual), expected)
+    assert whole(context)[0][0].shape == (2, HEADS, 3, DIM // HEADS)

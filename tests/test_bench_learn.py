@@ -219,13 +219,12 @@ def test_the_sizes_are_those_of_the_command(capsys):
 def test_flops_grow_with_segments_and_with_the_batch():
     task = TASKS["retrieval"]
     model = learn._contestant(learn.LearningBenchmark(**TINY), "memformer", OWN, task)
-    costs = learn._flops_per_segments(model, task, 4)
-    assert len(costs) == 3
-    assert list(costs) == [3, 4, 5], "with question and answer"
-    assert costs[5] - costs[4] == costs[4] - costs[3] > 0, "each segment more costs the same"
-    episode = task.draw(4, torch.Generator(), 3)
-    whole = learn.flops(lambda: model(episode).loss(episode).backward())
-    assert whole == costs[5]
+    episodes = [task.draw(4, torch.Generator(), segments) for segments in (1, 2, 3)]
+    costs = [learn._flops(model, episode) for episode in episodes]
+    assert costs[2] - costs[1] == costs[1] - costs[0] > 0, "each segment more costs the same"
+    assert all(parameter.grad is None for parameter in model.parameters())
+    whole = learn.flops(lambda: model(episodes[2]).loss(episodes[2]).backward())
+    assert whole == 4 * costs[2]
 
 
 def test_pixels_are_compared_in_bits():

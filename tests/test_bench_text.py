@@ -244,10 +244,14 @@ def test_peers_are_told_what_reading_takes(monkeypatch, capsys, tmp_path):
     report = capsys.readouterr().out
     rows = [line for line in report[report.index("reading on") :].splitlines() if line.startswith(names)]
     assert [row[:20].strip() for row in rows] == list(names)
-    carried, at_work, *speeds = zip(*([float(cell.replace(",", "")) for cell in row[20:].split()] for row in rows))
+    cells = [[float(cell.replace(",", "")) for cell in row[20:].split()] for row in rows]
+    carried, at_work, *speeds = zip(*cells, strict=True)
     numbers = [line.split() for line in report.splitlines() if line.startswith("causal  ")]
-    assert carried[1] == 0 and carried[2] == 4 * float(numbers[0][2].replace(",", "")), "float32, as the table before"
-    assert min(at_work) > 0 and len(speeds) == 2 and min(map(min, speeds)) > 0
+    assert carried[1] == 0
+    assert carried[2] == 4 * float(numbers[0][2].replace(",", "")), "float32, as the table before"
+    assert min(at_work) > 0
+    assert len(speeds) == 2
+    assert min(map(min, speeds)) > 0
 
 
 def test_one_file_holds_trainings_that_begin_anew_and_others(monkeypatch, tmp_path):

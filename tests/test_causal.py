@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from helpers import WRITERS
 from memformer import memory_replay_backprop, replay
 from memformer.causal import CausalMemformer, CausalMemory
 from memformer.data.segments import Segment
@@ -98,7 +99,7 @@ def test_a_masked_lane_keeps_its_memory_and_a_reset_one_begins_again(memory: str
 
 @given(
     memory=st.sampled_from(["layers", "one"]),
-    writer=st.sampled_from(["normalised", "gated"]),
+    writer=st.sampled_from(WRITERS),
     positions=st.sampled_from(["rotary", "relative", "bucketed"]),
     overlap=st.integers(0, 3),
     depth=st.integers(1, 4),
@@ -142,7 +143,7 @@ def test_replay_equals_bptt(
 
 
 @given(
-    writer=st.sampled_from(["normalised", "gated"]),
+    writer=st.sampled_from(WRITERS),
     positions=st.sampled_from(["rotary", "relative", "bucketed"]),
     depth=st.integers(1, 5),
     updates=st.integers(1, 2),

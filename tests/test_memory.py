@@ -9,15 +9,23 @@ from torch import Tensor, nn
 import naive
 from helpers import WRITERS, mask
 from memformer.nn.attention import merge_heads, split_heads
-from memformer.nn.memory import WRITERS as CLASSES
-from memformer.nn.memory import NormalisedWriter, SlotWriter, SlowLinear, normalise, slot_attention
+from memformer.nn.memory import (
+    NormalisedWriter,
+    PlacedWriter,
+    SlotWriter,
+    SlowLinear,
+    new_writer,
+    normalise,
+    slot_attention,
+    slot_attention_weights,
+)
 
 DIM, SLOTS, HEADS, BATCH, LENGTH = 8, 3, 2, 2, 5
 MASKS = [None, mask("11100", "01011"), mask("00000", "11111")]
 
 
 def make(kind: str, temperature: float = 0.5) -> SlotWriter:
-    writer = CLASSES[kind](DIM, SLOTS, HEADS, temperature).double()
+    writer = new_writer(kind, DIM, SLOTS, HEADS, temperature, LENGTH + 2).double()
     for parameter in writer.parameters():
         nn.init.normal_(parameter, std=0.7)
     return writer
@@ -63,10 +71,13 @@ def test_writer_equals_loops(kind: str, kept: Tensor | None) -> None:
 def test_attention_on_itself_equals_loops(kind: str, kept: Tensor | None) -> None:
     """With 1 for the slot's own value and 0 for the tokens', what a head finds is the share on the slot itself."""
     writer, memory, x = make(kind), randn(BATCH, SLOTS, DIM), randn(BATCH, LENGTH, DIM)
-    q, own_k, _, k, _ = (merge_heads(part) for part in writer.parts(memory, x))
+    q, own_k, _, k, _ = (merge_heads(part) for part in writer.projected(memory, x))
     ones, zeros = torch.ones_like(q[0]), torch.zeros_like(x[0])
+    places = getattr(writer, "places", None)
     found = [
-        naive.slot_attention(q[b], own_k[b], ones, k[b], zeros, HEADS, None if kept is None else kept[b], 0.5).mean(-1)
+        naive.slot_attention(
+            q[b], own_k[b], ones, k[b], zeros, HEADS, None if kept is None else kept[b], 0.5, places
+        ).mean(-1)
         for b in range(BATCH)
     ]
     torch.testing.assert_close(writer.attention_on_itself(memory, x, kept), torch.stack(found), rtol=1e-11, atol=1e-11)
@@ -142,7 +153,7 @@ def test_the_initial_memory_is_learned_and_the_same_for_all_lanes(kind: str) -> 
     initial = writer.initial(3)
     assert initial.shape == (3, SLOTS, DIM)
     assert torch.equal(initial[0], initial[2])
-    parameter = writer.bias if kind == "normalised" else writer.slots
+    parameter = writer.get_parameter(writer.per_slot)
     (grad,) = torch.autograd.grad((initial * torch.randn_like(initial)).sum(), parameter)
     assert (grad != 0).all()
 
@@ -198,3 +209,30 @@ def test_a_slow_map_is_a_linear_map_that_adam_changes_more_slowly() -> None:
     torch.testing.assert_close(0.3 * slow.weight - before, 0.3 * (usual.weight - before), rtol=1e-3, atol=1e-6)
     std = 0.3 * SlowLinear(64, 1000).weight.std().item()
     assert std == pytest.approx((3 * 64) ** -0.5, rel=0.02), "it begins as any other"
+
+
+def test_a_segment_is_divided_among_the_heads_of_slots() -> None:
+    """In order, whatever its length; masked tokens do not count."""
+    writer = PlacedWriter(DIM, 3, 2, 0.25, 12)
+    near = writer.places.view(6, 12) > 0
+    assert near.any(1).all()
+    assert near.any(0).all()
+    centres = (near * torch.arange(12)).sum(1) / near.sum(1)
+    assert (centres.diff() > 0).all()
+    whole = writer.preference(torch.zeros(1, 12, DIM), None)
+    assert torch.equal(whole[0], writer.places.transpose(0, 1))
+    half = writer.preference(torch.zeros(1, 6, DIM), None)
+    assert torch.equal(half, whole[..., ::2])
+    kept = mask("0110111100")
+    of_kept = writer.preference(torch.zeros(1, 10, DIM), kept)
+    assert torch.equal(of_kept[..., kept[0]], half)
+
+
+def test_most_of_what_a_new_placed_slot_finds_is_from_its_place() -> None:
+    writer = PlacedWriter(64, 4, 2, 0.25, 32)
+    memory, x = writer.initial(8), torch.nn.functional.layer_norm(torch.randn(8, 32, 64), (64,))
+    q, own_k, _, k, _ = writer.projected(memory, x)
+    preference = writer.preference(x, None)
+    _, on_segment = slot_attention_weights(q, own_k, k, temperature=0.25, preference=preference)
+    near = on_segment[(preference > 0).expand_as(on_segment)].sum() / on_segment.sum()
+    assert near > 0.8

@@ -25,7 +25,8 @@ def test_kept_slots_begin_and_are_written_as_before(writer: str, slots: int) -> 
     model, kept = tiny(memory_writer=writer), min(slots, 3)
     mems, x, initial = memory(model, 2), torch.randn(2, 6, 8, dtype=torch.float64), model.get_initial_mem(2)
     written, attention = model.writer(mems, x), model.writer.attention_on_itself(mems, x)
-    others = {name: p for name, p in model.named_parameters() if name != f"writer.{model.writer.per_slot}"}
+    of_slots = {f"writer.{model.writer.per_slot}", "writer.places"}
+    others = {name: p for name, p in model.named_parameters() if name not in of_slots}
     model.resize_memory(slots, generator=seeded())
     assert model.config.num_memory_slots == slots
     assert model.get_initial_mem(2).shape == (2, slots, 8)
@@ -36,7 +37,7 @@ def test_kept_slots_begin_and_are_written_as_before(writer: str, slots: int) -> 
     torch.testing.assert_close(after, attention[:, :kept], rtol=1e-12, atol=1e-12)
     # And all that is not a slot's own is the same parameter still.
     assert all(model.get_parameter(name) is parameter for name, parameter in others.items())
-    assert len(others) == len(list(model.parameters())) - 1
+    assert len(others) == len(list(model.parameters())) - (2 if writer == "placed" else 1)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -79,7 +80,7 @@ def test_new_slots_are_those_of_a_new_model(writer: str) -> None:
     model.resize_memory(1)
     model.resize_memory(257, generator=seeded())
     new, first = (getattr(each.writer, each.writer.per_slot).detach() for each in (model, built))
-    norm = 1.0 if writer == "normalised" else 64**0.5
+    norm = 64**0.5 if writer == "gated" else 1.0
     for slots in (new[1:], first):
         assert float(slots.norm(dim=-1).mean()) == pytest.approx(norm, rel=0.02)
         assert float(slots.std()) == pytest.approx(norm / 8, rel=0.02)

@@ -30,7 +30,7 @@ from .nn.causal import (
     visible_to,
 )
 from .nn.losses import Head, each_loss, vocabulary_loss
-from .nn.memory import WRITERS, SlotWriter
+from .nn.memory import SlotWriter, new_writer
 from .nn.positions import positions as positions_of
 from .state import MemoryState
 
@@ -533,8 +533,8 @@ def _stack(config: CausalConfig) -> MemoryInEachLayer | OneMemory:
         return made
 
     def writer() -> SlotWriter:
-        make = WRITERS[config.memory_writer]
-        return make(config.dim, config.num_memory_slots, config.mem_update_attn_heads, config.write_temperature)
+        slots, heads, temperature = config.num_memory_slots, config.mem_update_attn_heads, config.write_temperature
+        return new_writer(config.memory_writer, config.dim, slots, heads, temperature, config.max_seq_len)
 
     updates, overlap = config.num_mem_updates, config.overlap
     if config.memory == "one":

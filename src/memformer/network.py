@@ -24,7 +24,7 @@ from .interface import Divisor, SegmentModel, Step, TokenLosses, as_pairs, as_te
 from .nn.attention import ContextProjection, KeysValues, causal_mask
 from .nn.blocks import Block, embedding_table
 from .nn.losses import VocabularyLoss, vocabulary_loss
-from .nn.memory import WRITERS, SlotWriter
+from .nn.memory import SlotWriter, new_writer, parts_of
 from .nn.positions import positions
 from .state import MemoryState
 
@@ -60,9 +60,9 @@ class Opened(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Reads a segment and the memory in every layer (paper, section 3.2)."""
+    """Reads a segment and the memory, each slot in so many ``parts``, in every layer (paper, section 3.2)."""
 
-    def __init__(self, embedding: nn.Embedding, layers: list[Block], heads: int, dropout: float):
+    def __init__(self, embedding: nn.Embedding, layers: list[Block], heads: int, dropout: float, parts: int):
         super().__init__()
         dim = embedding.embedding_dim
         self.embedding = embedding
@@ -71,7 +71,7 @@ class Encoder(nn.Module):
         for layer in layers:
             layer.self_attention.begin_with_copies()
         self.memory_norm = nn.LayerNorm(dim)
-        self.memory_projection = ContextProjection(dim, heads, len(layers))
+        self.memory_projection = ContextProjection(dim, heads, len(layers), parts)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, src: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -252,9 +252,10 @@ class Network(SegmentModel):
         self.config = config
         embedding = embedding_table(config.enc_num_tokens, config.dim)
         layers = _layers(config, config.enc_depth, config.enc_heads, config.enc_max_seq_len, causal=False)
-        self.encoder = Encoder(embedding, layers, config.enc_heads, config.dropout)
-        self.writer = WRITERS[config.memory_writer](
-            config.dim, config.num_memory_slots, config.mem_update_attn_heads, config.write_temperature
+        kind, heads = config.memory_writer, config.mem_update_attn_heads
+        self.encoder = Encoder(embedding, layers, config.enc_heads, config.dropout, parts_of(kind, heads))
+        self.writer = new_writer(
+            kind, config.dim, config.num_memory_slots, heads, config.write_temperature, config.enc_max_seq_len
         )
         self.decoder: Decoder | None = None
         if config.encoder_only:

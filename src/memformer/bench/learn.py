@@ -173,7 +173,7 @@ def _judged_on(name: str, task: Task) -> dict[str, tuple[Task, int]]:
     """By what a table calls them: the tasks that a run is judged on in the end, and their segments of information."""
     if isinstance(task, KeyValue):
         counts = [n for n in FEWER if n < task.pairs] + [task.pairs]
-        return {str(n): (dataclasses.replace(task, pairs=n, room=task.pairs), task.segments) for n in counts}
+        return {str(n): (dataclasses.replace(task, pairs=n), task.segments) for n in counts}
     return {str(n): (task, n) for n in (task.segments, *LONGER.get(name, ()))}
 
 
@@ -186,20 +186,22 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
     optimizer, schedule = optimizing(parameters, trial["learning_rate"], settings.steps)
     generator = torch.Generator().manual_seed(trial["seed"])
     validation = _episodes(held_out, _VALIDATION, task.segments)
-    costs = _flops_per_segments(model, task, settings.batch_size)
+    costs: dict[torch.Size, int] = {}  # of an episode, by its shape
 
     curve: list[tuple[int, float, float]] = []
     seconds, spent, solved_at, diverged_at = 0.0, 0, None, None
     for step in range(1, settings.steps + 1):
         begun = time.perf_counter()
         episode = task.exercise(settings.batch_size, generator)
+        if (shape := episode.tokens.shape[1:]) not in costs:
+            costs[shape] = _flops(model, episode)
         loss = model(episode).loss(episode)
         if not loss.isfinite():
             diverged_at = step
             break
         descend(loss, parameters, optimizer, schedule)
         seconds += time.perf_counter() - begun
-        spent += costs[episode.tokens.shape[1]]
+        spent += settings.batch_size * costs[shape]
         if step % EVERY and step < settings.steps:
             continue
         curve.append((step, *_judge(model, task, validation)))
@@ -218,7 +220,7 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
         },
         "seconds": seconds,
         "flops": spent,
-        "flops_per_step": sum(costs.values()) / len(costs),
+        "flops_per_step": spent / step,
     }
 
 
@@ -245,15 +247,13 @@ def descend(
     schedule.step()
 
 
-def _flops_per_segments(model: Contestant, task: Task, batch_size: int) -> dict[int, int]:
-    """What a training step costs, by its number of segments, all counted; it is proportional to the batch."""
-    costs = {}
-    for segments in range(1, task.segments + 1):
-        episode = task.draw(1, torch.Generator().manual_seed(0), segments)
-        cost = flops(lambda episode=episode: model(episode).loss(episode).backward())  # type: ignore[misc]
-        costs[episode.tokens.shape[1]] = batch_size * cost
+def _flops(model: Contestant, episode: Episode) -> int:
+    """What training on one episode costs, all counted; a batch costs as many times that."""
+    one = Episode(*(part[:1] for part in episode))
+    with torch.random.fork_rng(devices=[]):  # a dropout draws nothing from what the run will draw
+        cost = flops(lambda: model(one).loss(one).backward())
     model.zero_grad()
-    return costs
+    return cost
 
 
 def _episodes(task: Task, seed: int, segments: int) -> list[Episode]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.attention import KeysValues, attend, merge_heads, split_heads
-from ..nn.memory import WRITERS, SlotWriter
+from ..nn.attention import KeysValues, attend, in_parts, merge_heads, split_heads
+from ..nn.memory import SlotWriter, new_writer
 from .configuration import MemoryConfig
 
 __all__ = ["Reader", "Readers", "writer_of"]
@@ -33,17 +33,17 @@ class ZeroLinear(nn.Linear):
 class Reader(nn.Module):
     """Attention of a layer's tokens over the slots. Its output map begins as zero, so it begins as nothing."""
 
-    def __init__(self, dim: int, read_dim: int, heads: int):
+    def __init__(self, dim: int, read_dim: int, heads: int, parts: int):
         super().__init__()
-        self.heads = heads
+        self.heads, self.parts = heads, parts
         self.norm = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, read_dim, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * read_dim, bias=False)
+        self.to_kv = nn.Linear(dim // parts, 2 * read_dim, bias=False)
         self.to_out = ZeroLinear(read_dim, dim, bias=False)
 
     def context(self, slots: Tensor) -> KeysValues:
-        """The slots' keys and values, each (batch, heads, slots, read_dim / heads)."""
-        keys, values = self.to_kv(slots.to(self.to_kv.weight.device)).chunk(2, -1)
+        """The keys and values of the slots, or of their parts, each (batch, heads, slots * parts, read_dim / heads)."""
+        keys, values = self.to_kv(in_parts(slots.to(self.to_kv.weight.device), self.parts)).chunk(2, -1)
         return split_heads(keys, self.heads), split_heads(values, self.heads)
 
     def forward(self, x: Tensor, context: KeysValues) -> Tensor:
@@ -57,10 +57,10 @@ class Readers(nn.Module):
     They are attached by hooks, so a layer keeps its place, its name and its kind.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], dim: int, read_dim: int, heads: int):
+    def __init__(self, layers: Sequence[nn.Module], dim: int, read_dim: int, heads: int, parts: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.each = nn.ModuleList(Reader(dim, read_dim, heads) for _ in layers)
+        self.each = nn.ModuleList(Reader(dim, read_dim, heads, parts) for _ in layers)
         self.open: list[KeysValues] | None = None
         for number, layer in enumerate(layers):
             layer.register_forward_hook(functools.partial(self._beside, number), with_kwargs=True)
@@ -102,6 +102,12 @@ def _with(readers: Readers, contexts: list[KeysValues] | None, function: Callabl
 
 def writer_of(config: MemoryConfig) -> SlotWriter:
     """A new writer of these settings; in single precision where half is the default, for it adds up over segments."""
-    make = WRITERS[config.memory_writer]
-    writer = make(config.hidden_size, config.slots, config.write_heads, config.write_temperature)
+    writer = new_writer(
+        config.memory_writer,
+        config.hidden_size,
+        config.slots,
+        config.write_heads,
+        config.write_temperature,
+        config.segment_length,
+    )
     return writer.float() if torch.get_default_dtype() in HALF else writer

@@ -19,6 +19,7 @@ __all__ = [
     "SelfAttention",
     "attend",
     "causal_mask",
+    "in_parts",
     "merge_heads",
     "split_heads",
 ]
@@ -35,6 +36,11 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(batch, heads, tokens, head_dim) -> (batch, tokens, heads * head_dim)."""
     return x.transpose(-3, -2).flatten(-2)
+
+
+def in_parts(rows: Tensor, parts: int) -> Tensor:
+    """(batch, rows, dim) -> (batch, rows * parts, dim / parts)."""
+    return rows if parts == 1 else rows.unflatten(-1, (parts, -1)).flatten(-3, -2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -195,15 +201,19 @@ class CrossAttention(nn.Module):
 
 
 class ContextProjection(nn.Module):
-    """Keys and values of one context for all layers of a stack, by one product."""
+    """Keys and values of one context for all layers of a stack, by one product.
 
-    def __init__(self, dim: int, heads: int, layers: int):
+    Args:
+        parts: each row of the context is so many keys, of ``dim / parts`` numbers each.
+    """
+
+    def __init__(self, dim: int, heads: int, layers: int, parts: int = 1):
         super().__init__()
-        self.heads, self.layers = heads, layers
-        self.to_kv = nn.Linear(dim, 2 * layers * dim)
+        self.heads, self.layers, self.parts = heads, layers, parts
+        self.to_kv = nn.Linear(dim // parts, 2 * layers * dim)
 
     def forward(self, context: Tensor) -> list[KeysValues]:
-        """(batch, keys, dim) -> one pair per layer."""
-        parts = self.to_kv(context).chunk(2 * self.layers, -1)  # each (batch, keys, dim)
+        """(batch, rows, dim) -> one pair per layer, of rows * parts keys."""
+        parts = self.to_kv(in_parts(context, self.parts)).chunk(2 * self.layers, -1)  # each (batch, keys, dim)
         heads = [split_heads(part, self.heads) for part in parts]
         return list(zip(heads[::2], heads[1::2], strict=True))

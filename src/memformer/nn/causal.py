@@ -141,7 +141,7 @@ class CausalLayer(nn.Module):
         super().__init__()
         self.updates, self.overlap = updates, overlap
         self.memory_norm = nn.LayerNorm(dim)
-        self.memory_projection = ContextProjection(dim, heads, 1)
+        self.memory_projection = ContextProjection(dim, heads, 1, writer.parts)
         self.block = block
         self.norm = nn.LayerNorm(dim)
         self.writer = writer
@@ -243,7 +243,7 @@ class OneMemory(nn.Module):
         super().__init__()
         self.updates, self.overlap = updates, overlap
         self.memory_norm = nn.LayerNorm(dim)
-        self.memory_projection = ContextProjection(dim, heads, len(blocks))
+        self.memory_projection = ContextProjection(dim, heads, len(blocks), writer.parts)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)
         self.writer = writer

@@ -1,14 +1,13 @@
 """The memory's writers: how M_{t-1} and a segment's encoding become M_t (paper v2, section 3.3).
 
 Shapes: memory (batch, slots, dim), x (batch, tokens, dim), mask (batch, tokens), True where x is kept.
-A writer is a module with ``initial(batch_size)`` and ``forward(memory, x, mask)``, which writes once. One of its
-parameters has a row per slot; all others are shared, so the number of slots may change (:meth:`SlotWriter.resize`).
+A writer is a module with ``initial(batch_size)`` and ``forward(memory, x, mask)``, which writes once. Parameters with
+a row per slot are named; all others are shared, so the number of slots may change (:meth:`SlotWriter.resize`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -18,7 +17,17 @@ from torch import Tensor, nn
 from .attention import merge_heads, split_heads
 from .blocks import feed_forward
 
-__all__ = ["GatedWriter", "NormalisedWriter", "SlotWriter", "normalise", "slot_attention", "slot_attention_weights"]
+__all__ = [
+    "GatedWriter",
+    "NormalisedWriter",
+    "PlacedWriter",
+    "SlotWriter",
+    "new_writer",
+    "normalise",
+    "parts_of",
+    "slot_attention",
+    "slot_attention_weights",
+]
 
 
 def slot_attention(
@@ -30,6 +39,7 @@ def slot_attention(
     *,
     mask: Tensor | None = None,
     temperature: float = 1.0,
+    preference: Tensor | None = None,
 ) -> Tensor:
     """Memory slot attention: slot i attends itself and the whole segment, never another slot.
 
@@ -40,22 +50,33 @@ def slot_attention(
         k, v: (batch, heads, tokens, head_dim), the segment's.
         mask: (batch, tokens), True where the segment is kept; None keeps all.
         temperature: below 1 sharpens the attention.
+        preference: added to the logits of the segment, (batch, heads, slots, tokens); None for none.
 
     Returns:
         (batch, heads, slots, head_dim).
     """
-    on_itself, on_segment = slot_attention_weights(q, own_k, k, mask=mask, temperature=temperature)
+    on_itself, on_segment = slot_attention_weights(
+        q, own_k, k, mask=mask, temperature=temperature, preference=preference
+    )
     return on_itself * own_v + on_segment @ v  # (batch, heads, slots, head_dim)
 
 
 def slot_attention_weights(
-    q: Tensor, own_k: Tensor, k: Tensor, *, mask: Tensor | None = None, temperature: float = 1.0
+    q: Tensor,
+    own_k: Tensor,
+    k: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    preference: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weights a_i of :func:`slot_attention`: on the slot itself, (batch, heads, slots, 1), and on the segment,
     (batch, heads, slots, tokens). Together they are 1."""
     q = q / (math.sqrt(q.shape[-1]) * temperature)
     to_itself = (q * own_k).sum(-1, keepdim=True)  # (batch, heads, slots, 1)
     to_segment = q @ k.transpose(-1, -2)  # (batch, heads, slots, tokens)
+    if preference is not None:
+        to_segment = to_segment + preference
     if mask is not None:
         to_segment = to_segment.masked_fill(~mask[..., None, None, :], float("-inf"))
     on_itself, on_segment = torch.cat([to_itself, to_segment], -1).softmax(-1).split([1, k.shape[-2]], -1)
@@ -71,17 +92,19 @@ def normalise(memory: Tensor, bias: Tensor) -> Tensor:
 
 
 class SlotWriter(nn.Module):
-    """What the writers share: slot attention, and one parameter with a row per slot.
+    """What the writers share: slot attention, and a parameter with a row per slot.
 
     Attributes:
         per_slot: the name of that parameter, (slots, dim).
         role: what a row of it is to its slot, in words.
         scale: what it is multiplied with where it is used.
+        parts: in how many parts a slot is read, see :func:`parts_of`.
     """
 
     per_slot: ClassVar[str]
     role: ClassVar[str]
     scale: ClassVar[float] = 1.0
+    parts: int = 1
 
     def __init__(self, heads: int, temperature: float):
         super().__init__()
@@ -96,22 +119,29 @@ class SlotWriter(nn.Module):
         """The memory before a document, (batch, slots, dim)."""
         raise NotImplementedError
 
-    def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
+    def projected(self, memory: Tensor, x: Tensor) -> list[Tensor]:
         """q, own_k, own_v, (batch, heads, slots, head_dim), and k, v, (batch, heads, tokens, head_dim), of
         :func:`slot_attention`."""
         raise NotImplementedError
 
+    def preference(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What the slots look at whatever it holds: added to the logits, see :func:`slot_attention`; None: nothing."""
+        return None
+
     def attend(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the slots find in themselves and in the segment, (batch, slots, dim)."""
-        return merge_heads(slot_attention(*self.parts(memory, x), mask=mask, temperature=self.temperature))
+        parts, preference = self.projected(memory, x), self.preference(x, mask)
+        return merge_heads(slot_attention(*parts, mask=mask, temperature=self.temperature, preference=preference))
 
     def attention_on_itself(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The share of each slot's attention that is on the slot itself, (batch, slots), the mean over heads.
 
         The rest is on the tokens. It is 1 where the whole segment is masked.
         """
-        q, own_k, _, k, _ = self.parts(memory, x)
-        on_itself, _ = slot_attention_weights(q, own_k, k, mask=mask, temperature=self.temperature)
+        q, own_k, _, k, _ = self.projected(memory, x)
+        on_itself, _ = slot_attention_weights(
+            q, own_k, k, mask=mask, temperature=self.temperature, preference=self.preference(x, mask)
+        )
         return on_itself.squeeze(-1).mean(1)
 
     def resize(self, slots: int, generator: torch.Generator | None = None) -> None:
@@ -176,7 +206,7 @@ class NormalisedWriter(SlotWriter):
     def initial(self, batch_size: int) -> Tensor:
         return F.normalize(self.bias, dim=-1).expand(batch_size, -1, -1)
 
-    def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
+    def projected(self, memory: Tensor, x: Tensor) -> list[Tensor]:
         # (1, slots, dim), each as long as a normalised slot.
         name = math.sqrt(memory.shape[-1]) * F.normalize(self.bias, dim=-1).unsqueeze(-3)
         q, own_k = self.slots_to_qk((self.norm(memory) + name) / math.sqrt(2)).chunk(2, -1)  # (batch, slots, dim)
@@ -184,6 +214,55 @@ class NormalisedWriter(SlotWriter):
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return normalise(self.attend(memory, x, mask), self.scale * self.bias.unsqueeze(-3))
+
+
+class PlacedWriter(NormalisedWriter):
+    """A :class:`NormalisedWriter` whose slots begin with places of their own in a segment, and are read in parts.
+
+    Slots that find out by content alone where to look begin as mixtures of the same tokens, and a key that is mixed
+    with others is not found again. Here each head of each slot prefers one stretch of a segment, in order. The
+    preferences, ``places`` (slots, heads, length), are added to the logits and learned. Places are shares of the tokens
+    that exist: a segment is divided among all slots however short it is. What a head of a slot holds is read by itself
+    (:func:`parts_of`), so as many things can be told apart as there are heads of slots.
+
+    Args:
+        length: tokens of a segment, at most.
+    """
+
+    strength: ClassVar[float] = 4.0
+    """The preferences that a new slot has, in logits."""
+
+    def __init__(self, dim: int, slots: int, heads: int, temperature: float, length: int):
+        super().__init__(dim, slots, heads, temperature)
+        self.parts = parts_of("placed", heads)
+        self.places = nn.Parameter(self._new_places(slots, length))
+
+    def _new_places(self, slots: int, length: int) -> Tensor:
+        """(slots, heads, length). Stretches overlap by half a token at either end, and one is never empty."""
+        pieces = slots * self.heads
+        centre = (torch.arange(pieces) + 0.5) * length / pieces
+        distance = (centre[:, None] - (torch.arange(length) + 0.5)).abs()  # (pieces, length), in tokens
+        near = distance <= max(length / pieces / 2, 0.5) + 0.5
+        return (self.strength * near).to(torch.get_default_dtype()).view(slots, self.heads, length)
+
+    def preference(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        places = self.places.transpose(-3, -2).unsqueeze(-4)  # (1, heads, slots, length)
+        length, tokens = places.shape[-1], x.shape[-2]
+        if mask is None:
+            if tokens == length:
+                return places
+            return places[..., torch.arange(tokens, device=x.device) * length // tokens]
+        rank, count = (mask.cumsum(-1) - 1).clamp(min=0), mask.sum(-1, keepdim=True).clamp(min=1)
+        where = (rank * length // count)[..., None, None, :]  # (batch, 1, 1, tokens)
+        shape = (*mask.shape[:-1], *places.shape[-3:-1])
+        return places.expand(*shape, -1).gather(-1, where.expand(*shape, -1))
+
+    def resize(self, slots: int, generator: torch.Generator | None = None) -> None:
+        """As for any writer; new slots have the places that they have in a new memory of that size."""
+        super().resize(slots, generator)
+        old = self.places
+        new = self._new_places(slots, old.shape[-1]).to(old)[len(old) :]
+        self.places = nn.Parameter(torch.cat([old.detach()[:slots], new]), old.requires_grad)
 
 
 class GatedWriter(SlotWriter):
@@ -211,7 +290,7 @@ class GatedWriter(SlotWriter):
     def initial(self, batch_size: int) -> Tensor:
         return self.slots.expand(batch_size, -1, -1)
 
-    def parts(self, memory: Tensor, x: Tensor) -> list[Tensor]:
+    def projected(self, memory: Tensor, x: Tensor) -> list[Tensor]:
         slots = self.slot_qkv(self.norm(memory)).chunk(3, -1)  # each (batch, slots, dim)
         segment = self.segment_kv(x).chunk(2, -1)  # each (batch, tokens, dim)
         return [split_heads(part, self.heads) for part in (*slots, *segment)]
@@ -222,11 +301,16 @@ class GatedWriter(SlotWriter):
         return self.gru(found.flatten(-3, -2), memory.flatten(-3, -2)).view_as(memory)  # of (batch * slots, dim)
 
 
-WRITERS: dict[str, Callable[[int, int, int, float], SlotWriter]] = {
-    "normalised": NormalisedWriter,
-    "gated": GatedWriter,
-}
-"""By the name that a configuration has for it (``config.Writer``): dim, slots, heads and temperature make a writer."""
+def new_writer(kind: str, dim: int, slots: int, heads: int, temperature: float, length: int) -> SlotWriter:
+    """A writer by the name that a configuration has for it (``config.Writer``), for segments of so many tokens."""
+    if kind == "placed":
+        return PlacedWriter(dim, slots, heads, temperature, length)
+    return (GatedWriter if kind == "gated" else NormalisedWriter)(dim, slots, heads, temperature)
+
+
+def parts_of(kind: str, heads: int) -> int:
+    """In how many parts, each with a key and a value of its own, slots are read that such a writer writes."""
+    return heads if kind == "placed" else 1
 
 
 def _randn(slots: int, dim: int, generator: torch.Generator | None) -> Tensor:

@@ -146,24 +146,22 @@ class AssociativeRetrieval(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class KeyValue(Task):
-    """Pairs of a key and a value of two symbols each, all in one segment; then one key is given, its value wanted.
+    """Pairs of a key and a value of two symbols each, all in one segment; then a key again, and its value is wanted.
 
     The task of GradMem (ICML 2026) in 8 vectors: how much fits into a memory at once. Keys differ; keys and values are
-    of the same symbols, and where they stand tells one from the other. Further ``segments`` are blank. An answer is
-    right if both symbols are.
+    of the same symbols, and where they stand tells one from the other. An answer is right if both symbols are. Further
+    ``segments`` are blank. With a single one an encoder-decoder has the pairs before it when it answers, memory or not.
 
     Attributes:
         pairs: how many there are.
         symbols: different symbols, of which ``symbols ** 2`` keys and values are made.
-        room: pairs that a segment has room for, where it is longer than its pairs; None for as many as there are.
-        questions: keys that are asked at once in :meth:`exercise`, at most; a question more is a signal more at nearly
-            the same cost. :meth:`draw` asks one.
+        questions: pairs that are asked at once in :meth:`exercise`, at most, each a signal at nearly no cost.
+            :meth:`draw` asks one.
     """
 
-    segments: int = 1
+    segments: int = 2
     pairs: int = 16
     symbols: int = 62
-    room: int | None = None
     questions: int = 1
     metric: ClassVar[Metric] = "exact"
 
@@ -173,8 +171,6 @@ class KeyValue(Task):
             check_count(name, getattr(self, name))
         if self.pairs > self.symbols**2:
             raise ValueError(f"pairs: their keys differ, so at most symbols ** 2 ({self.symbols**2}), got {self.pairs}")
-        if self.room is not None:
-            check_count("room", self.room, least=self.pairs)
         if self.questions > self.pairs:
             raise ValueError(f"questions: expected at most pairs ({self.pairs}), got {self.questions}")
 
@@ -184,35 +180,36 @@ class KeyValue(Task):
 
     @property
     def length(self) -> int:
-        return 4 * (self.room or self.pairs)
+        return 4 * self.pairs
 
     @property
     def chance(self) -> float:
         return 1 / self.symbols**2
 
     def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
-        """A batch of 1 to ``pairs`` pairs, of which 1 to ``questions`` are asked."""
-        pairs = at_most(self.pairs, generator)
-        asked = at_most(min(pairs, self.questions), generator)
-        easier = dataclasses.replace(self, pairs=pairs, room=self.room or self.pairs, questions=asked)
-        return easier._of(batch_size, self.segments, asked, generator)
+        """A batch of 2, 4, 8, ... or ``pairs`` pairs, each as likely, in segments no longer than they are.
+
+        Two are enough to learn how one is found, which among many is hardly ever found out.
+        """
+        doublings = (self.pairs - 1).bit_length()
+        pairs = min(self.pairs, 2 ** at_most(max(1, doublings), generator))
+        easier = dataclasses.replace(self, pairs=pairs, questions=min(pairs, self.questions))
+        return easier._of(batch_size, self.segments, easier.questions, generator)
 
     def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
         return self._of(batch_size, segments, 1, generator)
 
     def _of(self, batch_size: int, segments: int, asked: int, generator: torch.Generator) -> Episode:
         with torch.device("cpu"):
-            tokens = torch.full((batch_size, segments + 2, self.length), BLANK)
+            tokens = torch.full((batch_size, segments + 1, self.length), BLANK)
             answers = torch.zeros_like(tokens, dtype=torch.bool)
             keys = torch.rand(batch_size, self.symbols**2, generator=generator).topk(self.pairs).indices
             values = torch.randint(self.symbols**2, (batch_size, self.pairs), generator=generator)
             places = torch.rand(batch_size, self.pairs, generator=generator).topk(asked).indices
-            bound = torch.stack([self._two(keys), self._two(values)], 2)  # (batch, pairs, 2, 2)
-            wanted = bound[torch.arange(batch_size)[:, None], places]
-            question = torch.cat([torch.full_like(wanted[:, :, 0, :1], ASK), wanted[:, :, 0]], 2)
-            for segment, part in ((0, bound), (-2, question), (-1, wanted[:, :, 1])):
-                tokens[:, segment, : part[0].numel()] = part.flatten(1)
-            answers[:, -1, : 2 * asked] = True
+            bound = torch.cat([self._two(keys), self._two(values)], 2)  # (batch, pairs, 4)
+            tokens[:, 0] = bound.flatten(1)
+            tokens[:, -1, : 4 * asked] = bound[torch.arange(batch_size)[:, None], places].flatten(1)
+            answers[:, -1, : 4 * asked].unflatten(1, (asked, 4))[..., 2:] = True
         return Episode(tokens, answers)
 
     def _two(self, numbers: Tensor) -> Tensor:
