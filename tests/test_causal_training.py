@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
-from helpers import lively, lively_causal, take_grads, tokens, training_settings
+from helpers import WRITERS, lively, lively_causal, take_grads, tokens, training_settings
 from memformer import CausalMemformer, Memformer, load_model, memory_replay_backprop, replay, rollouts
 from memformer.cli.inspect import describe
 from memformer.data import ByteTokenizer, Lanes, encode_documents
@@ -169,7 +169,7 @@ def test_a_loss_of_ones_own() -> None:
             assert_close(grad, parameter.grad)
 
 
-@pytest.mark.parametrize("writer", ["normalised", "gated"])
+@pytest.mark.parametrize("writer", WRITERS)
 def test_all_layers_at_once_in_low_precision(writer: str) -> None:
     model = lively_causal(memory_writer=writer).float()
     segments = [Segment(tokens(2, 5)) for _ in range(4)]

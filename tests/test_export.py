@@ -213,7 +213,7 @@ def test_torch_export_of_one_memory_for_all_layers(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, when it loads
 def test_a_causal_model_without_an_overlap(tmp_path):
-    model = small_causal(overlap=0)
+    model = small_causal(overlap=0, memory_writer="placed")
     export(model, tmp_path, format="torch")
     assert_same_causal(model, load(tmp_path), batch_size=3)
 

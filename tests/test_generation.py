@@ -121,7 +121,7 @@ def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
 # --- Against everything computed anew ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("writer", "updates"), [("normalised", 1), ("gated", 2)])
+@pytest.mark.parametrize(("writer", "updates"), [("normalised", 1), ("gated", 2), ("placed", 1)])
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("overlap", [0, 1, LENGTH])
 def test_each_step_is_what_the_whole_text_gives(kind: str, writer: str, updates: int, overlap: int) -> None:
@@ -140,7 +140,7 @@ def test_each_step_is_what_the_whole_text_gives(kind: str, writer: str, updates:
     assert_same_state(state, model.read([torch.cat(pair) for pair in zip(begun, tokens, strict=True)], start=START))
 
 
-@pytest.mark.parametrize(("memory", "writer", "updates"), [("layers", "normalised", 1), ("one", "gated", 2)])
+@pytest.mark.parametrize(("memory", "writer", "updates"), [("layers", "placed", 1), ("one", "gated", 2)])
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("overlap", [0, 2, LENGTH])
 def test_each_step_of_a_causal_model_is_what_the_whole_text_gives(

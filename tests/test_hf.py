@@ -135,6 +135,14 @@ def test_replay_is_bptt(family: str) -> None:
     assert all(grad.abs().max() > 0 for grad in found.values())
 
 
+def test_slots_with_places_are_read_by_their_heads() -> None:
+    base = base_of()
+    model = with_memory(base, 3, LENGTH, read_dim=8, read_heads=2, write_heads=2, memory_writer="placed")
+    assert model.readers.each[0].to_kv.in_features == model.dim // 2
+    found = assert_replay_is_bptt(read_something(model))
+    assert found["writer.places"].any(-1).all(), "each head of each slot"
+
+
 def with_lora(family: str = "llama") -> peft.PeftModel:
     base = base_of(family)
     names = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"]}.get(family, ["q_proj", "v_proj"])

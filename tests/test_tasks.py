@@ -138,15 +138,14 @@ class TestRight:
             assert episode.tokens.shape == (batch, (drawn or 2) + 1, task.length)
             for tokens, answers in lanes(episode):
                 read_pairs(tokens, answers, symbols, pairs, 1)
-        one, numbers = generator(seed), set()
-        for _ in range(20):
-            episode = task.exercise(batch, one)
-            given = episode.tokens.shape[2] // 4
-            numbers.add(given)
+        counts = []
+        for progress in (0, 0.14, 0.16, 0.29, 0.3, 0.99):
+            episode = task.eased(progress).exercise(batch, generator(seed))
+            counts.append(episode.tokens.shape[2] // 4)
             for tokens, answers in lanes(episode):
-                read_pairs(tokens, answers, symbols, given, min(given, asked))
-        assert numbers <= {min(pairs, given) for given in (2, 4, 8)}
-        assert pairs < 3 or len(numbers) > 1
+                read_pairs(tokens, answers, symbols, counts[-1], min(counts[-1], asked))
+        doubled = {1: [1] * 6, 2: [2] * 6, 3: [2, 2, 2, 2, 3, 3], 4: [2, 2, 2, 2, 4, 4]}
+        assert counts == doubled.get(pairs, [2, 2, 4, 4, pairs, pairs])
 
     def test_rewrite_wants_the_last_value(self) -> None:
         """Keys are indeed bound more than once, and their first value is not what is wanted."""

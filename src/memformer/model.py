@@ -60,7 +60,8 @@ class Memformer(Network):
         encoder_only: without a decoder; the call then returns ``(enc_out, mem)``.
         num_mem_updates: how often the memory is written per segment.
         mem_update_attn_heads: heads of the writing attention.
-        memory_writer: "normalised" (paper v2) or "gated" (the earlier library's); see ``nn/memory.py``.
+        memory_writer: "normalised" (paper v2), "gated" (the earlier library's), or "placed", where each writing head of
+            each slot begins with a place of its own in a segment, and is read by itself; see ``nn/memory.py``.
         write_temperature: temperature of the writing attention; below 1 sharpens it (paper v2).
         positions: "rotary" (the fastest), "relative" (paper v1) or "bucketed" (the earlier library's).
         dropout: probability, on the embeddings and on every sublayer's output.

@@ -125,7 +125,8 @@ class ModelSettings(Typed):
     mem_updates: int = 1
     """How often the memory is written per segment."""
     memory_writer: Writer = "normalised"
-    """How the memory is written: normalised (paper v2) or gated (as in the earlier library)."""
+    """How the memory is written: normalised (paper v2), gated (as in the earlier library), or placed (each head of a
+    slot begins with a place of its own in a segment)."""
     write_temperature: float = 0.25
     """Temperature of the writing attention; below 1 makes it sharper."""
     positions: Positions = "rotary"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..causal import CausalMemformer
-from ..config import MemformerConfig, MemoryLayout
+from ..config import MemformerConfig, MemoryLayout, Writer
 from ..data.segments import Segment
 from ..model import Memformer
 from ..settings import ModelSettings
@@ -166,6 +166,7 @@ class Causal(Contestant):
 
     network: CausalMemformer
     memory: MemoryLayout = "layers"
+    writer: Writer | None = None  # in place of the configuration's
     rereads = False  # whether a segment comes with the overlap before it
 
     def __init__(self, config: MemformerConfig):
@@ -184,7 +185,7 @@ class Causal(Contestant):
                 memory=self.memory,
                 num_mem_updates=config.num_mem_updates,
                 mem_update_attn_heads=config.mem_update_attn_heads,
-                memory_writer=config.memory_writer,
+                memory_writer=self.writer or config.memory_writer,
                 write_temperature=config.write_temperature,
                 positions=config.positions,
                 feed_forward_factor=feed / config.dim,
@@ -212,6 +213,12 @@ class CausalOneMemory(Causal):
     """One memory for all layers, written from the last: what others mean by so many memory vectors."""
 
     memory = "one"
+
+
+class CausalPlaced(Causal):
+    """Each writing head of each slot begins with a place of its own in a segment, and is read by itself."""
+
+    writer = "placed"
 
 
 class CausalMemoryOff(Causal):
@@ -269,6 +276,7 @@ OWN: dict[str, Build] = {
     "memory off": MemoryOff,
     "causal": Causal,
     "causal one memory": CausalOneMemory,
+    "causal placed": CausalPlaced,
     "causal memory off": CausalMemoryOff,
 }
 """By name: the models of this library, and each without its memory."""

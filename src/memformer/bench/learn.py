@@ -67,7 +67,7 @@ class LearningBenchmark:
     batch_size: int = 64
     """Episodes in a step, of 1 segment (or pair) up to the task's own number."""
     questions: int = 1
-    """In training, of a task of pairs: how many keys are asked at once, at most. It is judged with one."""
+    """In training, of a task of pairs: how many are asked at once, at most. It is judged with one."""
     model: ModelSettings = MODEL
     """Sizes of this model. A causal one has both depths' layers, which share out the slots; others are as large."""
     jobs: int = 0
@@ -192,7 +192,7 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
     seconds, spent, solved_at, diverged_at = 0.0, 0, None, None
     for step in range(1, settings.steps + 1):
         begun = time.perf_counter()
-        episode = task.exercise(settings.batch_size, generator)
+        episode = task.eased((step - 1) / settings.steps).exercise(settings.batch_size, generator)
         if (shape := episode.tokens.shape[1:]) not in costs:
             costs[shape] = _flops(model, episode)
         loss = model(episode).loss(episode)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
+from ..config import Writer
 from .bases import check_base, settings_of, without_peft
 from .configuration import MemoryConfig
 from .model import M, MemoryForCausalLM, memory_around
@@ -18,7 +19,7 @@ def with_memory(
     *,
     read_dim: int = 256,
     read_heads: int = 4,
-    memory_writer: Literal["normalised", "gated"] = "normalised",
+    memory_writer: Writer = "normalised",
     write_heads: int = 8,
     write_temperature: float = 0.25,
     gguf_file: str | None = None,

@@ -101,6 +101,10 @@ class Task:
         ones need. It does not depend on what was learned so far: the same generator gives the same batches."""
         return self.draw(batch_size, generator, at_most(self.segments, generator))
 
+    def eased(self, progress: float) -> Task:
+        """What to train on when so much of a training is done, from 0 to 1: this task, or easier ones before it."""
+        return self
+
     def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
         raise NotImplementedError
 

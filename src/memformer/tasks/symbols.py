@@ -155,8 +155,8 @@ class KeyValue(Task):
     Attributes:
         pairs: how many there are.
         symbols: different symbols, of which ``symbols ** 2`` keys and values are made.
-        questions: pairs that are asked at once in :meth:`exercise`, at most, each a signal at nearly no cost.
-            :meth:`draw` asks one.
+        questions: pairs that are asked at once in :meth:`exercise`, each a signal at nearly no cost. :meth:`draw` asks
+            one.
     """
 
     segments: int = 2
@@ -186,15 +186,18 @@ class KeyValue(Task):
     def chance(self) -> float:
         return 1 / self.symbols**2
 
-    def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
-        """A batch of 2, 4, 8, ... or ``pairs`` pairs, each as likely, in segments no longer than they are.
+    def eased(self, progress: float) -> KeyValue:
+        """Two pairs, then twice as many, and so on; as many as there are after 0.3 of the training.
 
-        Two are enough to learn how one is found, which among many is hardly ever found out.
+        How a value is found by its key is learned from two within minutes, and among many hardly ever.
         """
         doublings = (self.pairs - 1).bit_length()
-        pairs = min(self.pairs, 2 ** at_most(max(1, doublings), generator))
-        easier = dataclasses.replace(self, pairs=pairs, questions=min(pairs, self.questions))
-        return easier._of(batch_size, self.segments, easier.questions, generator)
+        pairs = min(self.pairs, 2 ** (1 + int(progress / 0.3 * max(0, doublings - 1))))
+        return dataclasses.replace(self, pairs=pairs, questions=min(pairs, self.questions))
+
+    def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
+        """As :meth:`draw`, but with ``questions`` of them."""
+        return self._of(batch_size, self.segments, self.questions, generator)
 
     def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
         return self._of(batch_size, segments, 1, generator)
