@@ -117,10 +117,7 @@ def encode(model: Memformer, src: Tensor, memory: Tensor, mask: Tensor | None = 
     kept = torch.ones(len(src), dtype=torch.bool) if mask is None else mask
     for i, layer in enumerate(encoder.layers):
         normed = encoder.memory_norm(memory)
-        if isinstance(model.writer, PlacedWriter):  # what a head of a slot holds is read by itself
-            normed = torch.stack(
-                [head(slot, h, model.writer.heads) for slot in normed for h in range(model.writer.heads)]
-            )
+        normed = torch.cat([torch.stack(slot.chunk(model.config.slot_parts)) for slot in normed])
         context = layer_context(encoder.memory_projection.to_kv, normed, i, model.config.dim)
         x = block(layer, x, *context, kept.expand(len(src), -1), None)
     return encoder.norm(x) * kept[:, None]
@@ -180,7 +177,7 @@ def slot_attention(
 ) -> Tensor:
     """q, own_k, own_v (slots, dim): each slot alone before itself and the kept tokens (paper v2, section 3.3).
 
-    places (slots, heads, length): what each head of a slot prefers, by where in the kept tokens it looks.
+    places (slots, heads, 1 + length): what each head of a slot prefers, itself or where in the kept tokens.
     """
     kept = [j for j in range(len(k)) if mask is None or mask[j]]
     slots = []
@@ -191,23 +188,31 @@ def slot_attention(
             seen_v = torch.stack([head(own_v[i], h, heads), *(head(v[j], h, heads) for j in kept)])
             query = head(q[i], h, heads)
             logits = seen_k @ query / (math.sqrt(len(query)) * temperature)
-            if places is not None and kept:
-                there = [math.floor(n / len(kept) * places.shape[2] + 1e-9) for n in range(len(kept))]
-                logits = logits + torch.cat([logits.new_zeros(1), places[i, h][there]])
+            if places is not None:
+                share = [(1 + math.floor(n / len(kept) * (places.shape[2] - 1) + 1e-9)) for n in range(len(kept))]
+                logits = logits + places[i, h][[0, *share]]
             weights = logits.softmax(0)
             parts.append(weights @ seen_v)
         slots.append(torch.cat(parts))
     return torch.stack(slots)
 
 
-def write(writer: NormalisedWriter | GatedWriter, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def write(
+    writer: NormalisedWriter | PlacedWriter | GatedWriter, memory: Tensor, x: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    if isinstance(writer, PlacedWriter):
+        k, v = writer.segment_to_kv(x).chunk(2, -1)
+        nothing = torch.zeros_like(writer.queries)
+        moved = slot_attention(
+            writer.queries, nothing, memory, k, v, writer.heads, mask, writer.temperature, writer.places
+        )
+        return torch.stack([slot / slot.square().sum().sqrt() for slot in moved])
     normed = writer.norm(memory)
     if isinstance(writer, NormalisedWriter):
         names = torch.stack([math.sqrt(len(b)) * b / b.norm() for b in writer.bias])
         q, own_k = (0.3 * (normed + names) / math.sqrt(2) @ writer.slots_to_qk.weight.T).chunk(2, -1)
         k, v = (0.3 * x @ writer.segment_to_kv.weight.T).chunk(2, -1)
-        places = writer.places if isinstance(writer, PlacedWriter) else None
-        moved = slot_attention(q, own_k, memory, k, v, writer.heads, mask, writer.temperature, places)
+        moved = slot_attention(q, own_k, memory, k, v, writer.heads, mask, writer.temperature)
         return torch.stack([slot / slot.square().sum().sqrt() for slot in moved + writer.scale * writer.bias])
     k, v = writer.segment_kv(x).chunk(2, -1)
     q, own_k, own_v = writer.slot_qkv(normed).chunk(3, -1)

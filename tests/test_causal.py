@@ -107,16 +107,18 @@ def test_a_masked_lane_keeps_its_memory_and_a_reset_one_begins_again(memory: str
     wavefront=st.booleans(),
     masked=st.booleans(),
     graphs=st.integers(1, 3),
+    parts=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 1000),
     lengths=st.lists(st.integers(2, 6), min_size=1, max_size=5),
 )
 @settings(max_examples=25, deadline=None)
 def test_replay_equals_bptt(
-    memory, writer, positions, overlap, depth, dropout, wavefront, masked, graphs, seed, lengths
+    memory, writer, positions, overlap, depth, dropout, wavefront, masked, graphs, parts, seed, lengths
 ) -> None:
     model = make(
-        memory=memory, memory_writer=writer, positions=positions, overlap=overlap, depth=depth, dropout=dropout
-    )
+        memory=memory, memory_writer=writer, positions=positions, overlap=overlap, depth=depth, dropout=dropout,
+        slot_parts=parts,
+    )  # fmt: skip
     wavefront = wavefront and memory == "layers"
     torch.manual_seed(seed)
     segments = [
@@ -150,13 +152,14 @@ def test_replay_equals_bptt(
     count=st.integers(1, 6),
     masked=st.booleans(),
     resets=st.booleans(),
+    parts=st.sampled_from([1, 2]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=25, deadline=None)
 def test_all_layers_at_once_are_the_layers_one_after_the_other(
-    writer, positions, depth, updates, count, masked, resets, seed
+    writer, positions, depth, updates, count, masked, resets, parts, seed
 ) -> None:
-    model = make(memory_writer=writer, positions=positions, depth=depth, num_mem_updates=updates)
+    model = make(memory_writer=writer, positions=positions, depth=depth, num_mem_updates=updates, slot_parts=parts)
     torch.manual_seed(seed)
     segments = [
         Segment(

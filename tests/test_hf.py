@@ -135,9 +135,9 @@ def test_replay_is_bptt(family: str) -> None:
     assert all(grad.abs().max() > 0 for grad in found.values())
 
 
-def test_slots_with_places_are_read_by_their_heads() -> None:
+def test_slots_with_places_are_read_in_parts() -> None:
     base = base_of()
-    model = with_memory(base, 3, LENGTH, read_dim=8, read_heads=2, write_heads=2, memory_writer="placed")
+    model = with_memory(base, 3, LENGTH, read_dim=8, read_heads=2, write_heads=2, memory_writer="placed", slot_parts=2)
     assert model.readers.each[0].to_kv.in_features == model.dim // 2
     found = assert_replay_is_bptt(read_something(model))
     assert found["writer.places"].any(-1).all(), "each head of each slot"
@@ -619,8 +619,10 @@ def test_wrong_settings_are_named() -> None:
         (dict(slots=0), "slots: expected a whole number of at least 1, got 0"),
         (dict(read_dim=10), "read_heads: must divide read_dim, got 4 heads for 10"),
         (dict(write_heads=3), "write_heads: must divide the base's width, got 3 heads for 16"),
-        (dict(memory_writer="gru"), "memory_writer: expected one of normalised, gated, got 'gru'"),
+        (dict(memory_writer="gru"), "memory_writer: expected one of normalised, gated, placed, got 'gru'"),
         (dict(write_temperature=0), "write_temperature: expected a number above 0, got 0"),
+        (dict(slot_parts=3), "slot_parts: must divide the base's width, got 3 for 16"),
+        (dict(slot_parts=0), "slot_parts: expected a whole number of at least 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             with_memory(base_of(), **(dict(segment_length=LENGTH) | settings))

@@ -131,9 +131,9 @@ def test_an_inspection_equals_a_plain_reading(writer: str) -> None:
         torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-7)
     assert (found.gradient_reach > 0).all()
     parameter = model.writer.get_parameter(model.writer.per_slot)
-    lengths = parameter.detach().float().square().sum(-1).sqrt() * (1.0 if writer == "gated" else 0.001)
+    lengths = parameter.detach().float().square().sum(-1).sqrt() * (0.001 if writer == "normalised" else 1.0)
     torch.testing.assert_close(found.slot_norms, lengths)
-    assert found.slot_parameter == ("initial content" if writer == "gated" else "bias vector")
+    assert found.slot_parameter == ("bias vector" if writer == "normalised" else "initial content")
 
 
 def test_each_lane_is_read_as_if_alone() -> None:

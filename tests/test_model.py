@@ -33,7 +33,7 @@ OVERLAPS = [0, 2, 4]
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_equals_loops(positions: str, masked: bool, overlap: int) -> None:
     """Encoder, writer and decoder, lane by lane; each token predicted by a decoder that sees only those before."""
-    model = tiny(positions=positions, num_mem_updates=2, dec_overlap=overlap)
+    model = tiny(positions=positions, num_mem_updates=2, dec_overlap=overlap, slot_parts=2 if overlap else 1)
     src, tgt, mems = tokens(2, 6), tokens(2, 5), memory(model, 2)
     src_mask, tgt_mask = (SRC_MASK, STARTED if overlap else TGT_MASK) if masked else (None, None)
     out = model(src, tgt, mems, src_mask, tgt_mask)
@@ -627,6 +627,8 @@ def test_a_decode_that_does_not_fit(arguments: dict[str, Any], message: str) -> 
         ({"num_memory_slots": 0}, r"num_memory_slots: expected a whole number of at least 1, got 0"),
         ({"enc_depth": 1.5}, r"enc_depth: expected a whole number of at least 1, got 1\.5"),
         ({"num_mem_updates": True}, r"num_mem_updates: expected a whole number of at least 1, got True"),
+        ({"slot_parts": 3}, "slot_parts: must divide dim, got 3 parts for dim 8"),
+        ({"slot_parts": 0}, "slot_parts: expected a whole number of at least 1, got 0"),
         ({"memory_writer": "gru"}, r"memory_writer: expected one of normalised, gated.*, got 'gru'"),
         ({"positions": "sine"}, r"positions: expected one of rotary, relative, bucketed, got 'sine'"),
         ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1\.0"),

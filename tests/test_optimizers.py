@@ -105,7 +105,7 @@ def test_every_parameter_of_a_default_model_has_its_group():
     [
         (dict(tie_embeddings=False), {"decoder.embedding.weight", "decoder.to_logits.weight", "writer.bias"}),
         (dict(memory_writer="gated"), {"writer.slots"}),
-        (dict(memory_writer="placed"), {"writer.bias", "writer.places"}),
+        (dict(memory_writer="placed"), {"writer.slots", "writer.queries", "writer.places"}),
         (dict(positions="bucketed"), {"encoder.layers.0.self_attention.positions.bias.weight", "writer.bias"}),
         (dict(positions="relative"), {"decoder.layers.1.self_attention.positions.table", "writer.bias"}),
     ],

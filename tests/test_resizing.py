@@ -25,7 +25,7 @@ def test_kept_slots_begin_and_are_written_as_before(writer: str, slots: int) -> 
     model, kept = tiny(memory_writer=writer), min(slots, 3)
     mems, x, initial = memory(model, 2), torch.randn(2, 6, 8, dtype=torch.float64), model.get_initial_mem(2)
     written, attention = model.writer(mems, x), model.writer.attention_on_itself(mems, x)
-    of_slots = {f"writer.{model.writer.per_slot}", "writer.places"}
+    of_slots = {f"writer.{model.writer.per_slot}", "writer.queries", "writer.places"}
     others = {name: p for name, p in model.named_parameters() if name not in of_slots}
     model.resize_memory(slots, generator=seeded())
     assert model.config.num_memory_slots == slots
@@ -37,7 +37,7 @@ def test_kept_slots_begin_and_are_written_as_before(writer: str, slots: int) -> 
     torch.testing.assert_close(after, attention[:, :kept], rtol=1e-12, atol=1e-12)
     # And all that is not a slot's own is the same parameter still.
     assert all(model.get_parameter(name) is parameter for name, parameter in others.items())
-    assert len(others) == len(list(model.parameters())) - (2 if writer == "placed" else 1)
+    assert len(others) == len(list(model.parameters())) - (3 if writer == "placed" else 1)
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -37,6 +37,7 @@ shapes = st.fixed_dictionaries(
 models = st.fixed_dictionaries(
     {
         "memory_writer": st.sampled_from(WRITERS),
+        "slot_parts": st.sampled_from([1, 2]),
         "positions": st.sampled_from(POSITIONS),
         "num_mem_updates": st.integers(1, 3),
     }

@@ -212,7 +212,7 @@ def test_every_schedule_has_a_spelling(settings, schedule):
 def test_every_setting_of_the_model_reaches_it():
     changes = {
         "dim": 128, "slots": 3, "enc_depth": 3, "dec_depth": 3, "dec_overlap": 3, "heads": 2, "mem_updates": 2,
-        "memory_writer": "gated", "write_temperature": 0.5, "positions": "relative", "dropout": 0.1,
+        "memory_writer": "gated", "write_temperature": 0.5, "slot_parts": 2, "positions": "relative", "dropout": 0.1,
         "tie_embeddings": False,
     }  # fmt: skip
     causal = {"architecture": "causal", "depth": 4, "overlap": 3, "memory_layout": "one"}

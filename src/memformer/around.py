@@ -57,7 +57,7 @@ class BaseSettings(Typed):
         return "all" if self.train_base else "lora" if self.lora else "memory"
 
 
-MEANT = ("slots", "memory_writer", "write_temperature")
+MEANT = ("slots", "memory_writer", "write_temperature", "slot_parts")
 """The sizes that are a memory's, whatever it is around."""
 
 

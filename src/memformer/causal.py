@@ -90,7 +90,7 @@ class CausalMemformer(LanguageModel):
             which is written from the last.
         num_mem_updates: how often a memory is written per segment.
         mem_update_attn_heads: heads of the writing attention.
-        memory_writer, write_temperature, positions: as in :class:`~memformer.Memformer`.
+        memory_writer, write_temperature, slot_parts, positions: as in :class:`~memformer.Memformer`.
         feed_forward_factor: the width of the feed-forward layers, as a multiple of ``dim``; not only whole ones.
         dropout: probability, on the embeddings and on every sublayer's output.
         tie_embeddings: one matrix for the embeddings and the output projection.
@@ -119,6 +119,7 @@ class CausalMemformer(LanguageModel):
         mem_update_attn_heads: int = 8,
         memory_writer: Writer = "normalised",
         write_temperature: float = 0.25,
+        slot_parts: int = 1,
         positions: Positions = "rotary",
         feed_forward_factor: float = 4,
         dropout: float = 0.0,
@@ -539,7 +540,10 @@ def _stack(config: CausalConfig) -> MemoryInEachLayer | OneMemory:
     updates, overlap = config.num_mem_updates, config.overlap
     if config.memory == "one":
         blocks = [block() for _ in range(config.depth)]
-        return OneMemory(config.dim, config.heads, blocks, writer(), updates, overlap)
+        return OneMemory(config.dim, config.heads, blocks, writer(), updates, overlap, config.slot_parts)
     return MemoryInEachLayer(
-        [CausalLayer(config.dim, config.heads, block(), writer(), updates, overlap) for _ in range(config.depth)]
+        [
+            CausalLayer(config.dim, config.heads, block(), writer(), updates, overlap, config.slot_parts)
+            for _ in range(config.depth)
+        ]
     )

@@ -49,6 +49,7 @@ class ModelConfig(Typed):
     if TYPE_CHECKING:  # not here at run time: the order of fields is each class's own
         dim: int
         num_memory_slots: int
+        slot_parts: int
         dropout: float
 
     @property
@@ -67,8 +68,12 @@ class ModelConfig(Typed):
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name: plain numbers and words, which JSON can hold."""
-        return dataclasses.asdict(self)
+        """The fields by name: plain numbers and words, which JSON can hold.
+
+        ``slot_parts`` is not among them where it is 1: so a model is the same as before there was that setting.
+        """
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if (name, value) != ("slot_parts", 1)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -104,6 +109,9 @@ class ModelConfig(Typed):
                     f"positions: rotary needs an even width per head, got dim {dim} / {name} {heads} = {dim // heads}. "
                     "Change dim or the heads, or use positions='relative'"
                 )
+        check_count("slot_parts", self.slot_parts)
+        if dim % self.slot_parts:
+            raise ValueError(f"slot_parts: must divide dim, got {self.slot_parts} parts for dim {dim}")
         if not (isinstance(dropout, numbers.Real) and 0 <= float(dropout) < 1):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         if not (isinstance(temperature, numbers.Real) and float(temperature) > 0):
@@ -134,6 +142,7 @@ class MemformerConfig(ModelConfig):
     mem_update_attn_heads: int = 8
     memory_writer: Writer = "normalised"
     write_temperature: float = 0.25
+    slot_parts: int = 1
     positions: Positions = "rotary"
     dropout: float = 0.0
     tie_embeddings: bool = False
@@ -215,6 +224,7 @@ class CausalConfig(ModelConfig):
     mem_update_attn_heads: int = 8
     memory_writer: Writer = "normalised"
     write_temperature: float = 0.25
+    slot_parts: int = 1
     positions: Positions = "rotary"
     feed_forward_factor: float = 4
     dropout: float = 0.0

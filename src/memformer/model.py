@@ -61,8 +61,10 @@ class Memformer(Network):
         num_mem_updates: how often the memory is written per segment.
         mem_update_attn_heads: heads of the writing attention.
         memory_writer: "normalised" (paper v2), "gated" (the earlier library's), or "placed", where each writing head of
-            each slot begins with a place of its own in a segment, and is read by itself; see ``nn/memory.py``.
+            each slot begins with a place of its own in a segment; see ``nn/memory.py``.
         write_temperature: temperature of the writing attention; below 1 sharpens it (paper v2).
+        slot_parts: in how many parts a slot is read, each by a key and a value of its own. With as many as
+            ``mem_update_attn_heads``, what a writing head found is read by itself.
         positions: "rotary" (the fastest), "relative" (paper v1) or "bucketed" (the earlier library's).
         dropout: probability, on the embeddings and on every sublayer's output.
         tie_embeddings: one matrix for both embeddings and the output projection.
@@ -90,6 +92,7 @@ class Memformer(Network):
         mem_update_attn_heads: int = 8,
         memory_writer: Writer = "normalised",
         write_temperature: float = 0.25,
+        slot_parts: int = 1,
         positions: Positions = "rotary",
         dropout: float = 0.0,
         tie_embeddings: bool = False,

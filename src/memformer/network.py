@@ -24,7 +24,7 @@ from .interface import Divisor, SegmentModel, Step, TokenLosses, as_pairs, as_te
 from .nn.attention import ContextProjection, KeysValues, causal_mask
 from .nn.blocks import Block, embedding_table
 from .nn.losses import VocabularyLoss, vocabulary_loss
-from .nn.memory import SlotWriter, new_writer, parts_of
+from .nn.memory import SlotWriter, new_writer
 from .nn.positions import positions
 from .state import MemoryState
 
@@ -252,11 +252,9 @@ class Network(SegmentModel):
         self.config = config
         embedding = embedding_table(config.enc_num_tokens, config.dim)
         layers = _layers(config, config.enc_depth, config.enc_heads, config.enc_max_seq_len, causal=False)
-        kind, heads = config.memory_writer, config.mem_update_attn_heads
-        self.encoder = Encoder(embedding, layers, config.enc_heads, config.dropout, parts_of(kind, heads))
-        self.writer = new_writer(
-            kind, config.dim, config.num_memory_slots, heads, config.write_temperature, config.enc_max_seq_len
-        )
+        self.encoder = Encoder(embedding, layers, config.enc_heads, config.dropout, config.slot_parts)
+        slots, heads, temperature = config.num_memory_slots, config.mem_update_attn_heads, config.write_temperature
+        self.writer = new_writer(config.memory_writer, config.dim, slots, heads, temperature, config.enc_max_seq_len)
         self.decoder: Decoder | None = None
         if config.encoder_only:
             if config.dec_num_tokens is not None or config.dec_max_seq_len is not None or config.dec_overlap:

@@ -126,9 +126,11 @@ class ModelSettings(Typed):
     """How often the memory is written per segment."""
     memory_writer: Writer = "normalised"
     """How the memory is written: normalised (paper v2), gated (as in the earlier library), or placed (each head of a
-    slot begins with a place of its own in a segment)."""
+    slot begins with a place of its own in a segment, for what has to be found again at once)."""
     write_temperature: float = 0.25
     """Temperature of the writing attention; below 1 makes it sharper."""
+    slot_parts: int = 1
+    """In how many parts a slot is written and read, each by attention of its own. 1: written by heads, read whole."""
     positions: Positions = "rotary"
     """How attention knows where a token stands."""
     dropout: float = 0.0
@@ -138,7 +140,17 @@ class ModelSettings(Typed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dim", "slots", "enc_depth", "dec_depth", "depth", "overlap", "heads", "mem_updates"):
+        for name in (
+            "dim",
+            "slots",
+            "enc_depth",
+            "dec_depth",
+            "depth",
+            "overlap",
+            "heads",
+            "mem_updates",
+            "slot_parts",
+        ):
             check_count(name, getattr(self, name))
         check_count("dec_overlap", self.dec_overlap, least=0)
         others = next(own for architecture, own in _OWN.items() if architecture != self.architecture)
@@ -163,9 +175,13 @@ class ModelSettings(Typed):
             overlap=self.overlap,
             memory=self.memory_layout,
             heads=self.heads,
-            mem_update_attn_heads=self.heads,
+            mem_update_attn_heads=self._write_heads,
             dropout=self.dropout,
         )
+
+    @property
+    def _write_heads(self) -> int:
+        return self.heads if self.slot_parts == 1 else self.slot_parts
 
     def memformer_config(self, vocabulary: int, segment_length: int) -> MemformerConfig:
         """That of a Memformer. Raises ValueError for another architecture, and where settings do not fit together."""
@@ -182,7 +198,7 @@ class ModelSettings(Typed):
                 dec_num_tokens=vocabulary,
                 dec_max_seq_len=segment_length + 1,
                 dec_heads=self.heads,
-                mem_update_attn_heads=self.heads,
+                mem_update_attn_heads=self._write_heads,
                 dropout=self.dropout,
             )
         except ValueError as error:
@@ -204,7 +220,7 @@ class ModelSettings(Typed):
 
 _OWN = {"memformer": ("enc_depth", "dec_depth", "dec_overlap"), "causal": ("depth", "overlap", "memory_layout")}
 """The settings that are of one architecture alone."""
-_SAME = ("dim", "memory_writer", "write_temperature", "positions", "tie_embeddings")
+_SAME = ("dim", "memory_writer", "write_temperature", "slot_parts", "positions", "tie_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)

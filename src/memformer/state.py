@@ -311,6 +311,7 @@ def _difference(header: dict[str, str], model: Pretrained) -> str:
     theirs, ours = json.loads(header["config"]), model.config.to_dict()
     if (kind := theirs.pop("model", DEFAULT_KIND)) != model.kind:
         return f"a {kind} there, a {model.kind} here"
-    settings = [f"{k} {theirs.get(k)!r} there, {ours[k]!r} here" for k in ours if theirs.get(k) != ours[k]]
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    settings = [f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in names if theirs.get(k) != ours.get(k)]
     prints = f"fingerprint {header['fingerprint'][:12]} there, {fingerprint(model)[:12]} here"
     return "; ".join(settings or ["the same settings, other weights"]) + f" ({prints})"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..causal import CausalMemformer
-from ..config import MemformerConfig, MemoryLayout, Writer
+from ..config import MemformerConfig, MemoryLayout
 from ..data.segments import Segment
 from ..model import Memformer
 from ..settings import ModelSettings
@@ -166,7 +166,7 @@ class Causal(Contestant):
 
     network: CausalMemformer
     memory: MemoryLayout = "layers"
-    writer: Writer | None = None  # in place of the configuration's
+    parts: int | None = None  # in which slots are written and read, in place of the configuration's
     rereads = False  # whether a segment comes with the overlap before it
 
     def __init__(self, config: MemformerConfig):
@@ -184,8 +184,9 @@ class Causal(Contestant):
                 overlap=self.overlap,
                 memory=self.memory,
                 num_mem_updates=config.num_mem_updates,
-                mem_update_attn_heads=config.mem_update_attn_heads,
-                memory_writer=self.writer or config.memory_writer,
+                mem_update_attn_heads=self.parts or config.mem_update_attn_heads,
+                memory_writer=config.memory_writer,
+                slot_parts=self.parts or config.slot_parts,
                 write_temperature=config.write_temperature,
                 positions=config.positions,
                 feed_forward_factor=feed / config.dim,
@@ -215,10 +216,10 @@ class CausalOneMemory(Causal):
     memory = "one"
 
 
-class CausalPlaced(Causal):
-    """Each writing head of each slot begins with a place of its own in a segment, and is read by itself."""
+class CausalInParts(Causal):
+    """Slots are written and read in eight parts, each by attention of its own."""
 
-    writer = "placed"
+    parts = 8
 
 
 class CausalMemoryOff(Causal):
@@ -276,7 +277,7 @@ OWN: dict[str, Build] = {
     "memory off": MemoryOff,
     "causal": Causal,
     "causal one memory": CausalOneMemory,
-    "causal placed": CausalPlaced,
+    "causal in parts": CausalInParts,
     "causal memory off": CausalMemoryOff,
 }
 """By name: the models of this library, and each without its memory."""
@@ -299,4 +300,7 @@ def build(name: str, entrants: Mapping[str, Build], config: MemformerConfig) -> 
 def sizes(model: ModelSettings) -> dict[str, object]:
     """By name, those of a model's settings from which a contestant is built; they are an encoder-decoder's."""
     every = dataclasses.asdict(model)
-    return {name: every[name] for name in every if name not in ("architecture", "depth", "overlap", "memory_layout")}
+    left_out = {"architecture", "depth", "overlap", "memory_layout"}
+    if model.slot_parts == 1:  # files from before have none
+        left_out.add("slot_parts")
+    return {name: every[name] for name in every if name not in left_out}

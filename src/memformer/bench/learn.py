@@ -191,10 +191,10 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
     curve: list[tuple[int, float, float]] = []
     seconds, spent, solved_at, diverged_at = 0.0, 0, None, None
     for step in range(1, settings.steps + 1):
-        begun = time.perf_counter()
         episode = task.eased((step - 1) / settings.steps).exercise(settings.batch_size, generator)
         if (shape := episode.tokens.shape[1:]) not in costs:
             costs[shape] = _flops(model, episode)
+        begun = time.perf_counter()
         loss = model(episode).loss(episode)
         if not loss.isfinite():
             diverged_at = step

@@ -52,6 +52,7 @@ class MemoryConfig(PreTrainedConfig):
         memory_writer: Writer = "normalised",
         write_heads: int = 8,
         write_temperature: float = 0.25,
+        slot_parts: int = 1,
         adapter: dict[str, Any] | None = None,
         gguf_file: str | None = None,
         reference: dict[str, str | None] | None = None,
@@ -62,6 +63,7 @@ class MemoryConfig(PreTrainedConfig):
         self.slots, self.segment_length = slots, segment_length
         self.read_dim, self.read_heads = read_dim, read_heads
         self.memory_writer, self.write_heads, self.write_temperature = memory_writer, write_heads, write_temperature
+        self.slot_parts = slot_parts
         super().__init__(**others)
         if base is not None:  # transformers compares with a configuration of defaults alone
             self.check()
@@ -78,7 +80,7 @@ class MemoryConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise ValueError where a setting is out of range or does not fit the base."""
-        for name in ("slots", "read_dim", "read_heads", "write_heads"):
+        for name in ("slots", "read_dim", "read_heads", "write_heads", "slot_parts"):
             check_count(name, getattr(self, name))
         check_length(self.base_config, self.segment_length)
         check_number("write_temperature", self.write_temperature)
@@ -94,6 +96,8 @@ class MemoryConfig(PreTrainedConfig):
         ):
             if width % getattr(self, name):
                 raise ValueError(f"{name}: must divide {of}, got {getattr(self, name)} heads for {width}")
+        if self.hidden_size % self.slot_parts:
+            raise ValueError(f"slot_parts: must divide the base's width, got {self.slot_parts} for {self.hidden_size}")
 
     @property
     def base_config(self) -> PreTrainedConfig:

@@ -23,7 +23,7 @@ from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, chec
 from ..config import check_count
 from ..data.segments import Segment, Targets, cut, each_as_tokens
 from ..interface import Divisor, LanguageModel, Step, TokenLosses
-from ..nn.memory import SlotWriter, parts_of
+from ..nn.memory import SlotWriter
 from ..state import MemoryState
 from .bases import (
     CACHE,
@@ -85,8 +85,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
             if config.adapter is not None:
                 add_adapter(base, config.adapter)
         self.base, self.dim = base, config.hidden_size
-        parts = parts_of(config.memory_writer, config.write_heads)
-        self.readers = Readers(layers_of(base), self.dim, config.read_dim, config.read_heads, parts)
+        self.readers = Readers(layers_of(base), self.dim, config.read_dim, config.read_heads, config.slot_parts)
         self.write_norm = nn.LayerNorm(self.dim)
         self.writer = writer_of(config)
         # A slot changes by less than what bfloat16 can hold; PEFT keeps a LoRA in float32, too.

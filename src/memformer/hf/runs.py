@@ -46,6 +46,7 @@ FIELDS = (
     "memory_writer",
     "write_heads",
     "write_temperature",
+    "slot_parts",
 )
 """What a checkpoint holds of the model's configuration, beside the adapter."""
 
@@ -81,6 +82,7 @@ class AroundBase(MemoryForCausalLM):
             memory_writer=sizes.memory_writer,
             write_heads=settings.write_heads,
             write_temperature=sizes.write_temperature,
+            slot_parts=sizes.slot_parts,
         )
 
     @classmethod

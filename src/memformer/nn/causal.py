@@ -135,13 +135,14 @@ class CausalLayer(nn.Module):
     Args:
         updates: how often the slots are written per segment.
         overlap: how many of the last tokens its self-attention still sees.
+        parts: in how many parts a slot is read.
     """
 
-    def __init__(self, dim: int, heads: int, block: Block, writer: SlotWriter, updates: int, overlap: int):
+    def __init__(self, dim: int, heads: int, block: Block, writer: SlotWriter, updates: int, overlap: int, parts: int):
         super().__init__()
         self.updates, self.overlap = updates, overlap
         self.memory_norm = nn.LayerNorm(dim)
-        self.memory_projection = ContextProjection(dim, heads, 1, writer.parts)
+        self.memory_projection = ContextProjection(dim, heads, 1, parts)
         self.block = block
         self.norm = nn.LayerNorm(dim)
         self.writer = writer
@@ -239,11 +240,20 @@ class MemoryInEachLayer(nn.Module):
 class OneMemory(nn.Module):
     """All layers read the same slots, which are written from the last one (as a Memformer's encoder does)."""
 
-    def __init__(self, dim: int, heads: int, blocks: Sequence[Block], writer: SlotWriter, updates: int, overlap: int):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        blocks: Sequence[Block],
+        writer: SlotWriter,
+        updates: int,
+        overlap: int,
+        parts: int,
+    ):
         super().__init__()
         self.updates, self.overlap = updates, overlap
         self.memory_norm = nn.LayerNorm(dim)
-        self.memory_projection = ContextProjection(dim, heads, len(blocks), writer.parts)
+        self.memory_projection = ContextProjection(dim, heads, len(blocks), parts)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)
         self.writer = writer

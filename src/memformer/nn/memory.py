@@ -24,7 +24,6 @@ __all__ = [
     "SlotWriter",
     "new_writer",
     "normalise",
-    "parts_of",
     "slot_attention",
     "slot_attention_weights",
 ]
@@ -50,7 +49,7 @@ def slot_attention(
         k, v: (batch, heads, tokens, head_dim), the segment's.
         mask: (batch, tokens), True where the segment is kept; None keeps all.
         temperature: below 1 sharpens the attention.
-        preference: added to the logits of the segment, (batch, heads, slots, tokens); None for none.
+        preference: added to the logits of the slot itself and of the segment, (batch, heads, slots, 1 + tokens).
 
     Returns:
         (batch, heads, slots, head_dim).
@@ -76,10 +75,11 @@ def slot_attention_weights(
     to_itself = (q * own_k).sum(-1, keepdim=True)  # (batch, heads, slots, 1)
     to_segment = q @ k.transpose(-1, -2)  # (batch, heads, slots, tokens)
     if preference is not None:
-        to_segment = to_segment + preference
+        to_itself, to_segment = to_itself + preference[..., :1], to_segment + preference[..., 1:]
     if mask is not None:
         to_segment = to_segment.masked_fill(~mask[..., None, None, :], float("-inf"))
-    on_itself, on_segment = torch.cat([to_itself, to_segment], -1).softmax(-1).split([1, k.shape[-2]], -1)
+    logits = torch.cat([to_itself.expand(*to_segment.shape[:-1], 1), to_segment], -1)
+    on_itself, on_segment = logits.softmax(-1).split([1, k.shape[-2]], -1)
     return on_itself, on_segment
 
 
@@ -98,13 +98,11 @@ class SlotWriter(nn.Module):
         per_slot: the name of that parameter, (slots, dim).
         role: what a row of it is to its slot, in words.
         scale: what it is multiplied with where it is used.
-        parts: in how many parts a slot is read, see :func:`parts_of`.
     """
 
     per_slot: ClassVar[str]
     role: ClassVar[str]
     scale: ClassVar[float] = 1.0
-    parts: int = 1
 
     def __init__(self, heads: int, temperature: float):
         super().__init__()
@@ -216,53 +214,81 @@ class NormalisedWriter(SlotWriter):
         return normalise(self.attend(memory, x, mask), self.scale * self.bias.unsqueeze(-3))
 
 
-class PlacedWriter(NormalisedWriter):
-    """A :class:`NormalisedWriter` whose slots begin with places of their own in a segment, and are read in parts.
+class PlacedWriter(SlotWriter):
+    """Slot attention whose heads begin with places of their own in a segment, and normalisation.
 
     Slots that find out by content alone where to look begin as mixtures of the same tokens, and a key that is mixed
-    with others is not found again. Here each head of each slot prefers one stretch of a segment, in order. The
-    preferences, ``places`` (slots, heads, length), are added to the logits and learned. Places are shares of the tokens
-    that exist: a segment is divided among all slots however short it is. What a head of a slot holds is read by itself
-    (:func:`parts_of`), so as many things can be told apart as there are heads of slots.
+    with others is not found again. Here each head of each slot prefers one stretch of a segment, in order: ``places``
+    (slots, heads, 1 + length) are added to the logits of the slot itself and of the tokens, and learned. They are
+    shares of the tokens that exist: a segment is divided among all slots however short it is. Queries are learned too,
+    (slots, dim), whatever a slot holds.
+
+        a_i = softmax([p_i0 ; q_i . k_x / (sqrt(head_dim) temperature) + p_i]) ;  m_i <- a_i [m_i ; v_x] / norm
+
+    A new slot is nearly replaced by each write; what it keeps is learned. So it holds much of the last segment rather
+    than a little of all.
 
     Args:
         length: tokens of a segment, at most.
     """
 
+    per_slot, role = "slots", "initial content"
     strength: ClassVar[float] = 4.0
-    """The preferences that a new slot has, in logits."""
+    """By how much the place of a new slot is preferred, in logits; the slot itself by half as much."""
 
     def __init__(self, dim: int, slots: int, heads: int, temperature: float, length: int):
-        super().__init__(dim, slots, heads, temperature)
-        self.parts = parts_of("placed", heads)
+        super().__init__(heads, temperature)
+        self.segment_to_kv = nn.Linear(dim, 2 * dim)
+        self.queries = nn.Parameter(_randn(slots, dim, None))
+        self.slots = nn.Parameter(self.new_slots(slots, dim))
         self.places = nn.Parameter(self._new_places(slots, length))
+        with torch.no_grad():  # x has norm sqrt(dim); its values are to be of the size of a slot, which is 1
+            self.segment_to_kv.weight[dim:].normal_(std=1 / dim)
+
+    @staticmethod
+    def new_slots(slots: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+        return F.normalize(_randn(slots, dim, generator), dim=-1)
 
     def _new_places(self, slots: int, length: int) -> Tensor:
-        """(slots, heads, length). Stretches overlap by half a token at either end, and one is never empty."""
+        """(slots, heads, 1 + length). Stretches overlap by half a token at either end, and none is empty."""
         pieces = slots * self.heads
         centre = (torch.arange(pieces) + 0.5) * length / pieces
         distance = (centre[:, None] - (torch.arange(length) + 0.5)).abs()  # (pieces, length), in tokens
         near = distance <= max(length / pieces / 2, 0.5) + 0.5
-        return (self.strength * near).to(torch.get_default_dtype()).view(slots, self.heads, length)
+        places = F.pad(self.strength * near, (1, 0), value=self.strength / 2)
+        return places.to(torch.get_default_dtype()).view(slots, self.heads, -1)
+
+    def initial(self, batch_size: int) -> Tensor:
+        return F.normalize(self.slots, dim=-1).expand(batch_size, -1, -1)
+
+    def projected(self, memory: Tensor, x: Tensor) -> list[Tensor]:
+        k, v = self.segment_to_kv(x).chunk(2, -1)
+        q, own_v, k, v = (split_heads(part, self.heads) for part in (self.queries.unsqueeze(-3), memory, k, v))
+        return [q, torch.zeros_like(q), own_v, k, v]
 
     def preference(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        places = self.places.transpose(-3, -2).unsqueeze(-4)  # (1, heads, slots, length)
-        length, tokens = places.shape[-1], x.shape[-2]
+        places = self.places.transpose(-3, -2).unsqueeze(-4)  # (1, heads, slots, 1 + length)
+        length, tokens = places.shape[-1] - 1, x.shape[-2]
         if mask is None:
             if tokens == length:
                 return places
-            return places[..., torch.arange(tokens, device=x.device) * length // tokens]
+            return places[..., F.pad(1 + torch.arange(tokens, device=x.device) * length // tokens, (1, 0))]
         rank, count = (mask.cumsum(-1) - 1).clamp(min=0), mask.sum(-1, keepdim=True).clamp(min=1)
-        where = (rank * length // count)[..., None, None, :]  # (batch, 1, 1, tokens)
+        where = F.pad(1 + rank * length // count, (1, 0))[..., None, None, :]  # (batch, 1, 1, 1 + tokens)
         shape = (*mask.shape[:-1], *places.shape[-3:-1])
         return places.expand(*shape, -1).gather(-1, where.expand(*shape, -1))
+
+    def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.normalize(self.attend(memory, x, mask), dim=-1)
 
     def resize(self, slots: int, generator: torch.Generator | None = None) -> None:
         """As for any writer; new slots have the places that they have in a new memory of that size."""
         super().resize(slots, generator)
-        old = self.places
-        new = self._new_places(slots, old.shape[-1]).to(old)[len(old) :]
-        self.places = nn.Parameter(torch.cat([old.detach()[:slots], new]), old.requires_grad)
+        queries, places = self.queries, self.places
+        new = _randn(max(0, slots - len(queries)), queries.shape[1], generator).to(queries)
+        self.queries = nn.Parameter(torch.cat([queries.detach()[:slots], new]), queries.requires_grad)
+        new = self._new_places(slots, places.shape[-1] - 1).to(places)[len(places) :]
+        self.places = nn.Parameter(torch.cat([places.detach()[:slots], new]), places.requires_grad)
 
 
 class GatedWriter(SlotWriter):
@@ -306,11 +332,6 @@ def new_writer(kind: str, dim: int, slots: int, heads: int, temperature: float, 
     if kind == "placed":
         return PlacedWriter(dim, slots, heads, temperature, length)
     return (GatedWriter if kind == "gated" else NormalisedWriter)(dim, slots, heads, temperature)
-
-
-def parts_of(kind: str, heads: int) -> int:
-    """In how many parts, each with a key and a value of its own, slots are read that such a writer writes."""
-    return heads if kind == "placed" else 1
 
 
 def _randn(slots: int, dim: int, generator: torch.Generator | None) -> Tensor:

@@ -57,7 +57,7 @@ def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | No
         return None
     folder = _folder(settings.init_from)
     model, tokenizer = load_model(folder), _tokenizer_in(folder)
-    there, found = model.config.to_dict(), settings.documents.tokenizer
+    there, found = dataclasses.asdict(model.config), settings.documents.tokenizer
     if tokenizer is not None and found != _kind(tokenizer):
         raise ValueError(
             f"documents.tokenizer: the model in {folder} has a tokenizer of {_kind(tokenizer)}, got {found}; leave it "
@@ -68,8 +68,8 @@ def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | No
             f"architecture: the model in {folder} is a {model.kind}, got {settings.model.architecture}; sizes come "
             "with the weights, so take the settings from training.sized_as"
         )
-    given = settings.model.config(model.config.vocabulary, settings.rollout.segment_length).to_dict()
-    for name, value in given.items():
+    given = settings.model.config(model.config.vocabulary, settings.rollout.segment_length)
+    for name, value in dataclasses.asdict(given).items():
         if name != "dropout" and there[name] != value:
             raise ValueError(
                 f"{name}: the model in {folder} has {there[name]}, got {value}; sizes come with the weights, so leave "
