@@ -135,7 +135,7 @@ class TestRight:
         task = KeyValue(pairs=pairs, symbols=symbols, questions=min(pairs, asked))
         for drawn in (None, 1, 3):
             episode = task.draw(batch, generator(seed), drawn)
-            assert episode.tokens.shape == (batch, (drawn or 2) + 1, task.length)
+            assert episode.tokens.shape == (batch, (drawn or 1) + 1, task.length)
             for tokens, answers in lanes(episode):
                 read_pairs(tokens, answers, symbols, pairs, 1)
         counts = []
@@ -215,7 +215,7 @@ class TestShape:
         shapes = {name: tuple(task.draw(1, generator()).tokens[0].shape) for name, task in TASKS.items()}
         assert shapes == {
             "copy": (9, 6), "reverse": (9, 6), "retrieval": (10, 2), "rewrite": (10, 2), "one-fact": (34, 4),
-            "retrieval-16": (10, 2), "pairs-4": (3, 16), "pairs-8": (3, 32), "pairs-16": (3, 64), "pairs-32": (3, 128),
+            "retrieval-16": (10, 2), "pairs-4": (2, 16), "pairs-8": (2, 32), "pairs-16": (2, 64), "pairs-32": (2, 128),
         }  # fmt: skip
         assert all(2 * task.chance < task.solved < 1 for task in TASKS.values())
 

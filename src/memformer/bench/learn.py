@@ -21,7 +21,7 @@ from ..config import check_count
 from ..learning_rate import warmup_cosine
 from ..settings import ModelSettings
 from ..tasks import TASKS, Episode, KeyValue, Pixels, Task, digits
-from .contestants import OWN, Build, Contestant, build, sizes
+from .contestants import OWN, Build, Contestant, EncoderDecoder, build, sizes
 from .meters import flops, machine
 from .trials import Record, Result, Trial, Tuned, seeds_in_words, tune
 
@@ -182,6 +182,8 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
     task, held_out = _tasks(settings, trial["task"])
     torch.manual_seed(trial["seed"])
     model = _contestant(settings, trial["contestant"], entrants, task)
+    if isinstance(task, KeyValue) and isinstance(model, EncoderDecoder):  # which sees the segment before an answer
+        task, held_out = (dataclasses.replace(one, segments=2) for one in (task, held_out))
     parameters = list(model.parameters())
     optimizer, schedule = optimizing(parameters, trial["learning_rate"], settings.steps)
     generator = torch.Generator().manual_seed(trial["seed"])

@@ -150,7 +150,7 @@ class KeyValue(Task):
 
     The task of GradMem (ICML 2026) in 8 vectors: how much fits into a memory at once. Keys differ; keys and values are
     of the same symbols, and where they stand tells one from the other. An answer is right if both symbols are. Further
-    ``segments`` are blank. With a single one an encoder-decoder has the pairs before it when it answers, memory or not.
+    ``segments`` are blank: an encoder-decoder needs one, for it answers with the segment before in front of it.
 
     Attributes:
         pairs: how many there are.
@@ -159,7 +159,7 @@ class KeyValue(Task):
             one.
     """
 
-    segments: int = 2
+    segments: int = 1
     pairs: int = 16
     symbols: int = 62
     questions: int = 1
