@@ -88,7 +88,10 @@ def test_the_committed_results_can_be_gone_on_with(path):
     model = (learn if "benchmark" in held else text).MODEL
     model = dataclasses.replace(model, **held["model"])
     if "benchmark" in held:
-        fixed = learn._fixed(learn.LearningBenchmark(steps=held["steps"], batch_size=held["batch_size"], model=model))
+        asked = {"tasks": ("pairs-8",), "questions": held["questions"]} if "questions" in held else {}
+        fixed = learn._fixed(
+            learn.LearningBenchmark(steps=held["steps"], batch_size=held["batch_size"], model=model, **asked)
+        )
     else:
         own = {name: held[name] for name in held.keys() - {"documents", "model"}}
         fixed = text._fixed(text.TextBenchmark(**own, model=model)) | {"documents": held["documents"]}
