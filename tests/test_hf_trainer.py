@@ -319,6 +319,7 @@ def launched(out: Path) -> None:
         again.train(resume_from_checkpoint=str(out / name / "checkpoint-1"))
         found[f"{name}-resumed"] = [losses(again), again.evaluate()["eval_loss"]]
     (out / f"{trainer.args.process_index}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()  # or its threads may still be there when the process ends, which then aborts
 
 
 def frozen(tied: bool, seed: int = 0) -> MemoryForCausalLM:
