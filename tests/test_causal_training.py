@@ -296,8 +296,8 @@ def test_another_runs_weights_and_their_mean(settings: Settings, tmp_path: Path)
     assert_close(dict(run.model.state_dict()), dict(first.model.state_dict()), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"architecture: the model in .* is a CausalMemformer, got memformer"):
         Run(training_settings(out=tmp_path / "other", init_from=tmp_path / "run", data=again.data))
-    parts = dataclasses.replace(again.model, slot_parts=again.model.heads)
-    with pytest.raises(ValueError, match=rf"slot_parts: the model in .* has 1, got {again.model.heads}"):
+    parts = dataclasses.replace(again.model, slot_parts=2 * again.model.heads)
+    with pytest.raises(ValueError, match=rf"slot_parts: the model in .* has 1, got {2 * again.model.heads}"):
         Run(dataclasses.replace(again, model=parts))
     mean = average(all_checkpoints(tmp_path / "run"))
     assert isinstance(mean, CausalMemformer)

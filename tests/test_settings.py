@@ -226,6 +226,15 @@ def test_every_setting_of_the_model_reaches_it():
         assert dataclasses.replace(stack, **{name: value}).config(300, 32) != stack.config(300, 32), name
 
 
+def test_parts_of_slots_are_written_by_as_many_heads():
+    for architecture in ("memformer", "causal"):
+        config = ModelSettings(architecture=architecture, heads=4, slot_parts=8).config(300, 32)
+        assert (config.slot_parts, config.mem_update_attn_heads) == (8, 8)
+        assert ModelSettings(architecture=architecture, heads=4).config(300, 32).mem_update_attn_heads == 4
+        with pytest.raises(ValueError, match="slot_parts: must divide dim, got 7 parts for dim 64"):
+            ModelSettings(architecture=architecture, slot_parts=7).config(300, 32)
+
+
 def test_what_is_of_the_other_architecture_is_refused():
     with pytest.raises(ValueError, match=r"depth: 4 has no meaning with the architecture memformer, which has"):
         ModelSettings(depth=4)

@@ -90,7 +90,7 @@ class CausalMemformer(LanguageModel):
             which is written from the last.
         num_mem_updates: how often a memory is written per segment.
         mem_update_attn_heads: heads of the writing attention.
-        memory_writer, write_temperature, slot_parts, positions: as in :class:`~memformer.Memformer`.
+        slot_parts, memory_writer, write_temperature, positions: as in :class:`~memformer.Memformer`.
         feed_forward_factor: the width of the feed-forward layers, as a multiple of ``dim``; not only whole ones.
         dropout: probability, on the embeddings and on every sublayer's output.
         tie_embeddings: one matrix for the embeddings and the output projection.
@@ -115,11 +115,11 @@ class CausalMemformer(LanguageModel):
         heads: int = 8,
         overlap: int = 4,
         memory: MemoryLayout = "layers",
+        slot_parts: int = 1,
         num_mem_updates: int = 1,
         mem_update_attn_heads: int = 8,
         memory_writer: Writer = "normalised",
         write_temperature: float = 0.25,
-        slot_parts: int = 1,
         positions: Positions = "rotary",
         feed_forward_factor: float = 4,
         dropout: float = 0.0,

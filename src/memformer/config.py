@@ -91,6 +91,12 @@ class ModelConfig(Typed):
         if dim % heads:
             raise ValueError(f"{name}: must divide dim, got {heads} heads for dim {dim}")
 
+    def _check_slot_parts(self) -> None:
+        """Raise ValueError unless they divide the width. Before heads are checked, which settings take from them."""
+        check_count("slot_parts", self.slot_parts)
+        if self.dim % self.slot_parts:
+            raise ValueError(f"slot_parts: must divide dim, got {self.slot_parts} parts for dim {self.dim}")
+
     def _check_parts(self, stack_heads: list[str]) -> None:
         """Raise ValueError where a choice of parts is not one; ``stack_heads`` names the heads that know positions."""
         dim, writer, positions, dropout, temperature = (
@@ -109,9 +115,6 @@ class ModelConfig(Typed):
                     f"positions: rotary needs an even width per head, got dim {dim} / {name} {heads} = {dim // heads}. "
                     "Change dim or the heads, or use positions='relative'"
                 )
-        check_count("slot_parts", self.slot_parts)
-        if dim % self.slot_parts:
-            raise ValueError(f"slot_parts: must divide dim, got {self.slot_parts} parts for dim {dim}")
         if not (isinstance(dropout, numbers.Real) and 0 <= float(dropout) < 1):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         if not (isinstance(temperature, numbers.Real) and float(temperature) > 0):
@@ -138,11 +141,11 @@ class MemformerConfig(ModelConfig):
     dec_heads: int = 8
     dec_overlap: int = 0
     encoder_only: bool = False
+    slot_parts: int = 1
     num_mem_updates: int = 1
     mem_update_attn_heads: int = 8
     memory_writer: Writer = "normalised"
     write_temperature: float = 0.25
-    slot_parts: int = 1
     positions: Positions = "rotary"
     dropout: float = 0.0
     tie_embeddings: bool = False
@@ -161,6 +164,7 @@ class MemformerConfig(ModelConfig):
             check_count(name, getattr(self, name))
         if not self.encoder_only:
             self._check_overlap()
+        self._check_slot_parts()
         for name in [*stack_heads, "mem_update_attn_heads"]:
             self._check_heads(name)
         self._check_parts(stack_heads)
@@ -220,11 +224,11 @@ class CausalConfig(ModelConfig):
     heads: int = 8
     overlap: int = 4
     memory: MemoryLayout = "layers"
+    slot_parts: int = 1
     num_mem_updates: int = 1
     mem_update_attn_heads: int = 8
     memory_writer: Writer = "normalised"
     write_temperature: float = 0.25
-    slot_parts: int = 1
     positions: Positions = "rotary"
     feed_forward_factor: float = 4
     dropout: float = 0.0
@@ -244,6 +248,7 @@ class CausalConfig(ModelConfig):
             raise ValueError(
                 f"overlap: expected at most a segment's {self.max_seq_len} tokens, got {self.overlap}. Set it lower"
             )
+        self._check_slot_parts()
         for name in ("heads", "mem_update_attn_heads"):
             self._check_heads(name)
         if self.memory not in get_args(MemoryLayout):

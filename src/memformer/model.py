@@ -58,13 +58,13 @@ class Memformer(Network):
         dec_overlap: how many of the source's last tokens the decoder also sees, before what it predicts: for targets
             that continue the source, in the same vocabulary. A target's mask must then keep its first token.
         encoder_only: without a decoder; the call then returns ``(enc_out, mem)``.
+        slot_parts: in how many parts a slot is read, each by a key and a value of its own. With as many as
+            ``mem_update_attn_heads``, what a writing head found is read by itself.
         num_mem_updates: how often the memory is written per segment.
         mem_update_attn_heads: heads of the writing attention.
         memory_writer: "normalised" (paper v2), "gated" (the earlier library's), or "placed", where each writing head of
             each slot begins with a place of its own in a segment; see ``nn/memory.py``.
         write_temperature: temperature of the writing attention; below 1 sharpens it (paper v2).
-        slot_parts: in how many parts a slot is read, each by a key and a value of its own. With as many as
-            ``mem_update_attn_heads``, what a writing head found is read by itself.
         positions: "rotary" (the fastest), "relative" (paper v1) or "bucketed" (the earlier library's).
         dropout: probability, on the embeddings and on every sublayer's output.
         tie_embeddings: one matrix for both embeddings and the output projection.
@@ -88,11 +88,11 @@ class Memformer(Network):
         dec_heads: int = 8,
         dec_overlap: int = 0,
         encoder_only: bool = False,
+        slot_parts: int = 1,
         num_mem_updates: int = 1,
         mem_update_attn_heads: int = 8,
         memory_writer: Writer = "normalised",
         write_temperature: float = 0.25,
-        slot_parts: int = 1,
         positions: Positions = "rotary",
         dropout: float = 0.0,
         tie_embeddings: bool = False,
