@@ -77,6 +77,25 @@ def test_a_frozen_base_stays_as_it_is_and_no_checkpoint_holds_it(folder: Path) -
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(saved)
 
 
+def test_a_checkpoint_from_before_slots_had_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = AroundBase.described
+    with monkeypatch.context() as before:
+        before.setattr(
+            AroundBase, "described", lambda self: {k: v for k, v in described(self).items() if k != "slot_parts"}
+        )
+        assert train(folder, "--out", "older", "--steps", "2") == 0
+    assert "slot_parts" not in json.loads((folder / "older" / "step-000002" / "config.json").read_text())
+    assert load_model(folder / "older").config.slot_parts == 1
+    assert cli.main(["train", "--resume", "--out", str(folder / "older"), "--steps", "3"]) == 0
+
+
+def test_parts_of_slots_reach_a_memory_around_a_base(folder: Path) -> None:
+    assert train(folder, "--out", "parts", "--steps", "2", "--slot-parts", "2") == 0
+    model = load_model(folder / "parts")
+    assert model.config.slot_parts == 2
+    assert model.readers.each[0].to_kv.in_features == model.dim // 2
+
+
 def test_the_parts_of_a_run_train_nothing_else(folder: Path) -> None:
     """An optimizer that is given frozen weights lets them decay."""
     for settings, prefixes in [

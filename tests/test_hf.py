@@ -139,6 +139,8 @@ def test_slots_with_places_are_read_in_parts() -> None:
     base = base_of()
     model = with_memory(base, 3, LENGTH, read_dim=8, read_heads=2, write_heads=2, memory_writer="placed", slot_parts=2)
     assert model.readers.each[0].to_kv.in_features == model.dim // 2
+    assert model.config.to_dict()["slot_parts"] == 2
+    assert "slot_parts" not in model_of().config.to_dict(), "so a state from before there was that setting is its own"
     found = assert_replay_is_bptt(read_something(model))
     assert found["writer.places"].any(-1).all(), "each head of each slot"
 

@@ -71,7 +71,7 @@ def test_writer_equals_loops(kind: str, kept: Tensor | None) -> None:
 def test_attention_on_itself_equals_loops(kind: str, kept: Tensor | None) -> None:
     """With 1 for the slot's own value and 0 for the tokens', what a head finds is the share on the slot itself."""
     writer, memory, x = make(kind), randn(BATCH, SLOTS, DIM), randn(BATCH, LENGTH, DIM)
-    q, own_k, _, k, _ = (merge_heads(part).expand(BATCH, -1, -1) for part in writer.projected(memory, x))
+    q, own_k, _, k, _ = (merge_heads(part) for part in writer.projected(memory, x))
     ones, zeros = torch.ones_like(q[0]), torch.zeros_like(x[0])
     places = getattr(writer, "places", None)
     found = [

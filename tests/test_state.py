@@ -228,6 +228,13 @@ def test_another_model_refuses_and_says_which(model: Memformer, state: MemorySta
     refused(file, other, rf"the same settings, other weights \(fingerprint {first} there, {second} here\)")
 
 
+def test_a_model_of_more_settings_refuses_and_says_which(tmp_path: Path) -> None:
+    there = lively(slot_parts=2)
+    file = tmp_path / "state"
+    there.read(torch.randint(START, (1, 9)), start=START).save(file, there)
+    refused(file, lively(), r"another model: slot_parts 2 there, None here \(fingerprint")
+
+
 def test_a_fingerprint_is_of_settings_and_weights(model: Memformer) -> None:
     make = lively if isinstance(model, Memformer) else lively_causal
     assert fingerprint(model) == fingerprint(make())

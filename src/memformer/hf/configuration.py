@@ -78,6 +78,11 @@ class MemoryConfig(PreTrainedConfig):
             )
         return super().from_dict(config_dict, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers has it; without ``slot_parts`` where it is 1, so that states of before are its model's."""
+        values: dict[str, Any] = super().to_dict()
+        return {name: value for name, value in values.items() if (name, value) != ("slot_parts", 1)}
+
     def check(self) -> None:
         """Raise ValueError where a setting is out of range or does not fit the base."""
         for name in ("slots", "read_dim", "read_heads", "write_heads", "slot_parts"):

@@ -154,7 +154,7 @@ class AroundBase(MemoryForCausalLM):
         Raises:
             ValueError: it is of another base or other sizes, or damaged.
         """
-        _, saved = read_config(folder)
+        saved = _saved(folder)
         self._check_base_of(saved, folder)
         here = self.described()
         for name in FIELDS:
@@ -193,7 +193,7 @@ class AroundBase(MemoryForCausalLM):
             ValueError: a file is damaged, or the base is another one.
         """
         folder = model_in(a_path("folder", folder))
-        _, saved = read_config(folder)
+        saved = _saved(folder)
         if "model_type" in saved:  # save_pretrained of transformers wrote it
             with _quiet():
                 whole: Self = super().from_pretrained(folder, base_model=base_model, dtype=torch.float32)
@@ -209,6 +209,11 @@ class AroundBase(MemoryForCausalLM):
         model = cls._around(base, settings, **{name: saved[name] for name in FIELDS if name != "base"})
         model.load_saved(folder)
         return model.eval()
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` holds; of older checkpoints, which had no parts of slots, with one."""
+    return {"slot_parts": 1} | read_config(folder)[1]
 
 
 # --- The base and its tokenizer

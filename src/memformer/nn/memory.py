@@ -78,8 +78,7 @@ def slot_attention_weights(
         to_itself, to_segment = to_itself + preference[..., :1], to_segment + preference[..., 1:]
     if mask is not None:
         to_segment = to_segment.masked_fill(~mask[..., None, None, :], float("-inf"))
-    logits = torch.cat([to_itself.expand(*to_segment.shape[:-1], 1), to_segment], -1)
-    on_itself, on_segment = logits.softmax(-1).split([1, k.shape[-2]], -1)
+    on_itself, on_segment = torch.cat([to_itself, to_segment], -1).softmax(-1).split([1, k.shape[-2]], -1)
     return on_itself, on_segment
 
 
@@ -245,9 +244,7 @@ class PlacedWriter(SlotWriter):
         with torch.no_grad():  # x has norm sqrt(dim); its values are to be of the size of a slot, which is 1
             self.segment_to_kv.weight[dim:].normal_(std=1 / dim)
 
-    @staticmethod
-    def new_slots(slots: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
-        return F.normalize(_randn(slots, dim, generator), dim=-1)
+    new_slots = staticmethod(NormalisedWriter.new_slots)
 
     def _new_places(self, slots: int, length: int) -> Tensor:
         """(slots, heads, 1 + length). Stretches overlap by half a token at either end, and none is empty."""
@@ -263,7 +260,8 @@ class PlacedWriter(SlotWriter):
 
     def projected(self, memory: Tensor, x: Tensor) -> list[Tensor]:
         k, v = self.segment_to_kv(x).chunk(2, -1)
-        q, own_v, k, v = (split_heads(part, self.heads) for part in (self.queries.unsqueeze(-3), memory, k, v))
+        queries = self.queries.unsqueeze(-3).expand_as(memory)
+        q, own_v, k, v = (split_heads(part, self.heads) for part in (queries, memory, k, v))
         return [q, torch.zeros_like(q), own_v, k, v]
 
     def preference(self, x: Tensor, mask: Tensor | None) -> Tensor:
