@@ -1,6 +1,7 @@
 """Settings: read from YAML, refused with a suggestion, written so that they repeat the run."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from memformer.settings import (
     TrainingConfig,
     absolute,
     build,
+    read_saved,
     read_yaml,
     to_plain,
     to_yaml,
@@ -212,8 +214,8 @@ def test_every_schedule_has_a_spelling(settings, schedule):
 def test_every_setting_of_the_model_reaches_it():
     changes = {
         "dim": 128, "slots": 3, "enc_depth": 3, "dec_depth": 3, "dec_overlap": 3, "heads": 2, "mem_updates": 2,
-        "memory_writer": "gated", "write_temperature": 0.5, "slot_parts": 2, "positions": "relative", "dropout": 0.1,
-        "tie_embeddings": False,
+        "memory_writer": "gated", "write_temperature": 0.5, "slot_parts": 2, "write_heads": 2, "positions": "relative",
+        "dropout": 0.1, "tie_embeddings": False,
     }  # fmt: skip
     causal = {"architecture": "causal", "depth": 4, "overlap": 3, "memory_layout": "one"}
     assert set(changes) | set(causal) == {field.name for field in dataclasses.fields(ModelSettings)}
@@ -226,13 +228,41 @@ def test_every_setting_of_the_model_reaches_it():
         assert dataclasses.replace(stack, **{name: value}).config(300, 32) != stack.config(300, 32), name
 
 
-def test_parts_of_slots_are_written_by_as_many_heads():
+def test_parts_of_slots_are_written_by_as_many_heads_if_no_number_is_given():
     for architecture in ("memformer", "causal"):
         config = ModelSettings(architecture=architecture, heads=4, slot_parts=8).config(300, 32)
         assert (config.slot_parts, config.mem_update_attn_heads) == (8, 8)
         assert ModelSettings(architecture=architecture, heads=4).config(300, 32).mem_update_attn_heads == 4
+        config = ModelSettings(architecture=architecture, slot_parts=2, write_heads=8).config(300, 32)
+        assert (config.slot_parts, config.mem_update_attn_heads) == (2, 8)
+        with pytest.raises(ValueError, match=r"^write_heads: must divide dim"):
+            ModelSettings(architecture=architecture, write_heads=3).config(300, 32)
         with pytest.raises(ValueError, match="slot_parts: must divide dim, got 7 parts for dim 64"):
             ModelSettings(architecture=architecture, slot_parts=7).config(300, 32)
+
+
+@pytest.mark.parametrize("architecture", ["memformer", "causal"])
+def test_settings_of_a_model_are_those_it_was_made_of(architecture):
+    for changes in ({}, {"slot_parts": 8}, {"write_heads": 2}, {"slot_parts": 2, "write_heads": 8}):
+        settings = ModelSettings(architecture=architecture, **changes)
+        assert ModelSettings.of(settings.config(300, 32), 0.0) == settings
+        explicit = dataclasses.replace(settings, write_heads=settings.writing_heads(settings.heads))
+        assert ModelSettings.of(explicit.config(300, 32), 0.0) == settings, "what is usual is left to be so"
+
+
+@pytest.mark.parametrize(
+    ("parts", "heads", "now"),
+    [(None, 8, 0), (1, 8, 0), (1, 4, 4), (8, 8, 0), (4, 4, 0), (4, 8, 8)],
+)
+def test_writing_heads_around_a_base_were_said_elsewhere(tmp_path, parts, heads, now):
+    model = {} if parts is None else {"slot_parts": parts}
+    older = {"model": model, "around": {"base": "somewhere", "write_heads": heads, "read_dim": 8}}
+    (tmp_path / "older.yaml").write_text(json.dumps(older))
+    for read in (read_saved(older), read_yaml(tmp_path / "older.yaml", TrainingConfig())):
+        assert read.model.write_heads == now
+        assert read.model.writing_heads(8) == heads
+        assert read.around.read_dim == 8
+    assert read_saved({"around": {"base": None, "write_heads": 8}}) == read_saved({})
 
 
 def test_what_is_of_the_other_architecture_is_refused():

@@ -80,9 +80,12 @@ def texts(task: InProse, episode: Episode) -> list[tuple[str, list[str], list[st
         questions = [" ".join(task.prose.decode(asked[a + 1 : b])) for a, b in itertools.pairwise(cuts)]
         assert asked[0] == ASK
         out.append((" ".join(words), questions, task.prose.decode(tokens[answers].tolist())))
-        count = int(answers.sum())
-        assert answers[-1, :count].all(), "answers stand at the beginning of the last segment"
-        assert (tokens[-1, count:] == BLANK).all()
+        last, wanted = tokens[-1].tolist(), answers[-1].tolist()
+        again = [token for token, is_answer in zip(last, wanted, strict=True) if not is_answer and token != BLANK]
+        assert again == asked, "the last segment asks the same again"
+        for begin in (i for i, is_answer in enumerate(wanted) if is_answer and not wanted[i - 1]):
+            assert task.prose.decode(last[begin - 1 : begin]) == ["?"], "an answer follows its question"
+        assert wanted.count(True) == int(answers.sum())
     return out
 
 
@@ -298,7 +301,7 @@ def test_prose_by_default_and_of_files(tmp_path: Path, monkeypatch: pytest.Monke
         (lambda: tasks.in_prose("qa9"), "world: expected one of qa1, qa2, qa3, needle, got 'qa9'"),
         (lambda: tasks.prose_of([TEXT], words=3), f"words: expected a whole number of at least {len(WORDS)}, got 3"),
         (lambda: tasks.prose_of(["One sentence is here."]), "texts: expected 10 sentences .* got 1"),
-        (lambda: task_of(WORLDS["qa1"], per_segment=20, questions=4), "per_segment: questions .* 36 tokens, got 20"),
+        (lambda: task_of(WORLDS["qa1"], per_segment=20, questions=4), "per_segment: questions .* 40 tokens, got 20"),
         (lambda: task_of(WORLDS["qa3"], segments=1), "segments: the facts alone may fill 3 segments of 64, got 1"),
         (lambda: task_of(WORLDS["qa1"]).tell(1, generator(), depth=1.5), r"depth: expected 0 .* got 1.5"),
         (

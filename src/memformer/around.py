@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from .config import Typed, check_count
 
-__all__ = ["BaseSettings", "check_others"]
+__all__ = ["BASE_WRITE_HEADS", "BaseSettings", "check_others"]
 
 Trained = Literal["memory", "lora", "all"]
 
@@ -32,16 +32,14 @@ class BaseSettings(Typed):
     """Width of the attention over the slots beside each of the base's layers."""
     read_heads: int = 4
     """Heads of that attention."""
-    write_heads: int = 8
-    """Heads of the attention that writes the slots around a base."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("lora", self.lora, least=0)
-        for name in ("read_dim", "read_heads", "write_heads"):
+        for name in ("read_dim", "read_heads"):
             check_count(name, getattr(self, name))
         if self.base is None:
-            for name in ("gguf", "lora", "train_base", "read_dim", "read_heads", "write_heads"):
+            for name in ("gguf", "lora", "train_base", "read_dim", "read_heads"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(
                         f"{name}: {getattr(self, name)} is for a pretrained model; name its folder as base"
@@ -57,7 +55,9 @@ class BaseSettings(Typed):
         return "all" if self.train_base else "lora" if self.lora else "memory"
 
 
-MEANT = ("slots", "memory_writer", "write_temperature", "slot_parts")
+BASE_WRITE_HEADS = 8
+"""Heads that write slots of one part around a base, if no number is given."""
+MEANT = ("slots", "memory_writer", "write_temperature", "slot_parts", "write_heads")
 """The sizes that are a memory's, whatever it is around."""
 
 

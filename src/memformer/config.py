@@ -50,6 +50,7 @@ class ModelConfig(Typed):
         dim: int
         num_memory_slots: int
         slot_parts: int
+        mem_update_attn_heads: int
         dropout: float
 
     @property

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 
 from . import replay
-from .around import BaseSettings, check_others
+from .around import BASE_WRITE_HEADS, BaseSettings, check_others
 from .checks import check_patterns
 from .config import (
     CausalConfig,
@@ -121,7 +121,7 @@ class ModelSettings(Typed):
     memory_layout: MemoryLayout = "layers"
     """Of a causal model: layers, a memory in each layer; one, a memory that all layers read."""
     heads: int = 4
-    """Attention heads of all layers, and of the reading and writing of the memory."""
+    """Attention heads of all layers, and of the reading of the memory."""
     mem_updates: int = 1
     """How often the memory is written per segment."""
     memory_writer: Writer = "normalised"
@@ -130,7 +130,10 @@ class ModelSettings(Typed):
     write_temperature: float = 0.25
     """Temperature of the writing attention; below 1 makes it sharper."""
     slot_parts: int = 1
-    """In how many parts a slot is written and read, each by attention of its own. 1: written by heads, read whole."""
+    """In how many parts a slot is read, each by attention of its own."""
+    write_heads: int = 0
+    """Heads of the attention that writes; 0: as many as a slot has parts, and with one part as the other layers have (8
+    around a pretrained model)."""
     positions: Positions = "rotary"
     """How attention knows where a token stands."""
     dropout: float = 0.0
@@ -152,7 +155,8 @@ class ModelSettings(Typed):
             "slot_parts",
         ):
             check_count(name, getattr(self, name))
-        check_count("dec_overlap", self.dec_overlap, least=0)
+        for name in ("dec_overlap", "write_heads"):
+            check_count(name, getattr(self, name), least=0)
         others = next(own for architecture, own in _OWN.items() if architecture != self.architecture)
         for name in others:
             if getattr(self, name) != getattr(type(self), name):
@@ -165,23 +169,26 @@ class ModelSettings(Typed):
         """The model's configuration. Raises ValueError where settings do not fit together."""
         if self.architecture == "memformer":
             return self.memformer_config(vocabulary, segment_length)
-        return CausalConfig(
-            **{name: getattr(self, name) for name in _SAME},
-            num_memory_slots=self.slots,
-            num_mem_updates=self.mem_updates,
-            num_tokens=vocabulary,
-            max_seq_len=segment_length,
-            depth=self.depth,
-            overlap=self.overlap,
-            memory=self.memory_layout,
-            heads=self.heads,
-            mem_update_attn_heads=self._write_heads,
-            dropout=self.dropout,
-        )
+        try:
+            return CausalConfig(
+                **{name: getattr(self, name) for name in _SAME},
+                num_memory_slots=self.slots,
+                num_mem_updates=self.mem_updates,
+                num_tokens=vocabulary,
+                max_seq_len=segment_length,
+                depth=self.depth,
+                overlap=self.overlap,
+                memory=self.memory_layout,
+                heads=self.heads,
+                mem_update_attn_heads=self.writing_heads(self.heads),
+                dropout=self.dropout,
+            )
+        except ValueError as error:
+            raise ValueError(_as_called_here(error)) from error
 
-    @property
-    def _write_heads(self) -> int:
-        return self.heads if self.slot_parts == 1 else self.slot_parts
+    def writing_heads(self, usual: int) -> int:
+        """How many heads write, where ``usual`` ones write slots of one part."""
+        return self.write_heads or (usual if self.slot_parts == 1 else self.slot_parts)
 
     def memformer_config(self, vocabulary: int, segment_length: int) -> MemformerConfig:
         """That of a Memformer. Raises ValueError for another architecture, and where settings do not fit together."""
@@ -198,11 +205,11 @@ class ModelSettings(Typed):
                 dec_num_tokens=vocabulary,
                 dec_max_seq_len=segment_length + 1,
                 dec_heads=self.heads,
-                mem_update_attn_heads=self._write_heads,
+                mem_update_attn_heads=self.writing_heads(self.heads),
                 dropout=self.dropout,
             )
         except ValueError as error:
-            raise ValueError(str(error).replace("enc_heads", "heads")) from error  # as they are called here
+            raise ValueError(_as_called_here(error)) from error
 
     @classmethod
     def of(cls, config: ModelConfig, dropout: float) -> ModelSettings:
@@ -215,7 +222,15 @@ class ModelSettings(Typed):
         elif isinstance(config, MemformerConfig):
             known |= {name: getattr(config, name) for name in _OWN["memformer"]}
             known |= {"heads": config.enc_heads, "mem_updates": config.num_mem_updates}
-        return cls(**known)
+        settings = cls(**known)
+        if config.mem_update_attn_heads == settings.writing_heads(settings.heads):
+            return settings
+        return dataclasses.replace(settings, write_heads=config.mem_update_attn_heads)
+
+
+def _as_called_here(error: ValueError) -> str:
+    """What a configuration says, with the names that the settings have for it."""
+    return str(error).replace("mem_update_attn_heads", "write_heads").replace("enc_heads", "heads")
 
 
 _OWN = {"memformer": ("enc_depth", "dec_depth", "dec_overlap"), "causal": ("depth", "overlap", "memory_layout")}
@@ -611,7 +626,7 @@ def read_yaml(file: Path, base: TrainingConfig) -> TrainingConfig:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
     try:
-        return build(TrainingConfig, {} if values is None else values, base=base)
+        return build(TrainingConfig, {} if values is None else _moved(values), base=base)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -645,11 +660,24 @@ FORMER: dict[str, dict[str, object]] = {
 """What a field that is newer than a saved run meant before there was one, where that is not its default today."""
 
 
+def _moved(values: Any) -> Any:
+    """Plain settings in which ``write_heads`` is the model's: before, it was there around a pretrained one alone."""
+    around = values.get("around") if isinstance(values, Mapping) else None
+    if not isinstance(around, Mapping) or "write_heads" not in around:
+        return values
+    model = values.get("model") or {}
+    parts, heads = model.get("slot_parts", 1), around["write_heads"]
+    if around.get("base") is not None and heads != (BASE_WRITE_HEADS if parts == 1 else parts):
+        model = {"write_heads": heads, **model}
+    return {**values, "model": model, "around": {name: around[name] for name in around if name != "write_heads"}}
+
+
 def read_saved(values: Mapping[str, Any]) -> TrainingConfig:
     """The settings that a run saved; what they do not name is as it was before it could be set.
 
     Raises:
         ValueError: an unknown key, or a value of another type.
     """
+    values = _moved(values)
     former = {group: {**fields, **values.get(group, {})} for group, fields in FORMER.items()}
     return build(TrainingConfig, {**values, **former})

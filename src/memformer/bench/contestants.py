@@ -301,6 +301,6 @@ def sizes(model: ModelSettings) -> dict[str, object]:
     """By name, those of a model's settings from which a contestant is built; they are an encoder-decoder's."""
     every = dataclasses.asdict(model)
     left_out = {"architecture", "depth", "overlap", "memory_layout"}
-    if model.slot_parts == 1:  # files from before have none
-        left_out.add("slot_parts")
+    # Files from before know nothing of these.
+    left_out |= {name for name, usual in (("slot_parts", 1), ("write_heads", 0)) if every[name] == usual}
     return {name: every[name] for name in every if name not in left_out}

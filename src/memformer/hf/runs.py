@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ..around import BaseSettings
+from ..around import BASE_WRITE_HEADS, BaseSettings
 from ..config import a_path
 from ..data.tokenizers import VOCABULARY_FILE, BaseTokenizer, BPETokenizer
 from ..folders import model_in
@@ -80,7 +80,7 @@ class AroundBase(MemoryForCausalLM):
             read_dim=settings.read_dim,
             read_heads=settings.read_heads,
             memory_writer=sizes.memory_writer,
-            write_heads=settings.write_heads,
+            write_heads=sizes.writing_heads(BASE_WRITE_HEADS),
             write_temperature=sizes.write_temperature,
             slot_parts=sizes.slot_parts,
         )

@@ -222,7 +222,9 @@ class Telling(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InProse(Task):
-    """Facts of a small world, scattered in prose in the order told; then a segment that asks, and one of the answer.
+    """Facts of a small world, scattered in prose in the order told; then a segment that asks, and one that asks the
+    same again and answers. So an encoder-decoder, which answers from the segment before, reads the question with its
+    memory, and a causal model has it in sight.
 
     The first fact that the answer needs stands anywhere with the same probability; the facts before it stand anywhere
     before, those after it anywhere after. Each stands between two sentences. The text has ``segments * per_segment``
@@ -248,10 +250,10 @@ class InProse(Task):
         super().__post_init__()
         check_count("per_segment", self.per_segment)
         check_count("questions", self.questions)
-        asked = self.questions * max(1 + self.world.longest_question, self.world.answer_words)
+        asked = self.questions * (1 + self.world.longest_question + self.world.answer_words)
         if asked > self.per_segment:
             raise ValueError(
-                f"per_segment: questions (or answers) fill one segment, and may have {asked} tokens, got "
+                f"per_segment: questions and answers stand in one segment, and may have {asked} tokens, got "
                 f"{self.per_segment}"
             )
         if self.least_segments > self.segments:
@@ -338,15 +340,20 @@ class InProse(Task):
         return _whole(self.tell(batch_size, generator, segments))
 
     def _ask(self, asked: Sequence[Sequence[Asked]]) -> Episode:
-        """The two last segments."""
+        """The two last segments: the questions, and once more, each with its answer."""
         tokens = torch.full((len(asked), 2, self.per_segment), BLANK, device="cpu")
         answers = torch.zeros_like(tokens, dtype=torch.bool)
         for lane, questions in enumerate(asked):
-            words = np.concatenate([[ASK, *self.prose.encode(one.question)] for one in questions])
-            wanted = self.prose.encode(word for one in questions for word in one.answer)
-            tokens[lane, 0, : len(words)] = torch.from_numpy(words)
-            tokens[lane, 1, : len(wanted)] = torch.from_numpy(wanted)
-            answers[lane, 1, : len(wanted)] = True
+            first = second = 0
+            for question, answer, _ in questions:
+                words = torch.from_numpy(np.concatenate([[ASK], self.prose.encode(question)]))
+                wanted = torch.from_numpy(self.prose.encode(answer))
+                tokens[lane, 0, first : first + len(words)] = words
+                tokens[lane, 1, second : second + len(words)] = words
+                first, second = first + len(words), second + len(words)
+                tokens[lane, 1, second : second + len(wanted)] = wanted
+                answers[lane, 1, second : second + len(wanted)] = True
+                second += len(wanted)
         return Episode(tokens, answers)
 
 
