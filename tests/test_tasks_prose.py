@@ -245,6 +245,15 @@ def test_the_statistics_in_the_documentation(
 
 
 @each_world
+def test_the_longest_facts_and_questions_are_as_long_as_is_said(world: World) -> None:
+    rng = random.Random(0)
+    stories = [world.tell(rng) for _ in range(200)]
+    assert max(len(fact) for story in stories for fact in story.facts) == world.longest_fact
+    assert max(len(story.asked[0].question) for story in stories) == world.longest_question
+    assert {len(story.asked[0].answer) for story in stories} == {world.answer_words}
+
+
+@each_world
 def test_the_first_needed_fact_stands_anywhere(world: World) -> None:
     task = task_of(world, segments=2000)
     places = torch.cat([task.tell(100, generator(seed)).places[:, 0] for seed in range(8)])
@@ -301,7 +310,7 @@ def test_prose_by_default_and_of_files(tmp_path: Path, monkeypatch: pytest.Monke
         (lambda: tasks.in_prose("qa9"), "world: expected one of qa1, qa2, qa3, needle, got 'qa9'"),
         (lambda: tasks.prose_of([TEXT], words=3), f"words: expected a whole number of at least {len(WORDS)}, got 3"),
         (lambda: tasks.prose_of(["One sentence is here."]), "texts: expected 10 sentences .* got 1"),
-        (lambda: task_of(WORLDS["qa1"], per_segment=20, questions=4), "per_segment: questions .* 40 tokens, got 20"),
+        (lambda: task_of(WORLDS["qa1"], per_segment=20, questions=4), "per_segment: questions .* 24 tokens, got 20"),
         (lambda: task_of(WORLDS["qa3"], segments=1), "segments: the facts alone may fill 3 segments of 64, got 1"),
         (lambda: task_of(WORLDS["qa1"]).tell(1, generator(), depth=1.5), r"depth: expected 0 .* got 1.5"),
         (

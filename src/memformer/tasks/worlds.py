@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ..config import check_count
 
@@ -57,10 +57,13 @@ class World:
 
     Attributes:
         least, most: facts in a story; their number is drawn.
+        longest_fact, longest_question: how many words they have at most.
     """
 
     least: int = 2
     most: int = 10
+    longest_fact: ClassVar[int] = 6
+    longest_question: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
         check_count("least", self.least, self.needed)
@@ -80,16 +83,6 @@ class World:
     def chance(self) -> float:
         """How often the best guess of a whole answer is right for who has read no fact."""
         raise NotImplementedError
-
-    @property
-    def longest_fact(self) -> int:
-        """Words of a fact, at most."""
-        return 6
-
-    @property
-    def longest_question(self) -> int:
-        """Words of a question, at most."""
-        return 8
 
     def tell(self, rng: random.Random, questions: int = 1) -> Story:
         """A new story with so many questions, or fewer where it holds no more."""
@@ -131,6 +124,7 @@ class Whereabouts(World):
 
     people: int = 4
     places: int = 6
+    longest_question: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,6 +227,7 @@ class TwoFacts(_WithThings):
 
     least: int = 4
     most: int = 16
+    longest_question: ClassVar[int] = 5
 
     @property
     def needed(self) -> int:
@@ -294,6 +289,8 @@ class Values(World):
     people: int = 2
     each: int = 4
     secrets: int = 16
+    longest_fact: ClassVar[int] = 7
+    longest_question: ClassVar[int] = 7
 
     def __post_init__(self) -> None:
         _check_names(people=(self.people, 1, PEOPLE), secrets=(self.secrets, 1, SECRETS))
@@ -313,10 +310,6 @@ class Values(World):
     @property
     def chance(self) -> float:
         return 1 / math.perm(self.secrets, self.each)
-
-    @property
-    def longest_fact(self) -> int:
-        return 7
 
     def _tell(self, rng: random.Random, count: int, questions: int) -> Story:
         people = rng.sample(PEOPLE, self.people)
