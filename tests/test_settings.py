@@ -263,6 +263,10 @@ def test_writing_heads_around_a_base_were_said_elsewhere(tmp_path, parts, heads,
         assert read.model.writing_heads(8) == heads
         assert read.around.read_dim == 8
     assert read_saved({"around": {"base": None, "write_heads": 8}}) == read_saved({})
+    with pytest.raises(ValueError, match=r"around\.write_heads: unknown setting.*model\.write_heads"):
+        read_saved({"around": {"write_heads": 4}})
+    with pytest.raises(ValueError, match="model: expected names with values, got 3"):
+        read_saved({"model": 3, "around": {"write_heads": 4}})
 
 
 def test_what_is_of_the_other_architecture_is_refused():

@@ -661,12 +661,16 @@ FORMER: dict[str, dict[str, object]] = {
 
 
 def _moved(values: Any) -> Any:
-    """Plain settings in which ``write_heads`` is the model's: before, it was there around a pretrained one alone."""
-    around = values.get("around") if isinstance(values, Mapping) else None
-    if not isinstance(around, Mapping) or "write_heads" not in around:
+    """Plain settings in which ``write_heads`` is the model's: before, it was there around a pretrained one alone.
+
+    Where it cannot have been meant so it stays, and is refused as unknown.
+    """
+    around, model = (values.get(name, {}) if isinstance(values, Mapping) else None for name in ("around", "model"))
+    if not isinstance(around, Mapping) or not isinstance(model, Mapping) or "write_heads" not in around:
         return values
-    model = values.get("model") or {}
     parts, heads = model.get("slot_parts", 1), around["write_heads"]
+    if around.get("base") is None and heads != BASE_WRITE_HEADS:
+        return values
     if around.get("base") is not None and heads != (BASE_WRITE_HEADS if parts == 1 else parts):
         model = {"write_heads": heads, **model}
     return {**values, "model": model, "around": {name: around[name] for name in around if name != "write_heads"}}
