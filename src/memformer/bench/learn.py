@@ -173,7 +173,7 @@ def _judged_on(name: str, task: Task) -> dict[str, tuple[Task, int]]:
     """By what a table calls them: the tasks that a run is judged on in the end, and their segments of information."""
     if isinstance(task, KeyValue):
         counts = [n for n in FEWER if n < task.pairs] + [task.pairs]
-        return {str(n): (dataclasses.replace(task, pairs=n, places=task.pairs), task.segments) for n in counts}
+        return {str(n): (dataclasses.replace(task, pairs=n), task.segments) for n in counts}
     return {str(n): (task, n) for n in (task.segments, *LONGER.get(name, ()))}
 
 

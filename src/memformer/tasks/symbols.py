@@ -154,8 +154,6 @@ class KeyValue(Task):
 
     Attributes:
         pairs: how many there are.
-        places: how many a segment has room for, and 0 means as many as there are. If there are fewer, the others are
-            blank, at random.
         symbols: different symbols, of which ``symbols ** 2`` keys and values are made.
         questions: pairs that are asked at once in :meth:`exercise`, each a signal at nearly no cost. :meth:`draw` asks
             one.
@@ -163,7 +161,6 @@ class KeyValue(Task):
 
     segments: int = 1
     pairs: int = 16
-    places: int = 0
     symbols: int = 62
     questions: int = 1
     metric: ClassVar[Metric] = "exact"
@@ -172,9 +169,6 @@ class KeyValue(Task):
         super().__post_init__()
         for name in ("pairs", "symbols", "questions"):
             check_count(name, getattr(self, name))
-        check_count("places", self.places, least=0)
-        if 0 < self.places < self.pairs:
-            raise ValueError(f"places: expected 0 or at least as many as pairs ({self.pairs}), got {self.places}")
         if self.pairs > self.symbols**2:
             raise ValueError(f"pairs: their keys differ, so at most symbols ** 2 ({self.symbols**2}), got {self.pairs}")
         if self.questions > self.pairs:
@@ -186,7 +180,7 @@ class KeyValue(Task):
 
     @property
     def length(self) -> int:
-        return 4 * (self.places or self.pairs)
+        return 4 * self.pairs
 
     @property
     def chance(self) -> float:
@@ -195,13 +189,11 @@ class KeyValue(Task):
     def eased(self, progress: float) -> KeyValue:
         """Two pairs, then twice as many, and so on; as many as there are after 0.3 of the training.
 
-        How a value is found by its key is learned from two within minutes, and among many hardly ever. A segment keeps
-        its places, for then what was learned of one place goes on to be right when all are filled.
+        How a value is found by its key is learned from two within minutes, and among many hardly ever.
         """
         doublings = (self.pairs - 1).bit_length()
         pairs = min(self.pairs, 2 ** (1 + int(progress / 0.3 * max(0, doublings - 1))))
-        places, questions = self.places or self.pairs, min(pairs, self.questions)
-        return dataclasses.replace(self, pairs=pairs, places=places, questions=questions)
+        return dataclasses.replace(self, pairs=pairs, questions=min(pairs, self.questions))
 
     def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
         """As :meth:`draw`, but with ``questions`` of them."""
@@ -216,13 +208,10 @@ class KeyValue(Task):
             answers = torch.zeros_like(tokens, dtype=torch.bool)
             keys = torch.rand(batch_size, self.symbols**2, generator=generator).topk(self.pairs).indices
             values = torch.randint(self.symbols**2, (batch_size, self.pairs), generator=generator)
-            chosen = torch.rand(batch_size, self.pairs, generator=generator).topk(asked).indices
+            places = torch.rand(batch_size, self.pairs, generator=generator).topk(asked).indices
             bound = torch.cat([self._two(keys), self._two(values)], 2)  # (batch, pairs, 4)
-            lanes, places = torch.arange(batch_size)[:, None], torch.arange(self.pairs)[None]
-            if self.places > self.pairs:
-                places = torch.rand(batch_size, self.places, generator=generator).topk(self.pairs).indices
-            tokens[:, 0].unflatten(1, (-1, 4))[lanes, places] = bound
-            tokens[:, -1, : 4 * asked] = bound[lanes, chosen].flatten(1)
+            tokens[:, 0] = bound.flatten(1)
+            tokens[:, -1, : 4 * asked] = bound[torch.arange(batch_size)[:, None], places].flatten(1)
             answers[:, -1, : 4 * asked].unflatten(1, (asked, 4))[..., 2:] = True
         return Episode(tokens, answers)
 
