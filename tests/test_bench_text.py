@@ -182,6 +182,8 @@ SMALL = [
     *("--horizon", "2", "--segment-tokens", "16", "--slots", "2", "--seeds", "0", "1"),
     *("--learning-rates", "1e-3", "1e-2", "--jobs", "1"),
 ]
+ONE = ["bench", "text", *SMALL, "--horizons", "2", "--seeds", "0", "--learning-rates", "1e-2"]
+"""A command of one trial."""
 
 
 def test_the_report_and_what_is_taken_up_again(monkeypatch, capsys, tmp_path):
@@ -257,19 +259,7 @@ def test_peers_are_told_what_reading_takes(monkeypatch, capsys, tmp_path):
 def test_one_file_holds_trainings_that_begin_anew_and_others(monkeypatch, tmp_path):
     small(monkeypatch)
     out = tmp_path / "runs.json"
-    command = [
-        "bench",
-        "text",
-        *SMALL,
-        "--horizons",
-        "2",
-        "--seeds",
-        "0",
-        "--learning-rates",
-        "1e-2",
-        "--out",
-        str(out),
-    ]
+    command = [*ONE, "--out", str(out)]
     for restart in ([], ["--restart", "2"], ["--restart", "2"]):
         assert main([*command, *restart, "--out", str(out)]) == 0
     never, anew = json.loads(out.read_text())["runs"]

@@ -9,7 +9,7 @@ import torch
 from memformer.bench.text import TextBenchmark, _corpus, held_out
 from memformer.bench.words import KINDS, word_kinds, words_of
 from memformer.cli import main
-from test_bench_text import LENGTH, SMALL, VOCABULARY, Counter, documents, small
+from test_bench_text import LENGTH, ONE, VOCABULARY, Counter, documents, small
 
 
 def named(text: str, length: int, known: str = "") -> list[str]:
@@ -93,19 +93,7 @@ def test_held_out_documents_have_kinds(monkeypatch, tokenizer):
 def test_the_report_tells_kinds_apart(monkeypatch, capsys, tmp_path):
     small(monkeypatch)
     out = tmp_path / "runs.json"
-    command = [
-        "bench",
-        "text",
-        "--horizons",
-        "2",
-        *SMALL,
-        "--seeds",
-        "0",
-        "--learning-rates",
-        "1e-3",
-        "--out",
-        str(out),
-    ]
+    command = [*ONE, "--out", str(out)]
     assert main(command) == 0
     report = capsys.readouterr().out
     table = report[report.index("by words") :].splitlines()

@@ -94,6 +94,9 @@ def test_parts_of_slots_reach_a_memory_around_a_base(folder: Path) -> None:
     model = load_model(folder / "parts")
     assert model.config.slot_parts == 2
     assert model.readers.each[0].to_kv.in_features == model.dim // 2
+    assert model.config.write_heads == 2, "as the command says"
+    assert train(folder, "--out", "more", "--steps", "2", "--slot-parts", "4", "--write-heads", "0") == 0
+    assert load_model(folder / "more").config.write_heads == 4, "as many as parts, where no number is given"
 
 
 def test_the_parts_of_a_run_train_nothing_else(folder: Path) -> None:

@@ -668,11 +668,12 @@ def _moved(values: Any) -> Any:
     around, model = (values.get(name, {}) if isinstance(values, Mapping) else None for name in ("around", "model"))
     if not isinstance(around, Mapping) or not isinstance(model, Mapping) or "write_heads" not in around:
         return values
-    parts, heads = model.get("slot_parts", 1), around["write_heads"]
-    if around.get("base") is None and heads != BASE_WRITE_HEADS:
+    heads, usual = around["write_heads"], BASE_WRITE_HEADS
+    if around.get("base") is not None:
+        usual = ModelSettings(slot_parts=model.get("slot_parts", 1)).writing_heads(BASE_WRITE_HEADS)
+        model = model if heads == usual else {"write_heads": heads, **model}
+    elif heads != usual:
         return values
-    if around.get("base") is not None and heads != (BASE_WRITE_HEADS if parts == 1 else parts):
-        model = {"write_heads": heads, **model}
     return {**values, "model": model, "around": {name: around[name] for name in around if name != "write_heads"}}
 
 

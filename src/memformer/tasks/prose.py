@@ -344,16 +344,15 @@ class InProse(Task):
         tokens = torch.full((len(asked), 2, self.per_segment), BLANK, device="cpu")
         answers = torch.zeros_like(tokens, dtype=torch.bool)
         for lane, questions in enumerate(asked):
-            first = second = 0
+            first, second, wanted = list[int](), list[int](), list[bool]()
             for question, answer, _ in questions:
-                words = torch.from_numpy(np.concatenate([[ASK], self.prose.encode(question)]))
-                wanted = torch.from_numpy(self.prose.encode(answer))
-                tokens[lane, 0, first : first + len(words)] = words
-                tokens[lane, 1, second : second + len(words)] = words
-                first, second = first + len(words), second + len(words)
-                tokens[lane, 1, second : second + len(wanted)] = wanted
-                answers[lane, 1, second : second + len(wanted)] = True
-                second += len(wanted)
+                words = [ASK, *self.prose.encode(question)]
+                first += words
+                second += [*words, *self.prose.encode(answer)]
+                wanted += [False] * len(words) + [True] * len(answer)
+            tokens[lane, 0, : len(first)] = torch.tensor(first, device="cpu")
+            tokens[lane, 1, : len(second)] = torch.tensor(second, device="cpu")
+            answers[lane, 1, : len(wanted)] = torch.tensor(wanted, device="cpu")
         return Episode(tokens, answers)
 
 
