@@ -40,7 +40,7 @@ def test_words_are_taken_as_they_are_written():
 @pytest.mark.parametrize("seed", range(5))
 def test_kinds_of_random_texts(seed):
     rng = np.random.default_rng(seed)
-    words = [b"a", b"bb", b"ccc", b"d1", b" ", b"."]
+    words = [b"a ", b"bb.", b"ccc ", b"d1 ", b"a", b". "]
     text = b"".join(words[i] for i in rng.integers(0, len(words), 60))
     sizes = []
     while sum(sizes) < len(text):
