@@ -28,7 +28,6 @@ def _small(monkeypatch):
     monkeypatch.setattr(learn, "LONGER", {"retrieval": (6,)})
     monkeypatch.setitem(learn.TASKS, "retrieval", AssociativeRetrieval(segments=3, pairs=3))
     monkeypatch.setitem(learn.TASKS, "copy", Copy(segments=1, per_segment=2))
-    monkeypatch.setattr(learn, "FEWER", (1,))
     monkeypatch.setitem(learn.TASKS, "pairs-4", KeyValue(pairs=2, symbols=3))
 
 
@@ -198,10 +197,9 @@ def test_pairs_are_judged_by_their_number(tmp_path):
     printed = lines(**only, questions=2, out=out)
     head = next(i for i, line in enumerate(printed) if line.startswith("contestant"))
     assert "of exact match in % by pairs in one segment; chance 11.1, solved from 99.0" in printed[head - 1]
-    assert "at 1 " in printed[head]
     assert "at 2 " in printed[head]
     held = json.loads(out.read_text())
-    assert held["runs"][0]["result"]["scores"].keys() == {"1", "2"}
+    assert held["runs"][0]["result"]["scores"].keys() == {"2"}
     assert held["settings"]["questions"] == 2
     with pytest.raises(ValueError, match="holds runs with questions of 2, not None"):
         lines(**only, out=out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,11 +140,17 @@ class TestRight:
             for tokens, answers in lanes(episode):
                 read_pairs(tokens, answers, symbols, pairs, 1)
         counts = []
-        for progress in (0, 0.14, 0.16, 0.29, 0.3, 0.99):
-            episode = task.eased(progress).exercise(batch, generator(seed))
-            counts.append(episode.tokens.shape[2] // 4)
-            for tokens, answers in lanes(episode):
-                read_pairs(tokens, answers, symbols, counts[-1], min(counts[-1], asked))
+        for progress in (0, 0.09, 0.11, 0.19, 0.2, 0.99):
+            easier = task.eased(progress)
+            episode = easier.exercise(batch, generator(seed))
+            counts.append(easier.pairs)
+            assert episode.tokens.shape == (batch, 2, task.length), "all places are there from the beginning"
+            for (given_, asks), answers in lanes(episode):
+                told = Counter(zip(*[iter(given_)] * 4, strict=True))
+                assert set(told.values()) <= {pairs // easier.pairs, -(-pairs // easier.pairs)}, "all as often"
+                question, rest = asks[: 4 * easier.pairs], asks[4 * easier.pairs :]
+                assert rest == [BLANK] * (4 * (pairs - easier.pairs))
+                read_pairs([flat(told), question], answers, symbols, easier.pairs, min(easier.pairs, asked))
         doubled = {1: [1] * 6, 2: [2] * 6, 3: [2, 2, 2, 2, 3, 3], 4: [2, 2, 2, 2, 4, 4]}
         assert counts == doubled.get(pairs, [2, 2, 4, 4, pairs, pairs])
 
@@ -240,6 +247,12 @@ class TestFair:
         assert spread((asked - SYMBOLS).bincount(minlength=7)) < 4
         assert spread(place.bincount(minlength=6)) < 4
         assert spread((tokens[answers] - SYMBOLS - 7).bincount(minlength=5)) < 4
+
+    def test_pairs_told_twice_stand_anywhere(self) -> None:
+        tokens = KeyValue(pairs=2, places=3, symbols=9).draw(300, generator()).tokens[:, 0].unflatten(1, (3, 4))
+        alone = torch.stack([(tokens == tokens.roll(by, 1)).all(2).logical_not() for by in (1, 2)]).all(0)
+        assert (alone.sum(1) == 1).all()
+        assert alone.sum(0).min() > 70
 
     def test_pairs_asked_and_their_symbols(self) -> None:
         task = KeyValue(pairs=4, symbols=3)
@@ -354,6 +367,7 @@ class TestRefusals:
             (lambda: KeyValue(pairs=0), "pairs: expected"),
             (lambda: KeyValue(pairs=5, symbols=2), r"pairs: .*at most symbols \*\* 2 \(4\), got 5"),
             (lambda: KeyValue(pairs=5, questions=6), r"questions: expected at most pairs \(5\), got 6"),
+            (lambda: KeyValue(pairs=5, places=4), r"places: expected 0 or at least as many as pairs \(5\), got 4"),
             (lambda: Pixels(images=IMAGES, levels=0, per_segment=2), "levels: expected"),
             (lambda: Pixels(images=IMAGES, levels=2, per_segment=0), "per_segment: expected"),
             (lambda: Pixels(images=IMAGES, levels=2, per_segment=3), "per_segment: must cut the 4 pixels.* got 3"),

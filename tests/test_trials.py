@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from memformer.bench import learn, text
-from memformer.bench.trials import Record, Result, Trial, carry_out
+from memformer.bench.trials import Record, Report, Result, Trial, carry_out
 
 
 def sleep(trial: Trial) -> Result:
@@ -79,6 +79,22 @@ def test_whoever_wants_no_more_is_not_kept_waiting(tmp_path: Path) -> None:
 
 
 COMMITTED = sorted((Path(__file__).parents[1] / "docs" / "results").glob("*.json"))
+
+
+def test_once_a_minute_it_is_said_how_far_a_trial_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("memformer.bench.trials.time.monotonic", lambda: now)
+    report = Report({"task": "copy", "seed": 3}, 2000)
+    for step in range(100, 1400, 100):
+        now += 25
+        report(step, "12.5 % right")
+    told = capsys.readouterr()
+    assert told.out == "", "stdout has the results"
+    assert told.err.splitlines() == [
+        f"task copy, seed 3: step {n} of 2,000, 12.5 % right" for n in ("300", "600", "900", "1,200")
+    ]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)

@@ -23,7 +23,7 @@ from ..settings import ModelSettings
 from ..tasks import TASKS, Episode, KeyValue, Pixels, Task, digits
 from .contestants import OWN, Build, Contestant, EncoderDecoder, build, sizes
 from .meters import flops, machine
-from .trials import Record, Result, Trial, Tuned, seeds_in_words, tune
+from .trials import Record, Report, Result, Trial, Tuned, seeds_in_words, tune
 
 __all__ = ["LearningBenchmark", "descend", "optimizing", "run", "train"]
 
@@ -33,8 +33,6 @@ MODEL = ModelSettings(
 """This model; the others get about as many parameters and carry about as many numbers."""
 LONGER = {"retrieval": (16,), "rewrite": (16,), "one-fact": (128, 512)}
 """Segments beyond those of training, on which a task is judged too."""
-FEWER = (4, 8, 16)
-"""Pairs, fewer than those of training, on which a task of pairs is judged too."""
 WARM_UP, EVERY, EPISODES = 300, 100, 512
 """Steps in which the learning rate rises, before it falls to zero along a cosine; steps from one look at the held-out
 episodes to the next; the number of these episodes."""
@@ -172,8 +170,7 @@ def _contestant(settings: LearningBenchmark, name: str, entrants: Mapping[str, B
 def _judged_on(name: str, task: Task) -> dict[str, tuple[Task, int]]:
     """By what a table calls them: the tasks that a run is judged on in the end, and their segments of information."""
     if isinstance(task, KeyValue):
-        counts = [n for n in FEWER if n < task.pairs] + [task.pairs]
-        return {str(n): (dataclasses.replace(task, pairs=n), task.segments) for n in counts}
+        return {str(task.pairs): (task, task.segments)}
     return {str(n): (task, n) for n in (task.segments, *LONGER.get(name, ()))}
 
 
@@ -188,14 +185,16 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
     optimizer, schedule = optimizing(parameters, trial["learning_rate"], settings.steps)
     generator = torch.Generator().manual_seed(trial["seed"])
     validation = _episodes(held_out, _VALIDATION, task.segments)
-    costs: dict[torch.Size, int] = {}  # of an episode, by its shape
+    costs: dict[tuple[torch.Size, int], int] = {}  # of an episode, by its shape and what it asks
 
     curve: list[tuple[int, float, float]] = []
+    report = Report(trial, settings.steps)
     seconds, spent, solved_at, diverged_at = 0.0, 0, None, None
     for step in range(1, settings.steps + 1):
         episode = task.eased((step - 1) / settings.steps).exercise(settings.batch_size, generator)
-        if (shape := episode.tokens.shape[1:]) not in costs:
-            costs[shape] = _flops(model, episode)
+        kind = episode.tokens.shape[1:], int(episode.answers[0].sum())
+        if kind not in costs:
+            costs[kind] = _flops(model, episode)
         begun = time.perf_counter()
         loss = model(episode).loss(episode)
         if not loss.isfinite():
@@ -203,10 +202,11 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
             break
         descend(loss, parameters, optimizer, schedule)
         seconds += time.perf_counter() - begun
-        spent += settings.batch_size * costs[shape]
+        spent += settings.batch_size * costs[kind]
         if step % EVERY and step < settings.steps:
             continue
         curve.append((step, *_judge(model, task, validation)))
+        report(step, f"{float(loss) / math.log(2):.2f} bits in training, {100 * curve[-1][1]:.1f} % right")
         # What counts as solved in bits is a mark on the way; there runs are compared by where they end.
         if task.metric != "bits" and len(curve) > 1 and all(task.solves(score) for _, score, _ in curve[-2:]):
             solved_at = solved_at or step

@@ -32,7 +32,7 @@ from ..tasks import WORLDS, Episode, InProse, in_prose
 from .contestants import OWN, Build, Contestant, build, sizes
 from .learn import descend, optimizing
 from .meters import machine
-from .trials import Record, Result, Trial, Tuned, tune
+from .trials import Record, Report, Result, Trial, Tuned, tune
 
 __all__ = ["ReachBenchmark", "run", "train"]
 
@@ -275,6 +275,7 @@ def _learn(
     generator = torch.Generator().manual_seed(trial["seed"])
     curve: list[tuple[int, float, float]] = []
     begun, diverged_at, tokens = time.perf_counter(), None, 0
+    report = Report(trial, settings.steps)
     for step in range(1, settings.steps + 1):
         told = task.practice(settings.batch_size, generator)
         parts = [_to(part, device) for part in told.parts(settings.part)]
@@ -287,6 +288,7 @@ def _learn(
         if step % EVERY == 0 or step == settings.steps:
             look = _read(settings, model, held_out, held_out.segments, settings.batch_size * 2, _LOOK)
             curve.append((step, float(look[0].float().mean()), _bits(look[1])))
+            report(step, f"{100 * curve[-1][1]:.1f} % right")
     return {"curve": curve, "diverged_at": diverged_at, "tokens": tokens, "seconds": time.perf_counter() - begun}
 
 

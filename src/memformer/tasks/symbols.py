@@ -154,6 +154,8 @@ class KeyValue(Task):
 
     Attributes:
         pairs: how many there are.
+        places: how many a segment has room for; 0: as many as there are. Where there are fewer pairs, they are told
+            several times, in random order.
         symbols: different symbols, of which ``symbols ** 2`` keys and values are made.
         questions: pairs that are asked at once in :meth:`exercise`, each a signal at nearly no cost. :meth:`draw` asks
             one.
@@ -161,6 +163,7 @@ class KeyValue(Task):
 
     segments: int = 1
     pairs: int = 16
+    places: int = 0
     symbols: int = 62
     questions: int = 1
     metric: ClassVar[Metric] = "exact"
@@ -169,6 +172,9 @@ class KeyValue(Task):
         super().__post_init__()
         for name in ("pairs", "symbols", "questions"):
             check_count(name, getattr(self, name))
+        check_count("places", self.places, least=0)
+        if 0 < self.places < self.pairs:
+            raise ValueError(f"places: expected 0 or at least as many as pairs ({self.pairs}), got {self.places}")
         if self.pairs > self.symbols**2:
             raise ValueError(f"pairs: their keys differ, so at most symbols ** 2 ({self.symbols**2}), got {self.pairs}")
         if self.questions > self.pairs:
@@ -180,20 +186,22 @@ class KeyValue(Task):
 
     @property
     def length(self) -> int:
-        return 4 * self.pairs
+        return 4 * (self.places or self.pairs)
 
     @property
     def chance(self) -> float:
         return 1 / self.symbols**2
 
     def eased(self, progress: float) -> KeyValue:
-        """Two pairs, then twice as many, and so on; as many as there are after 0.3 of the training.
+        """Two pairs, then twice as many, and so on; as many as there are after 0.2 of the training.
 
-        How a value is found by its key is learned from two within minutes, and among many hardly ever.
+        How a value is found by its key is learned from two within minutes, and among many hardly ever. All places are
+        filled from the start, with the same pairs again: so each place is learned at once, and stays right later.
         """
         doublings = (self.pairs - 1).bit_length()
-        pairs = min(self.pairs, 2 ** (1 + int(progress / 0.3 * max(0, doublings - 1))))
-        return dataclasses.replace(self, pairs=pairs, questions=min(pairs, self.questions))
+        pairs = min(self.pairs, 2 ** (1 + int(progress / 0.2 * max(0, doublings - 1))))
+        places, questions = self.places or self.pairs, min(pairs, self.questions)
+        return dataclasses.replace(self, pairs=pairs, places=places, questions=questions)
 
     def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
         """As :meth:`draw`, but with ``questions`` of them."""
@@ -208,10 +216,13 @@ class KeyValue(Task):
             answers = torch.zeros_like(tokens, dtype=torch.bool)
             keys = torch.rand(batch_size, self.symbols**2, generator=generator).topk(self.pairs).indices
             values = torch.randint(self.symbols**2, (batch_size, self.pairs), generator=generator)
-            places = torch.rand(batch_size, self.pairs, generator=generator).topk(asked).indices
+            chosen = torch.rand(batch_size, self.pairs, generator=generator).topk(asked).indices
             bound = torch.cat([self._two(keys), self._two(values)], 2)  # (batch, pairs, 4)
-            tokens[:, 0] = bound.flatten(1)
-            tokens[:, -1, : 4 * asked] = bound[torch.arange(batch_size)[:, None], places].flatten(1)
+            lanes, told = torch.arange(batch_size)[:, None], torch.arange(self.length // 4).expand(batch_size, -1)
+            if self.places > self.pairs:
+                told = torch.rand(batch_size, self.places, generator=generator).argsort(1) % self.pairs
+            tokens[:, 0] = bound[lanes, told].flatten(1)
+            tokens[:, -1, : 4 * asked] = bound[lanes, chosen].flatten(1)
             answers[:, -1, : 4 * asked].unflatten(1, (asked, 4))[..., 2:] = True
         return Episode(tokens, answers)
 
