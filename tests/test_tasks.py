@@ -151,8 +151,13 @@ class TestRight:
                 question, rest = asks[: 4 * easier.pairs], asks[4 * easier.pairs :]
                 assert rest == [BLANK] * (4 * (pairs - easier.pairs))
                 read_pairs([flat(told), question], answers, symbols, easier.pairs, min(easier.pairs, asked))
-        doubled = {1: [1] * 6, 2: [2] * 6, 3: [2, 2, 2, 2, 3, 3], 4: [2, 2, 2, 2, 4, 4]}
-        assert counts == doubled.get(pairs, [2, 2, 4, 4, pairs, pairs])
+        assert counts == [min(pairs, n) for n in (2, 2, 4, 4, pairs, pairs)]
+
+    def test_pairs_are_doubled_in_equal_steps(self) -> None:
+        task = KeyValue(pairs=16)
+        counts = [task.eased(progress).pairs for progress in (0, 0.099, 0.101, 0.149, 0.151, 0.199, 0.2, 1)]
+        assert counts == [2, 2, 4, 4, 8, 8, 16, 16]
+        assert [KeyValue(pairs=20).eased(progress).pairs for progress in (0.12, 0.15, 0.18, 0.21)] == [4, 8, 16, 20]
 
     def test_rewrite_wants_the_last_value(self) -> None:
         """Keys are indeed bound more than once, and their first value is not what is wanted."""

@@ -271,6 +271,39 @@ def test_exercises_are_of_all_lengths() -> None:
     assert {task.practice(1, one).tokens // 64 for _ in range(60)} == {12, 6, 3, 1}
 
 
+@each_world
+def test_eased_texts_have_each_fact_whole_in_a_segment_of_its_own(world: World) -> None:
+    task, shortest, most = task_of(world, segments=30, per_segment=100, questions=3), 0, 0
+    for progress in (0, 0.2, 0.3, 0.39):
+        easier = task.eased(progress)
+        assert shortest < easier.length < task.length, "ever longer"
+        assert most <= easier.world.most <= easier.segments < task.segments, "ever more facts"
+        shortest, most = easier.length, easier.world.most
+        told = easier.tell(12, generator(), questions=easier.questions)
+        episode = Episode(*(torch.cat(parts, 1) for parts in zip(*told.parts(3), strict=True)))
+        for tokens, (text, questions, answers) in zip(episode.tokens, texts(easier, episode), strict=True):
+            assert [word for question in questions for word in reader(text, question)] == answers
+            segments = [" ".join(easier.prose.decode(segment)) for segment in tokens[:-2].tolist()]
+            facts = [len(NAMES & set(segment.split())) for segment in segments]
+            assert set(facts) <= {0, 2}, "a fact has two names, and no other is with it"
+            assert world.least <= facts.count(2) <= easier.world.most
+        for lane, places in enumerate(told.places.tolist()):
+            for place in places:
+                segment = " ".join(easier.prose.decode(episode.tokens[lane, place // easier.length].tolist()))
+                assert len(NAMES & set(segment.split())) == 2
+    assert task.eased(0.4) is task
+    assert task.eased(1) is task
+
+
+def test_the_easiest_texts_are_two_facts_and_nothing_else() -> None:
+    easiest = task_of(WORLDS["qa1"], per_segment=100).eased(0)
+    assert (easiest.segments, easiest.length, easiest.world.most, easiest.questions) == (2, 6, 2, 1)
+    lengths = [task_of(WORLDS["qa1"], per_segment=100).eased(p).length for p in (0.14, 0.16, 0.22, 0.3, 0.35, 0.41)]
+    assert lengths == [6, 12, 24, 48, 96, 100]
+    short = task_of(WORLDS["qa1"], segments=10, per_segment=6)
+    assert short.eased(0) is short, "there is nothing shorter"
+
+
 def test_words_are_the_most_frequent_ones_of_the_training_prose() -> None:
     assert TRAIN.words is HELD_OUT.words
     assert TRAIN.words[: len(WORDS)] == WORDS
@@ -313,6 +346,7 @@ def test_prose_by_default_and_of_files(tmp_path: Path, monkeypatch: pytest.Monke
         (lambda: task_of(WORLDS["qa1"], per_segment=20, questions=4), "per_segment: questions .* 24 tokens, got 20"),
         (lambda: task_of(WORLDS["qa3"], segments=1), "segments: the facts alone may fill 3 segments of 64, got 1"),
         (lambda: task_of(WORLDS["qa1"]).tell(1, generator(), depth=1.5), r"depth: expected 0 .* got 1.5"),
+        (lambda: task_of(WORLDS["qa1"]).eased(0).tell(1, generator(), depth=0.5), "depth: facts that are apart"),
         (
             lambda: task_of(WORLDS["qa3"]).draw(1, generator(), 2),
             "segments: expected a whole number of at least 3, got 2",

@@ -277,7 +277,7 @@ def _learn(
     begun, diverged_at, tokens = time.perf_counter(), None, 0
     report = Report(trial, settings.steps)
     for step in range(1, settings.steps + 1):
-        told = task.practice(settings.batch_size, generator)
+        told = task.eased((step - 1) / settings.steps).practice(settings.batch_size, generator)
         parts = [_to(part, device) for part in told.parts(settings.part)]
         loss = replay.memory_replay(cell, parts, None).loss
         if not loss.isfinite():

@@ -148,8 +148,17 @@ def read_prose(
 class _Lane:
     """One text: facts among the sentences of a prose that goes round in a circle. Any part of it can be had."""
 
-    def __init__(self, prose: Prose, begin: int, facts: Sequence[np.ndarray], offsets: Sequence[int], length: int):
-        """``begin``: the first sentence; ``offsets``: tokens of prose before each fact, ascending."""
+    def __init__(
+        self,
+        prose: Prose,
+        begin: int,
+        facts: Sequence[np.ndarray],
+        offsets: Sequence[int],
+        length: int,
+        anywhere: bool = False,
+    ):
+        """``begin``: the first sentence; ``offsets``: tokens of prose before each fact, ascending; ``anywhere``:
+        exactly so many, and not the next place between two sentences."""
         self.prose, self.length = prose, length
         background = length - sum(map(len, facts))
         first = int(prose.starts[begin])
@@ -159,7 +168,7 @@ class _Lane:
         at = told = 0
         self.places = []
         for fact, offset in zip(facts, offsets, strict=True):
-            before = self._whole(first, offset)
+            before = offset if anywhere else self._whole(first, offset)
             if before > background:
                 before = self._whole(first, background, -1)
             if before > at:
@@ -237,6 +246,7 @@ class InProse(Task):
         segments: of information, at most.
         per_segment: tokens in a segment.
         questions: asked at once in :meth:`exercise`, at most; :meth:`draw` asks one.
+        apart: whether each fact stands whole in a segment of its own, anywhere in it, and not between two sentences.
     """
 
     world: World
@@ -244,13 +254,14 @@ class InProse(Task):
     segments: int = 4
     per_segment: int = 256
     questions: int = 1
+    apart: bool = False
     metric: ClassVar[Metric] = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("per_segment", self.per_segment)
         check_count("questions", self.questions)
-        asked = self.questions * (1 + self.world.longest_question + self.world.answer_words)
+        asked = self.questions * self._asked
         if asked > self.per_segment:
             raise ValueError(
                 f"per_segment: questions and answers stand in one segment, and may have {asked} tokens, got "
@@ -263,9 +274,14 @@ class InProse(Task):
             )
 
     @property
+    def _asked(self) -> int:
+        """Tokens of a question and its answer, at most."""
+        return 1 + self.world.longest_question + self.world.answer_words
+
+    @property
     def least_segments(self) -> int:
         """Segments that hold the longest story."""
-        return -(-self.world.most * self.world.longest_fact // self.per_segment)
+        return self.world.most if self.apart else -(-self.world.most * self.world.longest_fact // self.per_segment)
 
     @property
     def vocabulary(self) -> int:
@@ -282,6 +298,28 @@ class InProse(Task):
     @property
     def solved(self) -> float:
         return 0.95
+
+    def eased(self, progress: float) -> InProse:
+        """As few facts as there are ever, each alone in a segment that is as short as can be, for 0.15 of the training;
+        then segments twice as long and twice as many facts, and so on; the task itself from 0.4 on.
+
+        Who is where is learned within minutes from segments that hold little else, and stays right in longer ones. From
+        long ones a model learns which places were told, and no more.
+        """
+        world, shortest = self.world, max(self.world.longest_fact, self._asked)
+        lengths = [n for i in range(self.per_segment.bit_length()) if (n := shortest << i) < self.per_segment]
+        stage = 0 if progress < 0.15 else 1 + int((progress - 0.15) / 0.25 * (len(lengths) - 1))
+        if stage >= len(lengths):
+            return self
+        most = min(world.most, world.least << stage)
+        return dataclasses.replace(
+            self,
+            world=world if most == world.most else dataclasses.replace(world, most=most),
+            segments=most,
+            per_segment=lengths[stage],
+            questions=min(self.questions, lengths[stage] // self._asked),
+            apart=True,
+        )
 
     def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
         """A batch of 1, 2, 4, ... up to ``segments`` segments, each as often, with 1 to ``questions`` questions."""
@@ -317,6 +355,8 @@ class InProse(Task):
         segments = self.segments if segments is None else segments
         check_count("batch_size", batch_size)
         check_count("segments", segments, self.least_segments)
+        if depth is not None and self.apart:
+            raise ValueError("depth: facts that are apart stand in any segments; leave it out")
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"depth: expected 0 (the start) to 1 (the end), got {depth}")
         seeds = torch.randint(2**62, (batch_size,), generator=generator, device="cpu").tolist()
@@ -326,15 +366,26 @@ class InProse(Task):
             story = self.world.tell(rng, questions)
             facts = [self.prose.encode(fact) for fact in story.facts]
             background = segments * self.per_segment - sum(map(len, facts))
-            first, place = story.asked[0].needed[0], rng.random() if depth is None else depth
-            before = sorted(place * rng.random() for _ in range(first))
-            after = sorted(place + (1 - place) * rng.random() for _ in facts[first + 1 :])
-            offsets = [int(background * x) for x in (*before, place, *after)]
+            if self.apart:
+                offsets = self._apart(rng, facts, segments)
+            else:
+                first, place = story.asked[0].needed[0], rng.random() if depth is None else depth
+                before = sorted(place * rng.random() for _ in range(first))
+                after = sorted(place + (1 - place) * rng.random() for _ in facts[first + 1 :])
+                offsets = [int(background * x) for x in (*before, place, *after)]
             begin = rng.randrange(len(self.prose.starts) - 1)
-            lanes.append(_Lane(self.prose, begin, facts, offsets, segments * self.per_segment))
+            lanes.append(_Lane(self.prose, begin, facts, offsets, segments * self.per_segment, self.apart))
             places.append([lanes[-1].places[number] for number in story.asked[0].needed])
             asked.append(story.asked)
         return Telling(torch.tensor(places, device="cpu"), segments * self.per_segment, lanes, self._ask(asked))
+
+    def _apart(self, rng: random.Random, facts: Sequence[np.ndarray], segments: int) -> list[int]:
+        """Tokens of prose before each fact, where each has a segment of its own."""
+        offsets, told = [], 0
+        for fact, segment in zip(facts, sorted(rng.sample(range(segments), len(facts))), strict=True):
+            offsets.append(segment * self.per_segment + rng.randrange(self.per_segment - len(fact) + 1) - told)
+            told += len(fact)
+        return offsets
 
     def _draw(self, batch_size: int, segments: int, generator: torch.Generator) -> Episode:
         return _whole(self.tell(batch_size, generator, segments))

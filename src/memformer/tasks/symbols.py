@@ -193,13 +193,13 @@ class KeyValue(Task):
         return 1 / self.symbols**2
 
     def eased(self, progress: float) -> KeyValue:
-        """Two pairs, then twice as many, and so on; as many as there are after 0.2 of the training.
+        """Two pairs for a tenth of the training, then twice as many, and so on; all of them after two tenths.
 
         How a value is found by its key is learned from two within minutes, and among many hardly ever. All places are
         filled from the start, with the same pairs again: so each place is learned at once, and stays right later.
         """
-        doublings = (self.pairs - 1).bit_length()
-        pairs = min(self.pairs, 2 ** (1 + int(progress / 0.2 * max(0, doublings - 1))))
+        further = max(0, (self.pairs - 1).bit_length() - 2)  # doublings after the first
+        pairs = min(self.pairs, 2 if progress < 0.1 else 2 ** (2 + int((progress / 0.1 - 1) * further)))
         places, questions = self.places or self.pairs, min(pairs, self.questions)
         return dataclasses.replace(self, pairs=pairs, places=places, questions=questions)
 
