@@ -12,9 +12,11 @@ from memformer import replay
 from memformer.bench import reach
 from memformer.bench.contestants import OWN, Contestant, build
 from memformer.cli import main
+from memformer.tasks import InProse
 
 SIZES = {"dim": 16, "heads": 2, "slots": 12, "enc_depth": 1, "dec_depth": 1}
 TINY = {
+    "contestants": ("causal",),
     **{"steps": 3, "batch_size": 2, "jobs": 1, "seeds": (0,), "episodes": 5, "depths": 2, "part": 3, "words": 150},
     **{"segment_tokens": 64, "train_tokens": 256, "lengths": (128, 1024), "questions": 2},
     "model": dataclasses.replace(reach.MODEL, **SIZES),
@@ -177,3 +179,22 @@ def test_patterns_say_what_is_prose_in_a_folder(tmp_path):
 def test_prose_of_ones_own(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         list(reach.run(settings(prose=(tmp_path / "nowhere",))))
+
+
+def test_training_goes_from_easy_to_hard(monkeypatch):
+    seen, read = [], []
+    eased, practice = InProse.eased, InProse.practice
+
+    def watched(task, progress):
+        seen.append(progress)
+        return eased(task, progress)
+
+    def watched_practice(task, *arguments):
+        read.append((task.length, task.apart))
+        return practice(task, *arguments)
+
+    monkeypatch.setattr(InProse, "eased", watched)
+    monkeypatch.setattr(InProse, "practice", watched_practice)
+    reach.train(settings(steps=10), OWN, TRIAL)
+    assert seen == [step / 10 for step in range(10)]
+    assert read == [(6, True)] * 2 + [(12, True), (24, True)] + [(64, False)] * 6
