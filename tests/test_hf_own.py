@@ -158,7 +158,8 @@ def test_a_folder_of_either_is_read_by_both(kind: str, tmp_path: Path) -> None:
     assert type(model) is CLASSES[kind]
     assert (model.dtype, model.training, model.config.start_token_id) == (torch.float64, False, TOKENIZER.start)
     expected = as_transformers(own, TOKENIZER)(tokens).logits
-    torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=0)
+    # The weights are the same to the bit; products of weights at other addresses need not be.
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-12)
     model.save_pretrained(tmp_path / "theirs")
     for again in (
         load_model(tmp_path / "theirs"),
@@ -171,7 +172,7 @@ def test_a_folder_of_either_is_read_by_both(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "parts", max_shard_size="5KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
-    torch.testing.assert_close(again(tokens).logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(again(tokens).logits, expected, rtol=0, atol=1e-12)
     for name, tensor in load_model(tmp_path / "parts").state_dict().items():
         assert torch.equal(tensor, own.state_dict()[name]), name
     if kind == "memformer":  # what is one stays one
