@@ -32,7 +32,7 @@ from ..tasks import WORLDS, Episode, InProse, in_prose
 from .contestants import OWN, Build, Contestant, build, sizes
 from .learn import descend, optimizing
 from .meters import machine
-from .trials import Record, Report, Result, Trial, Tuned, tune
+from .trials import Record, Report, Result, Trial, Tuned, seeds_in_words, tune
 
 __all__ = ["ReachBenchmark", "run", "train"]
 
@@ -386,10 +386,14 @@ def _plot(settings: ReachBenchmark, chosen: Mapping[tuple[str, str], Tuned], pat
         )
         right, texts = counts.sum(0).double().unbind(-1)  # (lengths, depths)
         image = panel.imshow(
-            100 * (right / texts).T, vmin=0, vmax=100, aspect="auto", cmap="viridis", extent=(0, 1, 100, 0)
+            (100 * right / texts).T.numpy(), vmin=0, vmax=100, aspect="auto", cmap="viridis", extent=(0, 1, 100, 0)
         )
         ticks = [(n + 0.5) / len(settings.lengths) for n in range(len(settings.lengths))]
-        panel.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in settings.lengths])
-        panel.set(title=f"{name}, {who}", xlabel="tokens of the text", ylabel="depth of the first needed fact, %")
+        lengths = [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in settings.lengths]
+        panel.set_xticks(ticks, lengths)
+        of_each = (100 * right.sum(1) / texts.sum(1)).tolist()
+        said = ", ".join(f"{of_each[n]:.1f} % at {lengths[n]}" for n in sorted({0, len(lengths) - 1}))
+        panel.set_title(f"{name}, {who}: {said}\n({seeds_in_words(settings.seeds)})", fontsize=10)
+        panel.set(xlabel="tokens of the text", ylabel="depth of the first needed fact, %")
     figure.colorbar(image, ax=axes, label="answers right, %")
     figure.savefig(path)
