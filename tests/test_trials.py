@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from memformer.bench import learn, text
+from memformer.bench import learn, reach, text
 from memformer.bench.trials import Record, Report, Result, Trial, carry_out
 
 
@@ -101,13 +101,16 @@ def test_once_a_minute_it_is_said_how_far_a_trial_is(
 def test_the_committed_results_can_be_gone_on_with(path):
     """Whatever settings are new since then."""
     held = json.loads(path.read_text())["settings"]
-    model = (learn if "benchmark" in held else text).MODEL
-    model = dataclasses.replace(model, **held["model"])
-    if "benchmark" in held:
-        asked = {"tasks": ("pairs-8",), "questions": held["questions"]} if "questions" in held else {}
+    benchmark = held.get("benchmark", "text")
+    model = dataclasses.replace({"learn": learn, "reach": reach, "text": text}[benchmark].MODEL, **held["model"])
+    if benchmark == "learn":
+        asked = {"tasks": ("pairs-16",), "questions": held["questions"]} if "questions" in held else {}
         fixed = learn._fixed(
             learn.LearningBenchmark(steps=held["steps"], batch_size=held["batch_size"], model=model, **asked)
         )
+    elif benchmark == "reach":
+        own = {name: held[name] for name in held.keys() - {"benchmark", "model", "every"}}
+        fixed = reach._fixed(reach.ReachBenchmark(**own, model=model))
     else:
         own = {name: held[name] for name in held.keys() - {"documents", "model"}}
         fixed = text._fixed(text.TextBenchmark(**own, model=model)) | {"documents": held["documents"]}

@@ -153,7 +153,7 @@ def run(settings: ReachBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterat
             )
         for who in settings.contestants:
             build(who, entrants, _config(settings, task))
-    record = Record(settings.out, {"benchmark": "reach"} | _trained_with(settings) | _judged_with(settings))
+    record = Record(settings.out, _fixed(settings))
     yield machine(device)
     prose = next(iter(tasks.values()))[0].prose
     yield (
@@ -210,8 +210,10 @@ def _trained_with(settings: ReachBenchmark) -> dict[str, Any]:
     }
 
 
-def _judged_with(settings: ReachBenchmark) -> dict[str, Any]:
-    return {"lengths": list(settings.lengths), "episodes": settings.episodes, "depths": settings.depths, "every": EVERY}
+def _fixed(settings: ReachBenchmark) -> dict[str, Any]:
+    """What all trials of a file have in common."""
+    judged_with = {"lengths": list(settings.lengths), **{n: getattr(settings, n) for n in ("episodes", "depths")}}
+    return {"benchmark": "reach"} | _trained_with(settings) | judged_with | {"every": EVERY}
 
 
 def train(settings: ReachBenchmark, entrants: Mapping[str, Build], trial: Trial) -> Result:
