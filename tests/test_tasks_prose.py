@@ -298,8 +298,9 @@ def test_eased_texts_have_each_fact_whole_in_a_segment_of_its_own(world: World) 
 def test_the_easiest_texts_are_two_facts_and_nothing_else() -> None:
     easiest = task_of(WORLDS["qa1"], per_segment=100).eased(0)
     assert (easiest.segments, easiest.length, easiest.world.most, easiest.questions) == (2, 6, 2, 1)
-    lengths = [task_of(WORLDS["qa1"], per_segment=100).eased(p).length for p in (0.14, 0.16, 0.22, 0.3, 0.35, 0.41)]
-    assert lengths == [6, 12, 24, 48, 96, 100]
+    stages = [task_of(WORLDS["qa1"], per_segment=100).eased(p) for p in (0.14, 0.16, 0.22, 0.3, 0.35, 0.41)]
+    assert [task.length for task in stages] == [6, 12, 24, 48, 96, 100]
+    assert [task.world.most for task in stages] == [2, 4, 8, 10, 10, 10]
     short = task_of(WORLDS["qa1"], segments=10, per_segment=6)
     assert short.eased(0) is short, "there is nothing shorter"
 
