@@ -78,9 +78,6 @@ def test_whoever_wants_no_more_is_not_kept_waiting(tmp_path: Path) -> None:
     results.close()
 
 
-COMMITTED = sorted((Path(__file__).parents[1] / "docs" / "results").glob("*.json"))
-
-
 def test_once_a_minute_it_is_said_how_far_a_trial_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +92,9 @@ def test_once_a_minute_it_is_said_how_far_a_trial_is(
     assert told.err.splitlines() == [
         f"task copy, seed 3: step {n} of 2,000, 12.5 % right" for n in ("300", "600", "900", "1,200")
     ]
+
+
+COMMITTED = sorted((Path(__file__).parents[1] / "docs" / "results").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import check_count
 
-__all__ = ["ASK", "BLANK", "START", "SYMBOLS", "Episode", "Metric", "Task", "at_most"]
+__all__ = ["ASK", "BLANK", "START", "SYMBOLS", "Episode", "Metric", "Task", "at_most", "stage"]
 
 START, ASK, BLANK, SYMBOLS = range(4)
 """Token ids: what starts a decoder (in no episode), what asks, what fills a segment, the first of a task's symbols."""
@@ -112,3 +112,9 @@ class Task:
 def at_most(count: int, generator: torch.Generator) -> int:
     """One of 1 to ``count``."""
     return 1 + int(torch.randint(count, (), generator=generator, device="cpu"))
+
+
+def stage(progress: float, first: float, others: float, count: int) -> int:
+    """At which of ``count`` easier tasks, counted from 0, a training is: at the first until a share of ``first`` is
+    done, at the others in equal parts of the share ``others`` after that; ``count`` or more from then on."""
+    return 0 if progress < first else 1 + int((progress - first) / others * max(0, count - 1))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..config import check_count
 from ..data.corpora import read_documents
-from .base import ASK, BLANK, SYMBOLS, Episode, Metric, Task, at_most
+from .base import ASK, BLANK, SYMBOLS, Episode, Metric, Task, at_most, stage
 from .worlds import NAMES, WORDS, WORLDS, Asked, World
 
 __all__ = ["InProse", "Prose", "Telling", "in_prose", "prose_of", "read_prose"]
@@ -148,29 +148,15 @@ def read_prose(
 class _Lane:
     """One text: facts among the sentences of a prose that goes round in a circle. Any part of it can be had."""
 
-    def __init__(
-        self,
-        prose: Prose,
-        begin: int,
-        facts: Sequence[np.ndarray],
-        offsets: Sequence[int],
-        length: int,
-        anywhere: bool = False,
-    ):
-        """``begin``: the first sentence; ``offsets``: tokens of prose before each fact, ascending; ``anywhere``:
-        exactly so many, and not the next place between two sentences."""
+    def __init__(self, prose: Prose, begin: int, facts: Sequence[np.ndarray], offsets: Sequence[int], length: int):
+        """``begin``: the first sentence; ``offsets``: tokens of prose before each fact, ascending."""
         self.prose, self.length = prose, length
         background = length - sum(map(len, facts))
         first = int(prose.starts[begin])
-        pieces: list[
-            tuple[int, np.ndarray | int]
-        ] = []  # where each begins, and what it is: a fact, or a place in prose
+        pieces = list[tuple[int, np.ndarray | int]]()  # where each begins, and what it is: a fact, or a place in prose
         at = told = 0
         self.places = []
-        for fact, offset in zip(facts, offsets, strict=True):
-            before = offset if anywhere else self._whole(first, offset)
-            if before > background:
-                before = self._whole(first, background, -1)
+        for fact, before in zip(facts, offsets, strict=True):
             if before > at:
                 pieces.append((at + told, first + at))
             self.places.append(before + told)
@@ -179,13 +165,6 @@ class _Lane:
         if background > at:
             pieces.append((at + told, first + at))
         self._begins, self._whats = [begins for begins, _ in pieces], [what for _, what in pieces]
-
-    def _whole(self, first: int, offset: int, side: Literal[1, -1] = 1) -> int:
-        """Tokens of prose after which a sentence ends: ``offset``, or the next more (1) or fewer (-1)."""
-        rounds, rest = divmod(first + offset, len(self.prose.tokens))
-        starts = self.prose.starts
-        number = np.searchsorted(starts, rest) if side == 1 else np.searchsorted(starts, rest, "right") - 1
-        return int(rounds * len(self.prose.tokens) + starts[number]) - first
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Its tokens from ``start`` up to ``stop``."""
@@ -202,6 +181,18 @@ class _Lane:
                 np.take(self.prose.tokens, np.arange(what + start - begins, what + until - begins), mode="wrap", out=to)
             start, number = until, number + 1
         return out
+
+
+def _between_sentences(prose: Prose, begin: int, offset: int, most: int) -> int:
+    """Tokens of prose, from the sentence ``begin`` on, after which a sentence ends: ``offset`` or the next more; if
+    that is above ``most``, the most up to there."""
+    first, starts, tokens = int(prose.starts[begin]), prose.starts, len(prose.tokens)
+    rounds, rest = divmod(first + offset, tokens)
+    found = rounds * tokens + int(starts[np.searchsorted(starts, rest)]) - first
+    if found > most:
+        rounds, rest = divmod(first + most, tokens)
+        found = rounds * tokens + int(starts[np.searchsorted(starts, rest, "right") - 1]) - first
+    return found
 
 
 class Telling(NamedTuple):
@@ -308,16 +299,16 @@ class InProse(Task):
         """
         world, shortest = self.world, max(self.world.longest_fact, self._asked)
         lengths = [n for i in range(self.per_segment.bit_length()) if (n := shortest << i) < self.per_segment]
-        stage = 0 if progress < 0.15 else 1 + int((progress - 0.15) / 0.25 * (len(lengths) - 1))
-        if stage >= len(lengths):
+        doubled = stage(progress, 0.15, 0.25, len(lengths))
+        if doubled >= len(lengths):
             return self
-        most = min(world.most, world.least << stage)
+        most = min(world.most, world.least << doubled)
         return dataclasses.replace(
             self,
             world=world if most == world.most else dataclasses.replace(world, most=most),
             segments=most,
-            per_segment=lengths[stage],
-            questions=min(self.questions, lengths[stage] // self._asked),
+            per_segment=lengths[doubled],
+            questions=min(self.questions, lengths[doubled] // self._asked),
             apart=True,
         )
 
@@ -374,7 +365,9 @@ class InProse(Task):
                 after = sorted(place + (1 - place) * rng.random() for _ in facts[first + 1 :])
                 offsets = [int(background * x) for x in (*before, place, *after)]
             begin = rng.randrange(len(self.prose.starts) - 1)
-            lanes.append(_Lane(self.prose, begin, facts, offsets, segments * self.per_segment, self.apart))
+            if not self.apart:
+                offsets = [_between_sentences(self.prose, begin, offset, background) for offset in offsets]
+            lanes.append(_Lane(self.prose, begin, facts, offsets, segments * self.per_segment))
             places.append([lanes[-1].places[number] for number in story.asked[0].needed])
             asked.append(story.asked)
         return Telling(torch.tensor(places, device="cpu"), segments * self.per_segment, lanes, self._ask(asked))

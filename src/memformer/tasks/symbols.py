@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import check_count
-from .base import ASK, BLANK, SYMBOLS, Episode, Metric, Task, at_most
+from .base import ASK, BLANK, SYMBOLS, Episode, Metric, Task, at_most, stage
 
 __all__ = ["AssociativeRetrieval", "Copy", "KeyValue", "OneFact", "Reverse"]
 
@@ -198,8 +198,8 @@ class KeyValue(Task):
         How a value is found by its key is learned from two within minutes, and among many hardly ever. All places are
         filled from the start, with the same pairs again: so each place is learned at once, and stays right later.
         """
-        further = max(0, (self.pairs - 1).bit_length() - 2)  # doublings after the first
-        pairs = min(self.pairs, 2 if progress < 0.1 else 2 ** (2 + int((progress / 0.1 - 1) * further)))
+        fewer = (self.pairs - 1).bit_length() - 1  # powers of two below, from 2 on
+        pairs = min(self.pairs, 2 << stage(progress, 0.1, 0.1, fewer))
         places, questions = self.places or self.pairs, min(pairs, self.questions)
         return dataclasses.replace(self, pairs=pairs, places=places, questions=questions)
 
