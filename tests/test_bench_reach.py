@@ -143,6 +143,12 @@ def test_trials_are_kept_and_are_the_same_again(tmp_path, monkeypatch):
         ({"train_tokens": 100}, "train_tokens: expected a multiple"),
         ({"lengths": (64,), "tasks": ("qa3",)}, "lengths: the facts of qa3 alone may have 192 tokens, got 64"),
         ({"train_tokens": 64, "tasks": ("qa3",)}, "segments: the facts alone may fill 3 segments of 64, got 1"),
+        ({"judge_temperature": 0.0}, r"judge_temperature: expected a number above 0, got 0\.0"),
+        ({"judge_forgetting": -1.0}, r"judge_forgetting: expected a number of at least 0, got -1\.0"),
+        (
+            {"judge_forgetting": 0.1, "model": dataclasses.replace(TINY["model"], memory_writer="gated")},
+            r"judge_forgetting: expected 0 with the writer gated, which has no bias vector, got 0\.1",
+        ),
         ({"part": 0}, "part: expected a whole number of at least 1, got 0"),
         ({"seeds": (-1,)}, "seeds: expected whole numbers from 0"),
         ({"learning_rates": (0.0,)}, "learning_rates: expected numbers above 0"),
@@ -197,4 +203,26 @@ def test_training_goes_from_easy_to_hard(monkeypatch):
     monkeypatch.setattr(InProse, "practice", watched_practice)
     reach.train(settings(steps=10), OWN, TRIAL)
     assert seen == [step / 10 for step in range(10)]
-    assert read == [(6, True)] * 2 + [(12, True), (24, True)] + [(64, False)] * 6
+    assert read == [(6, True)] * 4 + [(24, True)] + [(64, False)] * 5
+
+
+def test_texts_are_judged_with_a_sharper_writer_than_that_of_training(monkeypatch):
+    learn, seen = reach._learn, []
+
+    def of(network):
+        return network.config.write_temperature, network.config.forgetting
+
+    def watched(given, trial, model, *tasks):
+        seen.append(of(model.network))
+        return learn(given, trial, model, *tasks)
+
+    monkeypatch.setattr(reach, "_learn", watched)
+    monkeypatch.setattr(reach, "_judge", lambda given, model, task, tokens: {"with": of(model.network)})
+    for changes, expected in [
+        ({}, (0.075, 0.0)),
+        ({"judge_temperature": 0.2, "judge_forgetting": 0.001}, (0.2, 0.001)),
+        ({"model": dataclasses.replace(TINY["model"], memory_writer="placed")}, (0.075, 0.001)),
+    ]:
+        result = reach.train(settings(**changes), OWN, TRIAL)
+        assert [judged["with"] for judged in result["lengths"].values()] == [expected] * 2
+    assert seen == [(0.25, 0.001)] * 3

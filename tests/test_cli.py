@@ -96,7 +96,7 @@ def test_evaluate_reads_a_limit_and_speaks_json(folder, capsys, monkeypatch):
     printed, errors = capsys.readouterr()
     found = json.loads(printed)
     assert errors == "model       run/step-000004\n"
-    assert list(found) == ["checkpoint", "precision", "memory_on", "memory_off", "xz"]
+    assert " ".join(found) == "checkpoint precision write_temperature forgetting memory_on memory_off xz"
     assert found["checkpoint"] == "run/step-000004"  # which of the run's models the numbers are of
     assert (found["precision"], found["memory_on"]["tokens"], found["xz"]["bytes"]) == ("float32", 100, 100)
     depths = found["memory_off"]["by_depth"]
@@ -109,6 +109,14 @@ def test_evaluate_reads_a_limit_and_speaks_json(folder, capsys, monkeypatch):
     assert rounded["precision"] == "bfloat16"
     assert rounded["memory_on"]["loss_nats"] != found["memory_on"]["loss_nats"]
     assert rounded["memory_on"]["loss_nats"] == pytest.approx(found["memory_on"]["loss_nats"], rel=0.02)
+    sharper = ["--write-temperature", "0.075", "--forgetting", "0"]
+    assert main([*command, *sharper, "--memory", "on", "--json", "--limit", "100"]) == 0
+    otherwise = json.loads(capsys.readouterr().out)
+    assert (otherwise["write_temperature"], otherwise["forgetting"]) == (0.075, 0.0)
+    assert (found["write_temperature"], found["forgetting"]) == (0.25, 0.001)
+    assert otherwise["memory_on"]["loss_nats"] != found["memory_on"]["loss_nats"]
+    assert main([*command, "--write-temperature", "0"]) == 2
+    assert "write_temperature: expected a number above 0, got 0.0" in capsys.readouterr().err
     monkeypatch.setattr("memformer.cli.evaluate.xz_bits_per_byte", lambda *_: float("nan"))
     assert main([*command, "--memory", "on", "--json"]) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["xz"]["bits_per_byte"] is None

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from memformer import cli, load_model
 from memformer.around import BaseSettings
+from memformer.config import LATER
 from memformer.data import Document, encode_documents, load_tokenizer
 from memformer.evaluation import evaluate
 from memformer.hf import reference
@@ -77,22 +78,23 @@ def test_a_frozen_base_stays_as_it_is_and_no_checkpoint_holds_it(folder: Path) -
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(saved)
 
 
-def test_a_checkpoint_from_before_slots_had_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_from_before_there_were_all_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described = AroundBase.described
     with monkeypatch.context() as before:
         before.setattr(
-            AroundBase, "described", lambda self: {k: v for k, v in described(self).items() if k != "slot_parts"}
+            AroundBase, "described", lambda self: {k: v for k, v in described(self).items() if k not in LATER}
         )
         assert train(folder, "--out", "older", "--steps", "2") == 0
-    assert "slot_parts" not in json.loads((folder / "older" / "step-000002" / "config.json").read_text())
-    assert load_model(folder / "older").config.slot_parts == 1
+    assert json.loads((folder / "older" / "step-000002" / "config.json").read_text()).keys().isdisjoint(LATER)
+    config = load_model(folder / "older").config
+    assert (config.slot_parts, config.forgetting) == (1, 0.001)
     assert cli.main(["train", "--resume", "--out", str(folder / "older"), "--steps", "3"]) == 0
 
 
 def test_parts_of_slots_reach_a_memory_around_a_base(folder: Path) -> None:
-    assert train(folder, "--out", "parts", "--steps", "2", "--slot-parts", "2") == 0
+    assert train(folder, "--out", "parts", "--steps", "2", "--slot-parts", "2", "--forgetting", "0.5") == 0
     model = load_model(folder / "parts")
-    assert model.config.slot_parts == 2
+    assert (model.config.slot_parts, model.config.forgetting, model.writer.scale) == (2, 0.5, 0.5)
     assert model.readers.each[0].to_kv.in_features == model.dim // 2
     assert model.config.write_heads == 2, "as the command says"
     assert train(folder, "--out", "more", "--steps", "2", "--slot-parts", "4", "--write-heads", "0") == 0

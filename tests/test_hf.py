@@ -145,6 +145,22 @@ def test_slots_with_places_are_read_in_parts() -> None:
     assert found["writer.places"].any(-1).all(), "each head of each slot"
 
 
+def test_it_can_be_written_otherwise_than_in_training(tmp_path: Path) -> None:
+    model, tokens = read_something(model_of()), some_tokens(1, 3 * LENGTH)
+    assert "forgetting" not in model.config.to_dict(), "so a state from before there was that setting is its own"
+    before = model(tokens).memory.slots
+    model.set_writer(write_temperature=0.075, forgetting=0.0)
+    after = model(tokens).memory.slots
+    assert not torch.equal(before, after)
+    model.save_pretrained(tmp_path)
+    loaded = MemoryForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.config.write_temperature, loaded.config.forgetting) == (0.075, 0.0)
+    assert torch.equal(loaded(tokens).memory.slots, after)
+    with pytest.raises(ValueError, match="write_temperature: expected a number above 0, got 0"):
+        model.set_writer(write_temperature=0)
+    assert (model.config.write_temperature, model.writer.temperature, model.writer.scale) == (0.075, 0.075, 0.0)
+
+
 def with_lora(family: str = "llama") -> peft.PeftModel:
     base = base_of(family)
     names = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"]}.get(family, ["q_proj", "v_proj"])
@@ -623,6 +639,8 @@ def test_wrong_settings_are_named() -> None:
         (dict(write_heads=3), "write_heads: must divide the base's width, got 3 heads for 16"),
         (dict(memory_writer="gru"), "memory_writer: expected one of normalised, gated, placed, got 'gru'"),
         (dict(write_temperature=0), "write_temperature: expected a number above 0, got 0"),
+        (dict(forgetting=-1), "forgetting: expected a finite number of at least 0, got -1"),
+        (dict(forgetting=0.0, memory_writer="placed"), r"forgetting: 0\.0 has no meaning with the writer placed"),
         (dict(slot_parts=3), "slot_parts: must divide the base's width, got 3 for 16"),
         (dict(slot_parts=0), "slot_parts: expected a whole number of at least 1, got 0"),
     ]:

@@ -25,7 +25,7 @@ MASKS = [None, mask("11100", "01011"), mask("00000", "11111")]
 
 
 def make(kind: str, temperature: float = 0.5) -> SlotWriter:
-    writer = new_writer(kind, DIM, SLOTS, HEADS, temperature, LENGTH + 2).double()
+    writer = new_writer(kind, DIM, SLOTS, HEADS, temperature, 0.001, LENGTH + 2).double()
     for parameter in writer.parameters():
         nn.init.normal_(parameter, std=0.7)
     return writer

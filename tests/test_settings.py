@@ -214,8 +214,8 @@ def test_every_schedule_has_a_spelling(settings, schedule):
 def test_every_setting_of_the_model_reaches_it():
     changes = {
         "dim": 128, "slots": 3, "enc_depth": 3, "dec_depth": 3, "dec_overlap": 3, "heads": 2, "mem_updates": 2,
-        "memory_writer": "gated", "write_temperature": 0.5, "slot_parts": 2, "write_heads": 2, "positions": "relative",
-        "dropout": 0.1, "tie_embeddings": False,
+        "memory_writer": "gated", "write_temperature": 0.5, "forgetting": 0.0, "slot_parts": 2, "write_heads": 2,
+        "positions": "relative", "dropout": 0.1, "tie_embeddings": False,
     }  # fmt: skip
     causal = {"architecture": "causal", "depth": 4, "overlap": 3, "memory_layout": "one"}
     assert set(changes) | set(causal) == {field.name for field in dataclasses.fields(ModelSettings)}
@@ -243,7 +243,7 @@ def test_parts_of_slots_are_written_by_as_many_heads_if_no_number_is_given():
 
 @pytest.mark.parametrize("architecture", ["memformer", "causal"])
 def test_settings_of_a_model_are_those_it_was_made_of(architecture):
-    for changes in ({}, {"slot_parts": 8}, {"write_heads": 2}, {"slot_parts": 2, "write_heads": 8}):
+    for changes in ({}, {"slot_parts": 8}, {"write_heads": 2}, {"slot_parts": 2, "write_heads": 8}, {"forgetting": 0}):
         settings = ModelSettings(architecture=architecture, **changes)
         assert ModelSettings.of(settings.config(300, 32), 0.0) == settings
         explicit = dataclasses.replace(settings, write_heads=settings.writing_heads(settings.heads))

@@ -57,7 +57,7 @@ class BaseSettings(Typed):
 
 BASE_WRITE_HEADS = 8
 """Heads that write slots of one part around a base, if no number is given."""
-MEANT = ("slots", "memory_writer", "write_temperature", "slot_parts", "write_heads")
+MEANT = ("slots", "memory_writer", "write_temperature", "forgetting", "slot_parts", "write_heads")
 """The sizes that are a memory's, whatever it is around."""
 
 

@@ -90,7 +90,7 @@ class CausalMemformer(LanguageModel):
             which is written from the last.
         num_mem_updates: how often a memory is written per segment.
         mem_update_attn_heads: heads of the writing attention.
-        slot_parts, memory_writer, write_temperature, positions: as in :class:`~memformer.Memformer`.
+        slot_parts, memory_writer, write_temperature, forgetting, positions: as in :class:`~memformer.Memformer`.
         feed_forward_factor: the width of the feed-forward layers, as a multiple of ``dim``; not only whole ones.
         dropout: probability, on the embeddings and on every sublayer's output.
         tie_embeddings: one matrix for the embeddings and the output projection.
@@ -120,6 +120,7 @@ class CausalMemformer(LanguageModel):
         mem_update_attn_heads: int = 8,
         memory_writer: Writer = "normalised",
         write_temperature: float = 0.25,
+        forgetting: float = 0.001,
         positions: Positions = "rotary",
         feed_forward_factor: float = 4,
         dropout: float = 0.0,
@@ -534,8 +535,9 @@ def _stack(config: CausalConfig) -> MemoryInEachLayer | OneMemory:
         return made
 
     def writer() -> SlotWriter:
-        slots, heads, temperature = config.num_memory_slots, config.mem_update_attn_heads, config.write_temperature
-        return new_writer(config.memory_writer, config.dim, slots, heads, temperature, config.max_seq_len)
+        slots, heads = config.num_memory_slots, config.mem_update_attn_heads
+        how = config.write_temperature, config.forgetting
+        return new_writer(config.memory_writer, config.dim, slots, heads, *how, config.max_seq_len)
 
     updates, overlap = config.num_mem_updates, config.overlap
     if config.memory == "one":

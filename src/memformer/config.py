@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
+    "LATER",
     "CausalConfig",
     "MemformerConfig",
     "MemoryLayout",
@@ -21,6 +22,7 @@ __all__ = [
     "Writer",
     "a_path",
     "check_count",
+    "check_forgetting",
     "check_number",
     "convert",
     "is_count",
@@ -32,6 +34,9 @@ Writer = Literal["normalised", "gated", "placed"]
 """How slots are written: added and normalised (paper v2), or through a gate (paper v1)."""
 MemoryLayout = Literal["layers", "one"]
 """Where a causal stack has its slots: some in each layer, or one memory that all layers read."""
+
+LATER = {"slot_parts": 1, "forgetting": 0.001}
+"""Settings of a model that were not there from the start, each with what it was before there was one."""
 
 
 class Typed:
@@ -51,6 +56,8 @@ class ModelConfig(Typed):
         num_memory_slots: int
         slot_parts: int
         mem_update_attn_heads: int
+        write_temperature: float
+        forgetting: float
         dropout: float
 
     @property
@@ -71,10 +78,9 @@ class ModelConfig(Typed):
     def to_dict(self) -> dict[str, Any]:
         """The fields by name: plain numbers and words, which JSON can hold.
 
-        ``slot_parts`` is not among them where it is 1: so a model is the same as before there was that setting.
+        Those of :data:`LATER` are not among them where they are as there: so a model is the same as before.
         """
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if (name, value) != ("slot_parts", 1)}
+        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) not in LATER.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -100,8 +106,9 @@ class ModelConfig(Typed):
 
     def _check_parts(self, stack_heads: list[str]) -> None:
         """Raise ValueError where a choice of parts is not one; ``stack_heads`` names the heads that know positions."""
-        dim, writer, positions, dropout, temperature = (
-            getattr(self, field) for field in ("dim", "memory_writer", "positions", "dropout", "write_temperature")
+        dim, writer, positions, dropout, temperature, forgetting = (
+            getattr(self, field)
+            for field in ("dim", "memory_writer", "positions", "dropout", "write_temperature", "forgetting")
         )
         for name, value, choices in (
             ("memory_writer", writer, get_args(Writer)),
@@ -120,6 +127,7 @@ class ModelConfig(Typed):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         if not (isinstance(temperature, numbers.Real) and float(temperature) > 0):
             raise ValueError(f"write_temperature: expected a number above 0, got {temperature!r}")
+        check_forgetting(forgetting, writer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +155,7 @@ class MemformerConfig(ModelConfig):
     mem_update_attn_heads: int = 8
     memory_writer: Writer = "normalised"
     write_temperature: float = 0.25
+    forgetting: float = 0.001
     positions: Positions = "rotary"
     dropout: float = 0.0
     tie_embeddings: bool = False
@@ -230,6 +239,7 @@ class CausalConfig(ModelConfig):
     mem_update_attn_heads: int = 8
     memory_writer: Writer = "normalised"
     write_temperature: float = 0.25
+    forgetting: float = 0.001
     positions: Positions = "rotary"
     feed_forward_factor: float = 4
     dropout: float = 0.0
@@ -271,6 +281,18 @@ class CausalConfig(ModelConfig):
     def vocabularies(self) -> dict[str, int | None]:
         """The settings that say how many tokens are known."""
         return {"num_tokens": self.num_tokens}
+
+
+def check_forgetting(value: object, writer: Writer) -> None:
+    """Raise ValueError, which begins with the setting's name, unless it is one that such a writer can have."""
+    check_number("forgetting", value)
+    if not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
+        raise ValueError(f"forgetting: expected a finite number of at least 0, got {value!r}")
+    if writer != "normalised" and value != LATER["forgetting"]:
+        raise ValueError(
+            f"forgetting: {value} has no meaning with the writer {writer}; the normalised one alone has a bias vector "
+            "that pulls slots back; leave it out"
+        )
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

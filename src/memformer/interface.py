@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -113,6 +113,33 @@ class SegmentModel(Pretrained):
             for writer in self.writers():
                 writer.resize(num_memory_slots, generator)
             self.config = config
+
+    def set_writer(self, *, write_temperature: float | None = None, forgetting: float | None = None) -> None:
+        """Change how the memory, or each of several, is written, in place: for texts much longer than in training.
+
+        What a slot keeps leaks: a thousandth of its attention on other tokens replaces all of it within some thousand
+        segments, and a bias vector of 0.001 pulls it back as soon. Training on dozens of segments does not teach
+        against that; a lower temperature and no forgetting prevent it (docs/decisions/0024). Steps that were captured,
+        compiled or exported before go on to write as they did, and states that were saved are another model's.
+
+        >>> model.set_writer(write_temperature=0.075, forgetting=0.0)
+        >>> model.config.write_temperature, model.config.forgetting
+        (0.075, 0.0)
+
+        Args:
+            write_temperature, forgetting: as in the model's configuration; None leaves it as it is.
+
+        Raises:
+            ValueError: out of range, or the writer has no bias vector.
+        """
+        given = {"write_temperature": write_temperature, "forgetting": forgetting}
+        self.config = self._config_with({name: value for name, value in given.items() if value is not None})
+        for writer in self.writers():
+            writer.write_with(self.config.write_temperature, self.config.forgetting)
+
+    def _config_with(self, changes: Mapping[str, Any]) -> Any:
+        """The model's configuration with some settings changed. Raises ValueError where it would not be one."""
+        return dataclasses.replace(self.config, **changes)
 
     @abstractmethod
     def resize_mems(self, mems: Memory) -> Memory:

@@ -65,6 +65,8 @@ class Memformer(Network):
         memory_writer: "normalised" (paper v2), "gated" (the earlier library's), or "placed", where each writing head of
             each slot begins with a place of its own in a segment; see ``nn/memory.py``.
         write_temperature: temperature of the writing attention; below 1 sharpens it (paper v2).
+        forgetting: length at construction of the bias vectors that pull slots back to where they began with each write
+            (paper v2's forgetting), of the normalised writer; with 0 only what is written over is forgotten.
         positions: "rotary" (the fastest), "relative" (paper v1) or "bucketed" (the earlier library's).
         dropout: probability, on the embeddings and on every sublayer's output.
         tie_embeddings: one matrix for both embeddings and the output projection.
@@ -93,6 +95,7 @@ class Memformer(Network):
         mem_update_attn_heads: int = 8,
         memory_writer: Writer = "normalised",
         write_temperature: float = 0.25,
+        forgetting: float = 0.001,
         positions: Positions = "rotary",
         dropout: float = 0.0,
         tie_embeddings: bool = False,

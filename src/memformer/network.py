@@ -253,8 +253,9 @@ class Network(SegmentModel):
         embedding = embedding_table(config.enc_num_tokens, config.dim)
         layers = _layers(config, config.enc_depth, config.enc_heads, config.enc_max_seq_len, causal=False)
         self.encoder = Encoder(embedding, layers, config.enc_heads, config.dropout, config.slot_parts)
-        slots, heads, temperature = config.num_memory_slots, config.mem_update_attn_heads, config.write_temperature
-        self.writer = new_writer(config.memory_writer, config.dim, slots, heads, temperature, config.enc_max_seq_len)
+        slots, heads = config.num_memory_slots, config.mem_update_attn_heads
+        how = config.write_temperature, config.forgetting
+        self.writer = new_writer(config.memory_writer, config.dim, slots, heads, *how, config.enc_max_seq_len)
         self.decoder: Decoder | None = None
         if config.encoder_only:
             if config.dec_num_tokens is not None or config.dec_max_seq_len is not None or config.dec_overlap:

@@ -129,6 +129,9 @@ class ModelSettings(Typed):
     slot begins with a place of its own in a segment, for what has to be found again at once)."""
     write_temperature: float = 0.25
     """Temperature of the writing attention; below 1 makes it sharper."""
+    forgetting: float = 0.001
+    """Of the normalised writer: length at construction of the bias vectors, which pull slots back to where they began
+    with each write; 0: only what is written over is forgotten."""
     slot_parts: int = 1
     """In how many parts a slot is read, each by attention of its own."""
     write_heads: int = 0
@@ -235,7 +238,7 @@ def _as_called_here(error: ValueError) -> str:
 
 _OWN = {"memformer": ("enc_depth", "dec_depth", "dec_overlap"), "causal": ("depth", "overlap", "memory_layout")}
 """The settings that are of one architecture alone."""
-_SAME = ("dim", "memory_writer", "write_temperature", "slot_parts", "positions", "tie_embeddings")
+_SAME = ("dim", "memory_writer", "write_temperature", "forgetting", "slot_parts", "positions", "tie_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..causal import CausalMemformer
-from ..config import MemformerConfig, MemoryLayout
+from ..config import LATER, MemformerConfig, MemoryLayout
 from ..data.segments import Segment
 from ..model import Memformer
 from ..settings import ModelSettings
@@ -188,6 +188,7 @@ class Causal(Contestant):
                 memory_writer=config.memory_writer,
                 slot_parts=self.parts or config.slot_parts,
                 write_temperature=config.write_temperature,
+                forgetting=config.forgetting,
                 positions=config.positions,
                 feed_forward_factor=feed / config.dim,
                 dropout=config.dropout,
@@ -302,5 +303,5 @@ def sizes(model: ModelSettings) -> dict[str, object]:
     every = dataclasses.asdict(model)
     left_out = {"architecture", "depth", "overlap", "memory_layout"}
     # Files from before know nothing of these.
-    left_out |= {name for name, usual in (("slot_parts", 1), ("write_heads", 0)) if every[name] == usual}
+    left_out |= {name for name, usual in (LATER | {"write_heads": 0}).items() if every[name] == usual}
     return {name: every[name] for name in every if name not in left_out}

@@ -27,6 +27,7 @@ from .. import pictures, replay
 from ..checks import check_patterns
 from ..config import check_count
 from ..device import choose_device
+from ..interface import SegmentModel
 from ..settings import ModelSettings
 from ..tasks import WORLDS, Episode, InProse, in_prose
 from .contestants import OWN, Build, Contestant, build, sizes
@@ -50,9 +51,10 @@ _LOOK, _JUDGE = 2_000_000, 2_000_001
 class ReachBenchmark:
     """Train on facts in prose, then ask after much longer texts: accuracy by their length and by depth.
 
-    Training begins with each fact alone in a short segment, and has the texts themselves after 0.4 of its steps. Depth
-    is where in a text the first fact stands that the answer needs. The default trains on texts of up to 2k tokens,
-    which takes about an hour of one core for each seed; --train-tokens 16384 is for an accelerator.
+    Training begins with each fact alone in a short segment, and has the texts themselves after 0.7 of its steps. Texts
+    are judged with a sharper writing attention than that of training. Depth is where in a text the first fact stands
+    that the answer needs. The default trains on texts of up to 2k tokens, which takes about half an hour of one core
+    for each seed; --train-tokens 16384 is for an accelerator.
     """
 
     tasks: tuple[str, ...] = ("qa1",)
@@ -77,14 +79,20 @@ class ReachBenchmark:
     """Tokens of the texts that are judged."""
     episodes: int = 200
     """Texts of each length that are judged."""
+    judge_temperature: float = 0.075
+    """Temperature of the writing attention while texts are judged; in training it is --write-temperature."""
+    judge_forgetting: float = 0.0
+    """Forgetting of the normalised writer while texts are judged; in training it is --forgetting."""
     depths: int = 10
     """Parts of a text, of one size, by which the place of the first needed fact is told."""
-    steps: int = 3000
+    steps: int = 2200
     """Training steps of a trial."""
     batch_size: int = 16
     """Texts in a training step, and texts that are judged at a time."""
     part: int = 8
-    """Segments that are read at once; the gradient's graph is there for no more."""
+    """Segments that are read at once."""
+    graphs: int = 3
+    """In training: of how many such parts the graph is there at a time. More than a text has are no faster."""
     learning_rates: tuple[float, ...] = (1e-3,)
     """Each is tried with the first seed; the best one then with the other seeds."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -108,7 +116,7 @@ class ReachBenchmark:
                 raise ValueError(f"{name}: expected one or more, all different, got {', '.join(map(str, values))}")
         for name in ("include", "exclude"):
             check_patterns(name, getattr(self, name))
-        for name in ("segment_tokens", "questions", "episodes", "depths", "steps", "batch_size", "part"):
+        for name in ("segment_tokens", "questions", "episodes", "depths", "steps", "batch_size", "part", "graphs"):
             check_count(name, getattr(self, name))
         check_count("jobs", self.jobs, least=0)
         for name, tokens in (("train_tokens", self.train_tokens), *(("lengths", n) for n in self.lengths)):
@@ -125,6 +133,15 @@ class ReachBenchmark:
         if min(self.seeds) < 0 or max(self.seeds) >= _LOOK:
             raise ValueError(f"seeds: expected whole numbers from 0 to {_LOOK - 1:,}")
         self.model.memformer_config(1, self.segment_tokens)
+        if not 0 < self.judge_temperature < math.inf:
+            raise ValueError(f"judge_temperature: expected a number above 0, got {self.judge_temperature}")
+        if not 0 <= self.judge_forgetting < math.inf:
+            raise ValueError(f"judge_forgetting: expected a number of at least 0, got {self.judge_forgetting}")
+        if self.judge_forgetting and self.model.memory_writer != "normalised":
+            raise ValueError(
+                f"judge_forgetting: expected 0 with the writer {self.model.memory_writer}, which has no bias vector, "
+                f"got {self.judge_forgetting}"
+            )
 
 
 def run(settings: ReachBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterator[str]:
@@ -160,6 +177,7 @@ def run(settings: ReachBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterat
         f"training texts of up to {settings.train_tokens:,} tokens, of {len(prose.words):,} words; their prose begins "
         f"anew after {len(prose.tokens):,}; batches of {settings.batch_size}, {settings.steps:,} steps; this model: "
         + ", ".join(f"{name} {value}" for name, value in sizes(settings.model).items())
+        + f"; judged with write_temperature {settings.judge_temperature:g}, forgetting {settings.judge_forgetting:g}"
     )
     pairs = [(task, contestant) for task in settings.tasks for contestant in settings.contestants]
     found = yield from tune(
@@ -206,13 +224,15 @@ def _trained_with(settings: ReachBenchmark) -> dict[str, Any]:
         # Only where they are given: files of results from before know nothing of them.
         **{name: list(given) for name in ("include", "exclude") if (given := getattr(settings, name))},
         **{name: getattr(settings, name) for name in names},
+        "easing": list(InProse.easing),
         "model": sizes(settings.model),
     }
 
 
 def _fixed(settings: ReachBenchmark) -> dict[str, Any]:
     """What all trials of a file have in common."""
-    judged_with = {"lengths": list(settings.lengths), **{n: getattr(settings, n) for n in ("episodes", "depths")}}
+    names = ("episodes", "depths", "judge_temperature", "judge_forgetting")
+    judged_with = {"lengths": list(settings.lengths), **{name: getattr(settings, name) for name in names}}
     return {"benchmark": "reach"} | _trained_with(settings) | judged_with | {"every": EVERY}
 
 
@@ -231,6 +251,9 @@ def train(settings: ReachBenchmark, entrants: Mapping[str, Build], trial: Trial)
         learned = _learn(settings, trial, model, task, held_out)
         if file is not None:
             save_model(model, str(file), about | {"learned": json.dumps(learned)})
+    if isinstance(model.network, SegmentModel):  # others are judged as they were trained
+        forgetting = settings.judge_forgetting if settings.model.memory_writer == "normalised" else None
+        model.network.set_writer(write_temperature=settings.judge_temperature, forgetting=forgetting)
     return learned | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "numbers_carried": _numbers_carried(model, task.length, device),
@@ -276,7 +299,8 @@ def _learn(
 ) -> dict[str, Any]:
     """Train it; what is said of that."""
     parameters, cell, device = list(model.parameters()), _Cell(model), choose_device(settings.device)
-    optimizer, schedule = optimizing(parameters, trial["learning_rate"], settings.steps)
+    optimizer, rates = optimizing(parameters, trial["learning_rate"], settings.steps)
+    schedule = replay.EveryMemory(graphs=settings.graphs)
     generator = torch.Generator().manual_seed(trial["seed"])
     curve: list[tuple[int, float, float]] = []
     begun, diverged_at, tokens = time.perf_counter(), None, 0
@@ -284,11 +308,11 @@ def _learn(
     for step in range(1, settings.steps + 1):
         told = task.eased((step - 1) / settings.steps).practice(settings.batch_size, generator)
         parts = [_to(part, device) for part in told.parts(settings.part)]
-        loss = replay.memory_replay(cell, parts, None).loss
+        loss = replay.memory_replay(cell, parts, None, schedule=schedule).loss
         if not loss.isfinite():
             diverged_at = step
             break
-        descend(loss, parameters, optimizer, schedule)
+        descend(loss, parameters, optimizer, rates)
         tokens += settings.batch_size * told.tokens
         if step % EVERY == 0 or step == settings.steps:
             look = _read(settings, model, held_out, held_out.segments, settings.batch_size * 2, _LOOK)

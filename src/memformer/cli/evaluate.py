@@ -38,6 +38,11 @@ class EvaluateCommand(DocumentOptions):
     """Read at most this many bytes (or ids), from the first documents on; 0: all."""
     lanes: int = 16
     """Read at most this many documents side by side."""
+    write_temperature: float | None = None
+    """Temperature of the writing attention, in place of the one in training; a lower one lets slots keep what they hold
+    in longer documents."""
+    forgetting: float | None = None
+    """Forgetting of the normalised writer, in place of that in training; 0: only what is written over is forgotten."""
     precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
     """Type for autocast; auto is bf16 on an accelerator that computes it natively, as in training."""
     json: bool = False
@@ -54,6 +59,7 @@ def run(command: EvaluateCommand) -> int:
         raise ValueError(f"limit: expected a number of bytes of at least 0 (0: all), got {command.limit}")
     folder = checkpoints.find(command.checkpoint)
     model, tokenizer = models.load(command.checkpoint, command.device)
+    model.set_writer(write_temperature=command.write_temperature, forgetting=command.forgetting)
     documents = limited(command.documents(), command.limit)
     device = next(model.parameters()).device
     precision, found = choose_precision(command.precision, device), dict[str, object]()
@@ -76,7 +82,8 @@ def run(command: EvaluateCommand) -> int:
             first = f" (the first {compressed:,} bytes)" if compressed < sum(map(len, documents)) else ""
             print(f"xz          {xz:.4f} bits per byte{first}")
     if command.json:
-        about = {"checkpoint": str(folder), "precision": str(precision).removeprefix("torch.")}
+        about: dict[str, object] = {"checkpoint": str(folder), "precision": str(precision).removeprefix("torch.")}
+        about |= {name: getattr(model.config, name) for name in ("write_temperature", "forgetting")}
         print(as_json(about | found), end="")
     return 0
 

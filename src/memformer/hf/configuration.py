@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..config import Writer, check_count, check_number
+from ..config import LATER, Writer, check_count, check_forgetting, check_number
 from .bases import check_length, settings_of, text_config
 
 __all__ = ["MemoryConfig"]
@@ -52,6 +52,7 @@ class MemoryConfig(PreTrainedConfig):
         memory_writer: Writer = "normalised",
         write_heads: int = 8,
         write_temperature: float = 0.25,
+        forgetting: float = 0.001,
         slot_parts: int = 1,
         adapter: dict[str, Any] | None = None,
         gguf_file: str | None = None,
@@ -63,7 +64,7 @@ class MemoryConfig(PreTrainedConfig):
         self.slots, self.segment_length = slots, segment_length
         self.read_dim, self.read_heads = read_dim, read_heads
         self.memory_writer, self.write_heads, self.write_temperature = memory_writer, write_heads, write_temperature
-        self.slot_parts = slot_parts
+        self.forgetting, self.slot_parts = forgetting, slot_parts
         super().__init__(**others)
         if base is not None:  # transformers compares with a configuration of defaults alone
             self.check()
@@ -79,9 +80,8 @@ class MemoryConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers has it; without ``slot_parts`` where it is 1, so that states of before are its model's."""
-        values: dict[str, Any] = super().to_dict()
-        return {name: value for name, value in values.items() if (name, value) != ("slot_parts", 1)}
+        """As transformers has it; without those of ``LATER`` as they are there: states of before are its own."""
+        return {name: value for name, value in super().to_dict().items() if (name, value) not in LATER.items()}
 
     def check(self) -> None:
         """Raise ValueError where a setting is out of range or does not fit the base."""
@@ -95,6 +95,7 @@ class MemoryConfig(PreTrainedConfig):
             raise ValueError(
                 f"memory_writer: expected one of {', '.join(get_args(Writer))}, got {self.memory_writer!r}"
             )
+        check_forgetting(self.forgetting, self.memory_writer)
         for name, width, of in (
             ("read_heads", self.read_dim, "read_dim"),
             ("write_heads", self.hidden_size, "the base's width"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import torch
@@ -509,6 +509,13 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
         check_count("num_memory_slots", num_memory_slots)
         self.writer.resize(num_memory_slots, generator)
         self.config.slots = num_memory_slots
+
+    def _config_with(self, changes: Mapping[str, Any]) -> MemoryConfig:
+        config = copy.deepcopy(self.config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config.check()
+        return config
 
     def resize_mems(self, mems: PretrainedMemory) -> PretrainedMemory:
         """A memory carried from before :meth:`resize_memory`, for the model as it is now."""

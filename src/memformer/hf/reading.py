@@ -108,6 +108,7 @@ def writer_of(config: MemoryConfig) -> SlotWriter:
         config.slots,
         config.write_heads,
         config.write_temperature,
+        config.forgetting,
         config.segment_length,
     )
     return writer.float() if torch.get_default_dtype() in HALF else writer

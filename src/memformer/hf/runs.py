@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from ..around import BASE_WRITE_HEADS, BaseSettings
-from ..config import a_path
+from ..config import LATER, a_path
 from ..data.tokenizers import VOCABULARY_FILE, BaseTokenizer, BPETokenizer
 from ..folders import model_in
 from ..pretrained import read_config
@@ -46,6 +46,7 @@ FIELDS = (
     "memory_writer",
     "write_heads",
     "write_temperature",
+    "forgetting",
     "slot_parts",
 )
 """What a checkpoint holds of the model's configuration, beside the adapter."""
@@ -82,6 +83,7 @@ class AroundBase(MemoryForCausalLM):
             memory_writer=sizes.memory_writer,
             write_heads=sizes.writing_heads(BASE_WRITE_HEADS),
             write_temperature=sizes.write_temperature,
+            forgetting=sizes.forgetting,
             slot_parts=sizes.slot_parts,
         )
 
@@ -212,8 +214,8 @@ class AroundBase(MemoryForCausalLM):
 
 
 def _saved(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` holds; of older checkpoints, which had no parts of slots, with one."""
-    return {"slot_parts": 1} | read_config(folder)[1]
+    """What ``config.json`` holds; what older checkpoints do not name is as it was before it could be set."""
+    return LATER | read_config(folder)[1]
 
 
 # --- The base and its tokenizer

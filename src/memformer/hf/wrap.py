@@ -22,6 +22,7 @@ def with_memory(
     memory_writer: Writer = "normalised",
     write_heads: int = 8,
     write_temperature: float = 0.25,
+    forgetting: float = 0.001,
     slot_parts: int = 1,
     gguf_file: str | None = None,
 ) -> MemoryForCausalLM:
@@ -35,7 +36,8 @@ def with_memory(
         slots: of the memory; each is as wide as the base.
         segment_length: tokens that the base reads at once, at most as many as it has positions.
         read_dim, read_heads: width and heads of the attention over the slots.
-        memory_writer, write_heads, write_temperature: how the slots are written, as in :class:`~memformer.Memformer`.
+        memory_writer, write_heads, write_temperature, forgetting: how the slots are written, as in
+            :class:`~memformer.Memformer`.
         slot_parts: in how many parts a slot is read; ``write_heads``, or 1.
         gguf_file: from which the base was loaded, for a memory that is saved with a reference to it.
 
@@ -52,6 +54,7 @@ def with_memory(
         memory_writer=memory_writer,
         write_heads=write_heads,
         write_temperature=write_temperature,
+        forgetting=forgetting,
         slot_parts=slot_parts,
         gguf_file=gguf_file,
     )

@@ -101,7 +101,7 @@ class SlotWriter(nn.Module):
 
     per_slot: ClassVar[str]
     role: ClassVar[str]
-    scale: ClassVar[float] = 1.0
+    scale: float = 1.0
 
     def __init__(self, heads: int, temperature: float):
         super().__init__()
@@ -141,6 +141,10 @@ class SlotWriter(nn.Module):
         )
         return on_itself.squeeze(-1).mean(1)
 
+    def write_with(self, temperature: float, forgetting: float) -> None:
+        """Write at another temperature; where there is a bias vector, also with one of another length."""
+        self.temperature = temperature
+
     def resize(self, slots: int, generator: torch.Generator | None = None) -> None:
         """Keep the first ``slots`` slots; where there are fewer, add new ones as at construction."""
         old = getattr(self, self.per_slot)
@@ -171,19 +175,20 @@ class NormalisedWriter(SlotWriter):
 
     A slot that attends itself alone is only pulled towards its bias, so it holds content over many segments; slots live
     on the unit sphere, and with nothing written drift back to where they began, faster where the bias is longer.
-    The bias vector b is ``scale`` times the parameter ``bias``: it begins 0.001 long, so that content which is kept
-    outlives hundreds of segments, and an optimizer whose steps do not know a gradient's size (Adam) changes it as
-    slowly; a parameter of that length would be a hundred times longer within 100 steps.
+    The bias vector b is ``scale``, the forgetting, times the parameter ``bias``: it begins 0.001 long, so that content
+    which is kept outlives hundreds of segments, and an optimizer whose steps do not know a gradient's size (Adam)
+    changes it as slowly; a parameter of that length would be a hundred times longer within 100 steps.
     A slot's query and own key are made from its content and from the direction of its bias vector, its name: slots that
     hold the same would attend the same and hold the same for ever. They, and the segment's keys and values, are learned
     slowly as well: at the speed of the other weights attention hardens before it is useful.
     There is no projection after the heads: it would change a slot that keeps its content.
     """
 
-    per_slot, role, scale = "bias", "bias vector", 0.001
+    per_slot, role = "bias", "bias vector"
 
-    def __init__(self, dim: int, slots: int, heads: int, temperature: float):
+    def __init__(self, dim: int, slots: int, heads: int, temperature: float, forgetting: float = 0.001):
         super().__init__(heads, temperature)
+        self.scale = forgetting
         self.norm = nn.LayerNorm(dim)
         self.slots_to_qk = SlowLinear(dim, 2 * dim)
         self.segment_to_kv = SlowLinear(dim, 2 * dim)
@@ -199,6 +204,9 @@ class NormalisedWriter(SlotWriter):
     @staticmethod
     def new_slots(slots: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
         return F.normalize(_randn(slots, dim, generator), dim=-1)
+
+    def write_with(self, temperature: float, forgetting: float) -> None:
+        self.temperature, self.scale = temperature, forgetting
 
     def initial(self, batch_size: int) -> Tensor:
         return F.normalize(self.bias, dim=-1).expand(batch_size, -1, -1)
@@ -325,11 +333,15 @@ class GatedWriter(SlotWriter):
         return self.gru(found.flatten(-3, -2), memory.flatten(-3, -2)).view_as(memory)  # of (batch * slots, dim)
 
 
-def new_writer(kind: str, dim: int, slots: int, heads: int, temperature: float, length: int) -> SlotWriter:
+def new_writer(
+    kind: str, dim: int, slots: int, heads: int, temperature: float, forgetting: float, length: int
+) -> SlotWriter:
     """A writer by the name that a configuration has for it (``config.Writer``), for segments of so many tokens."""
     if kind == "placed":
         return PlacedWriter(dim, slots, heads, temperature, length)
-    return (GatedWriter if kind == "gated" else NormalisedWriter)(dim, slots, heads, temperature)
+    if kind == "gated":
+        return GatedWriter(dim, slots, heads, temperature)
+    return NormalisedWriter(dim, slots, heads, temperature, forgetting)
 
 
 def _randn(slots: int, dim: int, generator: torch.Generator | None) -> Tensor:

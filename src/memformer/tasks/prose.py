@@ -238,6 +238,7 @@ class InProse(Task):
         per_segment: tokens in a segment.
         questions: asked at once in :meth:`exercise`, at most; :meth:`draw` asks one.
         apart: whether each fact stands whole in a segment of its own, anywhere in it, and not between two sentences.
+        easing: shares of a training: with the easiest task, and with the others before this one.
     """
 
     world: World
@@ -247,6 +248,7 @@ class InProse(Task):
     questions: int = 1
     apart: bool = False
     metric: ClassVar[Metric] = "exact"
+    easing: ClassVar[tuple[float, float]] = (0.35, 0.15)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -291,15 +293,15 @@ class InProse(Task):
         return 0.95
 
     def eased(self, progress: float) -> InProse:
-        """As few facts as there are ever, each alone in a segment that is as short as can be, for 0.15 of the training;
-        then segments twice as long and twice as many facts, and so on; the task itself from 0.4 on.
+        """As few facts as there are ever, each alone in a segment that is as short as can be, for 0.4 of the training;
+        then segments twice as long and twice as many facts, and so on; the task itself from 0.7 on (:attr:`easing`).
 
         Who is where is learned within minutes from segments that hold little else, and stays right in longer ones. From
         long ones a model learns which places were told, and no more.
         """
         world, shortest = self.world, max(self.world.longest_fact, self._asked)
         lengths = [n for i in range(self.per_segment.bit_length()) if (n := shortest << i) < self.per_segment]
-        doubled = stage(progress, 0.15, 0.25, len(lengths))
+        doubled = stage(progress, *self.easing, len(lengths))
         if doubled >= len(lengths):
             return self
         most = min(world.most, world.least << doubled)
