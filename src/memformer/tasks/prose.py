@@ -248,7 +248,7 @@ class InProse(Task):
     questions: int = 1
     apart: bool = False
     metric: ClassVar[Metric] = "exact"
-    easing: ClassVar[tuple[float, float]] = (0.35, 0.15)
+    easing: ClassVar[tuple[float, float]] = (0.3, 0.25)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,8 +293,8 @@ class InProse(Task):
         return 0.95
 
     def eased(self, progress: float) -> InProse:
-        """As few facts as there are ever, each alone in a segment that is as short as can be, for 0.4 of the training;
-        then segments twice as long and twice as many facts, and so on; the task itself from 0.7 on (:attr:`easing`).
+        """As few facts as there are ever, each alone in a segment that is as short as can be, for 0.3 of the training;
+        then segments twice as long and twice as many facts, and so on; the task itself from 0.55 on (:attr:`easing`).
 
         Who is where is learned within minutes from segments that hold little else, and stays right in longer ones. From
         long ones a model learns which places were told, and no more.
@@ -315,16 +315,17 @@ class InProse(Task):
         )
 
     def exercise(self, batch_size: int, generator: torch.Generator) -> Episode:
-        """A batch of 1, 2, 4, ... up to ``segments`` segments, each as often, with 1 to ``questions`` questions."""
+        """A batch of ``segments`` segments or, as often, half as many, with 1 to ``questions`` questions.
+
+        In fewer segments most facts share one with another: that is harder than what long texts ask.
+        """
         told = self.practice(batch_size, generator)
         return _whole(told)
 
     def practice(self, batch_size: int, generator: torch.Generator) -> Telling:
         """What :meth:`exercise` gives, to be read in parts."""
-        sizes = [self.segments]
-        while sizes[-1] // 2 >= self.least_segments:
-            sizes.append(sizes[-1] // 2)
-        segments = sizes[at_most(len(sizes), generator) - 1]
+        half = self.segments // 2
+        segments = half if half >= self.least_segments and at_most(2, generator) == 1 else self.segments
         return self.tell(batch_size, generator, segments, questions=at_most(self.questions, generator))
 
     def tell(
