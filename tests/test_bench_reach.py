@@ -203,7 +203,7 @@ def test_training_goes_from_easy_to_hard(monkeypatch):
     monkeypatch.setattr(InProse, "practice", watched_practice)
     reach.train(settings(steps=10), OWN, TRIAL)
     assert seen == [step / 10 for step in range(10)]
-    assert read == [(6, True)] * 3 + [(12, True), (24, True), (48, True)] + [(64, False)] * 4
+    assert read == [(6, True)] * 4 + [(12, True)] * 2 + [(24, True), (48, True)] + [(64, False)] * 2
 
 
 def test_texts_are_judged_with_a_sharper_writer_than_that_of_training(monkeypatch):

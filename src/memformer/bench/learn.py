@@ -7,7 +7,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,7 +182,8 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
     if isinstance(task, KeyValue) and isinstance(model, EncoderDecoder):  # which sees the segment before an answer
         task, held_out = (dataclasses.replace(one, segments=2) for one in (task, held_out))
     parameters = list(model.parameters())
-    optimizer, schedule = optimizing(parameters, trial["learning_rate"], settings.steps)
+    curve_of_rates = functools.partial(warmup_cosine, steps=settings.steps, warmup=WARM_UP)
+    optimizer, schedule = optimizing(parameters, trial["learning_rate"], curve_of_rates)
     generator = torch.Generator().manual_seed(trial["seed"])
     validation = _episodes(held_out, _VALIDATION, task.segments)
     costs: dict[tuple[torch.Size, int], int] = {}  # of an episode, by its shape and what it asks
@@ -227,11 +228,10 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
 
 
 def optimizing(
-    parameters: Sequence[nn.Parameter], learning_rate: float, steps: int
+    parameters: Sequence[nn.Parameter], learning_rate: float, curve_of_rates: Callable[[int], float]
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, and the curve of its rates: a rise, then a cosine to zero."""
+    """AdamW, and its rates: shares of ``learning_rate`` by step."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0)
-    curve_of_rates = functools.partial(warmup_cosine, steps=steps, warmup=WARM_UP)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, curve_of_rates)
 
 

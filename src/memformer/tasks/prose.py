@@ -248,7 +248,7 @@ class InProse(Task):
     questions: int = 1
     apart: bool = False
     metric: ClassVar[Metric] = "exact"
-    easing: ClassVar[tuple[float, float]] = (0.3, 0.25)
+    easing: ClassVar[tuple[float, float]] = (0.4, 0.3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,8 +293,8 @@ class InProse(Task):
         return 0.95
 
     def eased(self, progress: float) -> InProse:
-        """As few facts as there are ever, each alone in a segment that is as short as can be, for 0.3 of the training;
-        then segments twice as long and twice as many facts, and so on; the task itself from 0.55 on (:attr:`easing`).
+        """As few facts as there are ever, each alone in a segment that is as short as can be, for 0.4 of the training;
+        then segments twice as long and twice as many facts, and so on; the task itself from 0.7 on (:attr:`easing`).
 
         Who is where is learned within minutes from segments that hold little else, and stays right in longer ones. From
         long ones a model learns which places were told, and no more.
