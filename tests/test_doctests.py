@@ -14,7 +14,7 @@ from memformer.generation import Sampling
 
 CALLS = {
     "causal": ["CausalMemformer"],
-    "interface": ["SegmentModel.resize_memory"],
+    "interface": ["SegmentModel.resize_memory", "SegmentModel.set_writer"],
     "model": ["Memformer"],
     "generation": ["generate", "read", "stream"],
     "sampling": ["Sampling"],

@@ -207,7 +207,7 @@ def train(settings: LearningBenchmark, entrants: Mapping[str, Build], trial: Tri
         if step % EVERY and step < settings.steps:
             continue
         curve.append((step, *_judge(model, task, validation)))
-        report(step, f"{float(loss) / math.log(2):.2f} bits in training, {100 * curve[-1][1]:.1f} % right")
+        report(step, f"{loss.item() / math.log(2):.2f} bits in training, {100 * curve[-1][1]:.1f} % right")
         # What counts as solved in bits is a mark on the way; there runs are compared by where they end.
         if task.metric != "bits" and len(curve) > 1 and all(task.solves(score) for _, score, _ in curve[-2:]):
             solved_at = solved_at or step
