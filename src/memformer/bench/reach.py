@@ -54,7 +54,7 @@ class ReachBenchmark:
 
     Training begins with each fact alone in a short segment, and has the texts themselves after 0.7 of its steps. Texts
     are judged with a sharper writing attention than that of training. Depth is where in a text the first fact stands
-    that the answer needs. The default trains on texts of up to 2k tokens, which takes about half an hour of one core
+    that the answer needs. The default trains on texts of up to 2k tokens, which takes about 40 minutes of one core
     for each seed; --train-tokens 16384 is for an accelerator.
     """
 
