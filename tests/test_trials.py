@@ -109,7 +109,7 @@ def test_the_committed_results_can_be_gone_on_with(path):
             learn.LearningBenchmark(steps=held["steps"], batch_size=held["batch_size"], model=model, **asked)
         )
     elif benchmark == "reach":
-        own = {name: held[name] for name in held.keys() - {"benchmark", "model", "every"}}
+        own = {name: held[name] for name in held.keys() - {"benchmark", "model", "every", "easing"}}
         fixed = reach._fixed(reach.ReachBenchmark(**own, model=model))
     else:
         own = {name: held[name] for name in held.keys() - {"documents", "model"}}
