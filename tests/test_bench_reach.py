@@ -150,6 +150,7 @@ def test_trials_are_kept_and_are_the_same_again(tmp_path, monkeypatch):
             r"judge_forgetting: expected 0 with the writer gated, which has no bias vector, got 0\.1",
         ),
         ({"part": 0}, "part: expected a whole number of at least 1, got 0"),
+        ({"graphs": 0}, "graphs: expected a whole number of at least 1, got 0"),
         ({"seeds": (-1,)}, "seeds: expected whole numbers from 0"),
         ({"learning_rates": (0.0,)}, "learning_rates: expected numbers above 0"),
         ({"device": "moon"}, "device: 'moon' cannot be used here"),
@@ -226,3 +227,23 @@ def test_texts_are_judged_with_a_sharper_writer_than_that_of_training(monkeypatc
         result = reach.train(settings(**changes), OWN, TRIAL)
         assert [judged["with"] for judged in result["lengths"].values()] == [expected] * 2
     assert seen == [(0.25, 0.001)] * 3
+
+
+def test_the_rate_falls_while_the_task_itself_is_trained_on_and_graphs_are_kept_as_is_said(monkeypatch):
+    rates, schedules = [], []
+    descend, memory_replay = reach.descend, replay.memory_replay
+
+    def watched(loss, parameters, optimizer, schedule):
+        rates.append(optimizer.param_groups[0]["lr"])
+        descend(loss, parameters, optimizer, schedule)
+
+    def watched_replay(*given, schedule):
+        schedules.append(schedule)
+        return memory_replay(*given, schedule=schedule)
+
+    monkeypatch.setattr(reach, "WARM_UP", 2)
+    monkeypatch.setattr(reach, "descend", watched)
+    monkeypatch.setattr(replay, "memory_replay", watched_replay)
+    reach.train(settings(steps=10, graphs=2), OWN, TRIAL)
+    assert rates == pytest.approx([5e-4] + [1e-3] * 7 + [2e-3 / 3, 1e-3 / 3])
+    assert schedules == [replay.EveryMemory(graphs=2)] * 10

@@ -111,6 +111,14 @@ def test_sizes_are_about_the_same_and_every_parameter_is_trained(name):
     assert all(re.match(allowed.get(name, "nothing"), parameter) for parameter in unused), unused
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_the_memory_is_written_as_the_settings_say(name):
+    given = {"write_temperature": 0.1, "forgetting": 0.5, "mem_updates": 2}
+    settings = dataclasses.replace(ModelSettings(dim=16, heads=2, dec_overlap=1), **given)
+    config = build(name, OWN, settings.memformer_config(20, 6)).network.config
+    assert (config.write_temperature, config.forgetting, config.num_mem_updates) == tuple(given.values())
+
+
 def test_transformer_xl_gets_the_state_that_is_asked_for():
     assert contestant("Transformer-XL x 8", states=(8,)).numbers_carried(4) == 8 * 4 * 16
 

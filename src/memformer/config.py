@@ -21,6 +21,7 @@ __all__ = [
     "Typed",
     "Writer",
     "a_path",
+    "as_before",
     "check_count",
     "check_forgetting",
     "check_number",
@@ -78,9 +79,9 @@ class ModelConfig(Typed):
     def to_dict(self) -> dict[str, Any]:
         """The fields by name: plain numbers and words, which JSON can hold.
 
-        Those of :data:`LATER` are not among them where they are as there: so a model is the same as before.
+        Settings that came later are left out where they change nothing, see :func:`as_before`.
         """
-        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) not in LATER.items()}
+        return as_before(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -281,6 +282,11 @@ class CausalConfig(ModelConfig):
     def vocabularies(self) -> dict[str, int | None]:
         """The settings that say how many tokens are known."""
         return {"num_tokens": self.num_tokens}
+
+
+def as_before(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those of :data:`LATER` that are as there: so a model is the same as before there were any."""
+    return {name: value for name, value in settings.items() if (name, value) not in LATER.items()}
 
 
 def check_forgetting(value: object, writer: Writer) -> None:

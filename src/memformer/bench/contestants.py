@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..causal import CausalMemformer
-from ..config import LATER, MemformerConfig, MemoryLayout
+from ..config import MemformerConfig, MemoryLayout, as_before
 from ..data.segments import Segment
 from ..model import Memformer
 from ..settings import ModelSettings
@@ -300,8 +300,8 @@ def build(name: str, entrants: Mapping[str, Build], config: MemformerConfig) -> 
 
 def sizes(model: ModelSettings) -> dict[str, object]:
     """By name, those of a model's settings from which a contestant is built; they are an encoder-decoder's."""
-    every = dataclasses.asdict(model)
+    every = as_before(dataclasses.asdict(model))
     left_out = {"architecture", "depth", "overlap", "memory_layout"}
-    # Files from before know nothing of these.
-    left_out |= {name for name, usual in (LATER | {"write_heads": 0}).items() if every[name] == usual}
+    if not model.write_heads:
+        left_out.add("write_heads")  # files from before know nothing of it
     return {name: every[name] for name in every if name not in left_out}

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..config import LATER, Writer, check_count, check_forgetting, check_number
+from ..config import Writer, as_before, check_count, check_forgetting, check_number
 from .bases import check_length, settings_of, text_config
 
 __all__ = ["MemoryConfig"]
@@ -80,8 +80,8 @@ class MemoryConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers has it; without those of ``LATER`` as they are there: states of before are its own."""
-        return {name: value for name, value in super().to_dict().items() if (name, value) not in LATER.items()}
+        """As transformers has it, but for :func:`as_before`: so states of before are its own."""
+        return as_before(super().to_dict())
 
     def check(self) -> None:
         """Raise ValueError where a setting is out of range or does not fit the base."""
