@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from . import card
@@ -54,7 +55,8 @@ def _without_tyro(arguments: list[str]) -> card.Card:
     if arguments[:1] != ["card"]:
         parser.error("tyro is not installed (pip install -e '.[dev]'): only card runs without it")
     for field in dataclasses.fields(card.Card):
-        how: Any = {"action": "store_true"} if field.default is False else {"type": type(field.default)}
+        kind = Path if field.default is None else type(field.default)
+        how: Any = {"action": "store_true"} if field.default is False else {"type": kind}
         parser.add_argument(f"--{field.name}", default=field.default, **how)
     return card.Card(**vars(parser.parse_args(arguments[1:])))
 

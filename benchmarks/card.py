@@ -1,7 +1,7 @@
 """One page about one card: captured steps checked against eager ones, then timed beside them.
 
 It needs what ``memformer`` imports and no more: no tyro, no network, under four minutes. What a machine cannot show is
-said to be skipped; a part that fails is said to have failed, and the others run. It was not run on a card yet.
+said to be skipped; a part that fails is said to have failed, and the others run.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from memformer.config import check_count
 from memformer.data.segments import Segment
 from memformer.rollouts import rollout
 from memformer.sampling import Sampling
-from memformer.settings import ComputeSettings, TrainingConfig
+from memformer.settings import ComputeSettings, ModelSettings, TrainingConfig
 from memformer.training import Run
 from memformer.writing import AHEAD
+
+from .example import Example
+from .rivals import INSTALL_EARLIER, earlier_settings, importing
 
 __all__ = ["Card", "run"]
 
@@ -47,6 +50,9 @@ class Card:
     """How many launches may not grow memory."""
     seconds: int = 220
     """After so many, what is left is skipped."""
+    earlier: Path | None = None
+    """Folder of the earlier library (pip install --no-deps --target FOLDER memformer==0.3.1 einops==0.8.2), which then
+    runs beside."""
 
     def __post_init__(self) -> None:
         check_count("launches", self.launches)
@@ -57,8 +63,10 @@ def run(settings: Card) -> Iterator[str]:
     """Yield the lines of the page.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device, or the earlier library is not in its folder.
     """
+    if settings.earlier is not None and not (settings.earlier / "memformer").is_dir():
+        raise ValueError(f"earlier: expected a folder made by `{INSTALL_EARLIER}`, got {settings.earlier}")
     try:
         device = torch.zeros(1, device=settings.device).device
     except (RuntimeError, AssertionError) as error:
@@ -129,6 +137,11 @@ class Size:
 SMALL = Size(16, 1, 1, 8, 2, 32)
 DEFAULT = Size(64, 1, 2, 32, 16, 260)
 PAPER = Size(512, 4, 8, 64, 32, 32_000)
+SMALLER = Example(
+    segment_tokens=16,
+    target_tokens=16,
+    model=ModelSettings(dim=32, slots=16, enc_depth=2, dec_depth=2, heads=8, dec_overlap=0, tie_embeddings=False),
+)
 
 
 def _step(model: Memformer, method: replay.Method, **options: Any) -> Step:
@@ -176,10 +189,7 @@ def _exact(settings: Card, device: torch.device) -> Iterator[str]:
     model = size.model(device, dropout=0.3)
     batch = size.tokens(4, 6, device)
     ways["Memformer, rollout"] = model, _step(model, replay.memory_replay), list(batch)
-
-    def paper(src: Tensor, tgt: Tensor) -> Any:
-        return memory_replay_backprop(model, src=src, tgt=tgt)
-
+    paper = _paper(memory_replay_backprop, model)
     ways["Memformer, memory_replay_backprop"] = model, paper, [batch[0].transpose(0, 1).flatten(1), batch[1][-1]]
     plain = size.model(device)
     ways["Memformer, rollout, no dropout"] = plain, _step(plain, replay.memory_replay), list(batch)
@@ -318,20 +328,38 @@ def _cleared(model: nn.Module, step: Step, given: tuple[Tensor, ...]) -> None:
 
 
 def _example(settings: Card, device: torch.device) -> Iterator[str]:
-    """The source's README: 8 segments of 1024 tokens, dim 512."""
-    size = SMALL if settings.tiny else Size(512, 2, 2, 1024, 128, 256)
-    model = size.model(device)
+    """The source's README: 8 segments of 1024 tokens, dim 512; and the earlier library, where there is one."""
+    example = SMALLER if settings.tiny else Example(target_tokens=1024)
+    columns = f"{'eager':>9}{'peak':>10}{'captured':>11}{'faster':>8}"
+    yield f"  {'batch':>6}{columns}" + ("" if settings.earlier is None else f"{'earlier':>11}{'peak':>10}{'faster':>8}")
+    model, theirs = Memformer(**example.config.to_dict()).to(device), earlier_settings(example.config)
     for batch in (1, 8):
-        src, tgt = (torch.randint(size.vocabulary, (batch, n * size.length), device=device) for n in (8, 1))
+        given = tuple(x.to(device).repeat(batch, 1) for x in example.tokens())
+        step = _paper(memory_replay_backprop, model)
+        eager = functools.partial(_cleared, model, step, given)
+        peak, slow = _peak(eager, device), _median(eager, device, 3)
+        captured = replay.captured(step, *given)
+        fast = _median(functools.partial(_cleared, model, captured, given), device, 5)
+        line = f"  {batch:>6}{1e3 * slow:>6.1f} ms{peak / 1e6:>7,.0f} MB{1e3 * fast:>8.1f} ms{slow / fast:>6.2f} x"
+        if settings.earlier is not None:
+            with importing(settings.earlier, "memformer") as package:
+                other = package.Memformer(**theirs).to(device)
+                masks = {
+                    f"{name}_mask": torch.ones_like(x).bool() for name, x in zip(("src", "tgt"), given, strict=True)
+                }
+                earlier = functools.partial(
+                    _cleared, other, _paper(package.memory_replay_backprop, other, **masks), given
+                )
+                peak, took = _peak(earlier, device), _median(earlier, device, 3)
+            line += f"{1e3 * took:>8.1f} ms{peak / 1e6:>7,.0f} MB{took / fast:>6.2f} x"
+        yield line + ("" if captured.graphs else ", not captured")
 
-        def step(src: Tensor, tgt: Tensor) -> Any:
-            return memory_replay_backprop(model, src=src, tgt=tgt)
 
-        eager = _median(functools.partial(_cleared, model, step, (src, tgt)), device, 3)
-        captured = replay.captured(step, src, tgt)
-        graph = _median(functools.partial(_cleared, model, captured, (src, tgt)), device, 5)
-        how = "captured" if captured.graphs else "eager again"
-        yield f"  batch {batch}: eager {1e3 * eager:.1f} ms, {how} {1e3 * graph:.1f} ms ({eager / graph:.2f} x)"
+def _paper(method: Callable[..., Any], model: nn.Module, **masks: Tensor) -> Step:
+    def step(src: Tensor, tgt: Tensor) -> Any:
+        return method(model, src=src, tgt=tgt, **masks)
+
+    return step
 
 
 def _training(settings: Card, device: torch.device) -> Iterator[str]:

@@ -257,6 +257,26 @@ def test_the_page_of_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert "only card runs without it" in capsys.readouterr().err
 
 
+def test_the_page_of_a_card_with_the_earlier_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "_PARTS", {"example": card._example})
+    lines = list(card.run(card.Card(device="cpu", tiny=True, earlier=Path(folder("MEMFORMER_EARLIER")))))
+    heads = [line.split() for line in lines]
+    assert ["earlier", "peak", "faster"] in [words[-3:] for words in heads]
+    assert [words[0] for words in heads if words[2:3] == ["ms"]] == ["1", "8"]
+    assert lines[-1].startswith("all parts ran, ")
+
+
+def test_the_page_of_a_card_names_the_command_that_gets_the_earlier_library(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is timed, with tyro and without."""
+    monkeypatch.setattr(card, "_PARTS", {})
+    for find in (importlib.util.find_spec, lambda name: None):
+        monkeypatch.setattr(importlib.util, "find_spec", find)
+        assert main(["card", "--device", "cpu", "--earlier", str(tmp_path)]) == 2
+        assert "earlier: expected a folder made by `pip install" in capsys.readouterr().err
+
+
 def test_a_captured_step_that_is_another_one_is_a_failure_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(function: Callable[..., Any], *example: Any, **keywords: Any) -> Callable[..., Any]:
         if "paper" in function.__qualname__:

@@ -3,8 +3,8 @@
 On a card Python issues kernels more slowly than they run. A rollout is plain control flow over fixed shapes, so all of
 its kernels (recording, replay, readout, gradients) can be captured once for each set of shapes, and launched as one.
 
-Not known here: whether it is right on a card. It was written on a machine without one; the bookkeeping is tested on the
-CPU, where a function that is run again stands for a graph. ``python -m benchmarks card`` checks the rest on a card.
+The bookkeeping is tested on the CPU, where a function that is run again stands for a graph; ``python -m benchmarks
+card`` checks the rest on a card.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def captured(function: Callable[..., Tree], *example: Tree, mode: Mode = "auto",
     """``function``, which makes a rollout and its backward, as one CUDA graph for each set of shapes.
 
     A call of the result is a call of the function: it adds to ``.grad`` of what the function differentiates, draws the
-    numbers that the function would draw, and returns what it returns, detached. Not run on a card yet.
+    numbers that the function would draw, and returns what it returns, detached.
 
     What the function does in Python happens when it is captured and not in a launch. So a number that differs from call
     to call must be a tensor, and an input; and a weight may be changed in place, as optimizers and ``load_state_dict``

@@ -1,8 +1,4 @@
-"""A rollout of training as one launch of a CUDA graph: how a step asks for it, and where it cannot.
-
-Not known here: whether it is right and how fast it is on a card, where it was not run yet. Tests on the CPU have a
-function that is run again in place of a graph.
-"""
+"""A rollout of training as one launch of a CUDA graph: how a step asks for it, and where it cannot."""
 
 from __future__ import annotations
 
