@@ -1,6 +1,6 @@
 """One page about one card: captured steps checked against eager ones, then timed beside them.
 
-It needs what ``memformer`` imports and no more: no tyro, no network, under four minutes. What a machine cannot show is
+It needs what ``memformer`` imports and no more: no tyro, no network, about four minutes. What a machine cannot show is
 said to be skipped; a part that fails is said to have failed, and the others run.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import tempfile
 import time
@@ -284,7 +285,7 @@ def _peak(step: Callable[[], object], device: torch.device) -> int:
 
 def _times(settings: Card, device: torch.device) -> Iterator[str]:
     rows = [("default", DEFAULT, 12, 6), ("paper", PAPER, 16, 8), ("paper", PAPER, 64, 8), ("default", DEFAULT, 256, 6)]
-    rows += [("paper", PAPER, 64, 4), ("paper", PAPER, 16, 16)]
+    rows += [("paper", PAPER, 64, 4), ("paper", PAPER, 16, 16), ("paper", PAPER, 16, 64)]
     if settings.tiny:
         rows = [("tiny", SMALL, 2, 3)]
     columns = f"{'eager':>9}{'peak':>10}{'captured':>11}{'faster':>8}{'tokens/s':>12}{'of BPTT: speed':>16}{'peak':>6}"
@@ -302,7 +303,7 @@ def _times(settings: Card, device: torch.device) -> Iterator[str]:
             step = _step(model, method, **options)
             plain = functools.partial(_cleared, model, step, given)
             try:
-                peak, eager = _peak(plain, device), _median(plain, device, 3)
+                peak, eager = _peak(plain, device), _median(plain, device, 3 if horizon < 64 else 1)
             except torch.OutOfMemoryError:
                 yield f"{begin}out of memory"
                 continue
@@ -331,35 +332,66 @@ def _example(settings: Card, device: torch.device) -> Iterator[str]:
     """The source's README: 8 segments of 1024 tokens, dim 512; and the earlier library, where there is one."""
     example = SMALLER if settings.tiny else Example(target_tokens=1024)
     columns = f"{'eager':>9}{'peak':>10}{'captured':>11}{'faster':>8}"
-    yield f"  {'batch':>6}{columns}" + ("" if settings.earlier is None else f"{'earlier':>11}{'peak':>10}{'faster':>8}")
-    model, theirs = Memformer(**example.config.to_dict()).to(device), earlier_settings(example.config)
-    for batch in (1, 8):
+    theirs = "" if settings.earlier is None else f"{'earlier':>11}{'peak':>10}{'faster':>8}"
+    yield f"  {'batch':>6}  {'precision':<10}{columns}{theirs}"
+    model, arguments = Memformer(**example.config.to_dict()).to(device), earlier_settings(example.config)
+    for batch, precision in itertools.product((1, 8), (torch.float32, torch.bfloat16)):
         given = tuple(x.to(device).repeat(batch, 1) for x in example.tokens())
-        step = _paper(memory_replay_backprop, model)
+        step = _paper(memory_replay_backprop, model, precision)
         eager = functools.partial(_cleared, model, step, given)
         peak, slow = _peak(eager, device), _median(eager, device, 3)
         captured = replay.captured(step, *given)
         fast = _median(functools.partial(_cleared, model, captured, given), device, 5)
-        line = f"  {batch:>6}{1e3 * slow:>6.1f} ms{peak / 1e6:>7,.0f} MB{1e3 * fast:>8.1f} ms{slow / fast:>6.2f} x"
+        line = f"  {batch:>6}  {str(precision)[6:]:<10}"
+        line += f"{1e3 * slow:>6.1f} ms{peak / 1e6:>7,.0f} MB{1e3 * fast:>8.1f} ms{slow / fast:>6.2f} x"
         if settings.earlier is not None:
             with importing(settings.earlier, "memformer") as package:
-                other = package.Memformer(**theirs).to(device)
+                other = package.Memformer(**arguments).to(device)
                 masks = {
                     f"{name}_mask": torch.ones_like(x).bool() for name, x in zip(("src", "tgt"), given, strict=True)
                 }
-                earlier = functools.partial(
-                    _cleared, other, _paper(package.memory_replay_backprop, other, **masks), given
-                )
+                run = _paper(package.memory_replay_backprop, other, precision, **masks)
+                earlier = functools.partial(_cleared, other, run, given)
                 peak, took = _peak(earlier, device), _median(earlier, device, 3)
             line += f"{1e3 * took:>8.1f} ms{peak / 1e6:>7,.0f} MB{took / fast:>6.2f} x"
         yield line + ("" if captured.graphs else ", not captured")
 
 
-def _paper(method: Callable[..., Any], model: nn.Module, **masks: Tensor) -> Step:
+def _paper(
+    method: Callable[..., Any], model: nn.Module, precision: torch.dtype = torch.float32, **masks: Tensor
+) -> Step:
     def step(src: Tensor, tgt: Tensor) -> Any:
-        return method(model, src=src, tgt=tgt, **masks)
+        with torch.autocast(src.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            return method(model, src=src, tgt=tgt, **masks)
 
     return step
+
+
+def _compiled(settings: Card, device: torch.device) -> Iterator[str]:
+    """As ``memformer train --compile`` has it: encoder and decoder through ``torch.compile``, inside the capture."""
+    if device.type != "cuda" and not settings.tiny:
+        yield "  skipped"
+        return
+    size, batch, horizon = (SMALL, 2, 3) if settings.tiny else (PAPER, 64, 8)
+    model, given = size.model(device), size.tokens(batch, horizon, device)
+    step, found = _step(model, replay.memory_replay), []
+    yield f"  batch {batch}, horizon {horizon}, replay as rollout does it"
+    for name in ("plain", "compiled"):
+        began = time.perf_counter()
+        if name == "compiled":
+            model.compile_parts()
+        eager = functools.partial(_cleared, model, step, given)
+        eager()
+        _wait(device)
+        first = time.perf_counter() - began
+        found.append(torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]))
+        peak, slow = _peak(eager, device), _median(eager, device, 3)
+        captured = replay.captured(step, *given)
+        fast = _median(functools.partial(_cleared, model, captured, given), device, 5)
+        times = f"first step {first:>6.1f} s, eager {1e3 * slow:>6.1f} ms, captured {1e3 * fast:>6.1f} ms"
+        speed = f"{batch * size.length * horizon / fast:>9,.0f} tokens/s, peak {peak / 1e6:,.0f} MB"
+        yield f"  {name:<10}{times}, {speed}" + ("" if captured.graphs else ", not captured")
+    yield f"  gradients differ by {_apart(found[1], found[0]):.1e}"
 
 
 def _training(settings: Card, device: torch.device) -> Iterator[str]:
@@ -472,4 +504,5 @@ _PARTS: dict[str, Callable[[Card, torch.device], Iterator[str]]] = {
     "generation": _generation,
     "one gradient": _times,
     "the source's example": _example,
+    "compiled": _compiled,
 }

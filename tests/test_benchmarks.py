@@ -244,7 +244,11 @@ def test_the_overhead_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_page_of_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine without one, and without tyro: all runs in a small size, and what is not shown is said."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    compiled: list[Memformer] = []
+    monkeypatch.setattr(Memformer, "compile_parts", lambda self: compiled.append(self))  # which takes most of a minute
     lines = report(capsys, "card", "--device", "cpu", "--tiny", "--launches", "2")
+    assert len(compiled) == 1
+    assert lines[-3].strip() == "gradients differ by 0.0e+00", "of the compiled model, which is the same here"
     assert lines[1].startswith("skipped: cpu captures nothing")
     assert sum("equal; so are the next random numbers" in line for line in lines) == 8
     assert sum(line.endswith(" ms  equal") for line in lines) == 4, "tokens, greedy and drawn, at two batches"
@@ -262,7 +266,8 @@ def test_the_page_of_a_card_with_the_earlier_library(monkeypatch: pytest.MonkeyP
     lines = list(card.run(card.Card(device="cpu", tiny=True, earlier=Path(folder("MEMFORMER_EARLIER")))))
     heads = [line.split() for line in lines]
     assert ["earlier", "peak", "faster"] in [words[-3:] for words in heads]
-    assert [words[0] for words in heads if words[2:3] == ["ms"]] == ["1", "8"]
+    found = [words[:2] for words in heads if words[3:4] == ["ms"]]
+    assert found == [[batch, precision] for batch in "18" for precision in ("float32", "bfloat16")]
     assert lines[-1].startswith("all parts ran, ")
 
 

@@ -406,8 +406,10 @@ class CausalMemformer(LanguageModel):
         config, like = self.config, self.norm.weight  # other weights may be quantised
         shape = (last.shape[0], config.heads, config.overlap + config.max_seq_len, config.dim // config.heads)
         cache = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.depth)]
-        for block, own, kept in zip(self.stack.each_block(), last.unbind(1), cache, strict=True):
-            block.remember(own, kept)
+        blocks = self.stack.each_block()
+        at = blocks[0].places(torch.arange(last.shape[2], device=last.device).expand(last.shape[0], -1), cache[0])
+        for block, own, kept in zip(blocks, last.unbind(1), cache, strict=True):
+            block.remember(own, kept, at)
         return cache
 
     def extend(
@@ -422,8 +424,10 @@ class CausalMemformer(LanguageModel):
             cache: written in place, at ``position``; what lies ahead of a position is not looked at.
         """
         x = self.embed(tokens)
-        for block, context, kept in zip(self.stack.each_block(), contexts, cache, strict=True):
-            x = block.extend(x, kept, position + self.config.overlap, context)
+        blocks = self.stack.each_block()
+        at = blocks[0].places(position + self.config.overlap, cache[0])
+        for block, context, kept in zip(blocks, contexts, cache, strict=True):
+            x = block.extend(x, kept, at, context)
         return x
 
     def check(

@@ -21,7 +21,7 @@ from .checks import IGNORED
 from .config import MemformerConfig
 from .data.segments import Segment
 from .interface import Divisor, SegmentModel, Step, TokenLosses, as_pairs, as_tensor
-from .nn.attention import ContextProjection, KeysValues, causal_mask
+from .nn.attention import ContextProjection, KeysValues, blocked, causal_mask
 from .nn.blocks import Block, embedding_table
 from .nn.losses import VocabularyLoss, vocabulary_loss
 from .nn.memory import SlotWriter, new_writer
@@ -197,9 +197,11 @@ class Decoder(nn.Module):
             The last layer's output (batch, new, dim).
         """
         x = self.dropout(self.embedding(tgt))  # (batch, new, dim)
-        visible = None if context_mask is None else context_mask[:, None, None, :]
-        for layer, kept, context in zip(cast("list[Block]", self.layers), cache, contexts, strict=True):
-            x = layer.extend(x, kept, position, context, visible)
+        visible = None if context_mask is None else blocked(context_mask, contexts[0][0])[:, None, None, :]
+        layers = cast("list[Block]", self.layers)
+        at = layers[0].places(position, cache[0])
+        for layer, kept, context in zip(layers, cache, contexts, strict=True):
+            x = layer.extend(x, kept, at, context, visible)
         return x
 
     def step(

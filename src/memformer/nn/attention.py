@@ -8,6 +8,8 @@ that it is given (``stacked.py``).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 __all__ = [
     "ContextProjection",
     "CrossAttention",
+    "Places",
     "Positional",
     "SelfAttention",
     "attend",
@@ -73,9 +76,30 @@ def relative_distance(tokens: int, keys: int, device: torch.device) -> Tensor:
     return i[:, None] - torch.arange(keys, device=device)
 
 
-def distance_back(position: Tensor, keys: int) -> Tensor:
-    """(batch, 1, tokens, keys): the distance back to each key, negative where the key lies ahead."""
-    return (position[..., None] - torch.arange(keys, device=position.device))[:, None]
+def blocked(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as the numbers that are added to logits of the same dtype as ``like``: 0 where it is True, else -inf.
+
+    Torch makes them of a boolean one in each call; of one that several layers share they are made once.
+    """
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, float("-inf"))
+
+
+class Places(NamedTuple):
+    """Where new tokens stand in caches of one size: what layers of one kind share of it.
+
+    Attributes:
+        position: (batch, new); lanes may differ.
+        lane: (batch, 1), the numbers of the lanes.
+        distance: (batch, 1, new, keys), back to each key; negative where the key lies ahead.
+        ahead: the same as numbers that are added to logits: -inf where the key lies ahead, else 0.
+        rotation: what rotary positions turn queries and keys by, two of (batch, 1, new, head_dim).
+    """
+
+    position: Tensor
+    lane: Tensor
+    distance: Tensor
+    ahead: Tensor
+    rotation: tuple[Tensor, Tensor] | None
 
 
 class Positional(nn.Module):
@@ -84,16 +108,23 @@ class Positional(nn.Module):
     Shapes: q (batch, heads, tokens, head_dim), k and v (batch, heads, keys, head_dim); the result has q's shape. The
     queries are the last ``tokens`` of the ``keys`` positions, so a cached prefix needs no offset. ``mask`` is boolean,
     True where a query may look, and broadcasts to (batch, heads, tokens, keys). A cache of fixed size needs
-    :meth:`place` and :meth:`look_back`; ``position`` (batch, tokens) says where each query stands; lanes may differ.
-    The three kinds are in ``positions.py``.
+    :meth:`places`, once for all layers of a stack, :meth:`place` and :meth:`look_back`. The three kinds are in
+    ``positions.py``.
     """
 
     def follow(self, weight: Tensor) -> None:
         """Bring what is neither a parameter nor in a state dict to the device and dtype of the weights beside it."""
 
-    def place(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries at those positions, and keys as a cache is to keep them."""
-        return q, k
+    def places(self, position: Tensor, keys: Tensor) -> Places:
+        """Where new tokens stand: at ``position`` (batch, new) of a cache ``keys`` (batch, heads, keys, head_dim)."""
+        device = position.device
+        distance = (position[..., None] - torch.arange(keys.shape[2], device=device))[:, None]
+        lane = torch.arange(len(position), device=device)[:, None]
+        return Places(position, lane, distance, blocked(distance >= 0, keys), None)
+
+    def place(self, x: Tensor, at: Places) -> Tensor:
+        """Queries and keys (batch, heads, new, head_dim) as they are compared, and keys as a cache is to keep them."""
+        return x
 
     def preferring(self, distance: int) -> tuple[Tensor, Tensor] | None:
         """Two vectors (head_dim,): added to all queries and to all keys, before they are placed, they make each query
@@ -101,7 +132,7 @@ class Positional(nn.Module):
         """
         return None
 
-    def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    def look_back(self, q: Tensor, k: Tensor, v: Tensor, at: Places) -> Tensor:
         """Causal attention where key j stands at position j; what lies ahead of a query may be anything finite."""
         raise NotImplementedError
 
@@ -148,37 +179,33 @@ class SelfAttention(nn.Module):
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))  # (batch, heads, tokens, ...)
         return self.to_out(merge_heads(self.positions(q[..., first:, :], k, v, mask, causal)))
 
-    def remember(self, x: Tensor, cache: KeysValues) -> None:
-        """Put tokens (batch, tokens, dim) into the first places of a cache, as :meth:`extend` does with new ones."""
-        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
-        self._keep(q, k, v, cache, place)
+    def remember(self, x: Tensor, cache: KeysValues, at: Places) -> Tensor:
+        """Write the keys and values of new tokens (batch, new, dim) into a cache, as :meth:`extend` does.
 
-    def extend(self, x: Tensor, cache: KeysValues, position: Tensor) -> Tensor:
+        Returns:
+            Their queries (batch, heads, new, head_dim).
+        """
+        keys, values = cache  # (batch, heads, keys, head_dim)
+        both, v = split_heads(self.to_qkv(x), 3 * self.heads).split([2 * self.heads, self.heads], 1)
+        q, k = self.positions.place(both, at).chunk(2, 1)
+        # Autocast may make them of another dtype than the cache.
+        keys[at.lane, :, at.position] = k.transpose(1, 2).to(keys.dtype)  # (batch, new, heads, head_dim)
+        values[at.lane, :, at.position] = v.transpose(1, 2).to(values.dtype)
+        return q
+
+    def extend(self, x: Tensor, cache: KeysValues, at: Places) -> Tensor:
         """Causal attention of new tokens over themselves and what the cache holds before them.
 
         Args:
             x: (batch, new, dim).
             cache: of fixed size; the new keys and values are written into it. Beyond the last position it may hold
                 anything.
-            position: (batch, new), where each new token stands, and so its place in the cache.
+            at: where each new token stands, and so its place in the cache; from :meth:`Positional.places`.
 
         Returns:
             (batch, new, dim).
         """
-        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))  # (batch, heads, new, ...)
-        q = self._keep(q, k, v, cache, position)
-        return self.to_out(merge_heads(self.positions.look_back(q, *cache, position)))
-
-    def _keep(self, q: Tensor, k: Tensor, v: Tensor, cache: KeysValues, position: Tensor) -> Tensor:
-        """Write keys and values into their places; the queries at theirs. All (batch, heads, new, head_dim)."""
-        keys, values = cache  # (batch, heads, keys, head_dim)
-        lane = torch.arange(q.shape[0], device=q.device)[:, None]
-        q, k = self.positions.place(q, k, position)
-        # Autocast may make them of another dtype than the cache.
-        keys[lane, :, position] = k.transpose(1, 2).to(keys.dtype)  # (batch, new, heads, head_dim)
-        values[lane, :, position] = v.transpose(1, 2).to(values.dtype)
-        return q
+        return self.to_out(merge_heads(self.positions.look_back(self.remember(x, cache, at), *cache, at)))
 
 
 def _positions_follow(attention: SelfAttention, _: object) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .attention import CrossAttention, KeysValues, Positional, SelfAttention
+from .attention import CrossAttention, KeysValues, Places, Positional, SelfAttention
 
 __all__ = ["Block", "embedding_table", "feed_forward"]
 
@@ -61,15 +61,19 @@ class Block(nn.Module):
             x = x + self.dropout(self.self_attention(seen, mask, self.causal, last.shape[-2]))
         return self._after_self_attention(x, context, context_mask)
 
-    def remember(self, last: Tensor, cache: KeysValues) -> None:
+    def places(self, position: Tensor, cache: KeysValues) -> Places:
+        """For :meth:`extend`: where new tokens stand, (batch, new). Of one layer of a stack, and good for all of it."""
+        return self.self_attention.positions.places(position, cache[0])
+
+    def remember(self, last: Tensor, cache: KeysValues, at: Places) -> None:
         """Begin a cache with what the layer got of the tokens before; see :meth:`SelfAttention.remember`."""
-        self.self_attention.remember(self.self_norm(last), cache)
+        self.self_attention.remember(self.self_norm(last), cache, at)
 
     def extend(
-        self, x: Tensor, cache: KeysValues, position: Tensor, context: KeysValues, context_mask: Tensor | None = None
+        self, x: Tensor, cache: KeysValues, at: Places, context: KeysValues, context_mask: Tensor | None = None
     ) -> Tensor:
         """New tokens of a causal sequence; see :meth:`SelfAttention.extend`."""
-        x = self._add(x, self.self_norm, lambda y: self.self_attention.extend(y, cache, position))
+        x = self._add(x, self.self_norm, lambda y: self.self_attention.extend(y, cache, at))
         return self._after_self_attention(x, context, context_mask)
 
     def _after_self_attention(self, x: Tensor, context: KeysValues, context_mask: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Positional, attend, distance_back, relative_distance, with_causal
+from .attention import Places, Positional, attend, relative_distance, with_causal
 
 __all__ = ["BucketedBias", "RelativeEncoding", "Rotary", "positions"]
 
@@ -56,8 +56,7 @@ class Rotary(Positional):
     def rotate(self, x: Tensor, start: int = 0) -> Tensor:
         """(batch, heads, tokens, head_dim), the first of them at position ``start``."""
         stop = start + x.shape[-2]
-        swapped = x.roll(x.shape[-1] // 2, -1)
-        return torch.addcmul(x * self.cos[start:stop].to(x.dtype), swapped, self.sin[start:stop].to(x.dtype))
+        return _turned(x, self.cos[start:stop], self.sin[start:stop])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         return attend(self.rotate(q, k.shape[-2] - q.shape[-2]), self.rotate(k), v, mask, causal)
@@ -73,14 +72,22 @@ class Rotary(Positional):
         query = torch.cat([size * angles.cos(), size * angles.sin()])
         return query, torch.cat([size, torch.zeros_like(size)])
 
-    def place(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        tables = (self.cos, self.sin)
-        cos, sin = (table[position][:, None].to(q.dtype) for table in tables)  # (batch, 1, tokens, head_dim)
-        half = q.shape[-1] // 2
-        return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
+    def places(self, position: Tensor, keys: Tensor) -> Places:
+        rotation = self.cos[position][:, None], self.sin[position][:, None]
+        return super().places(position, keys)._replace(rotation=rotation)
 
-    def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        return attend(q, k, v, distance_back(position, k.shape[-2]) >= 0)
+    def place(self, x: Tensor, at: Places) -> Tensor:
+        assert at.rotation is not None, "of other positions"
+        return _turned(x, *at.rotation)
+
+    def look_back(self, q: Tensor, k: Tensor, v: Tensor, at: Places) -> Tensor:
+        return attend(q, k, v, at.ahead)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` (..., head_dim) turned by angles whose cosines and signed sines broadcast to it."""
+    one, other = x.chunk(2, -1)
+    return torch.addcmul(x * cos.to(x.dtype), torch.cat([other, one], -1), sin.to(x.dtype))
 
 
 class BucketedBias(Positional):
@@ -119,10 +126,9 @@ class BucketedBias(Positional):
             bias = bias.masked_fill(~mask, float("-inf"))
         return attend(q, k, v, bias)
 
-    def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        distance = distance_back(position, k.shape[-2])  # (batch, 1, tokens, keys)
-        bias = self.bias(self.bucket(distance[:, 0])).permute(0, 3, 1, 2).to(q.dtype)  # (batch, heads, tokens, keys)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(distance < 0, float("-inf")))
+    def look_back(self, q: Tensor, k: Tensor, v: Tensor, at: Places) -> Tensor:
+        bias = self.bias(self.bucket(at.distance[:, 0])).permute(0, 3, 1, 2)  # (batch, heads, tokens, keys)
+        return attend(q, k, v, (bias + at.ahead).to(q.dtype))
 
 
 class RelativeEncoding(Positional):
@@ -151,9 +157,9 @@ class RelativeEncoding(Positional):
         weights = logits.softmax(-1)  # (batch, heads, tokens, keys)
         return weights @ v + _key_to_distance(weights) @ rows
 
-    def look_back(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    def look_back(self, q: Tensor, k: Tensor, v: Tensor, at: Places) -> Tensor:
         # Key and distance back are each the position less the other, so one gather turns either into the other.
-        distance = distance_back(position, k.shape[-2]).expand(-1, q.shape[1], -1, -1)  # (batch, heads, tokens, keys)
+        distance = at.distance.expand(-1, q.shape[1], -1, -1)  # (batch, heads, tokens, keys)
         ahead, distance = distance < 0, distance.clamp(min=0)
         rows = self.table[self.max_len - 1 : self.max_len - 1 + k.shape[-2]]  # (keys, head_dim), by distance back
         logits = (q @ k.transpose(-1, -2) + (q @ rows.T).gather(-1, distance)) / math.sqrt(q.shape[-1])
