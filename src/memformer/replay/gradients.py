@@ -155,12 +155,14 @@ class GradientSums:
             self.task = None
             for handle in noting:
                 handle.remove()
+        found = {}
         for i, grad in zip(used, grads, strict=False):
             hook = self._hooks.get(i)
             if hook is not None and hook.acted:
                 hook.acted = False
             elif grad is not None:
-                self.add(i, grad)
+                found[i] = grad
+        self._add_all(found)
         return grads[len(used) :]
 
     def _is_small(self, i: int) -> bool:
@@ -199,6 +201,26 @@ class GradientSums:
             for p, grad in zip(self.parameters, before, strict=True):
                 p.grad = grad
 
+    def _add_all(self, grads: dict[int, Tensor]) -> None:
+        """:meth:`add` for each; those that are alike by one call, which on a card is a few kernels for all of them."""
+        own: list[int] = []
+        shared: list[int] = []
+        for i, grad in grads.items():
+            total = self._sums[i]
+            if total is not None and _is_plain(total) and _is_plain(grad) and total.dtype == grad.dtype:
+                (own if self._own[i] else shared).append(i)
+            else:
+                self.add(i, grad)
+
+        def summands(which: list[int]) -> tuple[Any, Any]:
+            return [self._sums[i] for i in which], [grads[i] for i in which]
+
+        if own:
+            torch._foreach_add_(*summands(own))
+        if shared:
+            for i, total in zip(shared, torch._foreach_add(*summands(shared)), strict=True):
+                self._sums[i], self._own[i] = total, True
+
     def add(self, i: int, grad: Tensor) -> None:
         total, own = self._sums[i], self._own[i]
         if total is not None and total.is_sparse and not grad.is_sparse:
@@ -211,6 +233,10 @@ class GradientSums:
         else:  # autograd may hand out tensors that share their storage: the first summand is not ours to change
             self._sums[i] = _widened(total) + grad
             self._own[i] = True
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) is Tensor and x.layout == torch.strided
 
 
 def _widened(grad: Tensor) -> Tensor:
