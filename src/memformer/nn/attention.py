@@ -119,7 +119,7 @@ class Positional(nn.Module):
         """Where new tokens stand: at ``position`` (batch, new) of a cache ``keys`` (batch, heads, keys, head_dim)."""
         device = position.device
         distance = (position[..., None] - torch.arange(keys.shape[2], device=device))[:, None]
-        lane = torch.arange(len(position), device=device)[:, None]
+        lane = torch.arange(position.shape[0], device=device)[:, None]
         return Places(position, lane, distance, blocked(distance >= 0, keys), None)
 
     def place(self, x: Tensor, at: Places) -> Tensor:
