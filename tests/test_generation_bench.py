@@ -17,7 +17,7 @@ def test_the_report(capsys):
 
 
 def test_a_wrong_cache_is_refused(monkeypatch):
-    monkeypatch.setattr(Rotary, "place", lambda self, q, k, position: (q, k))
+    monkeypatch.setattr(Rotary, "place", lambda self, x, at: x)
     with pytest.raises(RuntimeError, match="logits differ from those without a cache by"):
         list(generation.run(generation.GenerationBenchmark(tokens=10, segment_tokens=8)))
 
