@@ -27,10 +27,11 @@ from memformer.config import check_count
 from memformer.data.segments import Segment
 from memformer.rollouts import rollout
 from memformer.sampling import Sampling
-from memformer.settings import ComputeSettings, ModelSettings, TrainingConfig
+from memformer.settings import ComputeSettings, TrainingConfig
 from memformer.training import Run
 from memformer.writing import AHEAD
 
+from .example import SMALL as SMALL_EXAMPLE
 from .example import Example
 from .rivals import INSTALL_EARLIER, earlier_settings, importing
 
@@ -138,11 +139,6 @@ class Size:
 SMALL = Size(16, 1, 1, 8, 2, 32)
 DEFAULT = Size(64, 1, 2, 32, 16, 260)
 PAPER = Size(512, 4, 8, 64, 32, 32_000)
-SMALLER = Example(
-    segment_tokens=16,
-    target_tokens=16,
-    model=ModelSettings(dim=32, slots=16, enc_depth=2, dec_depth=2, heads=8, dec_overlap=0, tie_embeddings=False),
-)
 
 
 def _step(model: Memformer, method: replay.Method, **options: Any) -> Step:
@@ -301,26 +297,34 @@ def _times(settings: Card, device: torch.device) -> Iterator[str]:
         for label, (method, options) in methods.items():
             begin = f"  {name:<9}{batch:>6}{horizon:>8}  {label:<26}"
             step = _step(model, method, **options)
-            plain = functools.partial(_cleared, model, step, given)
             try:
-                peak, eager = _peak(plain, device), _median(plain, device, 3 if horizon < 64 else 1)
+                peak, eager, graph = _timed(model, step, given, device, 3 if horizon < 64 else 1)
             except torch.OutOfMemoryError:
                 yield f"{begin}out of memory"
                 continue
             begin += f"{1e3 * eager:>6.1f} ms{peak / 1e6:>7,.0f} MB"
-            captured = replay.captured(step, *given)
-            if not captured.graphs:
+            if graph is None:
                 yield f"{begin} not captured"
                 continue
-            graph = _median(functools.partial(_cleared, model, captured, given), device, 5)
             bptt = bptt or ((graph, peak) if method is replay.full_bptt else None)
             speed = batch * size.length * horizon / graph
             begin += f"{1e3 * graph:>8.1f} ms{eager / graph:>6.2f} x{speed:>12,.0f}"
             yield begin + ("" if bptt is None else f"{bptt[0] / graph:>14.2f} x{peak / max(1, bptt[1]):>6.2f}")
-            del captured
-        del model, step, plain
+        del model, step
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _timed(
+    model: nn.Module, step: Step, given: tuple[Tensor, ...], device: torch.device, runs: int = 3
+) -> tuple[int, float, float | None]:
+    """Of a step: bytes at its peak and seconds, both eager, and seconds captured; None where it cannot be."""
+    eager = functools.partial(_cleared, model, step, given)
+    peak, seconds = _peak(eager, device), _median(eager, device, runs)
+    captured = replay.captured(step, *given)
+    if not captured.graphs:
+        return peak, seconds, None
+    return peak, seconds, _median(functools.partial(_cleared, model, captured, given), device, 5)
 
 
 def _cleared(model: nn.Module, step: Step, given: tuple[Tensor, ...]) -> None:
@@ -330,7 +334,7 @@ def _cleared(model: nn.Module, step: Step, given: tuple[Tensor, ...]) -> None:
 
 def _example(settings: Card, device: torch.device) -> Iterator[str]:
     """The source's README: 8 segments of 1024 tokens, dim 512; and the earlier library, where there is one."""
-    example = SMALLER if settings.tiny else Example(target_tokens=1024)
+    example = SMALL_EXAMPLE if settings.tiny else Example(target_tokens=1024)
     columns = f"{'eager':>9}{'peak':>10}{'captured':>11}{'faster':>8}"
     theirs = "" if settings.earlier is None else f"{'earlier':>11}{'peak':>10}{'faster':>8}"
     yield f"  {'batch':>6}  {'precision':<10}{columns}{theirs}"
@@ -338,10 +342,8 @@ def _example(settings: Card, device: torch.device) -> Iterator[str]:
     for batch, precision in itertools.product((1, 8), (torch.float32, torch.bfloat16)):
         given = tuple(x.to(device).repeat(batch, 1) for x in example.tokens())
         step = _paper(memory_replay_backprop, model, precision)
-        eager = functools.partial(_cleared, model, step, given)
-        peak, slow = _peak(eager, device), _median(eager, device, 3)
-        captured = replay.captured(step, *given)
-        fast = _median(functools.partial(_cleared, model, captured, given), device, 5)
+        peak, slow, graph = _timed(model, step, given, device)
+        fast = graph or slow
         line = f"  {batch:>6}  {str(precision)[6:]:<10}"
         line += f"{1e3 * slow:>6.1f} ms{peak / 1e6:>7,.0f} MB{1e3 * fast:>8.1f} ms{slow / fast:>6.2f} x"
         if settings.earlier is not None:
@@ -354,7 +356,7 @@ def _example(settings: Card, device: torch.device) -> Iterator[str]:
                 earlier = functools.partial(_cleared, other, run, given)
                 peak, took = _peak(earlier, device), _median(earlier, device, 3)
             line += f"{1e3 * took:>8.1f} ms{peak / 1e6:>7,.0f} MB{took / fast:>6.2f} x"
-        yield line + ("" if captured.graphs else ", not captured")
+        yield line + (", not captured" if graph is None else "")
 
 
 def _paper(
@@ -380,17 +382,15 @@ def _compiled(settings: Card, device: torch.device) -> Iterator[str]:
         began = time.perf_counter()
         if name == "compiled":
             model.compile_parts()
-        eager = functools.partial(_cleared, model, step, given)
-        eager()
+        _cleared(model, step, given)
         _wait(device)
         first = time.perf_counter() - began
         found.append(torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]))
-        peak, slow = _peak(eager, device), _median(eager, device, 3)
-        captured = replay.captured(step, *given)
-        fast = _median(functools.partial(_cleared, model, captured, given), device, 5)
+        peak, slow, graph = _timed(model, step, given, device)
+        fast = graph or slow
         times = f"first step {first:>6.1f} s, eager {1e3 * slow:>6.1f} ms, captured {1e3 * fast:>6.1f} ms"
         speed = f"{batch * size.length * horizon / fast:>9,.0f} tokens/s, peak {peak / 1e6:,.0f} MB"
-        yield f"  {name:<10}{times}, {speed}" + ("" if captured.graphs else ", not captured")
+        yield f"  {name:<10}{times}, {speed}" + (", not captured" if graph is None else "")
     yield f"  gradients differ by {_apart(found[1], found[0]):.1e}"
 
 

@@ -33,18 +33,11 @@ from memformer.bench.meters import (
 from memformer.config import check_count
 from memformer.data.segments import cut
 from memformer.rollouts import rollout
-from memformer.settings import ModelSettings
 
-from .example import Example
+from .example import SMALL, Example
 from .rivals import INSTALL_EARLIER, earlier_settings, importing
 
 __all__ = ["EarlierLibrary", "run"]
-
-SMALL = Example(
-    segment_tokens=16,
-    target_tokens=16,
-    model=ModelSettings(dim=32, slots=16, enc_depth=2, dec_depth=2, heads=8, dec_overlap=0, tie_embeddings=False),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +117,8 @@ def _load(example: Example, earlier: Path | None, threads: int) -> None:
     """Make a worker of this process, for this library or for the one in a folder."""
     global _work
     torch.set_num_threads(threads)
+    config = example.config  # of this library, which is put away while the other is imported
     with contextlib.nullcontext(memformer) if earlier is None else importing(earlier, "memformer") as library:
-        config = example.config
         model: nn.Module = library.Memformer(**(config.to_dict() if earlier is None else earlier_settings(config)))
         src, tgt = example.tokens()
         masks = {"src_mask": torch.ones_like(src).bool(), "tgt_mask": torch.ones_like(tgt).bool()}

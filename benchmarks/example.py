@@ -12,7 +12,7 @@ from memformer import MemformerConfig
 from memformer.config import check_count
 from memformer.settings import ModelSettings
 
-__all__ = ["Example"]
+__all__ = ["SMALL", "Example"]
 
 MODEL = ModelSettings(dim=512, slots=128, enc_depth=2, dec_depth=2, heads=8, dec_overlap=0, tie_embeddings=False)
 
@@ -46,3 +46,11 @@ class Example:
         lengths = self.segments * self.segment_tokens, self.target_tokens
         source, target = (torch.randint(0, 256, (1, length), generator=generator) for length in lengths)
         return source, target
+
+
+SMALL = Example(
+    segment_tokens=16,
+    target_tokens=16,
+    model=ModelSettings(dim=32, slots=16, enc_depth=2, dec_depth=2, heads=8, dec_overlap=0, tie_embeddings=False),
+)
+"""The same in a few numbers, to see that everything runs."""

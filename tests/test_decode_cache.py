@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import POSITIONS, tiny, tokens
 from memformer import Memformer
@@ -71,3 +74,29 @@ def test_one_compilation_serves_every_position(kind: str) -> None:
     for i in range(LENGTH):
         assert_close(step(tgt[:, i], torch.full((2,), i), cache, contexts), whole[:, i])
     assert counter.frame_count == 1
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_where_a_token_stands_is_worked_out_once_for_all_layers(masked: bool) -> None:
+    found = []
+    for depth in (1, 3):
+        model = tiny(positions="rotary", dec_depth=depth)
+        enc_out, mask = model.encode(tokens(2, 4)).enc_out, torch.ones(2, 4, dtype=torch.bool) if masked else None
+        contexts, cache = model.decoder.context_projection(enc_out), model.decoder.new_cache(2, LENGTH)
+        with Counted() as counted:
+            model.decoder.step(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 3]), cache, contexts, mask)
+        found.append({name: counted.calls[f"aten::{name}"] for name in ("arange", "index", "masked_fill", "where")})
+    assert found[0] == found[1] == {"arange": 2, "index": 2, "masked_fill": 1 + masked, "where": 0}
