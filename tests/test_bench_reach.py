@@ -173,7 +173,7 @@ def test_patterns_say_what_is_prose_in_a_folder(tmp_path):
 
     def of(**patterns):
         given = settings(prose=(tmp_path,), **patterns)
-        return len(reach._tasks(given, "qa1")[0].prose.starts), reach._trained_with(given)
+        return len(reach._tasks(given, "qa1")[0].prose.starts), reach._trained_with(given, given.tasks)
 
     (both, known), (one, of_one), (other, of_other) = of(), of(include=("*_gut.txt",)), of(exclude=("*_f.txt",))
     assert both - 1 == 2 * (one - 1) == 2 * (other - 1) == 32
@@ -205,6 +205,16 @@ def test_training_goes_from_easy_to_hard(monkeypatch):
     reach.train(settings(steps=10), OWN, TRIAL)
     assert seen == [step / 10 for step in range(10)]
     assert read == [(6, True)] * 4 + [(12, True)] * 2 + [(24, True), (48, True)] + [(64, False)] * 2
+
+
+def test_a_task_with_an_easing_of_its_own_says_so_and_the_others_do_not():
+    one, both = settings(tasks=("qa1",)), settings(tasks=("qa1", "qa2"))
+    assert reach._trained_with(one, one.tasks)["easing"] == [0.4, 0.3]
+    assert "easing_of" not in reach._trained_with(one, one.tasks), "results of earlier versions are gone on with"
+    assert reach._fixed(both)["easing_of"] == {"qa2": [0.75, 0.12]}
+    assert reach._trained_with(both, ("qa1",)) == reach._trained_with(one, ("qa1",)), (
+        "weights do not depend on the rest"
+    )
 
 
 def test_texts_are_judged_with_a_sharper_writer_than_that_of_training(monkeypatch):

@@ -110,3 +110,25 @@ def test_the_report_tells_kinds_apart(monkeypatch, capsys, tmp_path):
     out.write_text(json.dumps(held))
     assert main(command) == 0
     assert "by words" not in capsys.readouterr().out, "trials from before cannot tell"
+
+
+def test_differences_are_told_seed_by_seed(monkeypatch, capsys, tmp_path):
+    small(monkeypatch)
+    out = tmp_path / "runs.json"
+    command = [*ONE, "--horizons", "2", "1", "--seeds", "0", "1", "--out", str(out)]
+    assert main(command) == 0
+    table = capsys.readouterr().out.partition("more than horizon 2, seed by seed: mean (least-most)\n")[2].splitlines()
+    runs = {
+        (held["run"]["variant"][2], held["run"]["seed"]): held["result"] for held in json.loads(out.read_text())["runs"]
+    }
+    assert table[0].split() == ["horizon", "1"]
+    shown = 0
+    for place, kind in enumerate(KINDS):
+        bits = [[runs[horizon, seed]["by_kind"][place] for horizon in (1, 2)] for seed in (0, 1)]
+        if not bits[0][0][0]:
+            continue
+        of_seeds = [one[1] / one[0] - other[1] / other[0] for one, other in bits]
+        shown += 1
+        said = f"{sum(of_seeds) / 2:.3f} ({min(of_seeds):.3f}-{max(of_seeds):.3f})"
+        assert [row[20:].strip() for row in table if row.startswith(f"{kind:20}")] == [said]
+    assert shown > 2

@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..device import choose_device
 from ..interface import SegmentModel
 from ..learning_rate import warmup_stable_decay
 from ..settings import ModelSettings
-from ..tasks import WORLDS, Episode, InProse, in_prose
+from ..tasks import WORLDS, Episode, InProse, World, in_prose
 from .contestants import OWN, Build, Contestant, build, sizes
 from .learn import WARM_UP, descend, optimizing
 from .meters import machine
@@ -52,10 +52,10 @@ _LOOK, _JUDGE = 2_000_000, 2_000_001
 class ReachBenchmark:
     """Train on facts in prose, then ask after much longer texts: accuracy by their length and by depth.
 
-    Training begins with each fact alone in a short segment, and has the texts themselves after 0.7 of its steps. Texts
-    are judged with a sharper writing attention than that of training. Depth is where in a text the first fact stands
-    that the answer needs. The default trains on texts of up to 2k tokens, which takes about 40 minutes of one core
-    for each seed; --train-tokens 16384 is for an accelerator.
+    Training begins with each fact alone in a short segment, and ends with the texts themselves, for 0.3 of its steps,
+    of qa2 and qa3 for 0.13. Texts are judged with a sharper writing attention than that of training. Depth is where in
+    a text the first fact stands that the answer needs. The default trains on texts of up to 2k tokens, which takes
+    about 40 minutes of one core for each seed; --train-tokens 16384 is for an accelerator. qa2 asks for --enc-depth 2.
     """
 
     tasks: tuple[str, ...] = ("qa1",)
@@ -217,15 +217,21 @@ def _config(settings: ReachBenchmark, task: InProse) -> Any:
     return settings.model.memformer_config(task.vocabulary, task.length)
 
 
-def _trained_with(settings: ReachBenchmark) -> dict[str, Any]:
-    """What weights depend on, but for the trial."""
+def _own_easing(tasks: Sequence[str]) -> dict[str, list[float]]:
+    """Of tasks whose training is eased otherwise than most."""
+    return {name: list(WORLDS[name].easing) for name in tasks if WORLDS[name].easing != World.easing}
+
+
+def _trained_with(settings: ReachBenchmark, tasks: Sequence[str]) -> dict[str, Any]:
+    """What weights of these tasks depend on, but for the trial."""
     names = ("words", "segment_tokens", "train_tokens", "questions", "steps", "batch_size")
     return {
         "prose": [path.name for path in settings.prose],
         # Only where they are given: files of results from before know nothing of them.
         **{name: list(given) for name in ("include", "exclude") if (given := getattr(settings, name))},
         **{name: getattr(settings, name) for name in names},
-        "easing": list(InProse.easing),
+        "easing": list(World.easing),
+        **({"easing_of": own} if (own := _own_easing(tasks)) else {}),
         "model": sizes(settings.model),
     }
 
@@ -234,7 +240,7 @@ def _fixed(settings: ReachBenchmark) -> dict[str, Any]:
     """What all trials of a file have in common."""
     names = ("episodes", "depths", "judge_temperature", "judge_forgetting")
     judged_with = {"lengths": list(settings.lengths), **{name: getattr(settings, name) for name in names}}
-    return {"benchmark": "reach"} | _trained_with(settings) | judged_with | {"every": EVERY}
+    return {"benchmark": "reach"} | _trained_with(settings, settings.tasks) | judged_with | {"every": EVERY}
 
 
 def train(settings: ReachBenchmark, entrants: Mapping[str, Build], trial: Trial) -> Result:
@@ -243,7 +249,7 @@ def train(settings: ReachBenchmark, entrants: Mapping[str, Build], trial: Trial)
     task, held_out = _tasks(settings, trial["task"])
     torch.manual_seed(trial["seed"])
     model = build(trial["contestant"], entrants, _config(settings, task)).to(device)
-    file, about = None, {"settings": json.dumps(_trained_with(settings) | trial, sort_keys=True)}
+    file, about = None, {"settings": json.dumps(_trained_with(settings, (trial["task"],)) | trial, sort_keys=True)}
     if settings.weights is not None:
         file = settings.weights / ("-".join(str(x).replace(" ", "_") for x in trial.values()) + ".safetensors")
     if file is not None and file.exists():
@@ -300,7 +306,7 @@ def _learn(
 ) -> dict[str, Any]:
     """Train it; what is said of that."""
     parameters, cell, device = list(model.parameters()), _Cell(model), choose_device(settings.device)
-    decay = settings.steps * (1 - sum(task.easing))  # the rate falls while the task itself is trained on
+    decay = settings.steps * (1 - sum(task.world.easing))  # the rate falls while the task itself is trained on
     curve_of_rates = functools.partial(warmup_stable_decay, steps=settings.steps, warmup=WARM_UP, decay=decay)
     optimizer, rates = optimizing(parameters, trial["learning_rate"], curve_of_rates)
     schedule = replay.EveryMemory(graphs=settings.graphs)

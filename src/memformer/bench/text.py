@@ -547,6 +547,20 @@ def _by_kind(entries: dict[str, Entry]) -> Iterator[str]:
                 f"{statistics.mean(bits / count for count, bits in column):>14.3f}" if column[0][0] else f"{'-':>14}"
                 for column in columns
             )
+    (first, best), *others = told.items()
+    if others:
+        yield ""
+        yield f"more than {first}, seed by seed: mean (least-most)"
+        yield f"{'':20}" + "".join(f"{label:>24}" for label, _ in others)
+    for place, kind in enumerate(KINDS if others else ()):
+        if not counts[place]:
+            continue
+        cells = []
+        for _, entry in others:
+            pairs = zip(entry.tuned.results, best.tuned.results, strict=True)
+            more = [(one["by_kind"][place][1] - of["by_kind"][place][1]) / counts[place] for one, of in pairs]
+            cells.append(f"{statistics.mean(more):.3f} ({min(more):.3f}-{max(more):.3f})")
+        yield f"{kind:20}" + "".join(f"{cell:>24}" for cell in cells)
 
 
 @torch.no_grad()

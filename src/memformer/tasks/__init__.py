@@ -8,7 +8,7 @@ from .base import ASK, BLANK, START, SYMBOLS, Episode, Task
 from .images import Pixels, digits
 from .prose import InProse, Prose, Telling, in_prose, prose_of, read_prose
 from .symbols import AssociativeRetrieval, Copy, KeyValue, OneFact, Reverse
-from .worlds import WORLDS, Asked, Story, ThreeFacts, TwoFacts, Values, Whereabouts, World
+from .worlds import WORLDS, Asked, SingleFacts, Story, ThreeFacts, TwoFacts, Values, Whereabouts, World
 
 __all__ = [
     "ASK",
@@ -27,6 +27,7 @@ __all__ = [
     "Pixels",
     "Prose",
     "Reverse",
+    "SingleFacts",
     "Story",
     "Task",
     "Telling",

@@ -238,7 +238,6 @@ class InProse(Task):
         per_segment: tokens in a segment.
         questions: asked at once in :meth:`exercise`, at most; :meth:`draw` asks one.
         apart: whether each fact stands whole in a segment of its own, anywhere in it, and not between two sentences.
-        easing: shares of a training: with the easiest task, and with the others before this one.
     """
 
     world: World
@@ -248,7 +247,6 @@ class InProse(Task):
     questions: int = 1
     apart: bool = False
     metric: ClassVar[Metric] = "exact"
-    easing: ClassVar[tuple[float, float]] = (0.4, 0.3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,22 +291,25 @@ class InProse(Task):
         return 0.95
 
     def eased(self, progress: float) -> InProse:
-        """As few facts as there are ever, each alone in a segment that is as short as can be, for 0.4 of the training;
-        then segments twice as long and twice as many facts, and so on; the task itself from 0.7 on (:attr:`easing`).
+        """The world's lessons in turn, each fact alone in a segment that is as short as can be; then the world itself,
+        with segments twice as long and twice as many facts, and so on; the task itself at last. What has which share of
+        the training says the world (``easing``): the lessons 0.4 and the task itself 0.3, if it says nothing else.
 
         Who is where is learned within minutes from segments that hold little else, and stays right in longer ones. From
         long ones a model learns which places were told, and no more.
         """
         world, shortest = self.world, max(self.world.longest_fact, self._asked)
         lengths = [n for i in range(self.per_segment.bit_length()) if (n := shortest << i) < self.per_segment]
-        doubled = stage(progress, *self.easing, len(lengths))
+        first, others = world.easing
+        doubled = stage(progress, first, others, len(lengths))
         if doubled >= len(lengths):
             return self
-        most = min(world.most, world.least << doubled)
+        lessons = world.lessons
+        easier = world.eased(doubled) if doubled else lessons[int(progress / first * len(lessons))]
         return dataclasses.replace(
             self,
-            world=world if most == world.most else dataclasses.replace(world, most=most),
-            segments=most,
+            world=easier,
+            segments=easier.most,
             per_segment=lengths[doubled],
             questions=min(self.questions, lengths[doubled] // self._asked),
             apart=True,

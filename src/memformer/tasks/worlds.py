@@ -7,6 +7,7 @@ place, person, thing or secret from another, so answers are equally likely whate
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Sequence
@@ -15,7 +16,19 @@ from typing import ClassVar, NamedTuple
 
 from ..config import check_count
 
-__all__ = ["NAMES", "WORDS", "WORLDS", "Asked", "Story", "ThreeFacts", "TwoFacts", "Values", "Whereabouts", "World"]
+__all__ = [
+    "NAMES",
+    "WORDS",
+    "WORLDS",
+    "Asked",
+    "SingleFacts",
+    "Story",
+    "ThreeFacts",
+    "TwoFacts",
+    "Values",
+    "Whereabouts",
+    "World",
+]
 
 PEOPLE = ("ada", "bruno", "clara", "dario", "edith", "felix", "greta", "hugo")
 PLACES = ("harbour", "orchard", "chapel", "cellar", "tower", "meadow", "bakery", "stable")
@@ -58,12 +71,14 @@ class World:
     Attributes:
         least, most: facts in a story; their number is drawn.
         longest_fact, longest_question: how many words they have at most.
+        easing: shares of a training: with the lessons, and then with longer segments and more facts up to the task.
     """
 
     least: int = 2
     most: int = 10
     longest_fact: ClassVar[int] = 6
     longest_question: ClassVar[int] = 8
+    easing: ClassVar[tuple[float, float]] = (0.4, 0.3)
 
     def __post_init__(self) -> None:
         check_count("least", self.least, self.needed)
@@ -78,6 +93,16 @@ class World:
     def answer_words(self) -> int:
         """Words of an answer."""
         return 1
+
+    @property
+    def lessons(self) -> tuple[World, ...]:
+        """Easier worlds that a training begins with, the easiest first: this one, with as few facts as there are."""
+        return (self.eased(0),)
+
+    def eased(self, doubled: int) -> World:
+        """This world with as few facts as there are ever, at most, or with that doubled so many times."""
+        most = min(self.most, self.least << doubled)
+        return self if most == self.most else dataclasses.replace(self, most=most)
 
     @property
     def chance(self) -> float:
@@ -149,6 +174,46 @@ class Whereabouts(World):
         return Story(facts, _some(rng, asked, questions))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SingleFacts(World):
+    """A lesson for worlds with things: in a story either all facts are of people who go to places, or of people who
+    take things. Where is a person: at a place. Where is a thing: with a person.
+
+    An answer follows from one fact, the last about what is asked. So each kind of fact is learned before two are
+    joined; where they are met together, what joins them is not found.
+
+    Attributes:
+        people, places, things: how many there are.
+    """
+
+    most: int = 4
+    people: int = 4
+    places: int = 6
+    things: int = 3
+    longest_question: ClassVar[int] = 5
+
+    @property
+    def needed(self) -> int:
+        return 1
+
+    @property
+    def chance(self) -> float:
+        return (1 / self.places + 1 / self.people) / 2
+
+    def _tell(self, rng: random.Random, count: int, questions: int) -> Story:
+        people, places, things = PEOPLE[: self.people], PLACES[: self.places], THINGS[: self.things]
+        going = rng.random() < 0.5
+        facts, last = [], dict[str, tuple[str, int]]()
+        for number in range(count):
+            who, what = rng.choice(people), rng.choice(places if going else things)
+            facts.append(_sentence(who, rng.choice(MOVED if going else TOOK), what))
+            about, answer = (who, what) if going else (what, who)
+            last[about] = answer, number
+        ask = "where is" if going else "where is the"
+        asked = [Asked(_ask(ask, about), (answer,), (number,)) for about, (answer, number) in last.items()]
+        return Story(facts, _some(rng, asked, questions))
+
+
 def _elsewhere(rng: random.Random, places: int, now: tuple[str, int] | None) -> str:
     return rng.choice([place for place in PLACES[:places] if now is None or place != now[0]])
 
@@ -183,6 +248,7 @@ class _WithThings(World):
     people: int = 4
     places: int = 6
     things: int = 3
+    easing: ClassVar[tuple[float, float]] = (0.75, 0.12)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,6 +300,11 @@ class TwoFacts(_WithThings):
         return 2
 
     @property
+    def lessons(self) -> tuple[World, ...]:
+        single = SingleFacts(people=self.people, places=self.places, things=self.things)
+        return single, self.eased(1), self.eased(2)
+
+    @property
     def chance(self) -> float:
         return 1 / self.places
 
@@ -256,6 +327,11 @@ class ThreeFacts(_WithThings):
     @property
     def needed(self) -> int:
         return 3
+
+    @property
+    def lessons(self) -> tuple[World, ...]:
+        simpler = TwoFacts(people=self.people, places=self.places, things=self.things)
+        return *simpler.lessons, self.eased(0)
 
     @property
     def chance(self) -> float:
