@@ -101,6 +101,28 @@ def test_a_state_goes_on(generate: Callable[..., str], model: Memformer) -> None
     assert not list(Path().glob(".talk*"))
 
 
+def test_the_memory_is_written_as_asked(
+    generate: Callable[..., str], model: Memformer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sharper than in training: the text is that of a model written to so, and its states belong to it."""
+    sharper, prompt = ["--write-temperature", "0.05", "--forgetting", "0"], "For ever and a day, or so they say. "
+    model.set_writer(write_temperature=0.05, forgetting=0)
+    tokenizer = ByteTokenizer()
+    tokens = model.generate(
+        torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None],
+        30,
+        start=tokenizer.start,
+        never=tokenizer.special,
+        temperature=0,
+    ).tokens
+    found = generate("--prompt", prompt, *GREEDY, *sharper, "--state", "sharp")
+    assert found == prompt + tokenizer.decode(tokens[0]) + "\n"
+    assert found != generate("--prompt", prompt, *GREEDY)
+    assert len(generate(*GREEDY, *sharper, "--state", "sharp")) > 20, "a state goes on as it was written"
+    assert main(["generate", "--checkpoint", "run", "--state", "sharp"]) == 2
+    assert "sharp: written with another model: write_temperature 0.05 there, 0.25 here" in capsys.readouterr().err
+
+
 def test_a_stream_that_goes_on_does_not_draw_the_same_again(generate: Callable[..., str], model: Memformer) -> None:
     # A model that knows nothing draws the same text from the same numbers.
     with torch.no_grad():

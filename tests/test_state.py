@@ -235,6 +235,22 @@ def test_a_model_of_more_settings_refuses_and_says_which(tmp_path: Path) -> None
     refused(file, lively(), r"another model: slot_parts 2 there, None here \(fingerprint")
 
 
+def test_equal_settings_that_are_written_otherwise_are_the_same_model(tmp_path: Path) -> None:
+    """0 is 0.0: a user gives either, and a file has what was given."""
+    file, prompt = tmp_path / "state", torch.tensor([[1, 2]])
+    for there, here in ((0, 0.0), (0.0, 0)):
+        model = lively()
+        model.set_writer(forgetting=there)
+        model.read(prompt, start=0).save(file, model)
+        same = lively()
+        same.set_writer(forgetting=here)
+        assert fingerprint(model) != fingerprint(same), "as files from before have it"
+        assert_close(MemoryState.load(file, same).memory, model.read(prompt, start=0).memory, atol=0, rtol=0)
+        refused(file, lively(1), r"forgetting .* there, None here")
+        same.load_state_dict(lively(1).state_dict())
+        refused(file, same, "the same settings, other weights")
+
+
 def test_a_fingerprint_is_of_settings_and_weights(model: Memformer) -> None:
     make = lively if isinstance(model, Memformer) else lively_causal
     assert fingerprint(model) == fingerprint(make())

@@ -238,7 +238,9 @@ class MemoryState:
         if header.get("checksum") != _sha256(tensors, header.get("start", "")):
             raise ValueError(f"{path}: damaged: its contents are not those that were written")
         if header.get("fingerprint") != fingerprint(model):
-            raise ValueError(f"{path}: written with another model: {_difference(header, model)}")
+            equal = _settings(header, model)
+            if equal is None or header.get("fingerprint") != fingerprint(model, equal):
+                raise ValueError(f"{path}: written with another model: {_difference(header, model)}")
         return cls(**tensors, start=int(header["start"])).to(next(model.parameters()).device)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -263,10 +265,16 @@ class MemoryState:
         )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A model's settings and weights, to the bit, as 64 hexadecimal digits; wrappers change nothing."""
+def fingerprint(model: nn.Module, settings: Mapping[str, object] | None = None) -> str:
+    """A model's settings and weights, to the bit, as 64 hexadecimal digits; wrappers change nothing.
+
+    Args:
+        model: whose.
+        settings: in place of the model's; equal ones may be written otherwise, as 0 and 0.0.
+    """
     model = unwrapped(model)
-    return _sha256(plain_state(model), json.dumps(model.config.to_dict(), sort_keys=True))
+    settings = model.config.to_dict() if settings is None else settings
+    return _sha256(plain_state(model), json.dumps(settings, sort_keys=True))
 
 
 def _in_order(file: bytes) -> bytes:
@@ -305,6 +313,13 @@ def _plain(x: object) -> Iterator[object]:
         yield from scales
     else:
         yield x
+
+
+def _settings(header: dict[str, str], model: Pretrained) -> dict[str, object] | None:
+    """The settings in a state's file as they are written there, if they equal the model's."""
+    theirs, ours = json.loads(header["config"]), model.config.to_dict()
+    found = {name: value for name, value in theirs.items() if name in ours}
+    return found if found == ours else None
 
 
 def _difference(header: dict[str, str], model: Pretrained) -> str:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -38,17 +38,13 @@ class EvaluateCommand(DocumentOptions):
     """Read at most this many bytes (or ids), from the first documents on; 0: all."""
     lanes: int = 16
     """Read at most this many documents side by side."""
-    write_temperature: float | None = None
-    """Temperature of the writing attention, in place of the one in training; a lower one lets slots keep what they hold
-    in longer documents."""
-    forgetting: float | None = None
-    """Forgetting of the normalised writer, in place of that in training; 0: only what is written over is forgotten."""
     precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
     """Type for autocast; auto is bf16 on an accelerator that computes it natively, as in training."""
     json: bool = False
     """Print one JSON object with every number, and nothing else."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
+    writer: models.WriterOptions = field(default_factory=models.WriterOptions)
 
 
 def run(command: EvaluateCommand) -> int:
@@ -58,8 +54,7 @@ def run(command: EvaluateCommand) -> int:
     if command.limit < 0:
         raise ValueError(f"limit: expected a number of bytes of at least 0 (0: all), got {command.limit}")
     folder = checkpoints.find(command.checkpoint)
-    model, tokenizer = models.load(command.checkpoint, command.device)
-    model.set_writer(write_temperature=command.write_temperature, forgetting=command.forgetting)
+    model, tokenizer = models.load(command.checkpoint, command.device, command.writer)
     documents = limited(command.documents(), command.limit)
     device = next(model.parameters()).device
     precision, found = choose_precision(command.precision, device), dict[str, object]()

@@ -52,6 +52,7 @@ class GenerateCommand:
     capture: Capture = "auto"
     """On CUDA, launch each token as one graph; auto where that pays and can be, on or else refuse."""
     sampling: Filters = field(default_factory=lambda: Filters(temperature=0.9, top_p=0.95))
+    writer: models.WriterOptions = field(default_factory=models.WriterOptions)
 
 
 def run(command: GenerateCommand) -> int:
@@ -133,7 +134,7 @@ def _run(command: GenerateCommand, saving: _Saving) -> None:
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             lack = "cannot be written to" if folder.is_dir() else "is not a folder"
             raise ValueError(f"state: {folder} {lack}, so nothing could be saved there")
-    model, tokenizer = models.load(command.checkpoint, command.device)
+    model, tokenizer = models.load(command.checkpoint, command.device, command.writer)
     state = None
     if command.state is not None and command.state.exists():
         state = MemoryState.load(command.state, model)

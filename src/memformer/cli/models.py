@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..data import Tokenizer, load_tokenizer
@@ -11,15 +12,25 @@ from ..folders import find, newest
 from ..interface import SegmentModel
 from ..models import load_model
 
-__all__ = ["described", "load"]
+__all__ = ["WriterOptions", "described", "load"]
 
 
-def load(checkpoint: Path, device: str) -> tuple[SegmentModel, Tokenizer]:
+@dataclass(frozen=True, kw_only=True)
+class WriterOptions:
+    """How the memory is written, where it is to be otherwise than in training."""
+
+    write_temperature: float | None = None
+    """Temperature of the writing attention, in place of that in training; lower: slots keep longer what they hold."""
+    forgetting: float | None = None
+    """Forgetting of the normalised writer, in place of that in training; 0: only what is written over is forgotten."""
+
+
+def load(checkpoint: Path, device: str, writer: WriterOptions | None = None) -> tuple[SegmentModel, Tokenizer]:
     """A trained model, ready to use, and its tokenizer.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is damaged, of another kind, or the device is not there.
+        ValueError: it is damaged, of another kind, or the device is not there; it has no writer as it is asked for.
     """
     folder = find(checkpoint)
     if folder != checkpoint:
@@ -31,6 +42,8 @@ def load(checkpoint: Path, device: str) -> tuple[SegmentModel, Tokenizer]:
             f"{folder}: expected a model that predicts one of {tokenizer.vocabulary} tokens, as memformer train makes "
             f"it, got {name} {size}"
         )
+    if writer is not None:
+        model.set_writer(**asdict(writer))
     return model, tokenizer
 
 
