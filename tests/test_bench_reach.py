@@ -209,11 +209,17 @@ def test_training_goes_from_easy_to_hard(monkeypatch):
     assert read == [(6, True)] * 4 + [(12, True)] * 2 + [(24, True), (48, True)] + [(64, False)] * 2
 
 
+def test_the_rate_falls_with_the_task_itself_or_with_length():
+    assert reach._falling(0.4, 0.3) == pytest.approx(0.3)
+    assert reach._falling(0.85, 0.15) == 0.15, "the task itself is not trained on"
+    assert {reach._falling(*world.easing) > 0.1 for world in reach.WORLDS.values()} == {True}
+
+
 def test_a_task_with_an_easing_of_its_own_says_so_and_the_others_do_not():
     one, both = settings(tasks=("qa1",)), settings(tasks=("qa1", "qa2"))
     assert reach._trained_with(one, one.tasks)["easing"] == [0.4, 0.3]
     assert "easing_of" not in reach._trained_with(one, one.tasks), "results of earlier versions are gone on with"
-    assert reach._fixed(both)["easing_of"] == {"qa2": [0.75, 0.12]}
+    assert reach._fixed(both)["easing_of"] == {"qa2": [0.85, 0.15]}
     assert reach._trained_with(both, ("qa1",)) == reach._trained_with(one, ("qa1",)), (
         "weights do not depend on the rest"
     )

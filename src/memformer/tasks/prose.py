@@ -292,8 +292,9 @@ class InProse(Task):
 
     def eased(self, progress: float) -> InProse:
         """The world's lessons in turn, each fact alone in a segment that is as short as can be; then the world itself,
-        with segments twice as long and twice as many facts, and so on; the task itself at last. What has which share of
-        the training says the world (``easing``): the lessons 0.4 and the task itself 0.3, if it says nothing else.
+        with segments twice as long and twice as many facts, and so on; the task itself at last, if there is time left.
+        What has which share of the training says the world (``easing``): the lessons 0.4 and the task itself 0.3, if it
+        says nothing else.
 
         Who is where is learned within minutes from segments that hold little else, and stays right in longer ones. From
         long ones a model learns which places were told, and no more.

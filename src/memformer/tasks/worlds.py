@@ -248,7 +248,7 @@ class _WithThings(World):
     people: int = 4
     places: int = 6
     things: int = 3
-    easing: ClassVar[tuple[float, float]] = (0.75, 0.12)
+    easing: ClassVar[tuple[float, float]] = (0.85, 0.15)
 
     def __post_init__(self) -> None:
         super().__post_init__()
