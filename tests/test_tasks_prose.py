@@ -389,6 +389,8 @@ def test_prose_by_default_and_of_files(tmp_path: Path, monkeypatch: pytest.Monke
         (lambda: Whereabouts(places=1), "places: expected a whole number of at least 2, got 1"),
         (lambda: Whereabouts(least=5, most=4), "most: expected a whole number of at least 5, got 4"),
         (lambda: TwoFacts(least=1), "least: expected a whole number of at least 2, got 1"),
+        (lambda: SingleFacts(people=9), "people: there are names for 8, got 9"),
+        (lambda: SingleFacts(places=9), "places: there are names for 8, got 9"),
         (lambda: ThreeFacts(things=0), "things: expected a whole number of at least 1, got 0"),
         (lambda: Values(each=5, secrets=4), r"each: expected 1 to secrets \(4\), got 5"),
         (lambda: tasks.in_prose("qa9"), "world: expected one of qa1, qa2, qa3, needle, got 'qa9'"),

@@ -548,11 +548,12 @@ def _by_kind(entries: dict[str, Entry]) -> Iterator[str]:
                 for column in columns
             )
     (first, best), *others = told.items()
-    if others:
-        yield ""
-        yield f"more than {first}, seed by seed: mean (least-most)"
-        yield f"{'':20}" + "".join(f"{label:>24}" for label, _ in others)
-    for place, kind in enumerate(KINDS if others else ()):
+    if not others:
+        return
+    yield ""
+    yield f"more than {first}, seed by seed: mean (least-most)"
+    yield f"{'':20}" + "".join(f"{label:>24}" for label, _ in others)
+    for place, kind in enumerate(KINDS):
         if not counts[place]:
             continue
         cells = []

@@ -174,22 +174,53 @@ class Whereabouts(World):
         return Story(facts, _some(rng, asked, questions))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SingleFacts(World):
-    """A lesson for worlds with things: in a story either all facts are of people who go to places, or of people who
-    take things. Where is a person: at a place. Where is a thing: with a person.
+def _elsewhere(rng: random.Random, places: int, now: tuple[str, int] | None) -> str:
+    return rng.choice([place for place in PLACES[:places] if now is None or place != now[0]])
 
-    An answer follows from one fact, the last about what is asked. So each kind of fact is learned before two are
-    joined; where they are met together, what joins them is not found.
+
+class _Now(NamedTuple):
+    """Where all is at one time of a story, with the facts that say so, by their numbers.
+
+    Attributes:
+        at: each person's place.
+        held: who has a thing, and since when.
+        lying: where a thing is that nobody has any more.
+        moves: of a thing, in order: from where, to where.
+    """
+
+    at: dict[str, tuple[str, int]]
+    held: dict[str, tuple[str, int]]
+    lying: dict[str, tuple[str, tuple[int, int]]]
+    moves: dict[str, list[tuple[str, str, tuple[int, int, int]]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Things(World):
+    """What worlds with things share.
 
     Attributes:
         people, places, things: how many there are.
     """
 
-    most: int = 4
     people: int = 4
     places: int = 6
     things: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_names(people=(self.people, 1, PEOPLE), places=(self.places, 3, PLACES), things=(self.things, 1, THINGS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleFacts(_Things):
+    """A lesson for worlds with things: in a story either all facts are of people who go to places, or of people who
+    take things. Where is a person: at a place. Where is a thing: with a person.
+
+    An answer follows from one fact, the last about what is asked. So each kind of fact is learned before two are
+    joined; where they are met together, what joins them is not found.
+    """
+
+    most: int = 4
     longest_question: ClassVar[int] = 5
 
     @property
@@ -214,45 +245,15 @@ class SingleFacts(World):
         return Story(facts, _some(rng, asked, questions))
 
 
-def _elsewhere(rng: random.Random, places: int, now: tuple[str, int] | None) -> str:
-    return rng.choice([place for place in PLACES[:places] if now is None or place != now[0]])
-
-
-class _Now(NamedTuple):
-    """Where all is at one time of a story, with the facts that say so, by their numbers.
-
-    Attributes:
-        at: each person's place.
-        held: who has a thing, and since when.
-        lying: where a thing is that nobody has any more.
-        moves: of a thing, in order: from where, to where.
-    """
-
-    at: dict[str, tuple[str, int]]
-    held: dict[str, tuple[str, int]]
-    lying: dict[str, tuple[str, tuple[int, int]]]
-    moves: dict[str, list[tuple[str, str, tuple[int, int, int]]]]
-
-
 @dataclass(frozen=True, kw_only=True)
-class _WithThings(World):
+class _WithThings(_Things):
     """People go, take a thing where they are, carry it along, and put it down.
 
     A thing is where it was put down; before anybody took it, nobody knows. Whoever has not been seen at a place yet
     goes to one first.
-
-    Attributes:
-        people, places, things: how many there are.
     """
 
-    people: int = 4
-    places: int = 6
-    things: int = 3
     easing: ClassVar[tuple[float, float]] = (0.85, 0.15)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_names(people=(self.people, 1, PEOPLE), places=(self.places, 3, PLACES), things=(self.things, 1, THINGS))
 
     def _tell(self, rng: random.Random, count: int, questions: int) -> Story:
         facts: list[tuple[str, ...]] = []
