@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from memformer.bench import learn, reach, text
-from memformer.bench.trials import Record, Report, Result, Trial, carry_out
+from memformer.bench.trials import Record, Report, Result, Trial, carry_out, tune
 
 
 def sleep(trial: Trial) -> Result:
@@ -76,6 +76,54 @@ def test_whoever_wants_no_more_is_not_kept_waiting(tmp_path: Path) -> None:
     results = carry_out(sleep, wanted, Record(None, {}), 2)
     assert next(results) == (wanted[0], {"done": True})
     results.close()
+
+
+def meet(trial: Trial) -> Result:
+    """Ends when as many seeds are at work as there are."""
+    Path(trial["folder"], str(trial["seed"])).touch()
+    return {"seeds": sorted(wait_for(Path(trial["folder"]), 2))}
+
+
+def test_seeds_do_not_wait_for_each_other_where_no_rate_is_chosen(tmp_path: Path) -> None:
+    tuning = tune(
+        meet,
+        [{"folder": str(tmp_path)}],
+        learning_rates=[1e-3],
+        seeds=[3, 4],
+        badness=lambda trial, result: 0,
+        line=lambda trial, result: f"seed {trial['seed']}",
+        record=Record(None, {}),
+        jobs=2,
+    )
+    lines = []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            lines.append(next(tuning))
+    assert sorted(lines) == ["seed 3", "seed 4"], "each once"
+    (found,) = end.value.value
+    assert found == (1e-3, [{"seeds": [3, 4]}] * 2, [])
+
+
+@pytest.mark.parametrize("rates", [(1.0,), (1.0, 2.0, 3.0)])
+def test_the_best_rate_of_the_first_seed_is_taken_with_the_others(rates: tuple[float, ...]) -> None:
+    made = []
+
+    def work(trial: Trial) -> Result:
+        made.append((trial["learning_rate"], trial["seed"]))
+        return {"bad": abs(trial["learning_rate"] - 2), "seed": trial["seed"]}
+
+    tuning = tune(
+        work, [{}], rates, [5, 6, 7], lambda _, result: result["bad"], lambda trial, _: str(trial), Record(None, {}), 1
+    )
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(tuning)
+    best = min(rates, key=lambda rate: abs(rate - 2))
+    assert made == [*((rate, 5) for rate in rates), (best, 6), (best, 7)]
+    (found,) = end.value.value
+    assert found.learning_rate == best
+    assert [result["seed"] for result in found.results] == [5, 6, 7]
+    assert len(found.others) == len(rates) - 1
 
 
 def test_once_a_minute_it_is_said_how_far_a_trial_is(

@@ -188,6 +188,8 @@ def tune(
 ) -> Generator[str, None, list[Tuned]]:
     """Carry out what is wanted with each learning rate and the first seed, then with its best one and the other seeds.
 
+    Where there is one learning rate, nothing is chosen, and no seed waits for the first one.
+
     Args:
         work, record, jobs: as for :func:`carry_out`.
         wanted: trials without "learning_rate" and "seed", all different.
@@ -206,12 +208,13 @@ def tune(
     def trial(one: Trial, rate: float, seed: int) -> Trial:
         return one | {"learning_rate": rate, "seed": seed}
 
-    first, *others = seeds
-    grid = [trial(one, rate, first) for one in wanted for rate in learning_rates]
+    first = seeds[0]
+    begun = seeds if len(learning_rates) == 1 else seeds[:1]
+    grid = [trial(one, rate, seed) for seed in begun for one in wanted for rate in learning_rates]
     yield from itertools.starmap(line, carry_out(work, grid, record, jobs))
     best = [min(learning_rates, key=lambda rate: badness(one, result(one, rate, first))) for one in wanted]
     pairs = list(zip(wanted, best, strict=True))
-    rest = [trial(one, rate, seed) for seed in others for one, rate in pairs]
+    rest = [trial(one, rate, seed) for seed in seeds[len(begun) :] for one, rate in pairs]
     yield from itertools.starmap(line, carry_out(work, rest, record, jobs))
     return [
         Tuned(
