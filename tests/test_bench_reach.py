@@ -47,6 +47,27 @@ def test_the_command(capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_it_is_said_how_much_of_a_lesson_is_learned(monkeypatch, capsys):
+    """By held-out texts of the lesson, while it lasts: 6 tokens hold a fact, 16 questions are asked one by one."""
+    monkeypatch.setattr(reach, "EVERY", 1)
+    monkeypatch.setattr("memformer.bench.trials.REPORT_EVERY", -1.0)
+    read, lengths = reach._read, []
+
+    def reading(given, model, task, *others):
+        lengths.append(task.length)
+        assert task.prose is held_out.prose
+        return read(given, model, task, *others)
+
+    task, held_out = reach._tasks(settings(), "qa1")
+    model = build("causal", OWN, reach._config(settings(), task))
+    monkeypatch.setattr(reach, "_read", reading)
+    reach._learn(settings(steps=4), TRIAL, model, task, held_out)
+    said = capsys.readouterr().err.splitlines()
+    assert ["of the easier texts of this step" in line for line in said] == [True, True, True, False]
+    shortest = task.eased(0).length
+    assert lengths == [64, shortest, 64, shortest, 64, task.eased(0.5).length, 64]
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_gradients_in_parts_are_those_of_the_whole_text(name):
     """Against plain back-propagation through the whole episode at once, in float64."""
@@ -191,21 +212,14 @@ def test_prose_of_ones_own(tmp_path):
 
 
 def test_training_goes_from_easy_to_hard(monkeypatch):
-    seen, read = [], []
-    eased, practice = InProse.eased, InProse.practice
+    read, practice = [], InProse.practice
 
-    def watched(task, progress):
-        seen.append(progress)
-        return eased(task, progress)
-
-    def watched_practice(task, *arguments):
+    def watched(task, *arguments):
         read.append((task.length, task.apart))
         return practice(task, *arguments)
 
-    monkeypatch.setattr(InProse, "eased", watched)
-    monkeypatch.setattr(InProse, "practice", watched_practice)
+    monkeypatch.setattr(InProse, "practice", watched)
     reach.train(settings(steps=10), OWN, TRIAL)
-    assert seen == [step / 10 for step in range(10)]
     assert read == [(6, True)] * 4 + [(12, True)] * 2 + [(24, True), (48, True)] + [(64, False)] * 2
 
 

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from memformer.bench import learn, reach, text
-from memformer.bench.trials import Record, Report, Result, Trial, carry_out, tune
+from memformer.bench.trials import Record, Report, Result, Trial, Tuned, carry_out, tune
 
 
 def sleep(trial: Trial) -> Result:
@@ -78,6 +79,16 @@ def test_whoever_wants_no_more_is_not_kept_waiting(tmp_path: Path) -> None:
     results.close()
 
 
+def to_the_end(tuning: Generator[str, None, list[Tuned]]) -> tuple[list[str], list[Tuned]]:
+    """Its lines, and what it found."""
+    lines = []
+    while True:
+        try:
+            lines.append(next(tuning))
+        except StopIteration as end:
+            return lines, end.value
+
+
 def meet(trial: Trial) -> Result:
     """Ends when as many seeds are at work as there are."""
     Path(trial["folder"], str(trial["seed"])).touch()
@@ -95,12 +106,8 @@ def test_seeds_do_not_wait_for_each_other_where_no_rate_is_chosen(tmp_path: Path
         record=Record(None, {}),
         jobs=2,
     )
-    lines = []
-    with pytest.raises(StopIteration) as end:
-        while True:
-            lines.append(next(tuning))
+    lines, (found,) = to_the_end(tuning)
     assert sorted(lines) == ["seed 3", "seed 4"], "each once"
-    (found,) = end.value.value
     assert found == (1e-3, [{"seeds": [3, 4]}] * 2, [])
 
 
@@ -115,12 +122,9 @@ def test_the_best_rate_of_the_first_seed_is_taken_with_the_others(rates: tuple[f
     tuning = tune(
         work, [{}], rates, [5, 6, 7], lambda _, result: result["bad"], lambda trial, _: str(trial), Record(None, {}), 1
     )
-    with pytest.raises(StopIteration) as end:
-        while True:
-            next(tuning)
+    _, (found,) = to_the_end(tuning)
     best = min(rates, key=lambda rate: abs(rate - 2))
     assert made == [*((rate, 5) for rate in rates), (best, 6), (best, 7)]
-    (found,) = end.value.value
     assert found.learning_rate == best
     assert [result["seed"] for result in found.results] == [5, 6, 7]
     assert len(found.others) == len(rates) - 1

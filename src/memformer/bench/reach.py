@@ -327,7 +327,12 @@ def _learn(
         if step % EVERY == 0 or step == settings.steps:
             look = _read(settings, model, held_out, held_out.segments, settings.batch_size * 2, _LOOK)
             curve.append((step, float(look[0].float().mean()), _bits(look[1])))
-            report(step, f"{100 * curve[-1][1]:.1f} % right")
+            now = f"{100 * curve[-1][1]:.1f} % right"
+            easier = held_out.eased((step - 1) / settings.steps)
+            if easier is not held_out:  # how much of a lesson is learned when it is left
+                look = _read(settings, model, easier, easier.segments, settings.batch_size * 2, _LOOK)
+                now += f", {100 * float(look[0].float().mean()):.1f} % of the easier texts of this step"
+            report(step, now)
     return {"curve": curve, "diverged_at": diverged_at, "tokens": tokens, "seconds": time.perf_counter() - begun}
 
 
