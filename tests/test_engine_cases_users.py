@@ -349,3 +349,192 @@ def test_verify_leaves_the_statistics_of_a_captured_module_alone():
     before = {name: x.clone() for name, x in model.state_dict().items()}
     assert replay.verify(decorated, segments(3), torch.zeros(3, 3), params=list(model.parameters())).ok
     assert all(x.equal(before[name]) for name, x in model.state_dict().items())
+
+
+# --- What is done to the inputs in between, what stays alive, and cells of other kinds
+
+
+@every_schedule
+def test_inputs_that_ask_for_a_gradient_later(schedule):
+    """They get none, as from plain autograd, and the others get theirs."""
+    torch.manual_seed(0)
+    rnn = nn.GRUCell(3, 4)
+    inputs, memory = segments(4, 2), torch.zeros(2, 4)
+    for x in inputs[1:]:
+        x.requires_grad_()
+
+    def cell(segment, memory):
+        memory = rnn(segment["x"], memory)
+        return (memory.square().mean() if segment["counts"] else None), memory
+
+    pairs = [{"x": x, "counts": t < 3} for t, x in enumerate(inputs)]
+    total, state = 0, memory
+    for pair in pairs[:3]:
+        loss, state = cell(pair, state)
+        total = total + loss
+    expected = torch.autograd.grad(total, inputs[1:3])
+    rollout = replay.memory_replay(cell, pairs, memory, params=rnn, schedule=SCHEDULES[schedule])
+    inputs[0].requires_grad_()
+    memory.requires_grad_()
+    rollout.loss.backward()
+    torch.testing.assert_close([x.grad for x in inputs[1:3]], list(expected), rtol=1e-12, atol=1e-14)
+    assert inputs[0].grad is None
+    assert memory.grad is None
+    assert inputs[3].grad is None or not inputs[3].grad.any()
+
+
+@pytest.mark.parametrize("readout", [False, True])
+@every_schedule
+def test_who_keeps_the_loss_does_not_keep_the_segments(schedule, readout):
+    rnn = nn.GRUCell(3, 4)
+
+    def cell(x, memory):
+        memory = rnn(x, memory)
+        return memory.square().mean(), memory
+
+    inputs = segments(5, 2)
+    read = (lambda values, _: sum(values)) if readout else None
+    rollout = replay.memory_replay(cell, inputs, torch.zeros(2, 4), read, params=rnn, schedule=SCHEDULES[schedule])
+    rollout.loss.backward()
+    kept = [weakref.ref(x) for x in inputs]
+    del inputs
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 5
+    assert rollout.memory.shape == (2, 4)
+    with pytest.raises(RuntimeError, match="already back-propagated"):
+        rollout.loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["a module", "a list of parameters"])
+def test_a_float16_readout_that_is_a_function(kind):
+    """It runs again in backward, and meets the modules that it sees as they were: modes, and statistics once."""
+    torch.manual_seed(0)
+    cell = nn.GRUCell(3, 4).half()
+    decoder = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 1)).half()
+    params = [decoder, cell] if kind == "a module" else [*decoder.parameters(), *cell.parameters()]
+    inputs, zeros = [x.half() for x in segments(4, 2)], torch.zeros(2, 4).half()
+
+    def run(x, memory):
+        memory = cell(x, memory)
+        return memory, memory
+
+    def readout(values, _):
+        return decoder(values[0]).float().square().mean()
+
+    torch.manual_seed(1)
+    loss = replay.memory_replay(run, inputs, zeros, readout, params=params).loss
+    decoder.eval()
+    loss.backward()
+    assert decoder[1].num_batches_tracked == 4
+    replayed = decoder[2].weight.grad.clone()
+    decoder.train().zero_grad()
+    torch.manual_seed(1)
+    replay.full_bptt(run, inputs, zeros, readout).loss.backward()
+    torch.testing.assert_close(replayed, decoder[2].weight.grad, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*jit:FutureWarning")
+@every_schedule
+def test_scripted_cells(schedule):
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+        def forward(self, x: torch.Tensor, memory: torch.Tensor):
+            memory = torch.tanh(self.norm(self.linear(memory) + x))
+            return memory.square().mean(), memory
+
+    def make():
+        cell = torch.jit.script(Cell())
+        return Case(cell, segments(), torch.randn(3, 3), modules=[cell])
+
+    hold_against_a_loop(make, schedule)
+
+
+@every_schedule
+@pytest.mark.parametrize("what", ["a hook that clips", "a retained gradient"])
+def test_a_cell_that_puts_hooks_on_its_memory(what, schedule):
+    """They need a graph, which is there in the recording, too, once it was seen that the cell wants one."""
+
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x, memory):
+            memory = torch.tanh(self.linear(memory) + x)
+            if what == "a hook that clips":
+                memory.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+            else:
+                memory.retain_grad()
+            return memory.square().mean(), memory
+
+    def make():
+        cell = Cell()
+        return Case(cell, segments(), torch.randn(3, 3), modules=[cell])
+
+    hold_against_a_loop(make, schedule)
+
+
+def test_leaves_that_are_no_numbers_are_compared():
+    rnn, named = nn.GRUCell(3, 4), ["one", "one", "one"]
+
+    def cell(x, memory):
+        state = rnn(x, memory[0])
+        return state.square().mean(), (state, named.pop() if named else "other", x.dtype)
+
+    memory = torch.zeros(2, 4), "none", torch.float32
+    loss = replay.memory_replay(cell, [torch.randn(2, 3)] * 3, memory, params=rnn, check=True).loss
+    with pytest.raises(RuntimeError, match=r"differs in replay.*gave 'other', and 'one' when it was recorded"):
+        loss.backward()
+    named += ["other"] * 99
+    replay.memory_replay(cell, [torch.randn(2, 3)] * 3, memory, params=rnn, check=True).loss.backward()
+
+
+def test_a_data_set_with_numbers_that_are_none_and_with_conjugate_views():
+    class Data:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, t):
+            return {"x": torch.full((2, 4), 1 + 1j).conj(), "weight": float("nan")}
+
+    weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex128))
+
+    def cell(segment, memory):
+        memory = 0.1 * memory @ weight + segment["x"]
+        return memory.abs().mean(), memory
+
+    replay.memory_replay(cell, Data(), torch.zeros(2, 4, dtype=torch.complex128), params=[weight]).loss.backward()
+
+
+@pytest.mark.parametrize(("weights", "got"), [(0.5, "got float"), (torch.tensor(0.5), r"got a tensor of shape \(\)")])
+def test_one_weight_for_all_segments(weights, got):
+    cell = nn.GRUCell(3, 4)
+    with pytest.raises(ValueError, match=f"segment_weights: expected one for each of the 2 segments, {got}"):
+        replay.memory_replay(cell, [torch.randn(2, 3)] * 2, torch.zeros(2, 4), segment_weights=weights)
+
+
+def test_a_burnt_in_memory_has_no_graph():
+    weight = torch.randn(2, 4, requires_grad=True)
+    memory = replay.burn_in(lambda x, m: (None, m), [1, 2], 2 * weight)
+    assert not memory.requires_grad
+    assert not replay.burn_in(lambda x, m: (None, m), [], 2 * weight).requires_grad
+
+
+def test_a_folder_in_ones_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    rnn = nn.GRUCell(3, 4)
+
+    def cell(x, memory):
+        memory = rnn(x, memory)
+        return memory.square().mean(), memory
+
+    schedule = replay.Offload(replay.EveryMemory(), to="~/memories")
+    replay.memory_replay(
+        cell, [torch.randn(2, 3)] * 3, torch.zeros(2, 4), params=rnn, schedule=schedule
+    ).loss.backward()
+    assert [path.name for path in tmp_path.iterdir()] == ["memories"]

@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from memformer import replay
 from memformer.replay import Action, Binomial, Budget, EveryKth, EveryMemory, Offload, Plan
 
 
@@ -250,3 +254,44 @@ def test_an_offload_to_another_device_is_refused(to):
     with pytest.raises(ValueError, match=f"expected cpu or a folder, got '{to}'.* is ./{to}"):
         Offload(EveryMemory(), to)
     assert Offload(EveryMemory(), f"./{to}").plan(3).store_on == f"./{to}"
+
+
+class InBlocks:
+    """A schedule of somebody's own: it replays two segments with their graphs, then goes back through both."""
+
+    needs_sizes = False
+
+    def plan(self, num_segments, memory_bytes=0, graph_bytes=0):
+        recording = [
+            action
+            for t in range(num_segments)
+            for action in [*([Action("store", t)] if t % 2 == 0 else []), Action("advance", t)]
+        ]
+        kinds = [("load", 0), ("graph", 0), ("graph", 1), ("backward", 1), ("backward", 0), ("drop", 0)]
+        blocks = reversed(range(0, num_segments, 2))
+        return Plan(
+            num_segments=num_segments,
+            recording=recording,
+            replay=[Action(kind, t + more) for t in blocks for kind, more in kinds],
+        )
+
+
+@pytest.mark.parametrize("losses", [counts for counts in itertools.product([True, False], repeat=4) if any(counts)])
+def test_a_schedule_that_makes_several_graphs_at_once(losses):
+    """Whether a segment's graph is needed is not known while those after it are still to be gone through."""
+    torch.manual_seed(0)
+    rnn = nn.GRUCell(2, 3).double()
+
+    def cell(segment, memory):
+        memory = rnn(segment["x"], memory)
+        return (memory.square().mean() if segment["counts"] else None), memory
+
+    segments = [{"x": torch.randn(2, 2, dtype=torch.float64), "counts": counts} for counts in losses]
+    memory, total = torch.zeros(2, 3).double(), 0
+    for segment in segments:
+        loss, memory = cell(segment, memory)
+        total = total if loss is None else total + loss
+    expected = torch.autograd.grad(total, rnn.parameters())
+    rollout = replay.memory_replay(cell, segments, torch.zeros(2, 3).double(), params=rnn, schedule=InBlocks())
+    rollout.loss.backward()
+    torch.testing.assert_close([p.grad for p in rnn.parameters()], list(expected), rtol=1e-12, atol=1e-14)

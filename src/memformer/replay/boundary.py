@@ -72,7 +72,7 @@ def burn_in(cell: Cell, segments: Sequence[Tree], memory: Tree) -> Tree:
     with torch.no_grad():
         for segment in segments:
             _, memory = call_cell(cell, segment, memory)
-    return memory
+    return detach(memory)
 
 
 def check_equal_across_ranks(number: int, what: str) -> None:

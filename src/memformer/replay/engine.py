@@ -54,6 +54,10 @@ class Graph:
         return [*self.memory_sources.values(), *self.segment_sources.values()]
 
 
+_WANTS_A_GRAPH = ("does not require grad", "doesn't require gradient", "has requires_grad=False")
+"""What torch says of a tensor without a graph where a cell differentiates something itself, or puts a hook on one."""
+
+
 class Inside(NamedTuple):
     """A readout that is a part of the cell: its loss stands in place of the segment's value."""
 
@@ -91,6 +95,7 @@ class Run:
         self.segments = segments
         self.initial = self.memory = Leaves(memory)
         check_leaves(self.initial, "the initial memory")
+        self.initial_wants = list(map(requires_grad, self.initial.leaves))  # whatever is done to them until backward
         self.in_place = parameters is None
         self.parameters = parameters or []
         self.reach = Reach([cell, *([] if inside is None else [inside.readout])], self.parameters)
@@ -101,8 +106,10 @@ class Run:
         self.differentiable = self.environment.grad_enabled and bool(self.in_place or self.inputs)
         self.world = World(owned, self.parameters, captured=captured, watch_parameters=not self.in_place)
         self.plan = self._plan(options.schedule, options.measure_at or 0)
-        if any(action.kind in ("advance", "graph") for action in self.plan.replay):
+        if self.differentiable:  # the recording, too, may run segments again
             self.world.watch_buffers()
+        self.runs_again = any(action.kind in ("advance", "graph") for action in self.plan.replay)
+        if self.runs_again:
             self.world.refuse_masks_of_cudnn()
         self.glance_at = next((action.segment for action in self.plan.replay if action.kind == "graph"), None)
         self.shelf = Shelf(self.plan)
@@ -157,6 +164,7 @@ class Run:
             values += self._do(action)
         # A weight that autocast converted here must not serve others: it may lack a graph, or keep ours alive.
         torch.clear_autocast_cache()
+        self.world.check_recorded(self.runs_again)
         self.recording, self.casts_lack_graphs = False, True
         self.segments.let_go()
         leaves = values + self.memory.leaves
@@ -194,13 +202,13 @@ class Run:
         with self.world.restored(), self.environment.random_numbers_kept(), kept, self.parameter_grads:
             for action in self.plan.replay:
                 self._do(action)
-        self.memory = self.returned = self.initial
-        of_memory = [g for g, leaf in zip(self.carry, self.initial.leaves, strict=True) if requires_grad(leaf)]
-        self.segments.let_go()
+        of_memory = itertools.compress(self.carry, self.initial_wants)
         of_segments = [grad for grads in reversed(self.segment_grads) for grad in grads]
         grads = [*self.parameter_grads.totals(), *of_memory, *of_segments]
         # Held by nobody else, a gradient becomes the parameter's .grad without a copy.
         del self.parameter_grads, self.carry, self.segment_grads, self.value_grads
+        # Whoever keeps the loss, to log it, does not keep the texts.
+        del self.segments, self.initial, self.memory, self.returned, self.inputs, self.compact, self.start, self.kept
         return grads
 
     # The actions
@@ -220,7 +228,7 @@ class Run:
             del self.buffers[t]
         elif kind == "advance":
             return self._advance(t)
-        elif kind == "graph" and (self.recording or self._upstream(t)):
+        elif kind == "graph" and self._needs_graph(t):
             return self._build_graph(t)
         elif kind == "backward":
             self._back_propagate(t)
@@ -236,7 +244,7 @@ class Run:
             with torch.no_grad():
                 value, after = self._call_cell(t, self.segments[t].tree(), self.memory.tree(), with_loss)
         except RuntimeError as error:
-            if "does not require grad" not in str(error) or not self.recording:
+            if not self.recording or not any(text in str(error) for text in _WANTS_A_GRAPH):
                 raise
             if t:
                 raise RuntimeError(
@@ -285,11 +293,11 @@ class Run:
 
     def _call_cut(self, t: int, with_loss: bool = True) -> tuple[Leaves, Leaves, dict[int, Tensor], dict[int, Tensor]]:
         """Call the cell on copies cut from their graphs. Also returns the leaves of both where its graph starts."""
-        segment, segment_sources = self.segments[t].cut(requires_grad)
+        segment, segment_sources = self.segments.cut(t)
         if self.carrying is not None and t < len(self.carrying):
             memory, memory_sources = self.memory.cut(self.carrying[t])
         else:
-            memory, memory_sources = self.memory.cut(carries_grad if t else requires_grad)
+            memory, memory_sources = self.memory.cut(carries_grad if t else self.initial_wants)
         return *self._call_cell(t, segment, memory, with_loss), memory_sources, segment_sources
 
     def _call_cell(self, t: int, segment: Tree, memory: Tree, with_loss: bool) -> tuple[Leaves, Leaves]:
@@ -334,7 +342,7 @@ class Run:
         random, buffers = self.start
         self.environment.set_random_state(random)
         self.world.put_buffers(buffers)
-        self.carrying = [[requires_grad(leaf) for leaf in self.initial.leaves]]
+        self.carrying = [self.initial_wants]
         for s in range(t):
             _, after, *_ = self._call_cut(s)
             self.carrying.append([requires_grad(leaf) for leaf in after.leaves])
@@ -387,7 +395,11 @@ class Run:
             self.glance.check(t, leaves)
         return value.leaves
 
-    def _upstream(self, t: int) -> bool:
+    def _needs_graph(self, t: int) -> bool:
+        """Whether a gradient could come to segment ``t``, as far as is known before those after it are through; and the
+        one that is compared with its recording."""
+        if self.recording or t == self.glance_at or t + 1 != self.boundary:
+            return True
         return any(grad is not None for grad in (*self.value_grads[t], *self.carry))
 
     def _back_propagate(self, t: int) -> None:
@@ -425,6 +437,7 @@ class Run:
 
     def _carry_to(self, boundary: int, grads: Grads) -> None:
         self.carry = grads if self.watch is None else self.watch.passing(boundary, grads)
+        self.boundary = boundary
 
 
 def _judged(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .environment import may_wait
-from .inputs import carries_grad
+from .inputs import PLAIN, carries_grad
 
 CAUSE = (
     "The cell uses something besides segment, memory, parameters, buffers and torch's own generators (a counter, a "
@@ -21,7 +21,10 @@ def check_same(t: int, replayed: list[object], recorded: list[object]) -> None:
     """RuntimeError unless all leaves are close."""
     for new, old in zip(replayed, recorded, strict=True):
         try:
-            torch.testing.assert_close(new, old, equal_nan=True)
+            if isinstance(old, Tensor | int | float | complex):
+                torch.testing.assert_close(new, old, equal_nan=True)
+            elif isinstance(old, PLAIN) and (type(new) is not type(old) or new != old):
+                raise AssertionError(f"it gave {new!r}, and {old!r} when it was recorded")
         except AssertionError as error:
             raise RuntimeError(
                 f"segment {t} differs in replay from its recording, so its gradient would be wrong: {error}\n{CAUSE}"
@@ -50,7 +53,7 @@ class Fingerprint:
             difference, norm = (torch.linalg.vector_norm(x.double()).item() for x in (apart, known))
             if not difference <= allowed * norm:
                 raise RuntimeError(
-                    f"segment {t} differs in replay from its recording by {difference / max(norm, 1e-300):.1%} of its "
+                    f"segment {t} differs in replay from its recording by {difference / max(norm, 1e-300):.1e} of its "
                     f"norm, so its gradient would be wrong. {CAUSE} check=True looks at each segment."
                 )
 

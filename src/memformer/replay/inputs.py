@@ -6,10 +6,12 @@ Not known here: schedules, and how anything is replayed.
 from __future__ import annotations
 
 import collections
+import contextlib
 import enum
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -111,14 +113,8 @@ def _holds_a_tensor(thing: object, depth: int = 6) -> bool:
         return True
     if isinstance(thing, (type, *PLAIN)):
         return False
-    parts: list[object] = list(getattr(thing, "__dict__", {}).values())
-    parts += [getattr(thing, name, None) for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
-    if isinstance(thing, Mapping):
-        parts += thing.values()
-    elif isinstance(thing, list | tuple | set | frozenset | collections.deque):
-        parts += thing
-    parts += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-    return any(_holds_a_tensor(part, depth - 1) for part in parts)
+    parts = list(thing.values()) if isinstance(thing, Mapping) and not isinstance(thing, dict) else []
+    return any(_holds_a_tensor(part, depth - 1) for part in [*parts, *_parts(thing)])
 
 
 def requires_grad(leaf: object) -> TypeGuard[Tensor]:
@@ -145,6 +141,9 @@ def weight_list(weights: Weights | None, count: int) -> list[float] | None:
             "segment_weights: are numbers here, so a tensor that requires a gradient would get none. Detach it, or "
             "weigh the losses that you make of replay.scan's values"
         )
+    if not isinstance(weights, Iterable) or (isinstance(weights, Tensor) and weights.dim() != 1):
+        got = f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"segment_weights: expected one for each of the {count} segments, got {got}")
     result = [float(w) for w in weights]
     if len(result) != count:
         raise ValueError(f"segment_weights: expected one for each of the {count} segments, got {len(result)}")
@@ -252,10 +251,15 @@ def trained_tensors(function: object, params: Params) -> list[Tensor]:
                 )
             if tensor.requires_grad:
                 found[id(tensor)] = tensor
-                if tensor.is_leaf and has_hook(tensor):
+                if has_hook(tensor):
                     raise ValueError(
                         f"parameter '{name}' has a tensor hook, which replay would run once per segment and once more. "
                         "Use register_post_accumulate_grad_hook, which runs once."
+                    )
+                if not tensor.is_leaf and tensor.retains_grad:
+                    raise ValueError(
+                        f"parameter '{name}' retains its gradient (retain_grad()), which replay would add to once "
+                        "per segment and once more. Name what it is computed from, or leave retain_grad out."
                     )
     return list(found.values())
 
@@ -275,8 +279,9 @@ def innermost(function: object) -> Any:
 def names_seen_by(function: Any) -> dict[str, object]:
     """What a callable finds by name: what it closes over, its globals, the attributes of what it is bound to."""
     function = innermost(function)
-    owner = getattr(function, "__self__", None)
-    seen = {} if owner is None or isinstance(owner, nn.Module) else dict(getattr(owner, "__dict__", {}))
+    owner = getattr(function, "__self__", function)
+    plain = inspect.isroutine(owner) or isinstance(owner, nn.Module)
+    seen = {} if plain else dict(getattr(owner, "__dict__", {}))
     function = innermost(inspect.unwrap(getattr(function, "__func__", function)))
     if not inspect.isfunction(function):
         return seen
@@ -287,9 +292,56 @@ def names_seen_by(function: Any) -> dict[str, object]:
     return {**found.globals, **found.nonlocals, **seen}
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 def captured_modules(function: object) -> list[nn.Module]:
-    """Modules that a callable sees, besides its owners."""
-    return [x for x in names_seen_by(function).values() if isinstance(x, nn.Module)]
+    """Modules that a callable sees, besides its owners: also in lists, dicts, closures and attributes, of its owners,
+    too, a few levels deep (a trainer's models, a frozen backbone in a list that hides it from its module)."""
+    found: dict[int, nn.Module] = {}
+    known: set[int] = set()
+
+    def look(thing: object, depth: int) -> None:
+        if id(thing) in known or isinstance(thing, (type, types.ModuleType, *PLAIN)):
+            return
+        known.add(id(thing))
+        if isinstance(thing, nn.Module):
+            found[id(thing)] = thing
+            parts = [
+                x for module in thing.modules() for name, x in vars(module).items() if name not in _OF_EVERY_MODULE
+            ]
+        else:
+            parts = _parts(thing)
+            if len(parts) >= _MANY:
+                return
+        for part in parts if depth else ():
+            look(part, depth - 1)
+
+    for owner in _owners(function):
+        look(owner, _DEPTH)
+        found.pop(id(owner), None)
+    for thing in names_seen_by(function).values():
+        look(thing, _DEPTH)
+    return list(found.values())
+
+
+_DEPTH, _MANY = 5, 1000
+"""How deep modules are looked for, and in how many things at once; more are data."""
+
+
+def _parts(thing: object) -> list[object]:
+    """What an object consists of, without asking it to do anything."""
+    parts: list[object] = []
+    if isinstance(thing, dict):
+        parts += thing.values()
+    elif isinstance(thing, list | tuple | set | frozenset | collections.deque):
+        parts += thing
+    parts += getattr(thing, "__dict__", {}).values()
+    parts += [getattr(thing, name, None) for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+    for cell in getattr(thing, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # it closes over something that is not there yet
+            parts.append(cell.cell_contents)
+    return parts
 
 
 def _is_sharded(module: nn.Module) -> bool:

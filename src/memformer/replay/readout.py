@@ -11,7 +11,17 @@ from torch import Tensor
 
 from .environment import Environment
 from .gradients import GradientSums, explaining_what_is_cut, refuse_double_backward
-from .inputs import Grads, Leaves, Readout, Tree, call_readout, chunks, requires_grad, sum_of_losses
+from .inputs import (
+    Grads,
+    Leaves,
+    Readout,
+    Tree,
+    call_readout,
+    captured_modules,
+    chunks,
+    requires_grad,
+    sum_of_losses,
+)
 from .reach import Reach, runs_functions
 from .segments import Segments
 from .world import World
@@ -49,7 +59,7 @@ class ReadoutRun:
         self.random_state = self.environment.random_state()
         half = self.environment.uses_float16 or any(x.dtype == torch.float16 for x in self.inputs)
         self.runs_again = half and self.environment.grad_enabled
-        self.world = World(owned, parameters)
+        self.world = World(owned, parameters, captured=captured_modules(readout))
         if self.runs_again:
             self.world.watch_buffers()
             self.world.refuse_masks_of_cudnn()

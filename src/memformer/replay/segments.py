@@ -48,6 +48,8 @@ class Segments:
         if self.source is None or not self.count:
             self.held = [Leaves(segment) for segment in segment_list(segments)]
             self.count = len(self.held)
+        # Asked once: what comes back in backward is a gradient for each of these, whatever is done to them since.
+        self._want_grad = [list(map(requires_grad, leaves.leaves)) for leaves in self.held]
         self.digests = array.array("q", [_UNSEEN]) * (self.count if not self.held else 0)
         self.latest: tuple[int, Leaves] | None = None
 
@@ -82,7 +84,11 @@ class Segments:
 
     def gradients(self, t: int) -> int:
         """How many tensors of a segment require a gradient."""
-        return sum(map(requires_grad, self.held[t].leaves)) if self.held else 0
+        return sum(self._want_grad[t]) if self.held else 0
+
+    def cut(self, t: int) -> tuple[Tree, dict[int, Tensor]]:
+        """A segment cut from its graph, and by position those of its tensors that are to have a gradient."""
+        return self.fetch(t).cut(self._want_grad[t] if self.held else requires_grad)
 
     def _taken(self, t: int) -> Leaves:
         leaves = Leaves(self.source[t])
@@ -105,12 +111,12 @@ class Segments:
 def _digest(leaf: object) -> object:
     """Something that is equal for equal leaves, and hardly ever for others."""
     if not isinstance(leaf, Tensor):
-        return leaf if isinstance(leaf, (bool, int, float, complex, str, type(None))) else type(leaf)
+        return repr(leaf) if isinstance(leaf, (bool, int, float, complex, str, type(None))) else type(leaf)
     described = leaf.shape, leaf.dtype, leaf.device
     if type(leaf) is not Tensor or leaf.layout is not torch.strided or leaf.is_meta or not leaf.numel():
         return described
-    numbers = leaf.detach().flatten()[:: max(1, leaf.numel() // SAMPLE)].to("cpu").contiguous()
-    return *described, *numbers.view(torch.uint8).tolist()  # of its bytes, for NaN is unlike itself
+    numbers = leaf.detach().flatten()[:: max(1, leaf.numel() // SAMPLE)].to("cpu").resolve_conj().resolve_neg()
+    return *described, *numbers.contiguous().view(torch.uint8).tolist()  # of its bytes, for NaN is unlike itself
 
 
 def trees(segments: Sequence[Leaves]) -> list[Tree]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .boundary import detach
 from .environment import Environment
-from .inputs import Cell, Leaves, Params, Tree, call_cell, carries_grad, trained_tensors
+from .inputs import Cell, Leaves, Params, Tree, call_cell, carries_grad, requires_grad, trained_tensors
 from .storage import Compact, addresses
 
 
@@ -29,16 +30,24 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
     environment = Environment([x for x in tree_leaves((segment, memory)) if isinstance(x, Tensor)])
     given = _tensors((segment, memory, trained_tensors(cell, params)))
     compact = Compact(given)
-    memory, _ = Leaves(memory).cut(carries_grad)
     kept: dict[int, int] = {}
 
     def count(x: Tensor) -> Tensor:
         kept.update(addresses([x]))
         return x.detach()
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
-    with environment.random_numbers_kept(), torch.enable_grad(), hooks:
-        value, after = call_cell(cell, segment, memory)
+    def run(wants_grad: Callable[[Tensor], bool]) -> tuple[Tree, Tree]:
+        kept.clear()
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
+        with environment.random_numbers_kept(), torch.enable_grad(), hooks:
+            return call_cell(cell, segment, Leaves(memory).cut(wants_grad)[0])
+
+    try:
+        value, after = run(carries_grad)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        value, after = run(requires_grad)  # some leaf of the memory cannot have a gradient: a table of weights
     # The graph's outputs are kept until its backward, and with them what they are views of.
     graph = kept | addresses(_tensors((value, after)))
     stored = addresses(_tensors(compact(tree_leaves(detach(after)))))

@@ -151,8 +151,9 @@ class Shelf:
 
     def _moved_to_disk(self, t: int, memory: Leaves) -> Begin:
         if self.folder is None:
-            Path(self.place).mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix="memories-", dir=self.place))
+            place = Path(self.place).expanduser()
+            place.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix="memories-", dir=place))
             self.reader = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # its thread ends with the shelf
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         file, reader = self.folder / f"{t}.pt", self.reader

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .environment import may_wait
-from .inputs import carries_grad, version
+from .inputs import has_hook, version
 
 BufferState = list[tuple[Tensor | None, Tensor | None]]
 """The buffers before some segment: the tensor that each was, and what stood in it."""
@@ -49,7 +49,7 @@ class World:
         self.parameters = list(found.values())
         self.versions = [version(p) for p in self.parameters]
         self.requires_grad = [p.requires_grad for p in self.parameters]
-        self.places = [(module, name) for module in self.modules for name in module._buffers]
+        self.places = [(module, name) for module in self.modules for name in module._buffers.keys()]  # noqa: SIM118
         self.buffers: list[_Buffer] = []
 
     # Before and during the recording
@@ -64,8 +64,40 @@ class World:
 
     def look_closely(self) -> None:
         """After a first run of the cell: finds buffers that it changes without a new version."""
-        for buffer in self.buffers:
-            buffer.look_closely()
+        for buffer in self._changed_unnoticed():
+            buffer.unnoticed = True
+
+    def check_recorded(self, runs_again: bool) -> None:
+        """After the recording.
+
+        Raises:
+            ValueError: the cell changed what its replay needs, and cannot have back: a buffer without a new version,
+                and not from the first segment on, or a parameter.
+        """
+        for buffer in self._changed_unnoticed() if runs_again else ():
+            raise ValueError(
+                f"the cell changes the buffer '{buffer.name}' of a {type(buffer.module).__name__} where nobody can see "
+                "it (through .data or numpy?), and not from the first segment on, so that its replay would meet other "
+                "numbers. Change it in place under torch.no_grad()."
+            )
+        if not runs_again:
+            self.versions = [version(p) for p in self.parameters]
+        elif (name := self._changed()) is not None:
+            raise ValueError(
+                f"the cell itself changes a parameter in place: {name} (nn.Embedding(max_norm=...), a counter?). "
+                "Replay runs the cell again and needs the parameters as they were: make it a buffer, or keep all "
+                "graphs (schedule=EveryMemory(graphs=len(segments)), or replay.full_bptt)."
+            )
+
+    def _changed_unnoticed(self) -> list[_Buffer]:
+        """Buffers with other numbers than when they were last looked at, but no new version."""
+        looked = [(buffer, differs) for buffer in self.buffers if (differs := buffer.differs()) is not None]
+        found: dict[int, bool] = {}
+        for device in {differs.device for _, differs in looked}:  # each is waited for once
+            here = [(buffer, differs) for buffer, differs in looked if differs.device == device]
+            answers = torch.stack([differs for _, differs in here]).tolist()
+            found |= {id(buffer): differ for (buffer, _), differ in zip(here, answers, strict=True)}
+        return [buffer for buffer, _ in looked if found[id(buffer)]]
 
     def has_a_fast_path(self) -> bool:
         """Whether a module of torch's own computes something else where no gradient is needed (where it is masked)."""
@@ -101,20 +133,33 @@ class World:
     # Before and during the replay
 
     def check_unchanged(self) -> None:
-        for p, before in zip(self.parameters, self.versions, strict=True):
-            if version(p) != before:
-                names = (f"'{name}'" for owner in self.owners for name, x in owner.named_parameters() if x is p)
+        if (name := self._changed()) is not None:
+            raise RuntimeError(
+                "a parameter was changed in place between the rollout and its backward (an optimizer step?): "
+                f"{name}. Replay runs the cell again and needs the same parameters: call backward first."
+            )
+        for p in self.parameters:
+            if has_hook(p):
                 raise RuntimeError(
-                    "a parameter was changed in place between the rollout and its backward (an optimizer step?): "
-                    f"{next(names, 'one of params=')}. Replay runs the cell again and needs the same parameters: call "
-                    "backward first."
+                    f"a tensor hook was put on {self._name(p)} between the rollout and its backward, which replay "
+                    "would run once per segment and once more. Use register_post_accumulate_grad_hook, which runs once."
                 )
+
+    def _changed(self) -> str | None:
+        """The name of a parameter that was changed in place."""
+        both = zip(self.parameters, self.versions, strict=True)
+        return next((self._name(p) for p, before in both if version(p) != before), None)
+
+    def _name(self, p: Tensor) -> str:
+        names = (f"'{name}'" for owner in self.owners for name, x in owner.named_parameters() if x is p)
+        return next(names, "one of params=")
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Modes and parameters as they were; whatever happens to the buffers inside is undone."""
         self.check_unchanged()
-        others = [(of, name, p, of[name]) for of, name, p in self.parameter_places if of.get(name, p) is not p]
+        places = [place for place in self.parameter_places if place[1] in place[0]]
+        others = [(of, name, p, of[name]) for of, name, p in places if of[name] is not p]
         modes = [module for module, before in zip(self.modules, self.modes, strict=True) if module.training != before]
         flags = zip(self.parameters, self.requires_grad, strict=True)
         frozen = [p for p, before in flags if p.requires_grad != before and p.is_leaf]
@@ -161,14 +206,17 @@ class _Buffer:
         self.version = version(self.tensor)
         self.content = None if self.tensor is None else self.tensor.detach().clone()
 
-    def look_closely(self) -> None:
-        tensor = self.module._buffers[self.name]
-        if self.unnoticed or not self.module.training or type(tensor) is not Tensor or tensor is not self.tensor:
-            return
-        if tensor.is_cuda and not may_wait():
-            return
-        if carries_grad(tensor) and tensor.layout is torch.strided and not tensor.is_meta and self.content is not None:
-            self.unnoticed = version(tensor) == self.version and not torch.equal(tensor, self.content)
+    def differs(self) -> Tensor | None:
+        """Whether its numbers are others than in the copy, a scalar; None where a new version or another tensor says
+        so anyway, and where they cannot be compared."""
+        tensor, content = self.module._buffers[self.name], self.content
+        if self.unnoticed or type(tensor) is not Tensor or tensor is not self.tensor or version(tensor) != self.version:
+            return None
+        if tensor.layout is not torch.strided or tensor.is_meta or (tensor.is_cuda and not may_wait()):
+            return None
+        if content is None or content.shape != tensor.shape or content.dtype != tensor.dtype:
+            return torch.ones((), dtype=torch.bool, device=tensor.device)
+        return (_bits(tensor) != _bits(content)).any()
 
     def state(self) -> tuple[Tensor | None, Tensor | None]:
         now = self.module._buffers[self.name]
@@ -188,3 +236,10 @@ class _Buffer:
             with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tensor):  # type: ignore[attr-defined]
                 tensor.copy_(content)
         self.version = version(tensor)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Its numbers as integers, for NaN is unlike itself."""
+    x = x.detach().resolve_conj().resolve_neg()
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
