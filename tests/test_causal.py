@@ -228,5 +228,7 @@ def test_input_that_does_not_fit() -> None:
         model(text, model.get_initial_mem(3))
     with pytest.raises(ValueError, match=r"mems: expected a CausalMemory, as this model returns it, got"):
         model(text, model.get_initial_mem(2).slots)
+    with pytest.raises(ValueError, match=r"mems: expected a CausalMemory, as this model returns it, got"):
+        model(text, tuple(model.get_initial_mem(2)))
     with pytest.raises(ValueError, match=r"wavefront: layers that share a memory wait for each other"):
         rollout(make(memory="one"), [Segment(text)], wavefront=True)

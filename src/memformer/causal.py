@@ -158,8 +158,9 @@ class CausalMemformer(LanguageModel):
         Args:
             tokens: (batch, tokens <= max_seq_len) token ids: a tensor or an array of integers, or lists of them.
             mems: the memory before the segment; None for the learned initial one.
-            mask: like ``tokens``, boolean or integer, True or 1 for tokens that exist. Masked ones change nothing
-                anywhere; a lane whose whole segment is masked keeps its memory.
+            mask: like ``tokens``, boolean or integer, True or 1 for tokens that exist. What stands at masked places
+                changes nothing; a lane whose whole segment is masked keeps its memory. With ``overlap`` pad on the
+                right: the tokens from before stand before the segment, and padding between would move them away.
             reset: (batch,) boolean or integer: lanes that start again from the learned initial memory (a new document).
             labels: like ``tokens``, and mostly the same: what is to be predicted at each place, from the tokens before
                 it; -100 does not count, nor does a masked place.
@@ -457,7 +458,7 @@ class CausalMemformer(LanguageModel):
     def _check_memory(self, mems: CausalMemory, batch: int, slots: int | None = None) -> None:
         """``slots``: how many there are to be (default: those of the model)."""
         config, dtype = self.config, self.norm.weight.dtype
-        if not isinstance(mems, tuple) or len(mems) != 3:
+        if not isinstance(mems, CausalMemory):
             raise ValueError(f"mems: expected a CausalMemory, as this model returns it, got {describe(mems)}")
         count = slots or config.num_memory_slots
         expected: list[tuple[str, str, tuple[int, ...]]] = [

@@ -292,7 +292,7 @@ def names_seen_by(function: Any) -> dict[str, object]:
     return {**found.globals, **found.nonlocals, **seen}
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_EVERY_MODULE, _PLAIN = frozenset(vars(nn.Module())), frozenset(PLAIN)
 
 
 def captured_modules(function: object) -> list[nn.Module]:
@@ -307,9 +307,8 @@ def captured_modules(function: object) -> list[nn.Module]:
         known.add(id(thing))
         if isinstance(thing, nn.Module):
             found[id(thing)] = thing
-            parts = [
-                x for module in thing.modules() for name, x in vars(module).items() if name not in _OF_EVERY_MODULE
-            ]
+            own = (vars(module).items() for module in thing.modules())
+            parts = [x for items in own for name, x in items if type(x) not in _PLAIN and name not in _OF_EVERY_MODULE]
         else:
             parts = _parts(thing)
             if len(parts) >= _MANY:
