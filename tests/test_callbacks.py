@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from helpers import training_settings
 from memformer.cli import main
-from memformer.data import ByteTokenizer, Lanes, encode_documents
+from memformer.data import ByteTokenizer, Lanes, encode_documents, read_documents
 from memformer.data.objectives import Objective
 from memformer.evaluation import HeldOut
 from memformer.model import token_losses
@@ -359,6 +359,25 @@ def test_weights_and_biases_and_trackio(settings: Settings, monkeypatch: pytest.
     assert "held_out/bits_per_byte" in fake.logged[2]
     assert "<pre>" in fake.logged[3]["sample"]
     assert not any("memory_gradient" in key and value is None for line in fake.logged for key, value in line.items())
+
+
+def test_nothing_that_a_run_writes_is_data(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run beside its data would learn its own samples, and be refused when it is resumed."""
+    pytest.importorskip("tensorboard")
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, FakeWandb(name))
+    loggers = ("tensorboard", "wandb", "trackio")
+    how = dict(loggers=loggers, sample_every=1, sample_tokens=3, eval_every=1, save_every=1, tokenizer="bpe")
+    list(Run(settings(steps=2, vocabulary=257, **how)).train())
+    (tmp_path / "run" / "step-000002" / "training.safetensors").unlink()
+    run = Run(settings(steps=3, vocabulary=257, resume=True, **how))
+    list(run.train())
+    written = {file.name for file in (tmp_path / "run").iterdir()}
+    assert {"samples.jsonl", "wandb-run.txt", "trackio-run.txt", "damaged-step-000002", "tokens", "best"} <= written
+    with pytest.raises(
+        ValueError, match=r"no text found .*; left out: 1 folder of a run, whose own files are no data \([^,]*\)$"
+    ):
+        read_documents(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_files_that_are_left_out_are_mentioned(folder, capsys):
         (["train", "--config", "schedule.yaml"], "schedule.yaml: schedule: expected every, binomial:N"),
         (["train", "--data", "text.txt", *SMALL, "--schedule", "budget:1KB"], "Budget: 1000 bytes hold less than one"),
         (["train", "--data", "text.txt", "--separator", "3"], "separator: 3 cuts .npy and .bin arrays"),
-        (["train", "--data", "text.txt", "--tokenizer", "bpe", "--vocabulary", "10"], "vocabulary: "),
+        (["train", "--data", "text.txt", "--tokenizer", "bpe", "--vocabulary", "10"], "error: vocabulary: expected a"),
         (["train", "--data", "text.txt", "--dim", "400000000"], "memory"),
         (["train", "--config", "nowhere.yaml"], "error: nowhere.yaml: No such file or directory"),
         (["train", "--config", "wrong.yaml"], "wrong.yaml: dimm: unknown setting. Perhaps you meant model.dim"),

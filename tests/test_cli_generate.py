@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import shlex
@@ -81,6 +82,29 @@ def test_a_prompt_comes_from_a_flag_a_file_or_standard_input(generate: Callable[
     for flags in ([], ["--prompt-file", "-"]):
         with piped(text):
             assert generate(*flags) == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(generate: Callable[..., str]) -> None:
+    """As it is none of the texts that are trained on."""
+    expected = generate("--prompt", "Once").removeprefix("Once")
+    Path("text").write_bytes(codecs.BOM_UTF8 + b"Once")
+    assert generate("--prompt-file", "text") == expected
+    with piped("\ufeffOnce"):
+        assert generate() == expected
+    with piped("\ufeffOnce\n"):
+        spoken = generate("--interactive")
+    assert spoken == generate("--prompt", "Once\n").removeprefix("Once\n")
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_no_text_is_refused_as_a_prompt_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, errors: str
+) -> None:
+    Path("piped").write_bytes(b"Who?\ncaf\xe9\n")
+    with Path("piped").open(encoding="utf-8", errors=errors) as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert main(["generate", "--checkpoint", "run", "--interactive", "--max-new-tokens", "3"]) == 2
+    assert "memformer: error: standard input: expected UTF-8 text (" in capsys.readouterr().err
 
 
 def test_without_a_prompt_a_document_begins(generate: Callable[..., str]) -> None:
@@ -171,6 +195,22 @@ def test_nothing_is_printed_after_a_stop_inside_a_token(capsys: pytest.CaptureFi
     _print(tokens, tokenizer, ["no", "og a", "cat"])
     assert capsys.readouterr().out == "the dog a\n"
     assert len(list(tokens)) == len(ids) - texts.index(" and") - 1
+
+
+def test_ids_stop_at_whole_ids(
+    generate: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save(tmp_path / "run", TokenIds(30))
+    ids = generate("--prompt", "3 7", *GREEDY).split()[2:]
+    inside = next(i for i, word in enumerate(ids) if len(word) > 1 and word[1] not in ids[: i + 1])
+    stop = ids[inside][1]
+    expected = ids[: ids.index(stop) + 1] if stop in ids else ids
+    assert generate("--prompt", "3 7", *GREEDY, "--stop", stop).split()[2:] == expected
+    run = " ".join(ids[3:5])
+    first = next(i for i in range(len(ids)) if ids[i : i + 2] == ids[3:5])
+    assert generate("--prompt", "3 7", *GREEDY, "--stop", stop, "--stop", run).split()[2:] == ids[: first + 2]
+    assert main(["generate", "--checkpoint", "run", "--stop", "the end"]) == 2
+    assert "memformer: error: stop: this vocabulary is token ids without a text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("terminal", [True, False])

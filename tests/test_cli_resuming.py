@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.util
 import json
 import shutil
@@ -83,7 +84,9 @@ def test_other_documents(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert train("--resume", "--steps", "4") == 2
     assert "the training documents are not those of run: was the data changed?" in capsys.readouterr().err
     assert train("--resume", "--steps", "4", "--new-data") == 0
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    learned = "warning: the held-out documents are others than before: some may have been trained on before step 2"
+    assert errors.count(learned) == 1
     assert (
         "changed     training documents (a new epoch of the documents begins, with new memories) from step 2" in printed
     )
@@ -106,6 +109,69 @@ def test_one_command_starts_and_goes_on(folder: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "optimizer.learning_rate 0.002 -> 0.001 from step 4 on" in printed
     assert "rollout.lanes 2 -> 3 (a new epoch of the documents begins, with new memories) from step 4 on" in printed
+
+
+def test_what_is_said_of_one_start_is_no_setting_of_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("resume", "auto_resume", "new_data"):
+        (folder / "my.yaml").write_text(f"data: text.txt\n{name}: true\n")
+        flag = "--" + name.replace("_", "-")
+        assert train("--config", "my.yaml", "--steps", "1", *SMALL) == 2
+        assert (
+            f"my.yaml: {name}: is said of one start alone; give {flag} on the command line" in capsys.readouterr().err
+        )
+    start()
+    assert train("--config", "run/run.yaml", "--auto-resume", "--steps", "3") == 0
+
+
+def test_a_run_that_stopped_early_says_so_when_it_is_begun_again(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = Run.evaluate
+    monkeypatch.setattr(Run, "evaluate", lambda run: dataclasses.replace(evaluate(run), loss_nats=run.step))
+    flags = ["--data", "text.txt", "--auto-resume", "--eval-every", "1", "--patience", "2", "--steps", "9", *SMALL]
+    assert train(*flags) == 0
+    capsys.readouterr()
+    assert train(*flags) == 0
+    printed = capsys.readouterr().out
+    assert "stopped early at step 3 of 9; a higher --patience goes on\n" in printed
+    assert "finished" not in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--vocabulary 300", "vocabulary: 300 has no meaning with the tokenizer bytes"),
+        ("--horizon-steps 5", "horizon_steps: 5 has no meaning without --horizon-start"),
+        ("--held-out-data other.txt --held-out-by name", "held_out_by: name has no meaning with --held-out-data"),
+        ("--new-data", "new_data: has no meaning without --resume or --auto-resume"),
+        ("--text-field body", "text_field: body has no meaning with data that has no rows"),
+        ("--bin-dtype uint32", "bin_dtype: uint32 has no meaning with data that has no .bin file"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    (folder / "other.txt").write_text("Another text.")
+    assert train("--data", "text.txt", "--steps", "1", *SMALL, *flags.split()) == 2
+    assert f"memformer: error: {message}; leave it out" in capsys.readouterr().err
+    assert not (folder / "run").exists()
+
+
+def test_what_a_run_or_a_file_says_in_vain_is_no_mistake_of_a_flag(folder: Path) -> None:
+    """Runs of before were begun with such flags, and the same command is to go on with them."""
+    (folder / "my.yaml").write_text(
+        "data: text.txt\ndocuments: {vocabulary: 300, text_field: body}\nrollout: {horizon_steps: 5}\n"
+    )
+    start("--config", "my.yaml")
+    flags = ["--vocabulary", "300", "--text-field", "body", "--horizon-steps", "5"]
+    assert train("--data", "text.txt", "--auto-resume", *SMALL, *flags, "--steps", "3") == 0
+    assert train("--resume", "--steps", "4") == 0
+
+
+def test_a_flag_has_a_meaning_with_any_of_the_data(folder: Path) -> None:
+    (folder / "rows").mkdir()
+    (folder / "rows" / "some.jsonl.gz").write_bytes(gzip.compress(b'{"body": "A text of a row."}\n'))
+    start("--held-out-data", "rows", "--text-field", "body")
 
 
 def test_a_recipe_is_a_change_only_where_it_differs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +221,9 @@ def test_a_run_begins_with_another_runs_weights(folder: Path, capsys: pytest.Cap
     assert saved_settings("second").init_from == folder / "run"
     assert saved_settings("second").documents.tokenizer == "bpe"
     assert cli.main(["train", "--out", "third", *second[3:], *how, "--slots", "5"]) == 2
-    assert "num_memory_slots: the model in run/step-000002 has 2, got 5" in capsys.readouterr().err
+    assert "error: slots: the model in run/step-000002 has 2, got 5" in capsys.readouterr().err
+    assert cli.main(["train", "--out", "third", *second[3:], *how, "--segment-length", "4"]) == 2
+    assert "error: segment_length: the model in run/step-000002 has 8, got 4" in capsys.readouterr().err
     assert not (folder / "third").exists()
     assert cli.main(["train", "--resume", "--out", "second", "--steps", "3"]) == 0
 

@@ -206,7 +206,7 @@ def test_encode_and_its_folders_refuse_by_a_sentence(folder, capsys):
         (["encode", "--data", "texts", "--out", "new", "--tokenizer", "none.json"], "none.json: no such file"),
         (
             ["encode", "--data", "texts", "--out", "new", "--vocabulary", "10"],
-            "vocabulary: size: expected a whole number of at least 256",
+            "error: vocabulary: expected a whole number of at least 256",
         ),
         (["encode", "--data", "ids.npy", "--out", "new"], "ids.npy: holds token ids, which are encoded already"),
         ([*run, "--tokenizer", "bpe"], "was encoded by the tokenizer that lies in it, got bpe: leave it out"),
@@ -233,6 +233,15 @@ def test_text_beside_token_files_is_encoded_by_their_tokenizer(folder):
     assert run.tokenizer.ordinary == 289
     list(run.train())
     assert checkpoints.newest(folder / "run") is not None
+
+
+def test_bytes_of_texts_and_ids_are_counted_apart(folder, capsys):
+    encoded(folder)
+    (folder / "more.txt").write_text(TEXT * 10, encoding="utf-8")
+    size, ids = (folder / "more.txt").stat().st_size, open_tokens(folder / "encoded").num_tokens
+    held_out = ["--held-out-data", "texts/0.txt", "--sample-tokens", "0"]
+    assert main(["train", "--data", "encoded", "more.txt", "--out", "run", *held_out, *SMALL.split()]) == 0
+    assert f"data        7 documents ({size:,} bytes and {ids:,} ids)" in capsys.readouterr().out
 
 
 # --- Two processes
@@ -267,4 +276,4 @@ def test_one_process_trains_and_encodes_and_all_read(folder):
     different, refused = first[3]
     assert second[3] == [different, f"process 0: {refused}"]
     assert re.match(r"process 1 \(on .*\) has another training text than process 0", different)
-    assert refused.startswith("vocabulary: size: expected a whole number of at least 256")
+    assert refused.startswith("vocabulary: expected a whole number of at least 256")

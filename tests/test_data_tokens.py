@@ -137,6 +137,12 @@ def test_ids_beyond_the_vocabulary_of_a_file_are_not_said_to_want_another_size(t
         check_documents(read_documents(tmp_path), TokenIds(256))
 
 
+def test_no_vocabulary_is_said_to_have_ids_below_0(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([1, -100, 2]))
+    with pytest.raises(ValueError, match=r"token -100 at position 1 .*; no id is below 0: leave out what is no token$"):
+        check_documents(read_documents(tmp_path), TokenIds(5))
+
+
 def test_the_check_looks_at_texts_too() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))

@@ -231,6 +231,15 @@ def test_encoder_only(tmp_path, capsys):
     assert_same_over_segments(model, steps, batch_size=2)
 
 
+@pytest.mark.parametrize("there", ["run.yaml", "training.json", "step-000004/config.json"])
+def test_a_training_run_is_no_place_for_an_export(tmp_path, capsys, there):
+    small().save_pretrained(tmp_path / "model")
+    (tmp_path / "run" / there).parent.mkdir(parents=True)
+    (tmp_path / "run" / there).touch()
+    assert main(["export", "--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "run")]) == 2
+    assert f"out: {tmp_path / 'run'} is of a training run; choose another folder" in capsys.readouterr().err
+
+
 def test_refusals(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"format: expected one of onnx, torch, got 'tflite'"):
         export(small(), tmp_path, format="tflite")

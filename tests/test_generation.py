@@ -385,6 +385,13 @@ def test_sampling_follows_its_generator() -> None:
     assert not torch.equal(first, other)
 
 
+def test_with_any_great_temperature_all_that_may_be_written_is_as_likely() -> None:
+    logits = torch.tensor([[3.0, -2.0, -math.inf, 0.5]])
+    for temperature in (1e30, 1e40, 1e300):
+        kept = Sampling(temperature=temperature).kept(logits)
+        assert torch.equal(kept.softmax(-1), torch.tensor([[1.0, 1.0, 0.0, 1.0]]) / 3)
+
+
 def test_a_sampling_is_its_keywords() -> None:
     model, begun = lively(), prompts(3, 8)
     how = dict(temperature=1.4, top_k=8, top_p=0.9, min_p=0.01, repetition_penalty=1.2, stop=[0], never=[3])

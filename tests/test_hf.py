@@ -45,6 +45,7 @@ FAMILIES = {
     "olmo2": GROUPED,
     "granite": GROUPED | dict(logits_scaling=2.0, embedding_multiplier=3.0),
     "smollm3": GROUPED | dict(no_rope_layer_interval=2),
+    "opt": dict(ffn_dim=24, word_embed_proj_dim=16, dropout=0.0),
 }
 """By their name in transformers, with what is theirs: windows shorter than a segment, logits behind the head."""
 
@@ -614,7 +615,9 @@ def test_models_of_another_kind_are_refused_by_name() -> None:
 
 
 def test_adapters_of_another_kind_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected an adapter in its layers alone, such as LoRA, got PREFIX_TUNING"):
+    with pytest.raises(
+        ValueError, match="base: expected a LoRA in its layers alone, got PREFIX_TUNING; merge_and_unload"
+    ):
         with_memory(
             peft.get_peft_model(base_of(), peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
         )
@@ -664,6 +667,7 @@ def test_wrong_inputs_are_named() -> None:
         (dict(labels=tokens[:, 1:]), r"labels: expected the shape of the tokens, \(2, 20\), got .* \(2, 19\)"),
         (dict(labels=tokens + TOKENS), "labels: token id"),
         (dict(reset=torch.ones(3).bool()), r"reset: expected torch.bool of shape \(2,\), one per lane, got .*\(3,\)"),
+        (dict(memory=tuple(memory)), "memory: expected that of this model .* a PretrainedMemory with .*, got tuple"),
         (dict(memory=memory.slots), "memory: expected that of this model and this batch, .* got torch.float64"),
         (
             dict(memory=other(tokens).memory),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from memformer.hf import MemoryForCausalLM, with_memory
-from test_hf import LENGTH, base_of, read_something, some_tokens
+from test_hf import LENGTH, TOKENS, base_of, read_something, some_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 SIZES = dict(read_dim=8, read_heads=2, write_heads=2)
@@ -101,6 +101,21 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "memory" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"memory: expected the weights of its config\.json; .*do not fit"):
         MemoryForCausalLM.from_pretrained(tmp_path / "memory")
+
+
+def test_a_base_with_another_vocabulary_is_not_named(tmp_path: Path) -> None:
+    base, tokens = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base")), some_tokens()
+    base.resize_token_embeddings(TOKENS + 3, mean_resizing=False)
+    model = with_memory(base, 3, LENGTH, **SIZES).trainable("memory").eval()
+    with pytest.raises(
+        ValueError, match=rf"base: expected the {TOKENS} tokens of .*base', .* got {TOKENS + 3} tokens; save it"
+    ):
+        model.save_pretrained(tmp_path / "memory", base="referenced")
+    assert not (tmp_path / "memory").exists()
+    model.save_pretrained(tmp_path / "memory")
+    assert torch.equal(MemoryForCausalLM.from_pretrained(tmp_path / "memory")(tokens).logits, model(tokens).logits)
+    (tmp_path / "base").rename(tmp_path / "moved")  # then there is nothing to compare with
+    model.save_pretrained(tmp_path / "named", base="referenced")
 
 
 @pytest.mark.parametrize("name", ["somebody/llama", "models/llama", ""])

@@ -25,6 +25,7 @@ from memformer.hf import (
 )
 from memformer.hf.bases import CACHE
 from memformer.training import Run
+from test_hf import base_of
 
 TOKENIZER = TokenIds(VOCABULARY - 4)  # and four special ones
 MAKERS = {"causal": lively_causal, "memformer": lively}
@@ -283,3 +284,29 @@ def test_who_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_an_own_model_has_a_card(tmp_path: Path) -> None:
     adapter("causal").save_pretrained(tmp_path)
     assert "A CausalMemformer of " in (tmp_path / "README.md").read_text()
+
+
+@both
+def test_what_is_changed_in_the_model_is_saved(kind: str, tmp_path: Path) -> None:
+    own = MAKERS[kind]()
+    model = as_transformers(own, TOKENIZER)
+    own.set_writer(write_temperature=0.05, forgetting=0.0)
+    own.resize_memory(5)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config == own.config
+    assert (loaded.config.write_temperature, loaded.config.forgetting) == (0.05, 0.0)
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(some(1, 13)).logits, model(some(1, 13)).logits
+    )
+    own.set_writer(write_temperature=0.25, forgetting=0.001)  # as they were at first
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path).config == own.config
+
+
+def test_a_configuration_is_found_by_the_name_of_the_argument(tmp_path: Path) -> None:
+    lively_causal().save_pretrained(tmp_path / "own")
+    base_of().save_pretrained(tmp_path / "other")
+    assert type(AutoConfig.from_pretrained(pretrained_model_name_or_path=tmp_path / "own")) is HFCausalConfig
+    config = AutoConfig.from_pretrained(pretrained_model_name_or_path=str(tmp_path / "other"))
+    assert config.model_type == "llama"

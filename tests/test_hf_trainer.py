@@ -20,11 +20,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from memformer import Memformer
 from memformer.hf import MemoryForCausalLM, MemoryTrainer, MemoryTrainingArguments, PretrainedMemory, with_memory
 from memformer.hf.divided import check_frozen
+from test_hf_own import CLASSES, adapter, both, some
 
 pytestmark = [
     # PEFT still calls what transformers has renamed.
@@ -523,3 +531,38 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
 
 if __name__ == "__main__":
     launched(Path(sys.argv[1]))
+
+
+# --- Trainer itself ---------------------------------------------------------------------------------------------------
+
+
+def trainer_by_itself(out: Path, model: PreTrainedModel, tokens: Tensor, **changes: object) -> Trainer:
+    given = dict(max_steps=2, save_steps=1, learning_rate=1e-3, report_to="none", disable_tqdm=True, use_cpu=True)
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    data, metrics = dict(train_dataset=rows, eval_dataset=rows), changes.pop("compute_metrics", None)
+    return Trainer(model, TrainingArguments(str(out), **{**given, **changes}), compute_metrics=metrics, **data)
+
+
+@both
+def test_an_own_model_goes_on_from_a_checkpoint(kind, tmp_path):
+    """The last one by another model, and the best one at the end: by that measure the first, whose loss is greater."""
+    measure = dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, greater_is_better=True)
+    first = trainer_by_itself(tmp_path / "first", adapter(kind).float(), some(4, 9), **measure)
+    first.train()
+    other = trainer_by_itself(tmp_path / "other", adapter(kind, seed=5).float(), some(4, 9))
+    other.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    states = [trainer.model.state_dict() for trainer in (first, other)]
+    for step, state in zip((1, 2), states, strict=True):
+        saved = CLASSES[kind].from_pretrained(tmp_path / "first" / f"checkpoint-{step}").state_dict()
+        assert_close(state, saved, rtol=0, atol=0)
+    assert not all(map(torch.equal, *(state.values() for state in states)))
+
+
+def test_measures_are_of_the_logits_alone(tmp_path):
+    for model, tokens in ((model_of(), torch.tensor(np.stack(documents(9, 9)))), (adapter("causal"), some(2, 9))):
+        found = []
+        trainer = trainer_by_itself(
+            tmp_path, model, tokens, compute_metrics=lambda it, found=found: found.append(it.predictions) or {}
+        )
+        trainer.evaluate()
+        assert_close(torch.tensor(found[0]), model(tokens).logits)

@@ -325,7 +325,7 @@ def test_accumulate_adds_the_same_gradients(kind, at_once, schedule):
     def run(method, **options):
         cell = model if at_once is None else model.encode
         readout = () if at_once is None else (model.read_out,)
-        rollout = method(cell, segments, memory, *readout, readout_segments=at_once or 1, **options)
+        rollout = method(cell, segments, memory, *readout, readout_segments=at_once, **options)
         return rollout.loss, rollout.memory
 
     def accumulated():
@@ -348,15 +348,52 @@ def test_accumulate_refusals():
         return (None if x is segments[0] else loss), memory.detach()
 
     with pytest.raises(ValueError, match="no gradient reaches the first segment"):
-        replay.accumulate(forgetful, segments, memory.detach())
+        replay.accumulate(forgetful, segments, memory.detach(), sync=lambda last: None)
+    replay.accumulate(forgetful, segments, memory.detach())  # where nobody waits to be synchronised, nothing is amiss
 
     def early(values, parts):
         return values[0] if parts[0] is segments[0] else None
 
     with pytest.raises(ValueError, match=r"last call of the readout gave no loss .* not synchronised"):
-        replay.accumulate(cell, segments, memory.detach(), early)
+        replay.accumulate(cell, segments, memory.detach(), early, sync=lambda last: None)
+    assert replay.accumulate(cell, segments, memory.detach(), early).loss.isfinite()
     with torch.no_grad():
         assert not replay.accumulate(cell, segments, memory.detach(), early).loss.requires_grad
+
+
+def test_accumulate_with_a_frozen_cell():
+    """A probe: the readout alone is trained."""
+    torch.manual_seed(0)
+    rnn, probe = nn.GRUCell(3, 4).requires_grad_(False), nn.Linear(4, 1)
+
+    def cell(x, memory):
+        memory = rnn(x, memory)
+        return memory, memory
+
+    def readout(values, _):
+        return sum(probe(value).square().mean() for value in values)
+
+    segments = [torch.randn(2, 3) for _ in range(4)]
+    replay.full_bptt(cell, segments, torch.zeros(2, 4), readout).loss.backward()
+    expected = probe.weight.grad.clone()
+    probe.zero_grad()
+    replay.accumulate(cell, segments, torch.zeros(2, 4), readout)
+    torch.testing.assert_close(probe.weight.grad, expected)
+
+
+@pytest.mark.parametrize("method", [replay.memory_replay, replay.full_bptt, replay.accumulate])
+@pytest.mark.parametrize("options", [{"readout_segments": 2}, {"keep_values": False}])
+def test_how_a_readout_runs_where_there_is_none(method, options):
+    cell, _, segments, memory = small()
+    with pytest.raises(ValueError, match="say how a readout runs, and there is none"):
+        method(cell, segments, memory.detach(), **options)
+
+
+@pytest.mark.parametrize("schedule", [replay.EveryMemory(), replay.Budget(10**9)])
+def test_a_segment_to_measure_at_that_is_not_there(schedule):
+    cell, _, segments, memory = small()
+    with pytest.raises(ValueError, match=r"measure_at: expected one of the \d segments, counted from 0, got 99"):
+        replay.memory_replay(cell, segments, memory, schedule=schedule, measure_at=99)
 
 
 def test_accumulate_takes_down_norms_clips_and_checks():

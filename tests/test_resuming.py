@@ -30,6 +30,7 @@ from memformer.training.parts import begun_anew, only_finite
 from memformer.training.update import Update
 
 WORDS = "the memory of a segment is read by every layer and written once, so that what was seen is not forgotten. "
+LEARNED = "the held-out documents are others than before: some may have been trained on before step 2, so"
 Settings = Callable[..., TrainingConfig]
 
 
@@ -414,7 +415,8 @@ def test_other_documents_are_taken_on_purpose(settings: Settings, tmp_path: Path
         (tmp_path / "corpus" / f"{name}.txt").write_text(f"{name}: {WORDS}" * 3)
     with pytest.raises(ValueError, match=r"the training documents are not those of .*add --new-data"):
         Run(settings(resume=True))
-    run = Run(settings(resume=True, new_data=True))
+    with pytest.warns(UserWarning, match=LEARNED):
+        run = Run(settings(resume=True, new_data=True))
     assert run.parts.progress.memory is None
     assert_close(state(run)["moments"], state(before)["moments"], rtol=0, atol=0)
     assert "training documents" in [change.name for change in run.parts.changes]
@@ -429,13 +431,13 @@ def test_another_held_out_part_begins_the_search_for_the_best_anew(settings: Set
     (tmp_path / "corpus" / held_out).write_text("mended. " * 9)
     with pytest.raises(ValueError, match=r"the held-out documents are not those of .*add --new-data"):
         Run(settings(resume=True, eval_every=1, held_out_by="name"))
-    run = Run(settings(resume=True, eval_every=1, held_out_by="name", new_data=True))
+    with pytest.warns(UserWarning, match=LEARNED):
+        run = Run(settings(resume=True, eval_every=1, held_out_by="name", new_data=True))
     assert run.best is None
     assert run.parts.stream.state_dict() == before.parts.stream.state_dict()
     assert_close(run.parts.progress.memory, before.parts.progress.memory, rtol=0, atol=0)
-    limited = Run(
-        settings(out=tmp_path / "run", eval_every=1, eval_limit=20, held_out_by="name", resume=True, new_data=True)
-    )
+    with pytest.warns(UserWarning, match=LEARNED):
+        limited = Run(settings(eval_every=1, eval_limit=20, held_out_by="name", resume=True, new_data=True))
     assert limited.best is None
 
 

@@ -98,8 +98,8 @@ class Filters:
     def kept(self, logits: Tensor) -> Tensor:
         """Logits (batch, vocabulary) after temperature, top-k, top-p and min-p, in this order."""
         if self.temperature > 0:
-            # The greatest is moved to 0 first: no temperature is then too low for the numbers' range.
-            logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)
+            # The greatest is moved to 0 first: no temperature is then too low for the numbers' range, nor too high.
+            logits = (logits - logits.amax(-1, keepdim=True)) / min(max(self.temperature, 1e-30), 1e30)
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None:

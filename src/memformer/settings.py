@@ -45,6 +45,7 @@ __all__ = [
     "TrainingConfig",
     "absolute",
     "build",
+    "called_here",
     "read_saved",
     "read_yaml",
     "to_flat",
@@ -187,7 +188,7 @@ class ModelSettings(Typed):
                 dropout=self.dropout,
             )
         except ValueError as error:
-            raise ValueError(_as_called_here(error)) from error
+            raise ValueError(called_here(str(error))) from error
 
     def writing_heads(self, usual: int) -> int:
         """How many heads write, where ``usual`` ones write slots of one part."""
@@ -212,7 +213,7 @@ class ModelSettings(Typed):
                 dropout=self.dropout,
             )
         except ValueError as error:
-            raise ValueError(_as_called_here(error)) from error
+            raise ValueError(called_here(str(error))) from error
 
     @classmethod
     def of(cls, config: ModelConfig, dropout: float) -> ModelSettings:
@@ -231,9 +232,16 @@ class ModelSettings(Typed):
         return dataclasses.replace(settings, write_heads=config.mem_update_attn_heads)
 
 
-def _as_called_here(error: ValueError) -> str:
+def called_here(text: str) -> str:
     """What a configuration says, with the names that the settings have for it."""
-    return str(error).replace("mem_update_attn_heads", "write_heads").replace("enc_heads", "heads")
+    return re.sub("|".join(_CALLED), lambda name: _CALLED[name[0]], text)
+
+
+_CALLED = {
+    "mem_update_attn_heads": "write_heads", "num_mem_updates": "mem_updates", "num_memory_slots": "slots",
+    "enc_heads": "heads", "enc_max_seq_len": "segment_length", "dec_max_seq_len": "segment_length",
+    "max_seq_len": "segment_length",
+}  # fmt: skip
 
 
 _OWN = {"memformer": ("enc_depth", "dec_depth", "dec_overlap"), "causal": ("depth", "overlap", "memory_layout")}

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..data import load_tokenizer
 from ..data.tokenizers import SPECIAL
 from ..export import Format, export
-from ..folders import find
+from ..folders import NUMBERS, find, newest
 from ..models import load_model
 
 __all__ = ["ExportCommand", "run"]
@@ -29,6 +29,8 @@ class ExportCommand:
 def run(command: ExportCommand) -> int:
     """Write a model for other runtimes; returns the exit status."""
     folder = find(command.checkpoint)
+    if newest(command.out) is not None or any((command.out / name).exists() for name in ("run.yaml", NUMBERS)):
+        raise ValueError(f"out: {command.out} is of a training run; choose another folder")
     model = load_model(folder).eval()
     try:
         tokenizer = load_tokenizer(folder)

@@ -164,7 +164,8 @@ def _texts(command: GenerateCommand) -> Iterator[str]:
             import readline  # noqa: F401  (input() then edits lines)
     while command.interactive:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            with _expecting_utf8("standard input"):
+                line = _decoded(input("> " if sys.stdin.isatty() else "").encode("utf-8", "surrogateescape"))
         except EOFError:
             return
         yield line + "\n" if line else ""
@@ -180,8 +181,19 @@ def _piped() -> bool:
 
 
 def _utf8(name: str, text: bytes) -> str:
+    with _expecting_utf8(name):
+        return _decoded(text)
+
+
+def _decoded(text: bytes) -> str:
+    """Without a byte order mark, which is no part of a text; nor is it where texts are trained on."""
+    return text.decode("utf-8-sig")
+
+
+@contextlib.contextmanager
+def _expecting_utf8(name: str) -> Iterator[None]:
     try:
-        return text.decode("utf-8")
+        yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: expected UTF-8 text ({error})") from error
 
@@ -204,6 +216,7 @@ def _continue(
 ) -> MemoryState:
     device, end = next(model.parameters()).device, tokenizer.end
     ids = tokenizer.encode(text).tolist() if text else []
+    runs = _runs(tokenizer, command.stop) if isinstance(tokenizer, TokenIds) else []
     written = stream(
         model.eval(),
         torch.tensor([ids], dtype=torch.int64, device=device),
@@ -218,12 +231,30 @@ def _continue(
         with _Interrupts() as interrupts:
             if command.prompt is not None and not command.interactive:
                 sys.stdout.write(f"{text} " if isinstance(tokenizer, TokenIds) and text else text)
-            _print(interrupts.whole(written), tokenizer, command.stop)
+            _print(_until(interrupts.whole(written), runs), tokenizer, () if runs else command.stop)
     except (KeyboardInterrupt, OSError):  # whoever read it has left, or the disk is full
         saving.save(written.state, model)
         raise
     saving.save(written.state, model)
     return written.state
+
+
+def _runs(tokenizer: TokenIds, stops: Sequence[str]) -> list[list[int]]:
+    """The ids of the stops. What is shown as numbers is compared as ids: 26 has no 6 in it."""
+    try:
+        return [tokenizer.encode(stop).tolist() for stop in stops]
+    except ValueError as error:
+        raise ValueError(f"stop: {error}") from error
+
+
+def _until(tokens: Iterator[Tensor], runs: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """All tokens up to the end of the first of these runs of ids."""
+    last: list[int] = []
+    for token in tokens:
+        yield token
+        last = [*last, int(token)][-max(map(len, runs), default=1) :]
+        if any(last[-len(run) :] == run for run in runs):
+            return
 
 
 def _print(tokens: Iterator[Tensor], tokenizer: Tokenizer, stops: Sequence[str]) -> None:

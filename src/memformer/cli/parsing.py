@@ -64,11 +64,14 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown), _wide(rest):
-            return module.run, tyro.cli(cls, prog=f"memformer {name}", default=default, args=rest, config=_CONFIG)
+            command = tyro.cli(cls, prog=f"memformer {name}", default=default, args=rest, config=_CONFIG)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise _refused_by_settings(stop) or ValueError(_sentence(shown.getvalue())) from None
+    if default is not None:
+        module.check_typed(command, default)
+    return module.run, command
 
 
 _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)

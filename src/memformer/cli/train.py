@@ -31,11 +31,15 @@ from .evaluate import describe, perplexity
 from .generate import GenerateCommand, write
 from .output import let_go
 from .progress import duration, shown
+from .typed import check_typed
 
-__all__ = ["TrainCommand", "defaults", "run"]
+__all__ = ["TrainCommand", "check_typed", "defaults", "run"]
 
 HANDED_ON_SECONDS = 10
 """A signal that comes again within so many seconds is the same one, handed on by a launcher."""
+
+_OF_ONE_START = ("resume", "auto_resume", "new_data")
+"""What no file of settings says, for it is not of a run but of one command."""
 
 ORDER2_BYTES = 50_000_000
 """The order-2 model counts over at most this much training text."""
@@ -79,7 +83,14 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
         raise ValueError("--resume goes on with the settings saved in --out: leave --config and --recipe out")
 
     def with_file(settings: TrainingConfig) -> TrainingConfig:
-        return settings if given.config is None else read_yaml(given.config, settings)
+        if given.config is None:
+            return settings
+        read = read_yaml(given.config, settings)
+        for name in _OF_ONE_START:
+            if getattr(read, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{given.config}: {name}: is said of one start alone; give {flag} on the command line")
+        return read
 
     settings = RECIPES[given.recipe]
     out = given.out or with_file(settings).out
@@ -91,8 +102,7 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
         settings = sized_as(settings, given.init_from)
     settings = dataclasses.replace(with_file(settings), out=out)
     values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    for_one_start = {"resume": False, "auto_resume": False, "new_data": False}
-    return TrainCommand(**{**values, **for_one_start}, recipe=given.recipe, config=given.config)
+    return TrainCommand(**{**values, **dict.fromkeys(_OF_ONE_START, False)}, recipe=given.recipe, config=given.config)
 
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, object]:
@@ -148,7 +158,7 @@ def _lead(command: TrainCommand) -> int:
         if _interrupted(training_run):
             return _stopped(training_run, display.unheard)
         if result is None:  # --auto-resume
-            print(f"\nfinished    at step {training_run.step:,} already; more --steps go on")
+            print(f"\n{_at_its_end(training_run)}")
             return 0
         display.phase("comparing")
         with contextlib.suppress(BrokenPipeError):  # the training is done and saved, whoever listens
@@ -207,6 +217,14 @@ def _introduce(training_run: Run) -> None:
         start += f" at a learning rate of {training_run.learning_rate(training_run.step):.1e}"
     steps = plural(settings.steps, "step")
     print(f"training    {steps} of {rollouts}{start}; metrics in {settings.out / 'metrics.jsonl'}", flush=True)
+
+
+def _at_its_end(training_run: Run) -> str:
+    """A run that has nothing left to do says what would go on with it."""
+    step, steps = training_run.step, training_run.settings.steps
+    if step < steps:
+        return f"stopped early at step {step:,} of {steps:,}; a higher --patience goes on"
+    return f"finished    at step {step:,} already; more --steps go on"
 
 
 def _stopped(training_run: Run, unheard: bool) -> int:
@@ -342,5 +360,9 @@ def _stopping(training_run: Run) -> Iterator[None]:
 
 
 def _size(documents: Sequence[Document]) -> str:
-    unit = "byte" if all(document.text for document in documents) else "id"
-    return plural(sum(len(document) for document in documents), unit)
+    """The bytes of the texts and the ids of the others, each where there are any."""
+    sizes = {
+        unit: sum(len(document) for document in documents if document.text == text)
+        for unit, text in (("byte", True), ("id", False))
+    }
+    return " and ".join(plural(size, unit) for unit, size in sizes.items() if size) or plural(0, "byte")

@@ -340,10 +340,11 @@ def _check_file(documents: list[Document], tokenizer: Tokenizer) -> None:
         inside = np.flatnonzero(places < stops[nearest])
         if len(inside):
             at = inside[0]
-            said = _out_of_range(
-                documents[nearest[at]], int(block[wrong[at]]), int(places[at] - starts[nearest[at]]), vocabulary
-            )
-            raise ValueError(said + (_likely_type(contents[0], vocabulary) or _likely_vocabulary(whole, tokenizer)))
+            document, token = documents[nearest[at]], int(block[wrong[at]])
+            said = _out_of_range(document, token, int(places[at] - starts[nearest[at]]), vocabulary)
+            below = "; no id is below 0: leave out what is no token" if token < 0 else ""
+            why = _likely_type(contents[0], vocabulary) or below or _likely_vocabulary(whole, tokenizer)
+            raise ValueError(said + why)
 
 
 def _likely_type(tokens: FileTokens, vocabulary: int) -> str:

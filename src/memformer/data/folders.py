@@ -14,7 +14,9 @@ from .unpacked import COMPRESSED
 
 __all__ = ["Found", "Tally", "find_files", "shown"]
 
-_OF_A_RUN = re.compile(r"run\.yaml|metrics\.jsonl|best|tensorboard|tokens|step-\d+")
+_OF_A_RUN = re.compile(
+    r"run\.yaml|(metrics|samples)\.jsonl|(wandb|trackio)-run\.txt|best|tensorboard|tokens|(damaged-)?step-\d+"
+)
 """What a run writes into its folder."""
 _OF_DATASETS = re.compile(r"cache-[0-9a-f]{16}(_\d{5}_of_\d{5})?\.arrow")
 """What ``datasets`` keeps of a map or a shuffle beside the rows it was made of."""

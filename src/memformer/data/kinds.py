@@ -26,10 +26,12 @@ from .unpacked import COMPRESSED, TextStore, unpack
 
 __all__ = [
     "KINDS",
+    "ROWS",
     "Reading",
     "UnreadableError",
     "integer_type",
     "kept",
+    "kind_of",
     "read_file",
     "read_rows",
     "read_text",
@@ -84,6 +86,11 @@ class _Source:
 _Reader = Callable[[_Source, Reading], Iterator[Document]]
 
 
+def kind_of(path: Path) -> str:
+    """What a name ends with, in lower case and without what compressed it: the key of :data:`KINDS`."""
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+
+
 def read_file(found: Found, how: Reading, include: bool = False) -> Iterator[Document]:
     """The documents of one file.
 
@@ -94,9 +101,7 @@ def read_file(found: Found, how: Reading, include: bool = False) -> Iterator[Doc
         UnreadableError: it is empty or not what its name says, or its kind cannot be read.
         ValueError: its tokens have another width; or ``how`` is strict, and a row is wrong.
     """
-    packed = found.path.suffix.lower() in COMPRESSED
-    inner = found.path.with_suffix("") if packed else found.path
-    suffix = inner.suffix.lower()
+    suffix, packed = kind_of(found.path), found.path.suffix.lower() in COMPRESSED
     kind, remedy = _REFUSED.get(suffix, ("", ""))
     if kind and not (include and suffix in _MARKUP):
         raise UnreadableError(kind, f"{shown(found.path)}: {remedy}")
@@ -552,6 +557,8 @@ KINDS: dict[str, _Reader] = {
     ".parquet": _parquet, ".arrow": _arrow, ".feather": _arrow, ".npy": _npy, ".bin": _bin,
 }  # fmt: skip
 """How a file is read, by the end of its name in any case; anything else is text."""
+ROWS = KINDS.keys() - {".npy", ".bin"}
+"""Those that hold rows, of which a field is the text."""
 
 _MARKUP = {".html", ".htm", ".xhtml"}
 

@@ -65,9 +65,8 @@ def text_config(base: PreTrainedModel | PreTrainedConfig) -> Any:
 
 
 def decoder_of(base: PreTrainedModel) -> nn.Module:
-    """The base without its head."""
-    decoder: nn.Module = getattr(base, base.base_model_prefix)
-    return decoder
+    """The base without its head; the base itself where it has none of that name."""
+    return base.base_model
 
 
 def layers_of(base: PreTrainedModel) -> list[nn.Module]:
@@ -137,6 +136,11 @@ class _Given(nn.Module):
     def forward(self, *args: Any, inputs_embeds: Tensor, **others: Any) -> BaseModelOutputWithPast:
         return _Hidden(last_hidden_state=inputs_embeds)
 
+    @property
+    def decoder(self) -> nn.Module:
+        """As OPT calls it."""
+        return self
+
 
 class _Hidden(BaseModelOutputWithPast):
     """Whatever else a decoder returns is None: router logits, attentions over another sequence."""
@@ -150,7 +154,7 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
     """A base out of PEFT's wrapper, with its adapter in its layers, and the adapter's settings, for JSON.
 
     Raises:
-        ValueError: an adapter that is not in the layers, or more than one.
+        ValueError: an adapter that is no LoRA, or is not in the layers alone, or more than one.
     """
     if not (hasattr(base, "peft_config") and hasattr(base, "get_base_model")):
         return base, None
@@ -158,13 +162,15 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
     if len(adapters) != 1:
         raise ValueError(f"base: expected one adapter, got {', '.join(adapters)}; merge or delete the others")
     ((name, adapter),) = adapters.items()
-    if adapter.is_prompt_learning or getattr(adapter, "modules_to_save", None):
+    kind, beside = adapter.peft_type.value, ("modules_to_save", "trainable_token_indices")
+    others = " and ".join(part for part in beside if getattr(adapter, part, None))
+    if kind != "LORA" or others:
         raise ValueError(
-            f"base: expected an adapter in its layers alone, such as LoRA, got {adapter.peft_type.value}"
-            f"{' with modules_to_save' if not adapter.is_prompt_learning else ''}; merge_and_unload it first"
+            f"base: expected a LoRA in its layers alone, got {kind}{' with ' + others if others else ''}; "
+            "merge_and_unload it first"
         )
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
-    return base.get_base_model(), {**settings, "peft_type": adapter.peft_type.value, "adapter_name": name}
+    return base.get_base_model(), {**settings, "peft_type": kind, "adapter_name": name}
 
 
 def add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
@@ -205,8 +211,13 @@ def check_base(base: Any) -> None:
         )
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(f"base: {name} is an encoder and a decoder; a causal language model is expected")
-    if base.get_output_embeddings() is None or decoder_of(base) is base:
+    if base.get_output_embeddings() is None:
         raise ValueError(f"base: {name} has no head that predicts tokens; load it with AutoModelForCausalLM")
+    if decoder_of(base) is base:
+        raise ValueError(
+            f"base: the decoder of {name} is not its {base.base_model_prefix!r}, as transformers has it; such a model "
+            "cannot get a memory"
+        )
     kinds = set(getattr(text_config(base), "layer_types", None) or ATTENDING)
     if getattr(base, "_is_stateful", False) or not kinds <= ATTENDING:
         others = ", ".join(sorted(kinds - ATTENDING)) or "a state of its own"
@@ -221,8 +232,27 @@ def check_base(base: Any) -> None:
         _try(base, name)
 
 
-@torch.no_grad()
 def _try(base: PreTrainedModel, name: str) -> None:
+    try:
+        seen, hidden, logits, whole = _run(base)
+    except Exception as error:
+        raise ValueError(
+            f"base: {name} cannot be run as a memory runs it, its decoder first and its head after it, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    width, expected = hidden.shape[-1], text_config(base).hidden_size
+    if width != expected:
+        raise ValueError(f"base: what the head of {name} reads is {width} wide, expected {expected}, as its layers are")
+    atol = 100 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
+    if not torch.allclose(logits[0, :2], logits[1, :2], rtol=0, atol=atol):
+        raise ValueError(f"base: in {name} a token sees those after it; a causal model is expected (is_decoder=True)")
+    if seen != layers_of(base) or not torch.allclose(logits, whole, rtol=0, atol=atol):
+        raise ValueError(f"base: {name} does not run its layers one after the other, and its head after them")
+
+
+@torch.no_grad()
+def _run(base: PreTrainedModel) -> tuple[list[nn.Module], Tensor, Tensor, Tensor]:
+    """The layers as they ran, the last hidden states, the logits that are made of them, and those of one call."""
     layers, seen = layers_of(base), []
     hooks = [layer.register_forward_hook(lambda layer, *_: seen.append(layer)) for layer in layers]
     tokens = torch.tensor([[1, 2, 1], [1, 2, 2]], device=base.get_input_embeddings().weight.device)
@@ -234,11 +264,7 @@ def _try(base: PreTrainedModel, name: str) -> None:
                 hook.remove()
         logits = logits_of(base, hidden)
         whole = base(input_ids=tokens, use_cache=False).logits
-    atol = 100 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
-    if not torch.allclose(logits[0, :2], logits[1, :2], rtol=0, atol=atol):
-        raise ValueError(f"base: in {name} a token sees those after it; a causal model is expected (is_decoder=True)")
-    if seen != layers or not torch.allclose(logits, whole, rtol=0, atol=atol):
-        raise ValueError(f"base: {name} does not run its layers one after the other, and its head after them")
+    return seen, hidden, logits, whole
 
 
 @contextmanager

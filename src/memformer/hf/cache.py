@@ -23,7 +23,15 @@ from ..checks import describe, is_tensor
 from ..nn.attention import KeysValues
 from .bases import CACHE
 
-__all__ = ["Carried", "CarriedGenerationMixin", "MemoryCache", "MemoryOutput", "PretrainedMemory", "check_memory"]
+__all__ = [
+    "Carried",
+    "CarriedGenerationMixin",
+    "MemoryCache",
+    "MemoryOutput",
+    "PretrainedMemory",
+    "check_memory",
+    "check_no_embeds",
+]
 
 
 class Carried(Cache):
@@ -80,6 +88,10 @@ class CarriedGenerationMixin(GenerationMixin):
                 f"read; got {generation_config.cache_implementation!r}"
             )
         return super()._prepare_cache_for_generation(generation_config, *args)
+
+    def _prepare_model_inputs(self, inputs: Any = None, bos_token_id: Any = None, model_kwargs: Any = None) -> Any:
+        check_no_embeds((model_kwargs or {}).get("inputs_embeds"))
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """The tokens that were not read yet."""
@@ -206,7 +218,7 @@ def _like(index: Tensor, x: Tensor) -> Tensor:
 
 def check_memory(memory: object, *likes: tuple[tuple[int, ...], torch.dtype]) -> None:
     """Refuse with a ValueError what is not a :class:`PretrainedMemory` with parts of these shapes and dtypes."""
-    parts = memory if isinstance(memory, tuple) and len(memory) == 2 else (None, None)
+    parts = memory if isinstance(memory, PretrainedMemory) else (None, None)
     for part, (shape, dtype) in zip(parts, likes, strict=True):
         if not is_tensor(part, shape, dtype):
             got = describe(memory) if part is None else describe(part)
@@ -214,3 +226,11 @@ def check_memory(memory: object, *likes: tuple[tuple[int, ...], torch.dtype]) ->
                 f"memory: expected that of this model and this batch, a PretrainedMemory with {dtype} of shape "
                 f"{shape}, got {got}"
             )
+
+
+def check_no_embeds(inputs_embeds: object) -> None:
+    """Refuse them with a ValueError; PEFT gives None."""
+    if inputs_embeds is not None:
+        raise ValueError(
+            f"inputs_embeds: expected none, for a memory is of tokens: give input_ids, got {describe(inputs_embeds)}"
+        )

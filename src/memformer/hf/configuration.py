@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import Writer, as_before, check_count, check_forgetting, check_number
-from .bases import check_length, settings_of, text_config
+from .bases import CACHE, check_length, settings_of, text_config
 
 __all__ = ["MemoryConfig"]
 
@@ -41,6 +41,7 @@ class MemoryConfig(PreTrainedConfig):
     """
 
     model_type = "memformer_memory"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["memory", CACHE]
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ from .bases import (
     losses_of,
     settings_of,
 )
-from .cache import CarriedGenerationMixin, MemoryCache, MemoryOutput, PretrainedMemory, check_memory
+from .cache import CarriedGenerationMixin, MemoryCache, MemoryOutput, PretrainedMemory, check_memory, check_no_embeds
 from .card import TAGS, write_card
 from .configuration import MemoryConfig
 from .places import along, before_each, counted_labels, joined, kept_first
@@ -180,8 +180,8 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
                 a fingerprint of its weights. None: so of a quantised base, any other is "saved".
 
         Raises:
-            ValueError: another word, a base that cannot be referenced (it has no name, or is not frozen), or a
-                quantised one that is to be saved.
+            ValueError: another word, a base that cannot be referenced (it has no name, is not frozen, or is not as it
+                was loaded), or a quantised one that is to be saved.
         """
         quantised = getattr(self.base, "hf_quantizer", None) is not None
         base = base or ("referenced" if quantised else "saved")
@@ -193,10 +193,10 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
                 "'saved'; give the base itself when loading: MemoryForCausalLM.from_pretrained(folder, base_model=base)"
             )
         before, self.config.reference = self.config.reference, None
-        if base == "referenced":
-            state_dict = own_state(self.state_dict() if state_dict is None else state_dict)
-            self.config.reference = reference_to(self.base, self.config.gguf_file)
         try:
+            if base == "referenced":
+                state_dict = own_state(self.state_dict() if state_dict is None else state_dict)
+                self.config.reference = reference_to(self.base, self.config)
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[call-arg]
         finally:
             self.config.reference = before
@@ -266,6 +266,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
         output_hidden_states: Which = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: None = None,
     ) -> MemoryOutput:
         """Read tokens of any length, a segment at a time, and predict what follows each.
 
@@ -285,6 +286,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
                 the last ones after the base's last norm. Numbers say of which layers alone.
             output_attentions: return the base's attention weights; a token attends to its own segment alone. Not beside
                 a cache. Of both the config has the default.
+            inputs_embeds: None, as PEFT gives it; anything else is refused.
 
         Returns:
             ``loss`` (the mean over the labels that count, in nats), ``logits`` (batch, tokens, vocabulary) of what
@@ -296,6 +298,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
         """
         if cache is not None and past_key_values is not None:
             raise ValueError(f"cache: past_key_values is its older name; give one, in this version {CACHE}")
+        check_no_embeds(inputs_embeds)
         cache = past_key_values if cache is None else cache
         device = self.table.device
         tokens, labels = as_tokens(input_ids, device), as_tokens(labels, device)

@@ -35,7 +35,7 @@ from ..pretrained import SHARDS, distinct, read_config, read_shards
 from ..state import MemoryState
 from ..writing import Writing, read_lanes
 from .bases import CACHE, found
-from .cache import Carried, CarriedGenerationMixin
+from .cache import Carried, CarriedGenerationMixin, check_no_embeds
 from .card import TAGS, write_card
 from .places import along, kept_first
 from .recording import States, Which, asked_for, states_of, wants_some
@@ -193,6 +193,7 @@ class _OwnForCausalLM(PreTrainedModel):
                 part._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()  # type: ignore[no-untyped-call]
         self.generation_config = _generation_config(config)
+        self.register_load_state_dict_pre_hook(_as_named_here)  # type: ignore[no-untyped-call]
 
     @classmethod
     def of(cls, model: SegmentModel, tokenizer: Tokenizer | None = None) -> Self:
@@ -269,6 +270,7 @@ class _OwnForCausalLM(PreTrainedModel):
         output_hidden_states: Which = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: None = None,
     ) -> CausalLMOutputWithPast:
         """Read tokens of any length from a document's beginning, or behind a cache, and predict what follows each.
 
@@ -284,12 +286,14 @@ class _OwnForCausalLM(PreTrainedModel):
             output_hidden_states: return the embeddings and what each layer gives, (batch, tokens, dim) each: from the
                 last ones the logits are made. Numbers say of which layers alone. Not beside a cache.
             output_attentions: refused, for no weights are kept.
+            inputs_embeds: None, as PEFT gives it; anything else is refused.
 
         Raises:
             ValueError: a shape, dtype or token id does not fit; the message says what was expected.
         """
         if cache is not None and past_key_values is not None:
             raise ValueError(f"cache: past_key_values is its older name; give one, in this version {CACHE}")
+        check_no_embeds(inputs_embeds)
         cache = past_key_values if cache is None else cache
         device, vocabulary = self._table.weight.device, self.memformer.config.vocabulary
         tokens, labels = as_tokens(input_ids, device), as_tokens(labels, device)
@@ -401,6 +405,8 @@ class _OwnForCausalLM(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *, state_dict: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """As transformers saves a model, with the names that ``load_model`` and the model's own class read, too."""
+        for name, value in dataclasses.asdict(self.memformer.config).items():  # the model may have been changed
+            setattr(self.config, name, value)
         state = self.state_dict() if state_dict is None else state_dict
         prefix = f"{self.base_model_prefix}."
         named = distinct({name.removeprefix(prefix): tensor for name, tensor in state.items()})
@@ -527,8 +533,8 @@ def register() -> None:
     plain = getattr(AutoConfig.from_pretrained, "__wrapped__", AutoConfig.from_pretrained)
 
     @functools.wraps(plain)
-    def from_pretrained(name: Any, **kwargs: Any) -> Any:
-        folder = found(name)
+    def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        folder = found(pretrained_model_name_or_path)
         config_class = _config_class_in(folder)
         if config_class is None:
             return plain(folder, **kwargs)
@@ -563,6 +569,14 @@ def _generation_config(config: _OwnConfig) -> GenerationConfig:
         pad_token_id=config.start_token_id,
         suppress_tokens=never or None,
     )
+
+
+def _as_named_here(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """The weights of a folder, which have the names of the model itself, as an adapter's; Trainer loads them so."""
+    own, inner = [name for name in state if name.startswith(prefix)], f"{prefix}{_OwnForCausalLM.base_model_prefix}."
+    if not any(name.startswith(inner) for name in own):
+        for name in own:
+            state[inner + name.removeprefix(prefix)] = state.pop(name)
 
 
 def _initialised(parameter: Tensor) -> bool:

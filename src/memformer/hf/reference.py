@@ -14,8 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
+from .bases import text_config
+from .configuration import MemoryConfig
+
 __all__ = ["check_base", "fingerprint", "found_base", "own_state", "reference_to", "weight_files"]
 
+_REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""How a LoRA's ``init_lora_weights`` begins where it takes its first weights out of those of the base."""
 _SAMPLES = 4096
 """Numbers of each weight that a fingerprint looks at; training changes all of them."""
 
@@ -42,11 +47,12 @@ def own_state(state: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in state.items() if not name.startswith("base.") or "lora_" in name}
 
 
-def reference_to(base: PreTrainedModel, gguf_file: str | None) -> dict[str, str | None]:
-    """What :func:`found_base` needs.
+def reference_to(base: PreTrainedModel, config: MemoryConfig) -> dict[str, str | None]:
+    """What :func:`found_base` needs of the base of a memory with that configuration.
 
     Raises:
-        ValueError: the base has no name, or is being trained.
+        ValueError: the base has no name, is being trained, or is not as it was loaded: its LoRA has begun with a part
+            of its weights, or its vocabulary is another one.
     """
     if not (name := base.name_or_path):
         raise ValueError(
@@ -58,8 +64,28 @@ def reference_to(base: PreTrainedModel, gguf_file: str | None) -> dict[str, str 
             "base: expected a frozen one, because a referenced base is not written; call trainable('memory') or "
             "trainable('lora') before training, or save it with the memory (base='saved')"
         )
+    if str(start := (config.adapter or {}).get("init_lora_weights")).startswith(_REWRITING):
+        raise ValueError(
+            "base: expected one that its LoRA has left as it was, because a referenced base is not written, got "
+            f"init_lora_weights={start!r}; save it with the memory (base='saved')"
+        )
     name = str(Path(name).absolute()) if Path(name).is_dir() else name
-    return {"name": name, "gguf_file": gguf_file, "fingerprint": fingerprint(base)}
+    _check_vocabulary(base, name, config.gguf_file)
+    return {"name": name, "gguf_file": config.gguf_file, "fingerprint": fingerprint(base)}
+
+
+def _check_vocabulary(base: PreTrainedModel, name: str, gguf_file: str | None) -> None:
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        loaded = type(base.config).from_pretrained(name, local_files_only=True, **gguf)
+    except OSError:  # it is no longer there: nothing to compare with
+        return
+    expected, tokens = text_config(loaded).vocab_size, base.get_input_embeddings().weight.shape[0]
+    if tokens != expected:
+        raise ValueError(
+            f"base: expected the {expected} tokens of {name!r}, because a referenced base is not written, got {tokens} "
+            "tokens; save it with the memory (base='saved'), or by itself, load it from there, and call with_memory"
+        )
 
 
 def found_base(reference: dict[str, str | None], base: Any, folder: Any, **options: Any) -> PreTrainedModel:

@@ -93,7 +93,7 @@ class AroundBase(MemoryForCausalLM):
         model: Self = around(cls, adapted, **sizes, gguf_file=settings.gguf)
         model.trainable(settings.trained)
         if not settings.train_base:
-            model.config.reference = reference_to(base, settings.gguf)
+            model.config.reference = reference_to(model.base, model.config)
         return model
 
     @staticmethod

@@ -88,7 +88,7 @@ class Run:
         parameters: list[Tensor] | None,
         owned: Sequence[object],
         captured: Sequence[nn.Module] = (),
-        sync: Callable[[bool], None] = lambda last: None,
+        sync: Callable[[bool], None] | None = None,
         inside: Inside | None = None,
     ):
         self.cell, self.inside = cell, inside
@@ -138,11 +138,11 @@ class Run:
         if not self.differentiable:
             forward = tuple(Action("advance", t) for t in range(count))
             return Plan(num_segments=count, recording=forward, replay=())
+        if measure_at >= count:
+            raise ValueError(f"measure_at: expected one of the {count} segments, counted from 0, got {measure_at}")
         if not schedule.needs_sizes:
             return schedule.plan(count)
         self.world.watch_buffers()
-        if measure_at >= count:
-            raise ValueError(f"measure_at: expected one of the {count} segments, counted from 0, got {measure_at}")
         cell: Cell = self.cell
         if self.inside is not None:
             cell = functools.partial(_judged, cell, *self.inside)
@@ -415,7 +415,7 @@ class Run:
             for i, grad in zip(graph.memory_sources, grads, strict=False):
                 of_memory[i] = grad
             of_segment = grads[len(graph.memory_sources) :]
-        elif self.in_place and t == 0:
+        elif self.sync is not None and t == 0:
             raise ValueError(
                 "accumulate: no gradient reaches the first segment, so the gradients were not synchronised"
             )
@@ -427,7 +427,8 @@ class Run:
         sources = graph.sources()
         if not self.in_place:
             return self.parameter_grads.differentiate(outputs, upstream, graph.parameters, sources)
-        self.sync(last)
+        if self.sync is not None:
+            self.sync(last)
         try:
             torch.autograd.backward(outputs, upstream)
         except RuntimeError as error:

@@ -185,7 +185,11 @@ def _replayed(
 
 
 def _inside(readout: Readout | None, weights: list[float] | None, options: Options) -> Inside | None:
-    """The readout as a part of the cell, where the options say so."""
+    """The readout as a part of the cell, where the options say so; ValueError if there is none."""
+    if readout is None and (options.readout_segments, options.keep_values) != (None, None):
+        raise ValueError(
+            "readout_segments, keep_values: say how a readout runs, and there is none: leave them out, or pass readout="
+        )
     return None if readout is None or options.keep_values is not False else Inside(readout, weights)
 
 
@@ -205,7 +209,7 @@ def accumulate(
     *,
     options: Options | None = None,
     params: Params = (),
-    sync: Callable[[bool], None] = lambda last: None,
+    sync: Callable[[bool], None] | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> Rollout:
     """Memory replay with its backward at once, which adds to ``.grad`` segment by segment: for FSDP2 (``fully_shard``).
@@ -216,7 +220,7 @@ def accumulate(
 
     Args:
         sync: called with False before a backward that others follow, with True before the last one of the readout and
-            the last one of the cell.
+            the last one of the cell. None: nobody waits for these.
         others: as for :func:`memory_replay`; memory and segments are inputs, and none of them may require a gradient.
             The loss is back-propagated as it is: a gradient scaler's factor goes into ``segment_weights``.
 
@@ -225,9 +229,9 @@ def accumulate(
 
     Raises:
         ValueError: as :func:`memory_replay`; also if an input requires a gradient, if ranks have different numbers of
-            segments (each segment is a collective operation), if a parameter has hooks on its gradient, or if the last
-            call of the readout has no loss or no gradient reaches the first segment, where the gradients would be
-            synchronised.
+            segments (each segment is a collective operation), if a parameter has hooks on its gradient, or, with
+            ``sync``, if the last call of the readout has no loss or no gradient reaches the first segment, where the
+            gradients would be synchronised.
         RuntimeError: a replayed segment differs from its recording.
     """
     options = Options.of(options, keywords)
@@ -259,10 +263,11 @@ def accumulate(
         else:
             with explaining_what_is_cut():
                 loss = call_readout(readout, inputs, trees(taken[part]), weights and weights[part])
-            sync(part == parts[-1])
+            if sync is not None:
+                sync(part == parts[-1])
         if loss is not None and loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
-        elif readout is not None and part == parts[-1] and rollout.environment.grad_enabled:
+        elif sync is not None and readout is not None and part == parts[-1] and rollout.environment.grad_enabled:
             raise ValueError(
                 "accumulate: the last call of the readout gave no loss that requires a gradient, so the readout's "
                 "gradients were not synchronised. Leave segments without a loss to the beginning, or use a larger "

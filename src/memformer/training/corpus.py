@@ -188,7 +188,7 @@ def train_bpe(documents: Sequence[Document], size: int) -> BPETokenizer:
     try:
         return BPETokenizer.train((block for text in texts for block in text_blocks(text)), size)
     except ValueError as error:
-        raise ValueError(f"vocabulary: {error}") from error
+        raise ValueError(f"vocabulary: {str(error).removeprefix('size: ')}") from error
 
 
 def _check_texts(documents: Sequence[Document]) -> None:

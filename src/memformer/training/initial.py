@@ -10,7 +10,7 @@ from ..data import Tokenizer, load_tokenizer
 from ..interface import SegmentModel
 from ..models import AROUND_BASE, load_model, of_transformers
 from ..pretrained import read_config
-from ..settings import ModelSettings, TrainingConfig
+from ..settings import ModelSettings, TrainingConfig, called_here
 
 __all__ = ["base_tokenizer", "load_initial", "sized_as"]
 
@@ -72,8 +72,8 @@ def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | No
     for name, value in dataclasses.asdict(given).items():
         if name != "dropout" and there[name] != value:
             raise ValueError(
-                f"{name}: the model in {folder} has {there[name]}, got {value}; sizes come with the weights, so leave "
-                "them out, or take the settings from training.sized_as"
+                f"{called_here(name)}: the model in {folder} has {there[name]}, got {value}; sizes come with the "
+                "weights, so leave them out, or take the settings from training.sized_as"
             )
     return model, tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, NotRequired, TypedDict, cast
@@ -70,6 +71,9 @@ _FOLLOWS = {
     "stream": "a new epoch of the documents begins, with new memories",
     "best": "the best evaluation is looked for anew",
 }
+
+
+_HELD_OUT = "held-out documents"
 
 
 class _Numbers(TypedDict):
@@ -307,14 +311,14 @@ def changes_since(
         before = numbers.get(name, now)  # older runs do not know what they held out
         if before == now:
             continue
-        what = "training" if name == "documents" else "held-out"
+        what = "training documents" if name == "documents" else _HELD_OUT
         follows = _FOLLOWS[kind]
         if not settings.new_data:
             raise ValueError(
-                f"the {what} documents are not those of {settings.out}: was the data changed? If so on purpose, add "
+                f"the {what} are not those of {settings.out}: was the data changed? If so on purpose, add "
                 f"--new-data: {follows}"
             )
-        changes.append(Change(f"{what} documents", "", "", follows))
+        changes.append(Change(what, "", "", follows))
         kinds.add(cast(Kind, kind))
     return changes, kinds
 
@@ -346,8 +350,14 @@ def restore(parts: Parts, saved: Saved, settings: TrainingConfig) -> None:
     Raises:
         ValueError: the run is at its end already.
     """
-    numbers, tensors, _, kinds, in_parts = saved
+    numbers, tensors, changes, kinds, in_parts = saved
     progress = parts.progress
+    if any(change.name == _HELD_OUT for change in changes) and not parts.ranks.rank:
+        warnings.warn(
+            "the held-out documents are others than before: some may have been trained on before step "
+            f"{numbers['step']}, so figures on them may be too good",
+            stacklevel=2,
+        )
     if in_parts is not None:
         tensors = shards.load(parts, in_parts)
     else:

@@ -1,0 +1,80 @@
+"""PEFT and the models of ``memformer.hf``: adapters around them, and those in a base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from memformer.hf import with_memory
+from test_hf import LENGTH, base_of, model_of, some_tokens
+from test_hf_own import adapter, some
+
+# PEFT still calls what transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "tokens"),
+    [
+        (model_of, "q_proj", some_tokens),
+        (lambda: adapter("causal"), "to_q", some),
+        (lambda: adapter("memformer"), "to_q", some),
+    ],
+    ids=["pretrained", "causal", "memformer"],
+)
+def test_an_adapter_for_a_causal_language_model(make: Callable, target: str, tokens: Callable) -> None:
+    """With the task that PEFT calls a causal language model, it is called, writes and learns as it does by itself."""
+    plain, wrapped = (
+        make(),
+        peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM")),
+    )
+    given = tokens(2, 12)
+    expected = plain(given, labels=given)
+    found = wrapped(given, labels=given, attention_mask=torch.ones_like(given))
+    torch.testing.assert_close((found.loss, found.logits), (expected.loss, expected.logits), rtol=0, atol=1e-6)
+    found.loss.backward()
+    assert any(p.grad.abs().max() > 0 for name, p in wrapped.named_parameters() if "lora_B" in name)
+    options = dict(do_sample=False, max_new_tokens=10)
+    assert torch.equal(wrapped.generate(input_ids=given, **options), plain.generate(given, **options))
+    with pytest.raises(ValueError, match=r"inputs_embeds: expected none, .*: give input_ids, got torch\.float32"):
+        wrapped(given, inputs_embeds=torch.zeros(2, 12, 16))
+
+
+LAYERS = ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("config", "got"),
+    [
+        (peft.IA3Config(target_modules=LAYERS, feedforward_modules=[]), "IA3"),
+        (peft.LoHaConfig(r=2, target_modules=LAYERS), "LOHA"),
+        (peft.LoKrConfig(r=2, target_modules=LAYERS), "LOKR"),
+        (peft.VeraConfig(r=2, target_modules=["q_proj"]), "VERA"),
+        (peft.OFTConfig(r=2, oft_block_size=0, target_modules=LAYERS), "OFT"),
+        (peft.AdaLoraConfig(target_modules=LAYERS, total_step=9), "ADALORA"),
+        (peft.LoraConfig(target_modules=LAYERS, trainable_token_indices=[1]), "LORA with trainable_token_indices"),
+    ],
+    ids=lambda x: x.replace(" ", "-") if isinstance(x, str) else "",
+)
+def test_only_a_lora_is_known_in_a_base(config: peft.PeftConfig, got: str) -> None:
+    with pytest.raises(ValueError, match=f"base: expected a LoRA in its layers alone, got {got}; merge_and_unload it"):
+        with_memory(peft.get_peft_model(base_of(dtype=torch.float32), config), 3, LENGTH)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_a_lora_that_has_rewritten_its_base_is_saved_with_it_alone(start: str, tmp_path: Path) -> None:
+    base_of(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
+    model = with_memory(peft.get_peft_model(base, lora), 3, LENGTH, read_dim=8, read_heads=2, write_heads=2)
+    model, tokens = model.trainable("lora").eval(), some_tokens()
+    with pytest.raises(ValueError, match=f"its LoRA has left as it was, .* got init_lora_weights='{start}'; save it"):
+        model.save_pretrained(tmp_path / "memory", base="referenced")
+    model.save_pretrained(tmp_path / "memory")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
