@@ -56,7 +56,7 @@ class ReachBenchmark:
     of qa2 and qa3 it has none in which facts share a segment, which in long texts they rarely do. Texts are judged with
     a sharper writing attention than that of training. Depth is where in a text the first fact stands that the answer
     needs. The default trains on texts of up to 2k tokens, which takes about 40 minutes of one core for each seed;
-    --train-tokens 16384 is for an accelerator. qa2 asks for --enc-depth 2.
+    --train-tokens 16384 is for an accelerator. qa2 asks for --enc-depth 2 --batch-size 64.
     """
 
     tasks: tuple[str, ...] = ("qa1",)
