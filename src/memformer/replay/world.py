@@ -212,7 +212,9 @@ class _Buffer:
         tensor, content = self.module._buffers[self.name], self.content
         if self.unnoticed or type(tensor) is not Tensor or tensor is not self.tensor or version(tensor) != self.version:
             return None
-        if tensor.layout is not torch.strided or tensor.is_meta or (tensor.is_cuda and not may_wait()):
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            return None
+        if tensor.is_cuda and not may_wait():
             return None
         if content is None or content.shape != tensor.shape or content.dtype != tensor.dtype:
             return torch.ones((), dtype=torch.bool, device=tensor.device)
