@@ -473,6 +473,17 @@ def test_data_is_not_searched_for_modules():
     assert captured_modules(lambda x, m: (data, few)) == [hidden]
 
 
+def test_what_is_near_is_found_also_where_it_is_far_too():
+    """First at the end of a long chain, whose last link is not looked into, then at hand."""
+    hidden = nn.Linear(1, 1)
+    holder = [[hidden]]
+    chain = holder
+    for _ in range(4):
+        chain = [chain]
+    assert captured_modules(lambda x, m: (chain, holder)) == [hidden]
+    assert captured_modules(lambda x, m: (holder, chain)) == [hidden]
+
+
 class Through(nn.Module):
     """A buffer that it changes through ``.data``, from some segment on."""
 

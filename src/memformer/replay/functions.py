@@ -185,7 +185,7 @@ def _replayed(
 
 
 def _inside(readout: Readout | None, weights: list[float] | None, options: Options) -> Inside | None:
-    """The readout as a part of the cell, where the options say so; ValueError if there is none."""
+    """The readout as a part of the cell, where the options say so; ValueError without one."""
     if readout is None and (options.readout_segments, options.keep_values) != (None, None):
         raise ValueError(
             "readout_segments, keep_values: say how a readout runs, and there is none: leave them out, or pass readout="

@@ -292,39 +292,33 @@ def names_seen_by(function: Any) -> dict[str, object]:
     return {**found.globals, **found.nonlocals, **seen}
 
 
-_OF_EVERY_MODULE, _PLAIN = frozenset(vars(nn.Module())), frozenset(PLAIN)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def captured_modules(function: object) -> list[nn.Module]:
     """Modules that a callable sees, besides its owners: also in lists, dicts, closures and attributes, of its owners,
     too, a few levels deep (a trainer's models, a frozen backbone in a list that hides it from its module)."""
+    owned = _owners(function)
     found: dict[int, nn.Module] = {}
     known: set[int] = set()
-
-    def look(thing: object, depth: int) -> None:
-        if id(thing) in known or isinstance(thing, (type, types.ModuleType, *PLAIN)):
-            return
-        known.add(id(thing))
-        if isinstance(thing, nn.Module):
-            found[id(thing)] = thing
-            own = (vars(module).items() for module in thing.modules())
-            parts = [x for items in own for name, x in items if type(x) not in _PLAIN and name not in _OF_EVERY_MODULE]
-        else:
-            parts = _parts(thing)
-            if len(parts) >= _MANY:
-                return
-        for part in parts if depth else ():
-            look(part, depth - 1)
-
-    for owner in _owners(function):
-        look(owner, _DEPTH)
-        found.pop(id(owner), None)
-    for thing in names_seen_by(function).values():
-        look(thing, _DEPTH)
-    return list(found.values())
+    level: list[object] = [*owned, *names_seen_by(function).values()]
+    for _ in range(_DEPTH):
+        parts: list[object] = []
+        for thing in level:
+            if id(thing) in known or isinstance(thing, (type, types.ModuleType, *PLAIN)):
+                continue
+            known.add(id(thing))
+            if isinstance(thing, nn.Module):
+                found[id(thing)] = thing
+                own = (vars(module).items() for module in thing.modules())
+                parts += [x for items in own for name, x in items if name not in _OF_EVERY_MODULE]
+            elif len(inside := _parts(thing)) < _MANY:
+                parts += inside
+        level = parts
+    return [module for module in found.values() if all(module is not owner for owner in owned)]
 
 
-_DEPTH, _MANY = 5, 1000
+_DEPTH, _MANY = 6, 1000
 """How deep modules are looked for, and in how many things at once; more are data."""
 
 
