@@ -72,11 +72,15 @@ def test_masked_tokens_change_nothing(memory: str, padding: str) -> None:
     assert_close(first.loss, second.loss, rtol=0, atol=0)
     assert_close(first.mem, second.mem, rtol=0, atol=0)
     assert_close(first.logits[:, places], second.logits[:, places], rtol=0, atol=0)
-    if padding == "right":  # nothing stands between the tokens and those before them
-        whole = model(text, labels=text)
-        assert_close((whole.loss, whole.mem), (first.loss, first.mem))
+    # As without padding, in what comes after it, too.
+    whole = model(text, labels=text)
+    assert_close((whole.loss, whole.mem, whole.logits), (first.loss, first.mem, first.logits[:, places]))
+    more = tokens(1, 4)
+    padded[:, places] = more
+    whole, first = model(more, whole.mem, labels=more), model(padded, first.mem, mask, labels=padded)
+    assert_close((whole.loss, whole.mem, whole.logits), (first.loss, first.mem, first.logits[:, places]))
     # What predicts a token is the output at the last one that exists before it.
-    hidden, _ = model.step(padded, mask=mask)
+    hidden, _ = model.step(padded, mask=mask)  # from the learned beginning
     for place in range(6):
         earlier = [p for p in places if p < place]
         expected = hidden[:, earlier[-1] + 1] if earlier else model.get_initial_mem(1).output

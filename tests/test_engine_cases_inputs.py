@@ -12,8 +12,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils import _pytree
+from torch.utils._pytree import tree_leaves
 
-from engine_cases import SCHEDULES, Case, hold_against_a_loop
+from engine_cases import SCHEDULES, Case, assert_same, by_loop, fresh, hold_against_a_loop
 from memformer import replay
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -265,18 +266,56 @@ class Weighted(nn.Module):
         return loss + slow.square().mean(), {**memory, "h": h, "mean": mean, "slow": slow}
 
 
+def of_weights(cell):
+    weights = torch.rand(3, dtype=torch.float64)
+    memory = {"h": zeros(4, 3), "weights": weights, "mean": zeros(3), "var": zeros(3) + 1, "slow": zeros(4, 3)}
+    return Case(cell, list(enumerate(xs(4, 3))), memory, modules=[cell])
+
+
 @every_schedule
 @pytest.mark.parametrize("slow", [0, 3])
 def test_constant_leaves_of_a_memory(schedule, slow):
     """And one that is a constant at first, and is none later on."""
 
-    def make():
-        cell = Weighted(slow)
-        weights = torch.rand(3, dtype=torch.float64)
-        memory = {"h": zeros(4, 3), "weights": weights, "mean": zeros(3), "var": zeros(3) + 1, "slow": zeros(4, 3)}
-        return Case(cell, list(enumerate(xs(4, 3))), memory, modules=[cell])
+    hold_against_a_loop(lambda: of_weights(Weighted(slow)), schedule, on_memory=False)
 
-    hold_against_a_loop(make, schedule, on_memory=False)
+
+class WeightedInGradMode(Weighted):
+    """The same, which only grad mode can record: it differentiates something, or has a module with a fast path."""
+
+    def __init__(self, differentiates):
+        super().__init__(0)
+        self.attention = None if differentiates else nn.MultiheadAttention(3, 1, batch_first=True).double().eval()
+
+    def forward(self, segment, memory):
+        _, x = segment
+        if self.attention is not None:
+            h = memory["h"] + self.attention(x[None], x[None], x[None])[0][0]
+        else:
+            h = memory["h"] if memory["h"].requires_grad else memory["h"].detach().requires_grad_()
+            (step,) = torch.autograd.grad(self.linear(h).square().sum(), h, create_graph=True)
+            h = h - 0.1 * step
+        return super().forward(segment, {**memory, "h": h})
+
+
+@every_schedule
+@pytest.mark.parametrize("differentiates", [True, False])
+def test_constant_leaves_of_a_memory_that_is_recorded_with_graphs(schedule, differentiates):
+    hold_against_a_loop(lambda: of_weights(WeightedInGradMode(differentiates)), schedule, on_memory=False)
+
+
+@pytest.mark.parametrize("kind", [Weighted, WeightedInGradMode])
+def test_constant_leaves_of_a_frozen_model(kind):
+    def make():
+        case = of_weights(kind(True))
+        case.cell.requires_grad_(False)
+        return case
+
+    expected = by_loop(fresh(make))
+    found = fresh(make)
+    rollout = replay.memory_replay(found.cell, found.segments, found.memory)
+    assert_same(tree_leaves(rollout.memory), tree_leaves(expected.memory), 1e-12, 1e-13)
+    assert_same([rollout.loss], [expected.loss], 1e-12, 1e-13)
 
 
 # --- Gradients that would be dropped

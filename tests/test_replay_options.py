@@ -91,6 +91,47 @@ def test_norm_of_the_initial_memorys_gradient_and_of_one_that_is_clipped():
     assert memory.grad.norm().item() == pytest.approx(expected[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("made_by_the_cell", [False, True])
+@pytest.mark.parametrize("method", [replay.full_bptt, replay.memory_replay, replay.accumulate])
+def test_norms_of_a_memory_with_constant_leaves(method, made_by_the_cell):
+    """The root of zero has an infinite slope: a gradient by that constant would be NaN, and all with it.
+
+    Expected are the norms of an independent loop, in which nothing but the hidden states needs a gradient.
+    """
+    torch.manual_seed(0)
+    linear = nn.Linear(3, 3, dtype=torch.float64)
+    scale, segments = torch.tensor([0.0, 1.0, 4.0]).double(), list(torch.randn(4, 2, 3, dtype=torch.float64))
+    slow = torch.zeros(2, 3, dtype=torch.float64)  # is a constant at first
+
+    def cell(given, memory):
+        t, x = given
+        h, scale_, late = memory if memory is not None else (torch.zeros_like(x), scale, slow)
+        h = torch.tanh(linear(h * scale_.sqrt() + x))
+        late = late + h if t == 1 else late
+        return h.square().sum() + late.square().sum(), (h, scale_, late)
+
+    hidden, total = [(torch.zeros_like(slow), slow)], 0
+    for given in enumerate(segments):
+        loss, (h, _, late) = cell(given, (hidden[-1][0], scale, hidden[-1][1]))
+        hidden.append((h.clone(), late.clone()))  # what goes on, and not what the losses use of it
+        total += loss
+        for leaf in hidden[-1]:
+            if leaf.requires_grad:
+                leaf.retain_grad()
+    total.backward()
+    expected = [sum(x.grad.square().sum() for x in pair if x.grad is not None) ** 0.5 for pair in hidden[:-1]]
+    of_weight, linear.weight.grad = linear.weight.grad, None
+
+    memory = None if made_by_the_cell else (torch.zeros_like(slow), scale, slow)
+    for max_norm in (None, 1e9):
+        watch, linear.weight.grad = replay.MemoryGradients(max_norm), None
+        outcome = method(cell, list(enumerate(segments)), memory, params=linear, memory_gradients=watch)
+        if method is not replay.accumulate:
+            outcome.loss.backward()
+        assert watch.norms == pytest.approx([*map(float, expected), 0.0], rel=1e-6)
+        torch.testing.assert_close(linear.weight.grad, of_weight, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
 def test_max_norm(max_norm):
     with pytest.raises(ValueError, match="max_norm: expected a positive number or None"):

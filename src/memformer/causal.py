@@ -27,6 +27,8 @@ from .nn.causal import (
     CausalMemory,
     MemoryInEachLayer,
     OneMemory,
+    as_they_stood,
+    tokens_first,
     visible_to,
 )
 from .nn.losses import Head, each_loss, vocabulary_loss
@@ -159,8 +161,8 @@ class CausalMemformer(LanguageModel):
             tokens: (batch, tokens <= max_seq_len) token ids: a tensor or an array of integers, or lists of them.
             mems: the memory before the segment; None for the learned initial one.
             mask: like ``tokens``, boolean or integer, True or 1 for tokens that exist. What stands at masked places
-                changes nothing; a lane whose whole segment is masked keeps its memory. With ``overlap`` pad on the
-                right: the tokens from before stand before the segment, and padding between would move them away.
+                changes nothing, and takes no place: positions count the tokens that exist. A lane whose whole segment
+                is masked keeps its memory.
             reset: (batch,) boolean or integer: lanes that start again from the learned initial memory (a new document).
             labels: like ``tokens``, and mostly the same: what is to be predicted at each place, from the tokens before
                 it; -100 does not count, nor does a masked place.
@@ -193,10 +195,11 @@ class CausalMemformer(LanguageModel):
             ``(hidden, mem)``: hidden (batch, tokens + 1, dim) is the last layer's output at the last token before the
             segment and at each of its tokens, for :meth:`head`.
         """
-        x, visible = self.embed(tokens, mask), None if mask is None else self.visible(mask)
+        tokens, kept = (tokens, None) if mask is None else tokens_first(tokens, mask)
+        x, visible = self.embed(tokens, kept), None if kept is None else self.visible(kept)
         carried = None if mems is None else (mems.slots.transpose(0, 1), mems.last.transpose(0, 1), mems.output)
-        hidden, carried = self.stack(x, carried, visible, mask, reset)
-        return hidden, _batch_first(*carried)
+        hidden, carried = self.stack(x, carried, visible, kept, reset)
+        return hidden if mask is None else as_they_stood(hidden, mask), _batch_first(*carried)
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the first layer gets, (batch, tokens, dim); zero where there is no token."""

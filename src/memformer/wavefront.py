@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from .config import CausalConfig
 from .data.segments import Segment
 from .interface import Memory, SegmentModel
-from .nn.causal import CausalLayer, CausalMemory, MemoryInEachLayer, OneMemory, begun, predicting
+from .nn.causal import (
+    CausalLayer,
+    CausalMemory,
+    MemoryInEachLayer,
+    OneMemory,
+    as_they_stood,
+    begun,
+    predicting,
+    tokens_first,
+)
 from .nn.stacked import call, part, stack, twin
 from .pretrained import divided
 
@@ -61,7 +70,7 @@ class Flight(NamedTuple):
         last: (layers, batch, overlap, dim), what each layer got of the last tokens that it has seen.
         output: (batch, dim), of the last token that came out of the last layer.
         x: (segments, batch, tokens, dim), on their way to the next layer, the newest first; None for none.
-        kept: (segments, batch, tokens), which of their tokens exist; None for all.
+        kept: (segments, batch, tokens), which of their tokens exist, which come first; None for all.
         reset: (segments, batch), which lanes begin with the initial memory; None for none.
     """
 
@@ -134,6 +143,7 @@ class Wavefront:
         slots, last, output, x, kept, reset = flight
         if diagonal.entering is not None:
             ids, mask, begins, _, _ = diagonal.entering
+            ids, mask = (ids, None) if mask is None else tokens_first(ids, mask)
             x, kept, reset = _before(model.embed(ids, mask), x), _before(mask, kept), _before(begins, reset)
         assert x is not None
         every = (first, final) == (0, self.depth - 1)
@@ -152,6 +162,8 @@ class Wavefront:
         if diagonal.leaving is not None:
             output = begun(output, self._initial.output, None if reset is None else reset[-1])
             hidden, output = predicting(output, x[-1], None if kept is None else kept[-1])
+            if diagonal.leaving.src_mask is not None:
+                hidden = as_they_stood(hidden, diagonal.leaving.src_mask)
             x, kept, reset = (None if p is None or len(p) == 1 else p[:-1] for p in (x, kept, reset))
         return hidden, Flight(slots, last, output, x, kept, reset)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import IGNORED
-from ..nn.causal import along, predicting
+from ..nn.causal import along
 
 __all__ = ["along", "before_each", "counted_labels", "joined", "kept_first"]
 
@@ -23,8 +23,11 @@ def before_each(hidden: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tens
     Args:
         hidden: (batch, tokens, dim). last: (batch, dim), before the segment. mask: (batch, tokens).
     """
-    states, after = predicting(last, hidden, mask)
-    return states[:, :-1], after
+    states = torch.cat([last[:, None].to(hidden.dtype), hidden], 1)
+    if mask is not None:
+        newest = (torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask).cummax(1).values
+        states = along(states, F.pad(newest, (1, 0)))
+    return states[:, :-1], states[:, -1].to(last.dtype)
 
 
 def kept_first(mask: Tensor) -> Tensor:

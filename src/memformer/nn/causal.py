@@ -1,7 +1,8 @@
 """Causal stacks with memories: what a layer of a :class:`~memformer.CausalMemformer` is, and what it carries.
 
 Shapes: x (batch, tokens, dim), slots (layers, batch, slots, dim), what a layer got of the last tokens (layers, batch,
-overlap, dim); one memory for all layers counts as one layer's slots.
+overlap, dim); one memory for all layers counts as one layer's slots. Where some tokens do not exist, those that do come
+first: what is carried stands right before them.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ __all__ = [
     "OneMemory",
     "Remembered",
     "along",
+    "as_they_stood",
     "begun",
     "last_rows",
     "predicting",
+    "tokens_first",
     "visible_to",
     "writes",
 ]
@@ -61,39 +64,43 @@ def visible_to(kept: Tensor) -> Tensor:
     return (kept[..., None, None, :] & causal_mask(tokens, tokens, kept.device)) | itself
 
 
+def tokens_first(tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids (batch, tokens) with those that exist before the others, in their order; and ``kept`` for these."""
+    # Without a sort, which ONNX does not have: how many come before each.
+    count = kept.sum(1, keepdim=True)
+    rank = torch.where(kept, kept.cumsum(1), count + (~kept).cumsum(1)) - 1
+    return torch.zeros_like(tokens).scatter(1, rank, tokens), torch.arange(kept.shape[1], device=kept.device) < count
+
+
+def as_they_stood(hidden: Tensor, kept: Tensor) -> Tensor:
+    """What :func:`predicting` found, (batch, tokens + 1, dim), for the places that tokens had before they came first.
+
+    Args:
+        kept: (batch, tokens), True for tokens that exist, where they stood.
+    """
+    return along(hidden, F.pad(kept.cumsum(1), (1, 0)))
+
+
 def last_rows(last: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
     """The last of (..., overlap, dim) and then (..., tokens, dim): as many as there were, of tokens that exist."""
     overlap, rows = last.shape[-2], torch.cat([last, x.to(last.dtype)], -2)
     if kept is None:
         return rows[..., rows.shape[-2] - overlap :, :]
-    # Those before the segment all exist, so there are enough. Without a sort, which ONNX does not have.
-    exists = F.pad(kept, (overlap, 0), value=True)
-    place = torch.arange(exists.shape[-1], device=exists.device).where(exists, -1)
-    return along(rows, place.topk(overlap).values.flip(-1))
+    return along(rows, kept.sum(-1, keepdim=True) + torch.arange(overlap, device=kept.device))
 
 
 def predicting(output: Tensor, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output at the last token that exists before each of a segment's and before the one after them, which predicts
-    it: (batch, tokens + 1, dim). And the last of these, to be carried.
+    """The output at the last token before each of a segment's and before the one after them, which predicts it: (batch,
+    tokens + 1, dim). And the one behind the last token that exists, to be carried.
 
     Args:
         output: (batch, dim), before the segment.
         x: (batch, tokens, dim), the last layer's.
         kept: (batch, tokens), True for tokens that exist; None for all.
     """
-    hidden = _last_before(output, x, kept)
-    return hidden, hidden[:, -1].to(output.dtype)
-
-
-def _last_before(output: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
-    rows = torch.cat([output[:, None].to(x.dtype), x], 1)
-    if kept is None:
-        return rows
-    tokens = kept.shape[1]
-    place = torch.arange(1, tokens + 1, device=kept.device) * kept  # 0 where there is no token
-    # The greatest so far, without cummax, which ONNX does not have.
-    newest = (place[:, None] * causal_mask(tokens, tokens, kept.device)).amax(-1)
-    return along(rows, F.pad(newest, (1, 0)))
+    hidden = torch.cat([output[:, None].to(x.dtype), x], 1)
+    last = hidden[:, -1] if kept is None else along(hidden, kept.sum(1, keepdim=True))[:, 0]
+    return hidden, last.to(output.dtype)
 
 
 def along(rows: Tensor, places: Tensor) -> Tensor:
@@ -174,7 +181,7 @@ class CausalLayer(nn.Module):
             memory: None for the initial one, which ``reset`` (batch,) puts into the lanes that begin anew: a layer
                 takes it from its own weights, which are at hand in here alone where FSDP divides the model.
             visible: (batch, 1, tokens, overlap + tokens), where self-attention may look; None for the past.
-            kept: (batch, tokens), True for tokens that exist.
+            kept: (batch, tokens), True for tokens that exist, which come first.
         """
         if memory is None or reset is not None:
             given = (None, None) if memory is None else memory

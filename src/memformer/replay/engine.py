@@ -119,9 +119,14 @@ class Run:
         self.graphs: dict[int, Graph] = {}
         self.recording = True
         self.casts_lack_graphs = True  # of the weights that autocast has converted and kept
-        in_grad_mode = not self.differentiable or self.world.has_a_fast_path()
-        self.records_with_graph = self.environment.grad_enabled and in_grad_mode
-        self.carrying: list[list[bool]] | None = None
+        self.watch = options.memory_gradients
+        self.records_with_graph = False
+        self.carrying: list[list[bool]] | None = (
+            None  # which leaves of the memories need a gradient, once that is known
+        )
+        several = self.watch is not None and len(self.initial.tensors()) != 1  # of which some may be constant
+        if self.environment.grad_enabled and (several or not self.differentiable or self.world.has_a_fast_path()):
+            self._record_with_graphs()
         self.spent = False
         self.recorded: list[_Recorded] = []
         self.kept: list[list[object]] | None = [] if options.check else None
@@ -129,7 +134,6 @@ class Run:
         again = inside is not None and any(action.kind == "advance" for action in self.plan.replay)
         self.loss_leaves_no_trace = again and self.kept is None
         self.sync = sync
-        self.watch = options.memory_gradients
         if self.watch is not None:
             self.watch.start(len(segments))
 
@@ -253,25 +257,22 @@ class Run:
                 ) from error
             self.environment.set_random_state(self.start[0])
             self.world.put_buffers(self.start[1])
-            self.records_with_graph = True  # a cell that differentiates something itself
+            self._record_with_graphs()  # a cell that differentiates something itself
             return self._advance_in_grad_mode(t, with_loss)
         return self._step(t, value, after, self.compact.copy, with_loss)
 
     def _advance_in_grad_mode(self, t: int, with_loss: bool) -> list[object]:
         """The same for a cell that needs grad mode, and where nothing is known that could need a gradient."""
-        torch.clear_autocast_cache()
+        self._forget_casts_without_graphs()
         with torch.enable_grad():
             value, after, sources, _ = self._call_cut(t, with_loss)
         if not self.differentiable:  # a tensor that the cell captured may need one nevertheless
             self.reach([*value.leaves, *after.leaves], list(sources.values()))
-        torch.clear_autocast_cache()
         return self._step(t, value, after, self.compact.copy, with_loss)
 
     def _build_graph(self, t: int) -> list[object]:
         """Run segment ``t`` with a graph that starts at the memory before it."""
-        if self.casts_lack_graphs or self.in_place:
-            torch.clear_autocast_cache()
-            self.casts_lack_graphs = False  # several segments' graphs may share what has one
+        self._forget_casts_without_graphs()
         self.segments.fetch(t)  # an error in it is not the cell's
         with torch.enable_grad():
             try:
@@ -287,9 +288,17 @@ class Run:
         else:
             graph.parameters = self.reach(graph.outputs, graph.sources())
         self.graphs[t] = graph
-        if self.carrying is not None and len(self.carrying) == t + 1:
-            self.carrying.append([requires_grad(leaf) for leaf in after.leaves])
         return self._step(t, value, after)
+
+    def _record_with_graphs(self) -> None:
+        """From the first segment on: only so is known which leaves of the memories need a gradient."""
+        self.records_with_graph, self.carrying = True, [self.initial_wants]
+
+    def _forget_casts_without_graphs(self) -> None:
+        """Of the weights that autocast has converted and kept; several segments' graphs may share what has one."""
+        if self.casts_lack_graphs or self.in_place:
+            torch.clear_autocast_cache()
+            self.casts_lack_graphs = False
 
     def _call_cut(self, t: int, with_loss: bool = True) -> tuple[Leaves, Leaves, dict[int, Tensor], dict[int, Tensor]]:
         """Call the cell on copies cut from their graphs. Also returns the leaves of both where its graph starts."""
@@ -298,7 +307,10 @@ class Run:
             memory, memory_sources = self.memory.cut(self.carrying[t])
         else:
             memory, memory_sources = self.memory.cut(carries_grad if t else self.initial_wants)
-        return *self._call_cell(t, segment, memory, with_loss), memory_sources, segment_sources
+        value, after = self._call_cell(t, segment, memory, with_loss)
+        if self.carrying is not None and len(self.carrying) == t + 1:
+            self.carrying.append([requires_grad(leaf) for leaf in after.leaves])
+        return value, after, memory_sources, segment_sources
 
     def _call_cell(self, t: int, segment: Tree, memory: Tree, with_loss: bool) -> tuple[Leaves, Leaves]:
         """The leaves of value and memory, taken apart in the grad mode of the call."""
@@ -345,7 +357,6 @@ class Run:
         self.carrying = [self.initial_wants]
         for s in range(t):
             _, after, *_ = self._call_cut(s)
-            self.carrying.append([requires_grad(leaf) for leaf in after.leaves])
             self.memory = after.detached()
         self.memory = here
         return True
@@ -437,7 +448,13 @@ class Run:
         return [source.grad for source in sources]
 
     def _carry_to(self, boundary: int, grads: Grads) -> None:
-        self.carry = grads if self.watch is None else self.watch.passing(boundary, grads)
+        if self.watch is not None:
+            if self.carrying is not None and boundary < len(self.carrying):
+                grads = [
+                    grad if carries else None for grad, carries in zip(grads, self.carrying[boundary], strict=True)
+                ]
+            grads = self.watch.passing(boundary, grads)
+        self.carry = grads
         self.boundary = boundary
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from .inputs import Grads, Tree, carries_grad
+from .inputs import Grads, Tree, requires_grad
 
 
 class MemoryGradients:
     """How far credit reaches: the norm of the loss's gradient by the memory at each boundary between segments.
 
-    Pass one as ``memory_gradients=`` and read :attr:`norms` after backward.
+    Pass one as ``memory_gradients=`` and read :attr:`norms` after backward. Leaves of the memory that are constant (a
+    table, a mask) are not counted; to know them, a memory of several tensors is recorded with one graph at a time.
 
     Args:
         max_norm: clip the gradient to this norm at each boundary, on its way back; None leaves it exact.
@@ -79,7 +80,7 @@ class _Boundary(torch.autograd.Function):
 
 def watched(watch: MemoryGradients | None, boundary: int, memory: Tree) -> Tree:
     leaves, spec = tree_flatten(memory)
-    positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and carries_grad(x)]
+    positions = [i for i, x in enumerate(leaves) if requires_grad(x)]
     if watch is None or not positions:
         return memory
     passed = _Boundary.apply(watch, boundary, *(leaves[i] for i in positions))  # type: ignore[no-untyped-call]

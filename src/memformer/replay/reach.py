@@ -56,10 +56,10 @@ class Reach:
                 found[i] = None
             elif id(leaf) not in own:
                 stray.append(leaf)
-        if stray and (stray := _held_by_somebody(stray)):
-            names = ", ".join(self._describe(x, seen) for x in stray)
+        leaf = None  # which would be a reference to the last one
+        if stray and (lost := self._lost(stray, seen)):
             raise ValueError(
-                f"{self._names()} uses {names}, which requires a gradient and would get none. "
+                f"{self._names()} uses {', '.join(lost)}, which requires a gradient and would get none. "
                 "Name it in params=[...], or pass an nn.Module (or a method bound to one) that owns it."
             )
         if self.derived:
@@ -90,7 +90,7 @@ class Reach:
         reached = seen | {node for (node, _), i in self.derived.items() if i in found}
         if both := reached & self.behind:
             leaves = [node.variable for node in both if hasattr(node, "variable")]
-            names = ", ".join(self._describe(leaf, ()) for leaf in leaves)
+            names = ", ".join(self._describe(leaf) for leaf in leaves)
             raise ValueError(
                 f"{self._names()} uses a tensor of params= that was computed from {names or 'another of them'}"
                 ", and that one, too. Compute it in the cell instead, and name what it is computed from."
@@ -99,14 +99,25 @@ class Reach:
     def _names(self) -> str:
         return " or ".join(map(name_of, self.functions))
 
-    def _describe(self, leaf: Tensor, graph: Container[object]) -> str:
-        """The name under which one of them sees a leaf, or a tensor derived from it, for error messages."""
-        found = (_name_in(function, leaf, graph) for function in self.functions)
+    def _lost(self, leaves: list[Tensor], graph: Container[object]) -> list[str]:
+        """What to call those of some leaves whose gradient somebody could miss: more than the graph holds them, or a
+        tensor that was derived from them. A leaf that a cell makes for itself loses none."""
+        held = _held_by_somebody(leaves)
+        found = []
+        for leaf, elsewhere in zip(leaves, held, strict=True):
+            names = [name for f in self.functions if (name := _name_in(f, leaf, graph)) is not None]
+            if elsewhere or names:
+                found.append(f"{names[0] if names else 'a tensor'} of shape {tuple(leaf.shape)}")
+        return found
+
+    def _describe(self, leaf: Tensor) -> str:
+        """The name under which one of them sees a leaf, for error messages."""
+        found = (_name_in(function, leaf, ()) for function in self.functions)
         return next((name for name in found if name), "a tensor") + f" of shape {tuple(leaf.shape)}"
 
 
-def _held_by_somebody(leaves: list[Tensor]) -> list[Tensor]:
-    """Those that are alive besides for the graph: a leaf that a cell makes for itself loses no gradient.
+def _held_by_somebody(leaves: list[Tensor]) -> list[bool]:
+    """Which are alive besides for the graph and this list.
 
     Their references are counted, beside those of a leaf that only a graph holds.
     """
@@ -117,10 +128,9 @@ def _held_by_somebody(leaves: list[Tensor]) -> list[Tensor]:
             return leaf.view_as(leaf)
 
     graph = made_and_forgotten()
-    counted = [*leaves, graph.grad_fn.next_functions[0][0].variable]
-    del leaves[:]
-    references = [sys.getrefcount(x) for x in counted]
-    return [x for x, count in zip(counted, references, strict=True) if count > references[-1]]
+    alone = [graph.grad_fn.next_functions[0][0].variable]
+    references = [sys.getrefcount(x) for x in (*alone, *leaves)]
+    return [count > references[0] for count in references[1:]]
 
 
 def runs_functions(outputs: Sequence[Tensor]) -> bool:
