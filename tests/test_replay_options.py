@@ -205,6 +205,18 @@ def test_reset_puts_the_initial_memory_back_with_its_gradient():
         replay.reset(memory, initial, torch.tensor([1, 0, 0]))
 
 
+def test_reset_keeps_the_memorys_dtype():
+    """Autocast makes it of half precision; what is learned is of single."""
+    memory, initial = torch.ones(3, 2, dtype=torch.bfloat16), torch.zeros(3, 2, requires_grad=True)
+    lanes = torch.tensor([True, False, False])
+    after = replay.reset(memory, initial, lanes)
+    assert after.dtype == torch.bfloat16
+    after.sum().backward()
+    assert initial.grad.tolist() == [[1, 1], [0, 0], [0, 0]]
+    with pytest.raises(ValueError, match=r"initial: expected torch.int64, as the memory is of, got torch.float32"):
+        replay.reset(memory.long(), initial, lanes)
+
+
 def test_reset_of_a_memory_whose_lanes_are_another_dimension():
     """That of nn.LSTM is (layers, batch, dim)."""
     lanes = torch.tensor([False, True, False])
@@ -306,7 +318,44 @@ def test_a_memory_that_cannot_be_read_is_named(tmp_path):
         rollout.loss.backward()
 
 
+class Named(torch.Tensor):
+    """A kind of tensor that a file of weights alone may not hold."""
+
+
+def test_offload_of_other_kinds_of_tensors(tmp_path):
+    cell, linear, segments, _ = small()
+
+    def named(x, memory):
+        loss, after = cell(x, memory.as_subclass(torch.Tensor))
+        return loss, after.as_subclass(Named)
+
+    def jagged(x, memory):
+        loss, after = cell(x, memory.values())
+        return loss, torch.nested.nested_tensor_from_jagged(after, memory.offsets())
+
+    zeros = torch.zeros(2, 3, dtype=torch.float64)
+    schedule = replay.Offload(replay.EveryMemory(), to=tmp_path)
+    expected = torch.autograd.grad(replay.full_bptt(cell, segments, zeros).loss, linear.weight)[0]
+    memory = zeros.as_subclass(Named)
+    replay.memory_replay(named, segments, memory, schedule=schedule, params=linear).loss.backward()
+    torch.testing.assert_close(linear.weight.grad, expected, rtol=1e-12, atol=1e-14)
+    lanes = torch.nested.nested_tensor([zeros[:1], zeros[1:]], layout=torch.jagged)
+    replay.memory_replay(jagged, segments, lanes, params=linear).loss.backward()
+    with pytest.raises(ValueError, match=r"Offload: the memory holds a nested tensor.*Keep it on the device"):
+        replay.memory_replay(jagged, segments, lanes, schedule=schedule, params=linear)
+
+
 # --- Sizes and budgets
+
+
+def test_measure_leaves_buffers_alone():
+    norm = nn.BatchNorm1d(3)
+    hidden = [norm]  # not among the cell's own
+    replay.measure(lambda x, memory: (None, hidden[0](x + memory)), torch.randn(4, 3), torch.zeros(4, 3), params=[])
+    assert norm.num_batches_tracked == 0
+    assert not norm.running_mean.any()
+    replay.measure(lambda x, memory: (None, norm(x + memory)), torch.randn(4, 3), torch.zeros(4, 3), params=norm)
+    assert not norm.running_mean.any()
 
 
 def test_measure_counts_the_graph_without_parameters_and_leaves_the_generator_alone():

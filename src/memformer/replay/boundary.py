@@ -24,14 +24,15 @@ def reset(memory: Tree, initial: Tree, lanes: Tensor, dim: int = 0) -> Tree:
     Gradients go on to whichever of the two a lane takes: an initial memory that is learned is trained.
 
     Args:
-        memory, initial: pytrees of one structure, their tensors of the same shapes.
+        memory, initial: pytrees of one structure, their tensors of the same shapes. The result has the memory's dtypes,
+            which may be of half precision (autocast) where a learned initial memory is of single.
         lanes: (batch,) boolean.
         dim: the dimension of the batch, in every tensor of the memory. That of ``nn.LSTM`` and ``nn.GRU`` is
             (layers, batch, dim): there it is 1. Where there are as many layers as lanes nothing can tell the two apart.
 
     Raises:
         ValueError: ``lanes`` is not one boolean for each lane of every tensor; a tensor has no such dimension;
-            ``initial`` has other shapes; ``dim`` is negative.
+            ``initial`` has other shapes, or integers where the memory has not; ``dim`` is negative.
     """
 
     at_least("dim", dim, 0)
@@ -55,7 +56,9 @@ def reset(memory: Tree, initial: Tree, lanes: Tensor, dim: int = 0) -> Tree:
                 f"({tuple(old.shape)}, lanes in dimension {dim}), got {lanes.dtype} of shape {tuple(lanes.shape)}. The "
                 "lanes of nn.LSTM's and nn.GRU's memory are dimension 1: say dim=1"
             )
-        chosen = torch.where(lanes.view([-1 if i == dim else 1 for i in range(old.dim())]), new, old)
+        if new.dtype != old.dtype and not (new.is_floating_point() and old.is_floating_point()):
+            raise ValueError(f"initial: expected {old.dtype}, as the memory is of, got {new.dtype}")
+        chosen = torch.where(lanes.view([-1 if i == dim else 1 for i in range(old.dim())]), new.to(old.dtype), old)
         if chosen.shape != old.shape:
             raise ValueError(f"initial: expected the shapes of the memory, {tuple(old.shape)}, got {tuple(new.shape)}")
         return chosen

@@ -11,8 +11,20 @@ from torch.utils._pytree import tree_leaves
 
 from .boundary import detach
 from .environment import Environment
-from .inputs import Cell, Leaves, Params, Tree, call_cell, carries_grad, requires_grad, trained_tensors
+from .inputs import (
+    Cell,
+    Leaves,
+    Params,
+    Tree,
+    call_cell,
+    captured_modules,
+    carries_grad,
+    owners,
+    requires_grad,
+    trained_tensors,
+)
 from .storage import Compact, addresses
+from .world import World
 
 
 class Sizes(NamedTuple):
@@ -26,9 +38,13 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
     """Run one segment and count: the memory that it returns, and what its graph keeps besides.
 
     Storages are counted, each once; those of parameters, of the segment and of the memory given are the caller's.
+    Random numbers and buffers are afterwards as they were.
     """
+    trained = trained_tensors(cell, params)
+    world = World(owners(cell, params), trained, captured=captured_modules(cell))
+    world.watch_buffers()
     environment = Environment([x for x in tree_leaves((segment, memory)) if isinstance(x, Tensor)])
-    given = _tensors((segment, memory, trained_tensors(cell, params)))
+    given = _tensors((segment, memory, trained))
     compact = Compact(given)
     kept: dict[int, int] = {}
 
@@ -39,7 +55,7 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
     def run(wants_grad: Callable[[Tensor], bool]) -> tuple[Tree, Tree]:
         kept.clear()
         hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
-        with environment.random_numbers_kept(), torch.enable_grad(), hooks:
+        with world.restored(), environment.random_numbers_kept(), torch.enable_grad(), hooks:
             return call_cell(cell, segment, Leaves(memory).cut(wants_grad)[0])
 
     try:

@@ -150,6 +150,11 @@ class Shelf:
             (self.folder / f"{t}.pt").unlink(missing_ok=True)
 
     def _moved_to_disk(self, t: int, memory: Leaves) -> Begin:
+        if any(x.is_nested for x in memory.tensors()):
+            raise ValueError(
+                "Offload: the memory holds a nested tensor, which is another one when it is read from a file. Keep it "
+                "on the device, or carry its values and offsets"
+            )
         if self.folder is None:
             place = Path(self.place).expanduser()
             place.mkdir(parents=True, exist_ok=True)
@@ -161,7 +166,8 @@ class Shelf:
         torch.save([x.clone() for x in memory.tensors()], file)  # a view would be saved with all that it is a view of
 
         def begin() -> Callable[[], Leaves]:
-            stored = reader.submit(torch.load, file, weights_only=True)
+            # Nobody else writes into that folder, and a memory may be of any kind of tensor.
+            stored = reader.submit(torch.load, file, weights_only=False)
 
             def finish() -> Leaves:
                 try:
