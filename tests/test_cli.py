@@ -268,6 +268,15 @@ def test_files_that_are_left_out_are_mentioned(folder, capsys):
         (["bench", "learn", "--jobs", "-1"], "jobs: expected a whole number of at least 0, got -1"),
         (["inspect", "--checkpoint", "nowhere", "--life"], "error: nowhere: no metrics.jsonl there"),
         (["inspect", "--checkpoint", "nowhere", "--life", "--test"], "life: reads the run's metrics, so --test has no"),
+        (["inspect", "--checkpoint", "nowhere", "--life", "--bin-dtype", "uint8"], "so --bin-dtype has no meaning"),
+        (
+            ["encode", "--data", "text.txt", "--out", "x", "--text-field", "body"],
+            "text_field: body has no meaning with",
+        ),
+        (
+            ["encode", "--data", "text.txt", "--out", "x", "--tokenizer", "t.json", "--vocabulary", "300"],
+            "vocabulary: 300 has no meaning with a tokenizer that is there; leave it out",
+        ),
         (["train", "--resume", "--out", "nowhere"], "nowhere: no checkpoint to resume"),
         (["train", "--steps", "0"], "error: steps: expected a whole number of at least 1, got 0"),
         (["train", "--held-out", "1"], "error: held_out: expected a whole number of at least 2, got 1"),

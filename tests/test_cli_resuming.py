@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -155,6 +156,36 @@ def test_a_flag_that_would_be_ignored_is_refused(
     assert train("--data", "text.txt", "--steps", "1", *SMALL, *flags.split()) == 2
     assert f"memformer: error: {message}; leave it out" in capsys.readouterr().err
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect"])
+def test_so_is_one_that_reads_no_document_of_a_trained_model(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    start()
+    (folder / "rows.jsonl").write_bytes(b'{"body": "A text of a row, which is read."}\n')
+    capsys.readouterr()
+    for flags, what in (("--text-field body", "rows"), ("--bin-dtype uint8", ".bin file")):
+        assert cli.main([command, "--checkpoint", "run", "--data", "text.txt", *flags.split()]) == 2
+        name, value = flags.removeprefix("--").replace("-", "_").split()
+        refused = f"memformer: error: {name}: {value} has no meaning with data that has no {what}; leave it out"
+        assert refused in capsys.readouterr().err
+    both = ["--data", "text.txt", "rows.jsonl", "--text-field", "body"]
+    assert cli.main([command, "--checkpoint", "run", *both]) == 0
+
+
+def test_a_vocabulary_beside_a_model_that_has_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bpe = ["--tokenizer", "bpe", "--vocabulary", "300"]
+    start(*bpe)
+    again = ["train", "--out", "second", "--init-from", "run", "--data", "text.txt", "--steps", "2"]
+    for vocabulary in ("280", "2048"):
+        capsys.readouterr()
+        assert cli.main([*again, "--vocabulary", vocabulary]) == 2
+        assert re.search(
+            rf"documents\.vocabulary: the tokenizer in .* has \d+ tokens, got {vocabulary}; leave it out",
+            capsys.readouterr().err,
+        )
+    assert cli.main(again) == 0
 
 
 def test_what_a_run_or_a_file_says_in_vain_is_no_mistake_of_a_flag(folder: Path) -> None:

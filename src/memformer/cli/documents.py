@@ -12,6 +12,7 @@ from ..data import Document, read_documents
 from ..data.tokenfiles import read_any
 from ..training import checkpoints, documents_for_test, documents_of, settings_of
 from ..training.resume import check_documents_of
+from .typed import check_fields
 
 __all__ = ["DocumentOptions"]
 
@@ -43,8 +44,8 @@ class DocumentOptions:
         """The documents of ``data``, or of the run that made the checkpoint.
 
         Raises:
-            ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`; or the run's documents are no
-                longer what they were, so that what it was trained on might be among them.
+            ValueError, FileNotFoundError: see :func:`~memformer.data.read_documents`; a flag has no meaning; or the
+                run's documents are no longer what they were, so that what it was trained on might be among them.
         """
         reading = {f.name: f for f in dataclasses.fields(DocumentOptions)}
         for name in ("checkpoint", "data", "test"):
@@ -52,6 +53,8 @@ class DocumentOptions:
         if self.data:
             if self.test:
                 raise ValueError("test: reads the run's --test-data; leave --data out")
+            fields = {"text_field": self.text_field, "bin_dtype": self.bin_dtype}
+            check_fields(fields, self.data, self.include, self.exclude)
             how: dict[str, Any] = {name: getattr(self, name) for name in reading}
             return read_any(self.data, functools.partial(read_documents, **how), check=True)
         for name, f in reading.items():

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ..data import BPETokenizer, read_documents, write_tokens
 from ..training.corpus import train_bpe
+from .typed import check_fields
 
 __all__ = ["EncodeCommand", "run"]
 
@@ -45,6 +46,11 @@ def run(command: EncodeCommand) -> int:
     command.out.absolute().parent.mkdir(parents=True, exist_ok=True)  # before anything that takes long
     if not command.data:
         raise ValueError("data: expected files or folders, got none")
+    if command.tokenizer != "bpe" and command.vocabulary != EncodeCommand.vocabulary:
+        raise ValueError(
+            f"vocabulary: {command.vocabulary} has no meaning with a tokenizer that is there; leave it out"
+        )
+    check_fields({"text_field": command.text_field}, command.data)
     documents = read_documents(command.data, text_field=command.text_field)
     if ids := next((document for document in documents if not document.text), None):
         raise ValueError(f"{ids.name}: holds token ids, which are encoded already: give it to memformer train")

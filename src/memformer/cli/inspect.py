@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,10 @@ def run(command: InspectCommand) -> int:
 
 def _show_life(command: InspectCommand) -> int:
     out = command.checkpoint
-    for name in ("data", "test"):
-        if getattr(command, name):
-            raise ValueError(f"life: reads the run's metrics, so --{name} has no meaning with it: leave it out")
+    for f in dataclasses.fields(command):
+        if f.name not in ("checkpoint", "life", "plot") and getattr(command, f.name) != f.default:
+            flag = f"--{f.name.replace('_', '-')}"
+            raise ValueError(f"life: reads the run's metrics, so {flag} has no meaning with it: leave it out")
     run_of_it = out.resolve().parent
     has = [(folder / "metrics.jsonl").is_file() for folder in (out, run_of_it)]
     moments = life(run_of_it if has == [False, True] else out)

@@ -1,11 +1,12 @@
-"""Flags of memformer train that would be ignored beside the others: a mistake where they are typed.
+"""Flags that would be ignored beside the others: a mistake where they are typed.
 
 In a file of settings, or in what a run saved, they are none: those say every setting, whether it has a meaning or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..data.folders import Tally, find_files
@@ -13,7 +14,7 @@ from ..data.kinds import KINDS, ROWS, kind_of
 from ..data.tokenfiles import is_token_folder
 from ..settings import TrainingConfig, to_flat
 
-__all__ = ["check_typed"]
+__all__ = ["check_fields", "check_typed"]
 
 
 def check_typed(command: TrainingConfig, default: TrainingConfig) -> None:
@@ -28,6 +29,23 @@ def check_typed(command: TrainingConfig, default: TrainingConfig) -> None:
         if value not in (before[name], usual[name]) and (why := without(command)):
             said = "" if value is True else f"{value} "
             raise ValueError(f"{name.split('.')[-1]}: {said}has no meaning {why}; leave it out")
+
+
+def check_fields(
+    given: dict[str, str], paths: Sequence[Path], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> None:
+    """Whether flags about fields have a meaning with data of those paths.
+
+    Args:
+        given: ``text_field`` and ``bin_dtype``, or one of them.
+
+    Raises:
+        ValueError: one says another thing than its default, and nothing that is read has such a field.
+    """
+    usual = to_flat(TrainingConfig())
+    for name, value in given.items():
+        if value != usual[f"documents.{name}"] and (why := _in_vain(name, _kinds(paths, include, exclude))):
+            raise ValueError(f"{name}: {value} has no meaning {why}; leave it out")
 
 
 def _vocabulary(settings: TrainingConfig) -> str:
@@ -47,29 +65,27 @@ def _new_data(settings: TrainingConfig) -> str:
     return "" if settings.resume or settings.auto_resume else "without --resume or --auto-resume"
 
 
-def _text_field(settings: TrainingConfig) -> str:
-    return "" if ROWS & _kinds(settings) else "with data that has no rows"
-
-
-def _bin_dtype(settings: TrainingConfig) -> str:
-    return "" if ".bin" in _kinds(settings) else "with data that has no .bin file"
-
-
-def _kinds(settings: TrainingConfig) -> set[str]:
-    """The kinds of all files that are data; any where a path does not exist, which is told when it is read."""
+def _field(name: str, settings: TrainingConfig) -> str:
     how = settings.documents
-    paths: Iterable[Path] = (*settings.data, *how.held_out_data, *how.test_data)
+    paths = [*settings.data, *how.held_out_data, *how.test_data]
+    return _in_vain(name, _kinds(paths, how.include, how.exclude, [settings.out]))
+
+
+def _in_vain(name: str, kinds: set[str]) -> str:
+    """Beside what a flag about fields has no meaning, if all files are of these kinds."""
+    of, what = _FIELDS[name]
+    return "" if of & kinds else f"with data that has no {what}"
+
+
+_FIELDS = {"text_field": (ROWS, "rows"), "bin_dtype": ({".bin"}, ".bin file")}
+
+
+def _kinds(paths: Sequence[Path], include: Sequence[str], exclude: Sequence[str], out: Sequence[Path] = ()) -> set[str]:
+    """The kinds of all files that are data; any where a path does not exist, which is told when it is read."""
     read = [path for path in paths if not is_token_folder(path)]
     if not all(path.exists() for path in read):
         return set(KINDS)
-    found = find_files(
-        list(dict.fromkeys(read)),
-        Tally(),
-        include=how.include,
-        exclude=how.exclude,
-        out=[settings.out],
-        all_match=False,
-    )
+    found = find_files(list(dict.fromkeys(read)), Tally(), include=include, exclude=exclude, out=out, all_match=False)
     return {kind_of(file.path) for file in found}
 
 
@@ -78,7 +94,7 @@ _WITHOUT: dict[str, Callable[[TrainingConfig], str]] = {
     "rollout.horizon_steps": _horizon_steps,
     "documents.held_out_by": _held_out_by,
     "new_data": _new_data,
-    "documents.text_field": _text_field,
-    "documents.bin_dtype": _bin_dtype,
+    "documents.text_field": functools.partial(_field, "text_field"),
+    "documents.bin_dtype": functools.partial(_field, "bin_dtype"),
 }
 """Beside what each of them has no meaning; nothing where it has one."""

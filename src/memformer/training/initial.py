@@ -63,6 +63,12 @@ def load_initial(settings: TrainingConfig) -> tuple[SegmentModel, Tokenizer | No
             f"documents.tokenizer: the model in {folder} has a tokenizer of {_kind(tokenizer)}, got {found}; leave it "
             "out, or take the settings from training.sized_as"
         )
+    here = settings.documents.vocabulary
+    if tokenizer is not None and found in ("bpe", "ids") and here != tokenizer.ordinary:
+        raise ValueError(
+            f"documents.vocabulary: the tokenizer in {folder} has {tokenizer.ordinary} tokens, got {here}; leave it "
+            "out, or take the settings from training.sized_as"
+        )
     if ModelSettings.of(model.config, 0).architecture != settings.model.architecture:
         raise ValueError(
             f"architecture: the model in {folder} is a {model.kind}, got {settings.model.architecture}; sizes come "
