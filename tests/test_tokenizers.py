@@ -3,6 +3,7 @@
 import builtins
 import itertools
 import json
+import re
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memformer.data import BPETokenizer, ByteTokenizer, TokenIds, Tokenizer, load_tokenizer, tokenizer_fingerprint
+from memformer.data.tokenizers import _without_long_words as without_long_words
 from memformer.data.tokenizers import text_blocks
 
 CORPUS = ["the memory of a segment is read by every layer and written once. " * 4, "naïve 🙂 naïve 🙂"]
@@ -94,6 +96,26 @@ def test_a_bpe_is_shorter_than_bytes_and_the_same_each_time(bpe):
 
 def test_a_small_corpus_gives_fewer_tokens_than_asked_for():
     assert BPETokenizer.train(["abab"], 1000).ordinary == 257  # ab, and abab only once
+
+
+def test_a_very_long_word_is_trained_on_in_pieces(monkeypatch):
+    """A genome is one word, on which the trainer would be at work for hours."""
+    seen = []
+
+    def spied(blocks):
+        for piece in without_long_words(blocks):
+            seen.append(piece)
+            yield piece
+
+    monkeypatch.setattr("memformer.data.tokenizers._without_long_words", spied)
+    genome = "".join(np.random.default_rng(0).choice(list("ACGT"), 5000))
+    text = f"{genome} and {'=' * 3000}\n{' ' * 2500}{'7' * 1024}8 a word-in_pieces, " + "of no length " * 300
+    tokenizer = BPETokenizer.train([text], 400)
+    assert "".join(seen) == text
+    assert max(len(word) for piece in seen for word in re.findall(r"[A-Z]+|=+| +|\d+", piece)) == 1024
+    assert len(seen) == 4 + 2 + 2 + 1 + 1
+    assert tokenizer.ordinary == 400
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_a_long_text_is_trained_on_in_blocks(monkeypatch):

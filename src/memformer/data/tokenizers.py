@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -240,7 +241,8 @@ class BPETokenizer(_SpecialTokens):
             initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator((block for text in texts for block in text_blocks([text])), trainer)
+        blocks = (block for text in texts for block in text_blocks([text]))
+        tokenizer.train_from_iterator(_without_long_words(blocks), trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -555,6 +557,20 @@ def text_blocks(texts: Iterable[str | bytes]) -> Iterator[str]:
             first = end
         rest = rest[first:]
     yield rest
+
+
+_LONG = re.compile(r"[^\W\d_]{1024}|\d{1024}|\s{1024}|[^\w\s]{1024}")
+"""So much of what the trainer takes for one word (letters, digits, spaces, other signs) is cut off as one."""
+
+
+def _without_long_words(blocks: Iterable[str]) -> Iterator[str]:
+    """Blocks, cut where a word is very long (a genome): the trainer's time grows with its square."""
+    for block in blocks:
+        first = 0
+        for long in _LONG.finditer(block):
+            yield block[first : long.end()]
+            first = long.end()
+        yield block[first:]
 
 
 def _unknown_id(model: Mapping[str, object], vocabulary: Mapping[str, int]) -> int | None:
