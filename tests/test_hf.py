@@ -184,6 +184,20 @@ def test_a_base_with_lora(family: str) -> None:
     assert sum("lora_" in name for name in found) >= 4
 
 
+def test_a_base_whose_lora_has_no_wrapper(tmp_path: Path) -> None:
+    """As ``base.add_adapter`` of transformers leaves it; a merged one has none left."""
+    wrapped, tokens = with_lora(), some_tokens(2, LENGTH)
+    injected = peft.inject_adapter_in_model(wrapped.peft_config["default"], base_of())
+    injected.load_state_dict(wrapped.get_base_model().state_dict())
+    model = with_memory(injected.double().eval(), 3, LENGTH, read_dim=8, read_heads=2, write_heads=2)
+    assert torch.equal(model(tokens).logits, wrapped(tokens).logits)
+    assert any("lora_" in name for name, p in model.trainable("lora").named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    again = MemoryForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert with_memory(with_lora().merge_and_unload(), 3, LENGTH).config.adapter is None
+
+
 def test_what_is_trained_is_one_word() -> None:
     model = with_memory(with_lora(), 3, LENGTH, read_dim=8, read_heads=2, write_heads=2)
     trained = {}

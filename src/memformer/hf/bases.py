@@ -151,14 +151,14 @@ class _Hidden(BaseModelOutputWithPast):
 
 
 def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
-    """A base out of PEFT's wrapper, with its adapter in its layers, and the adapter's settings, for JSON.
+    """A base out of PEFT's wrapper, where it has one, with its adapter in its layers; and the adapter's settings.
 
     Raises:
         ValueError: an adapter that is no LoRA, or is not in the layers alone, or more than one.
     """
-    if not (hasattr(base, "peft_config") and hasattr(base, "get_base_model")):
+    adapters = getattr(base, "peft_config", None)  # transformers' add_adapter makes no wrapper, but this
+    if not adapters:
         return base, None
-    adapters = base.peft_config
     if len(adapters) != 1:
         raise ValueError(f"base: expected one adapter, got {', '.join(adapters)}; merge or delete the others")
     ((name, adapter),) = adapters.items()
@@ -170,7 +170,8 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
             "merge_and_unload it first"
         )
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
-    return base.get_base_model(), {**settings, "peft_type": kind, "adapter_name": name}
+    inner = base.get_base_model() if hasattr(base, "get_base_model") else base
+    return inner, {**settings, "peft_type": kind, "adapter_name": name}
 
 
 def add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
