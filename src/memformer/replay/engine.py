@@ -121,9 +121,7 @@ class Run:
         self.casts_lack_graphs = True  # of the weights that autocast has converted and kept
         self.watch = options.memory_gradients
         self.records_with_graph = False
-        self.carrying: list[list[bool]] | None = (
-            None  # which leaves of the memories need a gradient, once that is known
-        )
+        self.carrying: list[list[bool]] | None = None  # which leaves of a memory need a gradient, once that is known
         several = self.watch is not None and len(self.initial.tensors()) != 1  # of which some may be constant
         if self.environment.grad_enabled and (several or not self.differentiable or self.world.has_a_fast_path()):
             self._record_with_graphs()
@@ -450,9 +448,8 @@ class Run:
     def _carry_to(self, boundary: int, grads: Grads) -> None:
         if self.watch is not None:
             if self.carrying is not None and boundary < len(self.carrying):
-                grads = [
-                    grad if carries else None for grad, carries in zip(grads, self.carrying[boundary], strict=True)
-                ]
+                both = zip(grads, self.carrying[boundary], strict=True)
+                grads = [grad if carries else None for grad, carries in both]
             grads = self.watch.passing(boundary, grads)
         self.carry = grads
         self.boundary = boundary
