@@ -225,6 +225,20 @@ def test_flops_grow_with_segments_and_with_the_batch():
     assert whole == 4 * costs[2]
 
 
+def test_the_images_that_choose_a_rate_are_not_those_that_judge(monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(learn, "EPISODES", 512)
+    _, held_out = learn._tasks(learn.LearningBenchmark(tasks=("pixels",)), "pixels")
+
+    def images(seed):
+        episodes = learn._episodes(held_out, seed, held_out.segments)
+        return {tuple(image) for episode in episodes for image in episode.tokens.flatten(1).tolist()}
+
+    chosen, judged = images(learn._VALIDATION), images(learn._TEST)
+    assert not chosen & judged
+    assert len(chosen | judged) == len({tuple(image) for image in held_out.images.tolist()}) == 355
+
+
 def test_pixels_are_compared_in_bits():
     pytest.importorskip("sklearn")
     printed = lines(tasks=("pixels",), learning_rates=(1e-3,), seeds=(0,), contestants=("memformer",))

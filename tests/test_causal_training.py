@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,90 @@ def test_how_far_credit_reaches_is_told_unless_all_layers_run_at_once(
     assert bool(fronts) == at_once
     assert (line.memory_gradient is None) == at_once
     assert line.memory_gradient is None or line.memory_gradient > 0
+
+
+class Doubled(torch.nn.Module):
+    """A user's own part around one of the model's."""
+
+    def __init__(self, inside: torch.nn.Module):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inside(x)
+
+
+def _attentions(model: CausalMemformer) -> list[torch.nn.Module]:
+    return [layer.block.self_attention for layer in model.stack.layers]
+
+
+def _halves_one(model: CausalMemformer) -> None:
+    _attentions(model)[1].register_forward_hook(lambda module, given, out: 0.5 * out)
+
+
+def _halves_a_leaf(model: CausalMemformer) -> None:
+    for attention in _attentions(model):
+        attention.to_out.register_forward_hook(lambda module, given, out: 0.5 * out)
+
+
+def _writes_otherwise(model: CausalMemformer) -> None:
+    model.writers()[2].write_with(0.05, 0.5)
+
+
+def _drops_in_one(model: CausalMemformer) -> None:
+    for part in model.stack.layers[1].modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 1.0
+
+
+def _trains_one(model: CausalMemformer) -> None:
+    _drops_in_one(model.eval())
+    model.stack.layers[1].train()
+
+
+def _doubles(which: slice) -> Callable[[CausalMemformer], None]:
+    def change(model: CausalMemformer) -> None:
+        for attention in _attentions(model)[which]:
+            attention.to_out = Doubled(attention.to_out)
+
+    return change
+
+
+def _normalises(model: CausalMemformer) -> None:
+    for attention in _attentions(model):
+        torch.nn.utils.parametrizations.weight_norm(attention.to_out)
+
+
+CHANGES = {
+    "a hook on one": (_halves_one, "'block.self_attention' has a hook"),
+    "a hook on a leaf": (_halves_a_leaf, "'block.self_attention.to_out' has a hook"),
+    "another writer": (_writes_otherwise, "'writer' is not the same in all of them"),
+    "dropout in one": (_drops_in_one, "is not the same in all of them"),
+    "one in training": (_trains_one, "is not the same in all of them"),
+    "a part of one": (_doubles(slice(1, 2)), "'block.self_attention.to_out' is not the same in all of them"),
+    "a part of all": (_doubles(slice(None)), "'block.self_attention.to_out' is a Doubled, which is not known here"),
+    "a parametrization": (_normalises, "'block.self_attention.to_out' is a ParametrizedLinear, which is not known"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_layers_of_which_one_cannot_stand_for_all_run_one_by_one(kind: str) -> None:
+    change, message = CHANGES[kind]
+    model = lively_causal(depth=3, dropout=0.0)
+    change(model)
+    text = tokens(2, 20)
+    loss, mems = 0.0, None
+    for piece in text.split(5, 1):
+        _, mems, one = model(piece, mems, labels=piece)
+        loss += one
+    loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    found, after = memory_replay_backprop(model, text)
+    assert_close((found, tuple(after)), (loss.detach(), tuple(x.detach() for x in mems)))
+    assert_close([p.grad for p in model.parameters()], expected)
+    with pytest.raises(ValueError, match=f"wavefront: one layer stands for all of them, and .*{re.escape(message)}"):
+        rollout(model, [Segment(piece) for piece in text.split(5, 1)], wavefront=True)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which dynamo looks at

@@ -296,6 +296,7 @@ def test_a_document_of_one_token_is_one_step():
         ([np.zeros(2)], r"got float64 of shape \(2,\) at index 0"),
         ([{"text": "x"}], "got dict at index 0; encode= takes a function that makes one of it"),
         (["text"], "got str at index 0; encode="),
+        ([[1, 2], [[1, 2], [3]]], "got list at index 1; encode="),
         ([Document("a", b"x")], r"got Document at index 0; encode_documents\(documents, tokenizer\)"),
         ([], "documents: expected at least one, got none"),
     ],

@@ -594,6 +594,28 @@ def test_a_call_that_does_not_fit(arguments: dict[str, Any], message: str) -> No
         memory_replay_backprop(small(), **{"src": tokens(2, 7), **arguments})
 
 
+def test_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match=r"nothing to train: all parameters are frozen, or gradients are off"):
+        memory_replay_backprop(small().requires_grad_(False), src=tokens(2, 7), tgt=tokens(2, 4))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"nothing to train"):
+        memory_replay_backprop(small(), src=tokens(2, 7), tgt=tokens(2, 4))
+
+
+@pytest.mark.parametrize("purpose", [{"tgt": tokens(2, 4)}, {"loss_fn": lambda i, x: x.mean()}])
+@pytest.mark.parametrize(
+    ("scale", "got"),
+    [
+        (lambda loss: loss.item(), "float"),
+        (lambda loss: None, "NoneType"),
+        (lambda loss: loss.detach(), "one without a graph"),
+        (lambda loss: loss[None], r"float\d+ of shape \(1,\)"),
+    ],
+)
+def test_a_scale_that_gives_no_loss(purpose: dict[str, Any], scale: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"scale: expected a multiple of the loss, .*got .*{got}"):
+        memory_replay_backprop(small(), src=tokens(2, 7), scale=scale, **purpose)
+
+
 def test_models_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"a target: this model is encoder_only and has no decoder"):
         memory_replay_backprop(small(encoder_only=True), src=tokens(2, 7), tgt=tokens(2, 4))

@@ -98,6 +98,15 @@ def test_a_small_corpus_gives_fewer_tokens_than_asked_for():
     assert BPETokenizer.train(["abab"], 1000).ordinary == 257  # ab, and abab only once
 
 
+def test_the_callers_tokenizer_stays_as_it_is(bpe):
+    other = type(bpe._tokenizer).from_str(bpe._tokenizer.to_str())
+    other.enable_truncation(4)
+    other.enable_padding(length=6)
+    assert len(BPETokenizer(other).encode(CORPUS[0])) > 6
+    assert sum(other.encode(CORPUS[0]).attention_mask) == 4
+    assert len(other.encode("")) == 6
+
+
 def test_a_very_long_word_is_trained_on_in_pieces(monkeypatch):
     """A genome is one word, on which the trainer would be at work for hours."""
     seen = []

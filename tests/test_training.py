@@ -261,6 +261,17 @@ def test_a_run_is_never_overwritten(settings):
         Run(settings())
 
 
+def test_a_run_without_gradients_is_refused(settings, tmp_path):
+    """Weight decay alone would change the weights, and every metric would be written."""
+    run = Run(settings())
+    before = weights(run)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off(), pytest.raises(RuntimeError, match=r"train: gradients are off here"):
+            list(run.train())
+    assert_close(weights(run), before, rtol=0, atol=0)
+    assert len(list(run.train())) > 0
+
+
 def test_what_fsdp_divides_is_not_verified(settings, monkeypatch):
     monkeypatch.setattr("memformer.training.run.gradient_sync", lambda model: print)
     with pytest.raises(ValueError, match=r"verify: plain autograd cannot .*; use --parallel ddp"):

@@ -143,12 +143,14 @@ def memory_replay_backprop(
             document), or a list with one such tensor or None per segment.
         mems: the memory to start from, as the model returns it; None for the learned initial memory.
         loss_fn: ``loss_fn(index, enc_out) -> scalar or None``, in place of a target (for encoder-only models): called
-            once per segment, with the last layer's output. Whatever it uses gets its gradients too.
+            once per segment, with the last layer's output. Whatever it uses gets its gradients too. A causal model's
+            output has one place more, the first: that of the last token before the segment, as in its ``step``.
         reduction: how the targets' losses become one: ``"segment_means"``, the sum of each segment's mean, in which a
             target counts more where its segment has few; ``"mean"`` over all targets that count, so that it does not
             matter how they are cut; or ``"sum"`` over them.
-        scale: what is back-propagated in place of the loss, which is returned as it is: ``scaler.scale`` of a
-            ``torch.amp.GradScaler``, or ``lambda loss: loss / 4`` to accumulate the mean over four calls.
+        scale: gives a multiple of the loss, which is back-propagated in its place; the loss is returned as it is:
+            ``scaler.scale`` of a ``torch.amp.GradScaler``, or ``lambda loss: loss / 4`` to accumulate the mean over
+            four calls. With ``loss_fn`` it gets each segment's loss.
         options: how the gradients travel, see :class:`~memformer.replay.Options`; its fields are keywords, too:
             ``schedule``, ``segment_weights``, ``memory_gradients``, ``check``, and, for targets, ``readout_segments``:
             how many segments one call of the decoder gets, and ``keep_values``: whether the losses are computed once,
@@ -160,7 +162,7 @@ def memory_replay_backprop(
         memory.
 
     Raises:
-        ValueError: as the model's ``forward``, or if there is nothing to predict.
+        ValueError: as the model's ``forward``, or if there is nothing to predict, or nothing to train.
         RuntimeError: ``check`` finds a segment whose replay differs.
     """
     options = replay.Options.of(options, keywords)
@@ -202,7 +204,9 @@ def memory_replay_backprop(
         options=options,
         readout_tokens=readout_tokens,
     )
-    (outcome.loss if scale is None else scale(outcome.loss)).backward()
+    if not outcome.loss.requires_grad:
+        raise ValueError("nothing to train: all parameters are frozen, or gradients are off here (torch.no_grad?)")
+    _scaled(outcome.loss, scale).backward()
     return outcome.loss.detach(), _detached(outcome.memory)
 
 
@@ -234,7 +238,7 @@ def _backprop_own_loss(
             raise ValueError(f"loss_fn: expected a scalar loss or None for segment {i}, got {got}")
         loss = loss * weight
         if loss.requires_grad:
-            (loss if scale is None else scale(loss)).backward()
+            _scaled(loss, scale).backward()
             trains = True
         losses.append(loss.detach())
         if leaf.grad is not None and output.requires_grad:  # a frozen model's does not
@@ -243,6 +247,15 @@ def _backprop_own_loss(
         raise ValueError("loss_fn: returned no loss that requires a gradient, so there is nothing to back-propagate")
     torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])
     return torch.stack(losses).sum()
+
+
+def _scaled(loss: Tensor, scale: Callable[[Tensor], Tensor] | None) -> Any:
+    """What is back-propagated."""
+    scaled = loss if scale is None else scale(loss)
+    if not isinstance(scaled, Tensor) or scaled.dim() or not scaled.requires_grad:
+        got = describe(scaled) if not isinstance(scaled, Tensor) or scaled.dim() else "one without a graph"
+        raise ValueError(f"scale: expected a multiple of the loss, a scalar tensor with its graph, got {got}")
+    return scaled
 
 
 def _with_readout(

@@ -29,7 +29,7 @@ from .nn.causal import (
     predicting,
     tokens_first,
 )
-from .nn.stacked import call, part, stack, twin
+from .nn.stacked import call, difference, part, stack, twin
 from .pretrained import divided
 
 __all__ = ["Diagonal", "Flight", "Wavefront", "pays", "read_segments"]
@@ -92,7 +92,8 @@ class Wavefront:
         parameters: the stacked weights and what else was made of the model's parameters, for the engine's ``params=``.
 
     Raises:
-        ValueError: another model; it has one memory for all layers, which wait for each other; or FSDP divides it.
+        ValueError: another model; it has one memory for all layers, which wait for each other; FSDP divides it; or its
+            layers differ in more than the numbers in their parameters, or have a hook or a part of another library.
     """
 
     def __init__(self, model: SegmentModel, batch_size: int):
@@ -106,6 +107,8 @@ class Wavefront:
                 "wavefront: FSDP divides this model, whose layers are gathered one after the other; leave it out"
             )
         layers = list(stacked.layers)
+        if (why := difference(layers)) is not None:
+            raise ValueError(f"wavefront: one layer stands for all of them, and {why}; leave it out")
         assert isinstance(layers[0], CausalLayer)
         self.model, self.depth = cast(_Layered, model), len(layers)
         self._twin, self._stacked = twin(layers[0]), stack(layers)
@@ -174,12 +177,14 @@ def pays(model: SegmentModel, segments: int) -> bool:
     It saves calls where there are several layers and several segments; docs/causal.md has the measurements, in which it
     was never slower from three layers on. Where FSDP divides a model it never does: its stacked weights would be the
     whole model, gathered in each process. A compiled stack is faster one layer after the other: each number of layers
-    that work at once would be compiled anew.
+    that work at once would be compiled anew. And layers of which one cannot stand for all run one by one.
     """
     stacked = getattr(model, "stack", None)
     if not isinstance(stacked, MemoryInEachLayer) or stacked._compiled_call_impl is not None:
         return False
-    return len(stacked.layers) >= 3 and segments >= 3 and not divided(model)
+    if len(stacked.layers) < 3 or segments < 3 or divided(model):
+        return False
+    return difference(list(stacked.layers)) is None
 
 
 def read_segments(

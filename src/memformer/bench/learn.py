@@ -259,9 +259,11 @@ def _flops(model: Contestant, episode: Episode) -> int:
 
 
 def _episodes(task: Task, seed: int, segments: int) -> list[Episode]:
-    """Held-out episodes in batches that any length fits in memory."""
-    generator = torch.Generator().manual_seed(seed)
-    count = min(EPISODES, len(task.images)) if isinstance(task, Pixels) else EPISODES
+    """Held-out episodes in batches that any length fits in memory: of images, each second one for each purpose."""
+    generator, count = torch.Generator().manual_seed(seed), EPISODES
+    if isinstance(task, Pixels):
+        task = dataclasses.replace(task, images=task.images[seed % 2 :: 2])
+        count = min(count, len(task.images))
     tokens, answers = task.draw(count, generator, segments)
     return [Episode(*part) for part in zip(tokens.split(128), answers.split(128), strict=True)]
 

@@ -9,6 +9,7 @@ their first source: the segment of text before the stretch.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -252,7 +253,8 @@ class Lanes:
         if self._encode is not None:
             item = self._encode(item)
         if isinstance(item, list | tuple):
-            item = np.asarray(item, None if len(item) else np.int64)
+            with contextlib.suppress(ValueError):  # lists of unequal lengths in it: no array
+                item = np.asarray(item, None if len(item) else np.int64)
         elif isinstance(item, torch.Tensor):
             item = item.numpy(force=True)
         dtype, dimensions = getattr(item, "dtype", None), getattr(item, "ndim", 1)

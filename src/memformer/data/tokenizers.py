@@ -207,8 +207,10 @@ class BPETokenizer(_SpecialTokens):
                 f"tokenizer: expected a tokenizers.Tokenizer, got {type(tokenizer).__name__}; from_file reads a "
                 "tokenizer.json"
             )
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        if tokenizer.truncation or tokenizer.padding:  # the caller's goes on as it is
+            tokenizer = type(tokenizer).from_str(tokenizer.to_str())
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError("tokenizer: expected one with a vocabulary, got an empty one")

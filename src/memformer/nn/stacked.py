@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .memory import SlowLinear
 
-__all__ = ["Stack", "stack", "twin"]
+__all__ = ["Stack", "difference", "stack", "twin"]
 
 M = TypeVar("M", bound=nn.Module)
 Stack = dict[str, Tensor]
@@ -90,6 +90,52 @@ _LEAVES: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.Embedding: _Embedding,
     nn.GRUCell: _GRUCell,
 }
+
+
+def difference(layers: Sequence[nn.Module]) -> str | None:
+    """Why layers cannot be one, in words; None where they can.
+
+    One stands for all of them. So they have to be alike in everything but the numbers in their parameters, and made of
+    parts that are known here: a hook would be called once for all layers, and what a user put in may do anything.
+    This is asked before each rollout, so it is plain.
+    """
+    todo: list[tuple[str, Sequence[nn.Module]]] = [("", layers)]
+    for name, parts in todo:
+        kind, first = type(parts[0]), vars(parts[0])
+        known = kind in _LEAVES or kind.__module__.startswith(_OWN)
+        if not (known or (kind.__module__.startswith("torch.nn.modules.") and not first["_parameters"])):
+            return f"'{name}' is a {kind.__name__}, which is not known here"
+        plain = [(key, x) for key, x in first.items() if key not in _OF_EVERY_MODULE and isinstance(x, _PLAIN)]
+        shapes = _shapes(first)
+        for part in parts:
+            own = vars(part)
+            hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+            if hooks or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own:
+                return f"'{name}' has a hook, or a forward of its own"
+            if part is parts[0]:
+                continue
+            alike = type(part) is kind and own["training"] == first["training"]
+            alike = alike and _names(own) == _names(first) and _shapes(own) == shapes
+            if not alike or any(own.get(key) != x for key, x in plain):
+                return f"'{name}' is not the same in all of them"
+        todo += [(f"{name}.{key}".strip("."), [vars(x)["_modules"][key] for x in parts]) for key in _names(first)]
+    return None
+
+
+def _names(own: dict[str, Any]) -> list[str]:
+    """Of a module's parts."""
+    return [name for name, part in own["_modules"].items() if part is not None]
+
+
+def _shapes(own: dict[str, Any]) -> dict[str, object]:
+    """Of a module's own parameters."""
+    return {name: p if p is None else (p.shape, p.dtype) for name, p in own["_parameters"].items()}
+
+
+_OWN = __name__.partition(".")[0] + "."
+"""How the modules begin whose classes compute with one dimension more as they do without."""
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def twin(layer: M) -> M:

@@ -24,15 +24,16 @@ def reset(memory: Tree, initial: Tree, lanes: Tensor, dim: int = 0) -> Tree:
     Gradients go on to whichever of the two a lane takes: an initial memory that is learned is trained.
 
     Args:
-        memory, initial: pytrees of one structure, their tensors of the same shapes. The result has the memory's dtypes,
-            which may be of half precision (autocast) where a learned initial memory is of single.
+        memory, initial: pytrees of one structure, the tensors of ``initial`` of the memory's shapes, or of such as
+            broadcast to them. The result has the memory's dtypes, which may be of half precision (autocast) where a
+            learned initial memory is of single.
         lanes: (batch,) boolean.
         dim: the dimension of the batch, in every tensor of the memory. That of ``nn.LSTM`` and ``nn.GRU`` is
             (layers, batch, dim): there it is 1. Where there are as many layers as lanes nothing can tell the two apart.
 
     Raises:
         ValueError: ``lanes`` is not one boolean for each lane of every tensor; a tensor has no such dimension;
-            ``initial`` has other shapes, or integers where the memory has not; ``dim`` is negative.
+            ``initial`` has shapes that do not fit, or integers where the memory has not; ``dim`` is negative.
     """
 
     at_least("dim", dim, 0)

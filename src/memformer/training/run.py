@@ -146,7 +146,7 @@ class Run:
             BlockingIOError: another process trains in the same folder, or has trained there since this run was made.
             OSError: something cannot be written; the checkpoints are untouched.
             ValueError, MemoryError: the evaluation failed, after its checkpoint was written.
-            RuntimeError: an exception came in the middle of an update of the weights.
+            RuntimeError: an exception came in the middle of an update of the weights; or gradients are switched off.
         """
         if self._stepper.half_updated:
             raise RuntimeError(
@@ -195,6 +195,8 @@ class Run:
         yield from self._evaluate_if_due()
         self._callbacks.phase("training", self.step, steps)
         while self.step < steps and not self.stopping and not self.stopped_early:
+            if not torch.is_grad_enabled():
+                raise RuntimeError("train: gradients are off here (torch.no_grad?): nothing would be learned")
             # The first step, so that there is something to see at once.
             watched = self.step in (0, steps - 1) or self.step % output.log_every == output.log_every - 1
             watch = replay.MemoryGradients() if watched else None
