@@ -337,6 +337,16 @@ def test_a_compiled_model_has_the_same_gradients_and_is_compiled_once(
     assert counter.frame_count == compiled
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 8), (2, 28, 7), (2, 29, 8)])
+def test_a_memory_of_another_model_is_not_resized(shape: tuple[int, ...]) -> None:
+    """Of a depth of 3 with an overlap of 4: 13 rows are no slots, and what is left is the same for each layer."""
+    model = lively_causal(depth=3, overlap=4)
+    with pytest.raises(
+        ValueError, match=r"mems: expected the packed memory of a state of this model, \(batch, rows, 8\)"
+    ):
+        model.resize_mems(torch.zeros(shape, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("layout", ["layers", "one"])
 def test_slots_that_are_added_and_dropped(layout: str) -> None:
     model, text = lively_causal(memory=layout), tokens(2, 5)

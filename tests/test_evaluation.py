@@ -100,6 +100,11 @@ def test_the_models_mode_is_kept_and_dropout_is_off(model):
     model.eval()
     evaluate(model, documents, TOKENIZER)
     assert not model.training
+    model.train()
+    model.encoder.eval()  # as one that is frozen
+    evaluate(model, documents, TOKENIZER)
+    assert model.training
+    assert not any(part.training for part in model.encoder.modules())
 
 
 class Counted:
@@ -148,6 +153,8 @@ def test_progress_counts_every_token_once(model):
 def test_mistakes(model):
     with pytest.raises(ValueError, match="documents: expected at least one, got none"):
         evaluate(model, [], TOKENIZER)
+    with pytest.raises(ValueError, match="documents: 'z', at index 1, is empty; leave it out"):
+        evaluate(model, [Document("a", b"hello"), Document("z", b"")], TOKENIZER)
     with pytest.raises(ValueError, match="lanes: expected at least 1, got 0"):
         evaluate(model, [Document("a", b"a")], TOKENIZER, lanes=0)
 

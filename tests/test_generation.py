@@ -78,6 +78,8 @@ def test_filters_keep_what_their_names_say() -> None:
     assert keep_top_p(logits, 0.76).isfinite().tolist() == [[True, True, True, False]]
     assert keep_top_p(logits, 1e-9).isfinite().tolist() == [[True, False, False, False]]
     assert keep_top_p(logits, 1.0).isfinite().all()
+    many = 6 * torch.randn(1, 50_000, generator=torch.Generator().manual_seed(0))
+    assert keep_top_p(many, 1.0).isfinite().all()
     assert keep_min_p(logits, 0.45).isfinite().tolist() == [[True, False, True, False]]
     assert keep_min_p(logits, 1.0).isfinite().tolist() == [[True, False, False, False]]
     assert keep_min_p(logits, 0.09).isfinite().all()
@@ -640,6 +642,7 @@ ONE = torch.zeros(1, 2, dtype=torch.int64)
             dict(prompt_mask=torch.full((1, 2), 3)),
             "mask: expected torch.bool, .* got other integers, from 3 to 3",
         ),
+        (dict(length_penalty=0.5), "length_penalty: 0.5 has no meaning without beams; leave it out"),
         (dict(beams=2, length_penalty=math.nan), "length_penalty: expected a finite number, got nan"),
         (dict(beams=2, max_new_tokens=-3), "max_new_tokens: expected a whole number of at least 0, got -3"),
     ],
@@ -667,17 +670,29 @@ def test_an_encoder_only_model_cannot_generate() -> None:
         lively(encoder_only=True).generate(ONE, 1, start=START)
 
 
+def test_a_stream_of_inference_mode_goes_on_outside() -> None:
+    model = lively()
+    with torch.inference_mode():
+        stream = model.stream(ONE, 20, start=START, temperature=0)
+        next(stream)
+        expected = model.generate(ONE, 20, start=START, temperature=0).tokens[0]
+    assert torch.cat(list(stream)).equal(expected[1:])
+
+
 def test_huge_numbers_of_tokens_are_a_stream_without_an_end() -> None:
     stream = lively().stream(ONE, 10**30, start=START)
     assert len(list(itertools.islice(stream, 60))) == 60
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"beams": 2}])
-def test_a_model_that_has_diverged_is_refused(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("bias", [math.nan, -math.inf])
+def test_a_model_that_has_diverged_is_refused(options: dict[str, Any], bias: float) -> None:
+    """Or one that rules out whatever may be generated, of which a token that is never to come would come."""
     model = lively()
     assert model.decoder is not None
     with torch.no_grad():
-        model.decoder.to_logits.bias.fill_(math.nan)
+        model.decoder.to_logits.bias.fill_(bias)
+        model.decoder.to_logits.bias[START] = 0
     with pytest.raises(ValueError, match="its weights have diverged"):
         model.generate(torch.tensor([[1]]), 3, start=START, **options)
 

@@ -17,7 +17,7 @@ from helpers import VOCABULARY, WRITERS, mask, memory, take_grads, tiny, tokens
 from memformer import Memformer
 from memformer.cli import main
 from memformer.cli.inspect import describe_life
-from memformer.data import ByteTokenizer
+from memformer.data import ByteTokenizer, Document
 from memformer.data.segments import Segment
 from memformer.inspection import KINDS, Inspection, MemoryHealth, inspect, kinds, memory_health, plot, slot_diversity
 from memformer.pictures import new_figure
@@ -160,6 +160,9 @@ def test_an_inspection_changes_nothing() -> None:
         again = inspect(model.eval().requires_grad_(False), documents(30), start=START)
     assert torch.equal(first.self_attention, again.self_attention)
     torch.testing.assert_close(first.gradient_reach, again.gradient_reach)
+    with torch.inference_mode():
+        again = inspect(model, documents(30), start=START)
+    torch.testing.assert_close(first.gradient_reach, again.gradient_reach)
 
 
 def test_the_three_kinds() -> None:
@@ -177,6 +180,14 @@ def test_the_three_kinds() -> None:
     [
         ({"segments": 1}, r"segments: expected at least 2, for a gradient to reach back, got 1"),
         ({"documents": []}, r"documents: expected at least one, got none"),
+        ({"documents": "a text"}, r"documents: expected a list of arrays of token ids, got str"),
+        (
+            {"documents": np.ones((2, 30), int)},
+            r"documents: expected a list of arrays of token ids, got int64 of shape",
+        ),
+        ({"documents": [Document("a", b"text")]}, r"got Document at index 0; encode_documents"),
+        ({"documents": [*documents(30), "text"]}, r"got str at index 1; encode_documents"),
+        ({"documents": [*documents(30), 3]}, r"got int at index 1; encode_documents"),
         ({"documents": documents(30, 9)}, r"documents: expected at least 2 segments of 5 tokens of each, got 9 tokens"),
         ({"documents": [np.full(20, 11)]}, r"token id 11 is outside the table of .* = 11"),
         ({"documents": [np.zeros(20)]}, r"documents: .* integer"),

@@ -232,6 +232,13 @@ class CausalMemformer(LanguageModel):
             ValueError: not a memory of this model but for the number of its slots.
         """
         if isinstance(mems, Tensor):
+            config, layers = self.config, len(self.writers())
+            count = mems.shape[1] - config.depth * config.overlap - 1 if mems.dim() == 3 else 0  # rows of slots
+            if count < layers or count % layers or mems.shape[2] != config.dim:
+                raise ValueError(
+                    f"mems: expected the packed memory of a state of this model, (batch, rows, {config.dim}), got "
+                    f"{describe(mems)}"
+                )
             return self.packed(self._resized(self.unpacked(mems)))
         return self._resized(mems)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import is_count
 from .data import BPETokenizer, Document, Lanes, Tokenizer, Tokens, encode_documents
 from .device import summing_device
-from .interface import SegmentModel
+from .interface import SegmentModel, in_evaluation
 from .parallel import Ranks
 from .pretrained import unwrapped
 from .wavefront import read_segments
@@ -118,7 +118,7 @@ def evaluate(
         progress: called now and then with how many tokens were read in this process, and how many all documents have.
 
     Raises:
-        ValueError: no document, or the model has another vocabulary than the tokenizer.
+        ValueError: no document, an empty one, or the model has another vocabulary than the tokenizer.
     """
     inner = unwrapped(model)
     if not isinstance(inner, SegmentModel):
@@ -130,6 +130,8 @@ def evaluate(
         raise ValueError(f"documents: expected a list of Document, got {type(documents).__name__}")
     if not documents:
         raise ValueError("documents: expected at least one, got none")
+    if (empty := next((i for i, document in enumerate(documents) if not len(document)), None)) is not None:
+        raise ValueError(f"documents: '{documents[empty].name}', at index {empty}, is empty; leave it out")
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"tokenizer: expected one with encode, decode and its ids, got {type(tokenizer).__name__}")
     for name, size in model.config.vocabularies.items():
@@ -142,7 +144,7 @@ def evaluate(
         streamed_once(sequences, model.config.segment_length, lanes, tokenizer.start),
         sum(map(len, sequences)),
     )
-    was_training, read = model.training, 0
+    read = 0
 
     def report(tokens: int) -> None:
         nonlocal read
@@ -150,11 +152,8 @@ def evaluate(
         if progress is not None:
             progress(read, total)
 
-    model.eval()
-    try:
+    with in_evaluation(model):
         by_depth = read_stream(model, stream, memory, device or next(model.parameters()).device, report)
-    finally:
-        model.train(was_training)
     by_depth.sums = ranks.sum(by_depth.sums).cpu()
     nats, tokens = by_depth.sums.sum(1).tolist()
     sizes = [_num_bytes(document, tokenizer) for document in documents]

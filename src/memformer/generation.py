@@ -109,10 +109,10 @@ def _beam_search(
             rows = torch.arange(scores.numel(), device=place).view_as(scores)
         if not len(lanes):
             break
-        logits = writing.logits()
-        if choice.spoiled(logits).any():
+        allowed = choice.scores(writing.logits(), writing.seen())
+        if choice.spoiled(allowed).any():
             raise diverged()
-        gains = choice.scores(logits, writing.seen()).to(place).double().log_softmax(-1)
+        gains = allowed.to(place).double().log_softmax(-1)
         vocabulary = gains.shape[-1]
         # A hypothesis that has ended has one continuation, itself: the first column, for nothing.
         stays = torch.where(torch.arange(vocabulary, device=place) == 0, 0.0, -math.inf).double()
@@ -180,6 +180,8 @@ def read(
     return read_lanes(model, lanes, state)
 
 
+@torch.inference_mode(False)  # its tensors are written on wherever it is asked for more
+@torch.no_grad()
 def stream(
     model: SegmentModel,
     prompt: Tokens | None,
@@ -234,8 +236,7 @@ def stream(
             f"got {generator!r}"
         )
     choice = Choice(sampling, model.config, state.start, state.position.device)
-    with torch.no_grad():
-        return Stream(model, read_lanes(model, lanes, state), max_new_tokens, choice, generator, capture)
+    return Stream(model, read_lanes(model, lanes, state), max_new_tokens, choice, generator, capture)
 
 
 @torch.no_grad()
@@ -273,11 +274,13 @@ def generate(
             favours longer ones.
 
     Raises:
-        ValueError: as :func:`stream`, and for anything that samples beside ``beams``.
+        ValueError: as :func:`stream`, for anything that samples beside ``beams``, and for a penalty without them.
         TypeError: a keyword is unknown.
     """
     model, sampling = _of_kind(model), Sampling.of(sampling, keywords)
     if beams is None:
+        if length_penalty != 1:
+            raise ValueError(f"length_penalty: {length_penalty} has no meaning without beams; leave it out")
         tokens = stream(
             model,
             prompt,

@@ -6,12 +6,12 @@ parameters, gradients or generators. Shapes: memory (batch, slots, dim).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import replay
-from .checks import plural
+from .checks import describe, plural
 from .config import a_path, is_count
-from .data import Lanes, Tokens
+from .data import Document, Lanes, Tokens
 from .data.segments import Segment
-from .interface import Memory, SegmentModel
+from .interface import Memory, SegmentModel, in_evaluation
 from .nn.memory import SlotWriter
 from .pictures import new_figure
 from .pretrained import unwrapped
@@ -63,7 +63,7 @@ def memory_health(model: SegmentModel, segment: Segment, memory: Memory | None) 
         segment: its source, masks and reset flags; a target is not used.
         memory: before the segment, as the model returns it; None for the learned initial memory.
     """
-    with _in_evaluation(model), torch.no_grad():
+    with in_evaluation(model), torch.no_grad():
         shares, memory = _watched_step(model, segment, memory)
         written = model.slots_of(memory)
     if segment.src_mask is not None and (busy := segment.src_mask.any(1)).any():
@@ -110,6 +110,7 @@ class Inspection:
         return kind.float().mean((0, 2))
 
 
+@torch.inference_mode(False)  # in which nothing reaches back
 def inspect(model: SegmentModel, documents: Sequence[Tokens], *, start: int, segments: int = 32) -> Inspection:
     """Read the beginnings of documents side by side, as in training, and watch what the memory does.
 
@@ -130,8 +131,10 @@ def inspect(model: SegmentModel, documents: Sequence[Tokens], *, start: int, seg
     model = inner
     if not is_count(segments, 2):
         raise ValueError(f"segments: expected at least 2, for a gradient to reach back, got {segments!r}")
-    if not isinstance(documents, Sequence) or not documents:
-        raise ValueError(f"documents: expected at least one, got {'none' if documents == [] else repr(documents)}")
+    if not isinstance(documents, Sequence) or isinstance(documents, str | bytes):
+        raise ValueError(f"documents: expected a list of arrays of token ids, got {describe(documents)}")
+    if not documents:
+        raise ValueError("documents: expected at least one, got none")
     if not is_count(start, 0) or start >= model.config.vocabulary:
         raise ValueError(f"start: expected a token id from 0 to {model.config.vocabulary - 1}, got {start!r}")
     try:
@@ -139,9 +142,8 @@ def inspect(model: SegmentModel, documents: Sequence[Tokens], *, start: int, seg
     except ValueError as error:
         raise ValueError(f"{error}. Without a loss, see memory_health") from error
     length = model.config.segment_length
-    count = min(segments, *(len(document) // length for document in documents))
-    if count < 2:
-        shortest = min(len(document) for document in documents)
+    shortest = min(_tokens_in(document, i) for i, document in enumerate(documents))
+    if (count := min(segments, shortest // length)) < 2:
         raise ValueError(f"documents: expected at least 2 segments of {length} tokens of each, got {shortest} tokens")
     tokens = [np.asarray(document[: count * length]) for document in documents]
     device = next(model.parameters()).device
@@ -149,7 +151,7 @@ def inspect(model: SegmentModel, documents: Sequence[Tokens], *, start: int, seg
     read = [model.of_stream(segment).to(device) for segment in stream]
     for segment in read:
         model.segments(segment.src, segment.tgt, segment.src_mask, segment.tgt_mask, segment.reset, None)
-    with _in_evaluation(model):
+    with in_evaluation(model):
         attention, diversity, memory = [], [], None
         with torch.no_grad():
             for segment in read:
@@ -161,6 +163,16 @@ def inspect(model: SegmentModel, documents: Sequence[Tokens], *, start: int, seg
     norms = [w.scale * w.get_parameter(w.per_slot).detach().float().norm(dim=-1).cpu() for w in writers]
     role, count = writers[0].role, len(writers)
     return Inspection(torch.stack(attention, 1), torch.stack(diversity, 1), role, torch.cat(norms), reach, count)
+
+
+def _tokens_in(document: object, index: int) -> int:
+    """How many tokens a document has. Whether they are whole numbers is looked at when they are read."""
+    if isinstance(document, str | bytes | Document) or not hasattr(document, "__getitem__"):
+        raise ValueError(
+            f"documents: expected one-dimensional arrays of token ids, got {describe(document)} at index {index}; "
+            "encode_documents(documents, tokenizer) makes arrays of texts"
+        )
+    return len(cast(Tokens, document))
 
 
 def _gradient_reach(model: SegmentModel, segments: list[Segment], length: int) -> Tensor:
@@ -292,15 +304,3 @@ def _watched_step(model: SegmentModel, segment: Segment, memory: Memory | None) 
         for hook in hooks:
             hook.remove()
     return torch.cat([torch.stack(own).mean(0) for own in shares], 1), written
-
-
-@contextlib.contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each part is in the mode in which it was."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -6,9 +6,10 @@ is *not* known here: how a model computes, and the replay engine.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,7 +22,18 @@ from .nn.memory import SlotWriter
 from .pretrained import Pretrained
 from .state import MemoryState
 
-__all__ = ["Axes", "Divisor", "LanguageModel", "Memory", "SegmentModel", "Step", "TokenLosses", "as_pairs", "as_tensor"]
+__all__ = [
+    "Axes",
+    "Divisor",
+    "LanguageModel",
+    "Memory",
+    "SegmentModel",
+    "Step",
+    "TokenLosses",
+    "as_pairs",
+    "as_tensor",
+    "in_evaluation",
+]
 
 Memory = Any
 """A tensor, or a named tuple of tensors, batch first: what :meth:`SegmentModel.get_initial_mem` returns."""
@@ -48,6 +60,18 @@ class Step(NamedTuple):
     module: nn.Module
     inputs: dict[str, tuple[Tensor, Axes]]
     outputs: dict[str, Axes]
+
+
+@contextlib.contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each part is in the mode in which it was."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def as_tensor(pairs: Sequence[KeysValues]) -> Tensor:

@@ -45,6 +45,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     check_number("top_p", p)
     if not 0 < p <= 1:
         raise ValueError(f"top_p: expected a share in (0, 1], got {p}")
+    if p == 1:  # to which no sum of rounded numbers adds up
+        return logits
     ordered, order = logits.sort(descending=True)
     probability = ordered.softmax(-1)
     # CUDA adds up numbers with a point in an order of its own, and refuses to where all is to be deterministic.
@@ -205,9 +207,10 @@ class Choice:
         """Whether chance has a part in it."""
         return self.sampling.temperature > 0
 
-    def spoiled(self, logits: Tensor) -> Tensor:
-        """(batch,), True in lanes of whose logits (batch, vocabulary) nothing can be chosen."""
-        return (~(logits < math.inf) if self.draws else logits.isnan()).any(-1)
+    def spoiled(self, scores: Tensor) -> Tensor:
+        """(batch,), True in lanes of whose :meth:`scores` (batch, vocabulary) nothing can be chosen."""
+        best = scores.amax(-1)  # NaN where there is one
+        return ~best.isfinite() if self.draws else best.isnan() | best.isneginf()
 
     def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
         """Logits of what may be generated at all: tokens that the encoder can read, without ``never``."""
@@ -224,15 +227,15 @@ class Choice:
         """The logits in the precision in which a token is chosen, and noise is drawn: float32 at least."""
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
-    def __call__(self, logits: Tensor, seen: Tensor, noise: Tensor | None) -> Tensor:
+    def __call__(self, scores: Tensor, noise: Tensor | None) -> Tensor:
         """(batch, vocabulary) -> (batch,).
 
         Args:
-            seen: (batch, any number), the tokens before.
-            noise: of the logits' shape, drawn from an exponential distribution: ``torch.multinomial`` divides the
+            scores: from :meth:`scores`.
+            noise: of their shape, drawn from an exponential distribution: ``torch.multinomial`` divides the
                 probabilities by the same numbers, but waits for the card. None where nothing is drawn.
         """
-        logits = self.sampling.kept(self.scores(logits, seen))
+        logits = self.sampling.kept(scores)
         return (logits if noise is None else logits.softmax(-1) / noise).argmax(-1)
 
 

@@ -137,7 +137,10 @@ def after_last(state: MemoryState, *last: int) -> MemoryState:
 
 def diverged() -> ValueError:
     """What is wrong with a model of whose logits nothing can be chosen."""
-    return ValueError("the model's logits are not numbers (nan or inf): its weights have diverged")
+    return ValueError(
+        "the model's logits are not numbers (nan or inf), or -inf for all that may be generated: its weights have "
+        "diverged, or rule out every such token"
+    )
 
 
 def check_capture(mode: str, model: SegmentModel, device: torch.device) -> None:
@@ -174,12 +177,13 @@ class _Step:
         Args:
             logits: (batch, vocabulary).
             going: (batch,), the lanes that go on.
-            spoiled: scalar, whether some logits were not numbers. From then on nothing is written.
+            spoiled: scalar, whether in some lane nothing could be chosen. From then on nothing is written.
             noise: see :class:`~memformer.sampling.Choice`.
         """
-        spoiled = spoiled | (self.choice.spoiled(logits) & going).any()
+        scores = self.choice.scores(logits, self.writing.seen())
+        spoiled = spoiled | (self.choice.spoiled(scores) & going).any()
         going = going & ~spoiled
-        tokens = self.choice(logits, self.writing.seen(), noise)
+        tokens = self.choice(scores, noise)
         self.writing.put(going, tokens)
         ends = (tokens[:, None] == self.choice.stops).any(-1)
         return torch.where(going, tokens, -1), going & ~ends, spoiled
