@@ -277,6 +277,10 @@ def _doubles(which: slice) -> Callable[[CausalMemformer], None]:
     return change
 
 
+def _carries_more(model: CausalMemformer) -> None:
+    model.stack.layers[2].block.note = "of this layer alone"
+
+
 def _normalises(model: CausalMemformer) -> None:
     for attention in _attentions(model):
         torch.nn.utils.parametrizations.weight_norm(attention.to_out)
@@ -290,6 +294,7 @@ CHANGES = {
     "one in training": (_trains_one, "is not the same in all of them"),
     "a part of one": (_doubles(slice(1, 2)), "'block.self_attention.to_out' is not the same in all of them"),
     "a part of all": (_doubles(slice(None)), "'block.self_attention.to_out' is a Doubled, which is not known here"),
+    "an attribute": (_carries_more, "'block' is not the same in all of them"),
     "a parametrization": (_normalises, "'block.self_attention.to_out' is a ParametrizedLinear, which is not known"),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -114,7 +115,7 @@ def difference(layers: Sequence[nn.Module]) -> str | None:
                 return f"'{name}' has a hook, or a forward of its own"
             if part is parts[0]:
                 continue
-            alike = type(part) is kind and own["training"] == first["training"]
+            alike = type(part) is kind and own["training"] == first["training"] and len(own) == len(first)
             alike = alike and _names(own) == _names(first) and _shapes(own) == shapes
             if not alike or any(own.get(key) != x for key, x in plain):
                 return f"'{name}' is not the same in all of them"
@@ -135,7 +136,7 @@ def _shapes(own: dict[str, Any]) -> dict[str, object]:
 _OWN = __name__.partition(".")[0] + "."
 """How the modules begin whose classes compute with one dimension more as they do without."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_PLAIN = (bool, int, float, str, tuple, type(None))
+_PLAIN = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)
 
 
 def twin(layer: M) -> M:
