@@ -195,7 +195,9 @@ def test_a_base_whose_lora_has_no_wrapper(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = MemoryForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert torch.equal(again(tokens).logits, model(tokens).logits)
-    assert with_memory(with_lora().merge_and_unload(), 3, LENGTH).config.adapter is None
+    merged = with_lora().merge_and_unload()
+    merged.peft_config = wrapped.peft_config  # as PEFT 0.18 leaves it
+    assert with_memory(merged, 3, LENGTH).config.adapter is None
 
 
 def test_what_is_trained_is_one_word() -> None:

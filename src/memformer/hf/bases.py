@@ -157,7 +157,8 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
         ValueError: an adapter that is no LoRA, or is not in the layers alone, or more than one.
     """
     adapters = getattr(base, "peft_config", None)  # transformers' add_adapter makes no wrapper, but this
-    if not adapters:
+    wrapped = hasattr(base, "get_base_model")
+    if not adapters or not (wrapped or _has_adapter_layers(base)):  # settings may be left of one that was merged
         return base, None
     if len(adapters) != 1:
         raise ValueError(f"base: expected one adapter, got {', '.join(adapters)}; merge or delete the others")
@@ -170,8 +171,15 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
             "merge_and_unload it first"
         )
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
-    inner = base.get_base_model() if hasattr(base, "get_base_model") else base
+    inner = base.get_base_model() if wrapped else base
     return inner, {**settings, "peft_type": kind, "adapter_name": name}
+
+
+def _has_adapter_layers(base: nn.Module) -> bool:
+    """Whether PEFT has put something into its layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(part, BaseTunerLayer) for part in base.modules())
 
 
 def add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:
