@@ -125,7 +125,13 @@ def test_segments_read_at_once_are_those_read_one_by_one(lengths: list[int]) -> 
 def test_replay_is_right_for_segments_of_a_stream() -> None:
     model = lively_causal(dropout=0.1).train()
     lanes = Lanes([tokens(n).numpy() for n in (3, 17, 9, 30)], lanes=2, length=5, start=10, spread=True, seed=0)
-    assert verify_rollout(model, [model.of_stream(segment) for segment in lanes.rollout(3)]).ok
+    segments = [model.of_stream(segment) for segment in lanes.rollout(3)]
+    at_once, one_by_one = (verify_rollout(model, segments, wavefront=wavefront) for wavefront in (None, False))
+    assert at_once.ok and one_by_one.ok
+    assert at_once.summary.startswith(
+        "CausalMemformer: all layers at once, 3 segments in steps that count as 5 segments"
+    )
+    assert one_by_one.summary.startswith("CausalMemformer: 3 segments, float64")
     with pytest.raises(ValueError, match="wavefront: its steps are no segments"):
         rollout(model, [Segment(tokens(1, 5))] * 2, wavefront=True, segment_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match="wavefront: expected a CausalMemformer, got Memformer"):

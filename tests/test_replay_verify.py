@@ -323,6 +323,33 @@ def test_a_tensor_derived_before_the_rollout_serves_two_plain_runs() -> None:
     assert verdict.outcomes
 
 
+def test_parameters_that_are_derived() -> None:
+    """They have no ``.grad``, about which torch warns, and what they are made of gets its gradient through them."""
+    weight = torch.randn(DIM, DIM, dtype=torch.float64, requires_grad=True)
+    derived = weight / weight.norm()
+
+    def cell(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        m = torch.tanh(x @ derived + m)
+        return m.square().sum(), m
+
+    verdict = replay.verify(cell, *inputs(), params=[derived])
+    assert verdict.ok, str(verdict)
+    assert "tensors with a gradient: 2" in verdict.summary  # the derived one, and the one that it is made of
+
+
+def test_segments_of_which_the_first_is_the_shortest() -> None:
+    """A schedule of bytes plans by the first segment's sizes, as it does in replay."""
+
+    def cell(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        m = torch.tanh(x @ rnn.weight + m)
+        return m.square().sum(), m.mean(0, keepdim=True)
+
+    rnn = nn.Linear(32, 32, bias=False, dtype=torch.float64)
+    segments = [torch.randn(length, 32, dtype=torch.float64) for length in (1, 64, 64, 64, 64, 64)]
+    verdict = replay.verify(cell, segments, torch.zeros(1, 32, dtype=torch.float64), params=rnn)
+    assert verdict.ok, str(verdict)
+
+
 def test_a_memory_with_a_graph_of_the_callers_can_still_be_used() -> None:
     cell = Cell().double()
     initial = torch.zeros(DIM, dtype=torch.float64, requires_grad=True)

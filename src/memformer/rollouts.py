@@ -21,10 +21,10 @@ from .checks import describe
 from .data.segments import Segment, Targets
 from .interface import Divisor, Memory, SegmentModel, TokenLosses
 from .pretrained import divided
-from .replay.inputs import Readout, weight_list
+from .replay.inputs import Cell, Readout, weight_list
 from .replay.options import OptionKeywords
 from .replay.schedules import at_least
-from .wavefront import Diagonal, Wavefront, pays
+from .wavefront import Diagonal, Flight, Wavefront, pays
 
 __all__ = ["Tally", "keeps_outputs", "layers_at_once", "memory_replay_backprop", "rollout", "verify_rollout"]
 
@@ -90,25 +90,35 @@ def rollout(
         raise ValueError("wavefront: its steps are no segments; leave segment_weights and memory_gradients out")
     front = Wavefront(model, len(segments[0].src))
     run: Any = functools.partial(cast(Any, method), params=front.parameters)  # which every method takes
-    cell, diagonals = functools.partial(_advance, front), front.diagonals(segments)
     if options.measure_at is None:  # the first step in which as many layers work as ever
         options = dataclasses.replace(options, measure_at=min(front.depth, len(segments)) - 1)
-    outcome = run(cell, diagonals, front.start(mems), functools.partial(_of_leaving, readout), options=options)
+    outcome = run(*_steps(front, segments, mems, readout), options=options)
     return dataclasses.replace(outcome, memory=front.end(outcome.memory))
 
 
-def verify_rollout(model: SegmentModel, segments: Sequence[Segment], mems: Memory | None = None) -> replay.Verdict:
+def verify_rollout(
+    model: SegmentModel, segments: Sequence[Segment], mems: Memory | None = None, *, wavefront: bool | None = None
+) -> replay.Verdict:
     """Whether replay is right for a model, on a few segments; see :func:`~memformer.replay.verify`.
 
     Args:
         segments: at least one with a target.
         mems: the memory before the first, as the model returns it; None for the learned initial memory.
+        wavefront: as for :func:`rollout`, and what that decides where it is None.
     """
     readout = functools.partial(_total, model, None, None)
     at_once = _readout_segments(model, segments, None)
-    verdict = replay.verify(functools.partial(_read, model), segments, mems, readout, readout_segments=at_once)
-    summary = verdict.summary.replace(_read.__qualname__, type(model).__name__, 1)  # the name that a user knows
-    return dataclasses.replace(verdict, summary=summary)
+    if wavefront is None:
+        wavefront = layers_at_once(model, segments, replay.Options())
+    if wavefront:
+        front = Wavefront(model, len(segments[0].src))
+        steps = _steps(front, segments, mems, readout)
+        verdict = replay.verify(*steps, params=front.parameters, readout_segments=at_once)
+    else:
+        verdict = replay.verify(functools.partial(_read, model), segments, mems, readout, readout_segments=at_once)
+    _, _, found = verdict.summary.partition(": ")
+    how = f"all layers at once, {len(segments)} segments in steps that count as " if wavefront else ""
+    return dataclasses.replace(verdict, summary=f"{type(model).__name__}: {how}{found}")  # the name that a user knows
 
 
 def memory_replay_backprop(
@@ -388,6 +398,14 @@ def _of_each(
     # Put in their places without an index, which would be copied to the device: that waits for it.
     found, nothing = iter((per_segment / divisor).unbind()), per_segment.new_zeros(())
     return torch.stack([next(found) if i in kept else nothing for i in range(len(segments))])
+
+
+def _steps(
+    front: Wavefront, segments: Sequence[Segment], mems: Memory | None, readout: Readout
+) -> tuple[Cell, list[Diagonal], Flight, Readout]:
+    """What a rollout by all layers at once gives to replay: the cell, its segments and memory, and their readout."""
+    cell, of_leaving = functools.partial(_advance, front), functools.partial(_of_leaving, readout)
+    return cell, front.diagonals(segments), front.start(mems), of_leaving
 
 
 def _advance(front: Wavefront, diagonal: Diagonal, flight: Any) -> tuple[Tensor | None, Any]:

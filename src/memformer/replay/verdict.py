@@ -309,7 +309,7 @@ class _Problem:
             )
         grads: dict[str, Tensor | None] = dict(zip(sources, found, strict=True))
         for name, x in sources.items():  # a backward inside the cell's adds to .grad
-            if x.grad is not None:
+            if x.is_leaf and x.grad is not None:
                 grads[name] = x.grad if (grad := grads[name]) is None else grad + x.grad
                 x.grad = None
         buffers = {name: b.owner._buffers[b.name] for name, b in self.buffers.items()}
@@ -325,7 +325,7 @@ class _Problem:
     def outcome(self, schedule: Schedule, plain: _Run, sizes: list[Sizes]) -> Outcome:
         planned = kept = 0
         try:
-            plan = schedule.plan(len(sizes), *(max(size) for size in zip(*sizes, strict=True)))
+            plan = schedule.plan(len(sizes), *sizes[0])  # as replay measures them
             planned = _bytes_after_forward(plan, sizes)
             error, problems = self.differences(self.run(lambda: self.replayed(schedule)), plain)
             kept = self.bytes_kept(schedule, at_most=1.1 * planned + _SLACK)
@@ -431,15 +431,16 @@ class _Problem:
 
     @contextlib.contextmanager
     def state_kept(self) -> Iterator[None]:
-        grads = [p.grad for p in self.parameters]
-        for p in self.parameters:
+        leaves = [p for p in self.parameters if p.is_leaf]
+        grads = [p.grad for p in leaves]
+        for p in leaves:
             p.grad = None
         try:
             yield
         finally:
             self.restore()
             self.state.restore()
-            for p, grad in zip(self.parameters, grads, strict=True):
+            for p, grad in zip(leaves, grads, strict=True):
                 p.grad = grad
 
     def changed_buffers(self, run: _Run) -> list[str]:

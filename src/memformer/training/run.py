@@ -131,9 +131,11 @@ class Run:
         ]
         segments[0] = begun_anew(segments[0], progress.memory)
         stream.load_state_dict(place)
+        longest = self.settings.rollout.horizon_at(self.settings.steps)
+        wavefront = None if longest >= VERIFIED_SEGMENTS else False  # as in training, which has no rollout so long
         self.model.train()
         with self.parts.autocast():
-            return verify_rollout(self.model, segments, progress.memory)
+            return verify_rollout(self.model, segments, progress.memory, wavefront=wavefront)
 
     def train(self) -> Iterator[StepMetrics | HeldOut]:
         """Train until ``settings.steps``, :meth:`stop`, or early stopping; yield what is written to ``metrics.jsonl``.
