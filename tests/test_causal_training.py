@@ -127,7 +127,8 @@ def test_replay_is_right_for_segments_of_a_stream() -> None:
     lanes = Lanes([tokens(n).numpy() for n in (3, 17, 9, 30)], lanes=2, length=5, start=10, spread=True, seed=0)
     segments = [model.of_stream(segment) for segment in lanes.rollout(3)]
     at_once, one_by_one = (verify_rollout(model, segments, wavefront=wavefront) for wavefront in (None, False))
-    assert at_once.ok and one_by_one.ok
+    assert at_once.ok
+    assert one_by_one.ok
     assert at_once.summary.startswith(
         "CausalMemformer: all layers at once, 3 segments in steps that count as 5 segments"
     )

@@ -117,8 +117,9 @@ def verify_rollout(
     else:
         verdict = replay.verify(functools.partial(_read, model), segments, mems, readout, readout_segments=at_once)
     _, _, found = verdict.summary.partition(": ")
-    how = f"all layers at once, {len(segments)} segments in steps that count as " if wavefront else ""
-    return dataclasses.replace(verdict, summary=f"{type(model).__name__}: {how}{found}")  # the name that a user knows
+    if wavefront:
+        found = f"all layers at once, {len(segments)} segments in {found.replace('segments', 'steps', 1)}"
+    return dataclasses.replace(verdict, summary=f"{type(model).__name__}: {found}")  # the name that a user knows
 
 
 def memory_replay_backprop(
