@@ -129,9 +129,7 @@ def test_replay_is_right_for_segments_of_a_stream() -> None:
     at_once, one_by_one = (verify_rollout(model, segments, wavefront=wavefront) for wavefront in (None, False))
     assert at_once.ok
     assert one_by_one.ok
-    assert at_once.summary.startswith(
-        "CausalMemformer: all layers at once, 3 segments in steps that count as 5 segments"
-    )
+    assert at_once.summary.startswith("CausalMemformer: all layers at once, 3 segments in 5 steps, float64")
     assert one_by_one.summary.startswith("CausalMemformer: 3 segments, float64")
     with pytest.raises(ValueError, match="wavefront: its steps are no segments"):
         rollout(model, [Segment(tokens(1, 5))] * 2, wavefront=True, segment_weights=[1.0, 2.0])
