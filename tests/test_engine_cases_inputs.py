@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_sequence
+from torch.testing import assert_close
 from torch.utils import _pytree
 from torch.utils._pytree import tree_leaves
 
@@ -342,6 +343,53 @@ def test_a_forward_mode_tangent():
         with pytest.raises(ValueError, match="forward-mode tangent"):
             replay.memory_replay(cell, [dual], zeros(2, 3))
         assert replay.memory_replay(cell, xs(2, 3), zeros(2, 3), params=linear).loss.requires_grad
+
+
+def test_torch_func_around_a_rollout():
+    def loss_of(method):
+        def loss(weight):
+            def cell(x, m):
+                m = torch.tanh(m @ weight + x)
+                return m.square().sum(), m
+
+            return method(cell, xs(2, 3), zeros(2, 3), params=[weight])
+
+        return loss
+
+    weight = xs(3, 3)[0].new_ones(3, 3) / 3
+    for transform in (torch.func.grad, torch.func.vmap):
+        for method in (replay.memory_replay, replay.accumulate, replay.scan, replay.measure):
+            with pytest.raises(ValueError, match=r"torch.func .* is around this rollout.*Use replay.full_bptt"):
+                transform(loss_of(method))(weight)
+    found = torch.func.grad(lambda w: loss_of(replay.full_bptt)(w).loss)(weight)
+    plain = weight.clone().requires_grad_()
+    loss_of(replay.memory_replay)(plain).loss.backward()
+    assert_close(found, plain.grad)
+
+
+def test_a_cell_that_differentiates_with_torch_func():
+    """Beside it torch refuses the hooks by which a graph is measured."""
+    weight = xs(3, 3)[0].new_ones(3, 3).div(3).requires_grad_()
+
+    def cell(x, m, grad=torch.func.grad):
+        m = torch.tanh(m - grad(lambda m: ((m @ weight - x) ** 2).sum())(m))
+        return m.square().sum(), m
+
+    by_autograd = lambda x, m: cell(  # noqa: E731
+        x, m, lambda f: lambda m: torch.autograd.grad(f(m := m.detach().requires_grad_()), m, create_graph=True)[0]
+    )
+    args = [xs(3, 2, 3), zeros(2, 3)]
+    verdict = replay.verify(cell, *args, params=[weight])
+    assert verdict.ok, str(verdict)
+    assert len(verdict.outcomes) == 8
+    segment, memory = args[0][0], args[1]
+    found, plain = (replay.measure(c, segment, memory, params=[weight]) for c in (cell, by_autograd))
+    assert found.memory_bytes == plain.memory_bytes
+    assert plain.graph_bytes / 2 < found.graph_bytes < plain.graph_bytes * 2
+    replay.memory_replay(cell, *args, params=[weight], schedule=replay.Budget(1000)).loss.backward()
+    grad, weight.grad = weight.grad, None
+    replay.full_bptt(cell, *args, params=[weight]).loss.backward()
+    assert_close(grad, weight.grad)
 
 
 def test_lazy_parameters():

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from memformer import replay
+from helpers import lively, tokens
+from memformer import memory_replay_backprop, replay
 
 
 class Cell(nn.Module):
@@ -133,16 +134,48 @@ def test_tensor_hook_on_a_parameter():
         run(cell)
 
 
-def test_cell_wrapped_in_ddp(tmp_path):
+@pytest.fixture
+def ddp(tmp_path):
+    """DistributedDataParallel, of one process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            wrapped = DistributedDataParallel(Cell())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield DistributedDataParallel
+    torch.distributed.destroy_process_group()
+
+
+def test_cell_wrapped_in_ddp(ddp):
+    wrapped = ddp(Cell())
+    for method in (replay.memory_replay, replay.accumulate):
         with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
-            run(wrapped)
-    finally:
-        torch.distributed.destroy_process_group()
+            method(wrapped, SEGMENTS, ZEROS)
+
+
+class BackPropagates(nn.Module):
+    """By itself, in its forward."""
+
+    def __init__(self, part, call):
+        super().__init__()
+        self.part, self.call = part, call
+
+    def forward(self):
+        return self.call(self.part)
+
+
+@pytest.mark.parametrize("name", ["accumulate", "memory_replay_backprop"])
+def test_a_backward_in_the_forward_of_ddp(ddp, name):
+    """DDP exchanges what is back-propagated after its forward, so these gradients would silently stay each process's own."""
+    if name == "accumulate":
+        wrapped = ddp(BackPropagates(Cell(), lambda cell: replay.accumulate(cell, SEGMENTS, ZEROS).loss))
+    else:
+        wrapped = ddp(
+            BackPropagates(lively(), lambda model: memory_replay_backprop(model, tokens(2, 9), tokens(2, 4))[0])
+        )
+    with pytest.raises(ValueError, match=rf"{name}: back-propagates by itself.*Return the loss of memory_replay"):
+        wrapped()
+    with wrapped.no_sync():  # who exchanges gradients by himself may
+        wrapped()
+    assert all(p.grad is not None for p in wrapped.module.part.parameters())
 
 
 @pytest.mark.parametrize("memory", [object(), torch.Generator()])

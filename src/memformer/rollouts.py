@@ -21,7 +21,7 @@ from .checks import describe
 from .data.segments import Segment, Targets
 from .interface import Divisor, Memory, SegmentModel, TokenLosses
 from .pretrained import divided
-from .replay.inputs import Cell, Readout, weight_list
+from .replay.inputs import Cell, Readout, refuse_inside_wrapped, weight_list
 from .replay.options import OptionKeywords
 from .replay.schedules import at_least
 from .wavefront import Diagonal, Flight, Wavefront, pays
@@ -173,7 +173,8 @@ def memory_replay_backprop(
         memory.
 
     Raises:
-        ValueError: as the model's ``forward``, or if there is nothing to predict, or nothing to train.
+        ValueError: as the model's ``forward``, or if there is nothing to predict, or nothing to train, or in the
+            forward of a DistributedDataParallel, which would not exchange these gradients.
         RuntimeError: ``check`` finds a segment whose replay differs.
     """
     options = replay.Options.of(options, keywords)
@@ -201,6 +202,7 @@ def memory_replay_backprop(
             f"scale: expected a function of the loss, such as scaler.scale, got {describe(scale)}; for a number s, "
             "lambda loss: s * loss"
         )
+    refuse_inside_wrapped("memory_replay_backprop")
     segments = model.segments(src, tgt, src_mask, tgt_mask, reset, mems)
     if loss_fn is not None:
         weights = weight_list(options.segment_weights, len(segments)) or [1.0] * len(segments)

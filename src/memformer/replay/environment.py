@@ -45,7 +45,7 @@ class Environment:
         self.uses_cudnn = torch.backends.cudnn.enabled  # which draws its own random numbers
         self.caches_weights = _weights_are_cached()
         self.weights: dict[tuple[int, str], Tensor] = {}
-        _refuse_tangents(tensors)
+        _refuse_transforms(tensors)
 
     def random_state(self) -> list[Tensor]:
         """The generators' states now."""
@@ -136,7 +136,12 @@ def _weights_are_cached() -> bool:
     return bool(parametrize._cache_enabled)
 
 
-def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
+def _refuse_transforms(tensors: Sequence[Tensor]) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "torch.func (grad, vmap, jvp, ...) is around this rollout, which replay cannot run under. Use "
+            "replay.full_bptt; in the cell torch.func may be used."
+        )
     if getattr(forward_ad, "_current_level", -1) < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):

@@ -25,6 +25,8 @@ from .inputs import (
     chunks,
     owners,
     param_list,
+    refuse_inside_wrapped,
+    refuse_wrapped,
     requires_grad,
     sum_of_losses,
     trained_tensors,
@@ -229,7 +231,8 @@ def accumulate(
 
     Raises:
         ValueError: as :func:`memory_replay`; also if an input requires a gradient, if ranks have different numbers of
-            segments (each segment is a collective operation), if a parameter has hooks on its gradient, or, with
+            segments (each segment is a collective operation), if a parameter has hooks on its gradient, in the forward
+            of a DistributedDataParallel, which would not exchange these gradients, or, with
             ``sync``, if the last call of the readout has no loss or no gradient reaches the first segment, where the
             gradients would be synchronised.
         RuntimeError: a replayed segment differs from its recording.
@@ -243,6 +246,8 @@ def accumulate(
     inside = _inside(readout, weights, options)
     params, seen = _trained(cell, params, inside)
     owned = owners(cell, params)
+    refuse_inside_wrapped("accumulate")
+    refuse_wrapped([*owned, *owners(readout, ())])
     refuse_hooks_of([*owned, *owners(readout, ())])
     rollout = Run(cell, taken, memory, options, None, owned, seen, sync, inside)
     values, memory = rollout.outputs(rollout.record())

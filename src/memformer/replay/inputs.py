@@ -144,7 +144,10 @@ def weight_list(weights: Weights | None, count: int) -> list[float] | None:
     if not isinstance(weights, Iterable) or (isinstance(weights, Tensor) and weights.dim() != 1):
         got = f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"segment_weights: expected one for each of the {count} segments, got {got}")
-    result = [float(w) for w in weights]
+    try:
+        result = [float(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"segment_weights: expected numbers, got {weights!r}") from error
     if len(result) != count:
         raise ValueError(f"segment_weights: expected one for each of the {count} segments, got {len(result)}")
     return result
@@ -228,15 +231,35 @@ def _owners(function: object) -> list[Tensor | nn.Module]:
     return [owner for part in (bound, wrapped) if part is not None for owner in _owners(part)]
 
 
+def refuse_wrapped(owned: Sequence[object]) -> None:
+    """Raise ValueError if DistributedDataParallel is around something that runs once per segment."""
+    if any(isinstance(owner, DistributedDataParallel) for owner in owned):
+        raise ValueError(
+            "the cell is wrapped in DistributedDataParallel, which would synchronise once per segment. Wrap "
+            "instead the module whose forward calls the replay, and give the replay the bare cell."
+        )
+
+
+def refuse_inside_wrapped(name: str) -> None:
+    """Raise ValueError in the forward of a DistributedDataParallel that is to synchronise.
+
+    It gets ready for the next backward when its forward has ended; one that has run by then is exchanged by nobody.
+    """
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is not None and wrapper.require_backward_grad_sync:
+        raise ValueError(
+            f"{name}: back-propagates by itself, and in the forward of a DistributedDataParallel these gradients would "
+            "not be exchanged between the processes. Return the loss of memory_replay or scan from there, and call "
+            "backward on it outside"
+        )
+
+
 def trained_tensors(function: object, params: Params) -> list[Tensor]:
     """The tensors that require a gradient, each once, of a callable's owners and of ``params``."""
     found: dict[int, Tensor] = {}
-    for owner in owners(function, params):
-        if isinstance(owner, DistributedDataParallel):
-            raise ValueError(
-                "the cell is wrapped in DistributedDataParallel, which would synchronise once per segment. Wrap "
-                "instead the module whose forward calls the replay, and give the replay the bare cell."
-            )
+    owned = owners(function, params)
+    refuse_wrapped(owned)
+    for owner in owned:
         if isinstance(owner, nn.Module) and _is_sharded(owner):
             raise ValueError(
                 "the cell or readout is sharded by FSDP, which delivers gradients by hooks of its own: use "

@@ -55,7 +55,7 @@ class Options:
             at_least("measure_at", self.measure_at, 0)
         if self.readout_segments is not None:
             at_least("readout_segments", self.readout_segments)
-        if self.keep_values not in (None, True, False):
+        if not isinstance(self.keep_values, bool | None):
             raise ValueError(f"keep_values: expected True, False or None, got {self.keep_values!r}")
         if self.keep_values is False and (self.readout_segments or 1) > 1:
             raise ValueError(

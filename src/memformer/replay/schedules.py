@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -445,5 +446,5 @@ def _advances(segments: int, memories: int) -> int:
 
 
 def at_least(name: str, value: int, least: int = 1) -> None:
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")

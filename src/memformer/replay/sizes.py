@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +24,11 @@ from .inputs import (
     requires_grad,
     trained_tensors,
 )
+from .reach import walk
 from .storage import Compact, addresses
 from .world import World
+
+T = TypeVar("T")
 
 
 class Sizes(NamedTuple):
@@ -48,15 +52,13 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
     compact = Compact(given)
     kept: dict[int, int] = {}
 
-    def count(x: Tensor) -> Tensor:
+    def count(x: Tensor) -> None:
         kept.update(addresses([x]))
-        return x.detach()
 
     def run(wants_grad: Callable[[Tensor], bool]) -> tuple[Tree, Tree]:
         kept.clear()
-        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
-        with world.restored(), environment.random_numbers_kept(), torch.enable_grad(), hooks:
-            return call_cell(cell, segment, Leaves(memory).cut(wants_grad)[0])
+        with world.restored(), environment.random_numbers_kept(), torch.enable_grad():
+            return noting_saved(lambda: call_cell(cell, segment, Leaves(memory).cut(wants_grad)[0]), count)
 
     try:
         value, after = run(carries_grad)
@@ -68,6 +70,34 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
     graph = kept | addresses(_tensors((value, after)))
     stored = addresses(_tensors(compact(tree_leaves(detach(after)))))
     return Sizes(*(sum(size for at, size in of.items() if at not in compact.held) for of in (stored, graph)))
+
+
+def noting_saved(run: Callable[[], T], note: Callable[[Tensor], object]) -> T:
+    """What ``run()`` returns; each tensor that its graph saves is noted.
+
+    Torch refuses hooks on saved tensors beside a ``torch.func.grad`` in a cell. Then it is run again without, and the
+    graph is asked.
+    """
+
+    def pack(x: Tensor) -> Tensor:
+        note(x)
+        return x.detach()
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            return run()
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+    result = run()
+    nodes, _ = walk([x.grad_fn for x in _tensors(result) if x.grad_fn is not None])
+    for node in nodes - {None}:
+        for name in dir(node):
+            if name.startswith("_saved_") or name == "saved_tensors":
+                with contextlib.suppress(RuntimeError):  # the cell's own backward has freed it
+                    for x in _tensors(getattr(node, name)):
+                        note(x)
+    return result
 
 
 def _tensors(tree: Tree) -> list[Tensor]:

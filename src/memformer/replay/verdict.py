@@ -39,7 +39,7 @@ from .own_state import OwnState
 from .reach import walk
 from .schedules import Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule
 from .segments import segment_list
-from .sizes import Sizes, measure
+from .sizes import Sizes, measure, noting_saved
 from .storage import storages
 
 TOLERANCES = {1e-15: 1e-9, 1e-6: 1e-4, 1e-3: 1e-2, 1.0: 5e-2}
@@ -400,13 +400,8 @@ class _Problem:
             note(result)
             return result
 
-        def pack(x: Tensor) -> Tensor:
-            note(x)
-            return x.detach()
-
         cell.__wrapped__ = self.cell  # type: ignore[attr-defined]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            result = self.replayed(schedule, cell)
+        result = noting_saved(lambda: self.replayed(schedule, cell), note)
         others = [x for x in (*self.tensors.values(), *tree_leaves(result)) if isinstance(x, Tensor)]
         held = {storage.data_ptr() for storage in storages(others)}
 
