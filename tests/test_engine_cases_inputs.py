@@ -346,13 +346,15 @@ def test_a_forward_mode_tangent():
 
 
 def test_torch_func_around_a_rollout():
+    segments = xs(2, 3)
+
     def loss_of(method):
         def loss(weight):
             def cell(x, m):
                 m = torch.tanh(m @ weight + x)
                 return m.square().sum(), m
 
-            return method(cell, xs(2, 3), zeros(2, 3), params=[weight])
+            return method(cell, segments, zeros(2, 3), params=[weight])
 
         return loss
 

@@ -164,7 +164,7 @@ class BackPropagates(nn.Module):
 
 @pytest.mark.parametrize("name", ["accumulate", "memory_replay_backprop"])
 def test_a_backward_in_the_forward_of_ddp(ddp, name):
-    """DDP exchanges what is back-propagated after its forward, so these gradients would silently stay each process's own."""
+    """DDP exchanges what is back-propagated after its forward; these gradients would stay each process's own."""
     if name == "accumulate":
         wrapped = ddp(BackPropagates(Cell(), lambda cell: replay.accumulate(cell, SEGMENTS, ZEROS).loss))
     else:
