@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from memformer import Memformer, memory_replay_backprop, replay
-from memformer.bench.meters import machine
+from memformer.bench.meters import machine, peak_bytes
 from memformer.config import check_count
 from memformer.data.segments import Segment
 from memformer.rollouts import rollout
@@ -268,17 +268,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors above those before; 0 where nobody counts."""
-    if device.type != "cuda":
-        step()
-        return 0
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def _times(settings: Card, device: torch.device) -> Iterator[str]:
     rows = [("default", DEFAULT, 12, 6), ("paper", PAPER, 16, 8), ("paper", PAPER, 64, 8), ("default", DEFAULT, 256, 6)]
     rows += [("paper", PAPER, 64, 4), ("paper", PAPER, 16, 16), ("paper", PAPER, 16, 64)]
@@ -320,7 +309,7 @@ def _timed(
 ) -> tuple[int, float, float | None]:
     """Of a step: bytes at its peak and seconds, both eager, and seconds captured; None where it cannot be."""
     eager = functools.partial(_cleared, model, step, given)
-    peak, seconds = _peak(eager, device), _median(eager, device, runs)
+    peak, seconds = peak_bytes(eager, device, model), _median(eager, device, runs)
     captured = replay.captured(step, *given)
     if not captured.graphs:
         return peak, seconds, None
@@ -354,7 +343,7 @@ def _example(settings: Card, device: torch.device) -> Iterator[str]:
                 }
                 run = _paper(package.memory_replay_backprop, other, precision, **masks)
                 earlier = functools.partial(_cleared, other, run, given)
-                peak, took = _peak(earlier, device), _median(earlier, device, 3)
+                peak, took = peak_bytes(earlier, device, other), _median(earlier, device, 3)
             line += f"{1e3 * took:>8.1f} ms{peak / 1e6:>7,.0f} MB{took / fast:>6.2f} x"
         yield line + (", not captured" if graph is None else "")
 

@@ -150,9 +150,7 @@ def _segments(model: SegmentModel, settings: PeakBenchmark, count: int) -> list[
 def _peak(model: SegmentModel, settings: PeakBenchmark, count: int, kept: bool | None) -> int:
     tokens, targets = _text(model, settings, count)
     step = functools.partial(memory_replay_backprop, model, tokens, targets, reduction="mean", keep_values=kept)
-    size = peak_bytes(step, tokens.device)
-    model.zero_grad(set_to_none=True)
-    return size
+    return peak_bytes(step, tokens.device, model)
 
 
 def _difference(model: SegmentModel, settings: PeakBenchmark) -> float:

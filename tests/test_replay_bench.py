@@ -6,7 +6,16 @@ from torch import nn
 
 from memformer.bench import million
 from memformer.bench import replay as bench
-from memformer.bench.meters import gradient_difference, live_bytes, peak_bytes, spread, take_gradients, taking_turns
+from memformer.bench.meters import (
+    _Alive,
+    _CountTensors,
+    gradient_difference,
+    live_bytes,
+    peak_bytes,
+    spread,
+    take_gradients,
+    taking_turns,
+)
 from memformer.settings import ModelSettings
 
 SMALL = {
@@ -55,6 +64,23 @@ def test_meters_count_bytes():
     assert live_bytes(step, []) == 3 * 4000
     assert live_bytes(step, [weight]) == 2 * 4000
     assert 2 * 4000 < peak_bytes(step, torch.device("cpu")) < 8 * 4000
+
+
+def test_a_card_counts_the_gradients_of_each_step(monkeypatch):
+    """Also of the second, which frees those of the first."""
+    alive, model = _Alive(), nn.Linear(1000, 100)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: alive.now)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: alive.most)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(alive, "most", alive.now))
+
+    def step() -> None:
+        model.zero_grad()
+        model(torch.ones(1, 1000)).sum().backward()
+
+    with _CountTensors(alive):
+        peaks = [peak_bytes(step, torch.device("cuda"), model) for _ in range(3)]
+    assert peaks[0] > 4 * 1000 * 100
+    assert peaks[1:] == peaks[:1] * 2
 
 
 def test_peak_counts_only_what_the_step_makes():

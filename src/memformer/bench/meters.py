@@ -198,8 +198,15 @@ def _storages(tree: object) -> list[torch.UntypedStorage]:
     return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that ``step`` makes and that exist at once: graphs, values, gradients, and the rest."""
+def peak_bytes(step: Callable[[], object], device: torch.device, model: nn.Module | None = None) -> int:
+    """The most bytes of tensors that ``step`` makes and that exist at once: graphs, values, gradients, and the rest.
+
+    Args:
+        model: whose gradients the step replaces. Those of a step before are freed first: else, on a card, the second of
+            two equal steps would seem to need less, by all that it frees.
+    """
+    if model is not None:
+        model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

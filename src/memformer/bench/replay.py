@@ -95,7 +95,7 @@ def run(settings: ReplayBenchmark) -> Iterator[str]:
 def _table(settings: ReplayBenchmark, model: Memformer, segments: list[Segment], device: torch.device) -> Iterator[str]:
     methods = _methods(model, segments, settings.readout_segments)
     live = _live_bytes_of_equal(methods)
-    peaks = {name: peak_bytes(step, device) for name, (_, step) in methods.items()}
+    peaks = {name: peak_bytes(step, device, owner) for name, (owner, step) in methods.items()}
     steps = {name: step for name, (_, step) in methods.items()}
     times = taking_turns(steps, settings.repeats, device, warm_up=0)  # all have run already
     first = next(iter(methods))

@@ -579,7 +579,7 @@ def _reading(contestants: Mapping[str, Contestant], length: int) -> Iterator[str
         times = taking_turns(steps, RUNS, cpu)
         speeds.append({name: lanes * AT_ONCE * length / statistics.median(taken) for name, taken in times.items()})
     for name, one in contestants.items():
-        at_work = peak_bytes(functools.partial(_reader(one, 1, length), 1), cpu)
+        at_work = peak_bytes(functools.partial(_reader(one, 1, length), 1), cpu, one)
         carried = one.numbers_carried(length) * torch.finfo(next(one.parameters()).dtype).bits // 8
         yield f"{name:20}{carried:>9,}{at_work:>11,}" + "".join(f"{speed[name]:>11,.0f}" for speed in speeds)
 
