@@ -202,6 +202,8 @@ def test_patterns_say_what_is_prose_in_a_folder(tmp_path):
     assert both - 1 == 2 * (one - 1) == 2 * (other - 1) == 32
     assert known.keys().isdisjoint(("include", "exclude")), "records of earlier versions are gone on with"
     assert (of_one["include"], of_other["exclude"]) == (["*_gut.txt"], ["*_f.txt"])
+    (tmp_path / "play_gut.txt").write_text("\n\n".join(f"The rose has a line {n} here." for n in range(20)))
+    assert of()[1]["texts"] not in (known["texts"], of_one["texts"]), "other texts of the same name"
     with pytest.raises(ValueError, match=r"include, exclude: the pattern '\*\.md' matches no file"):
         list(reach.run(settings(prose=(tmp_path,), include=("*.md",))))
 

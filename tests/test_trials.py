@@ -79,6 +79,37 @@ def test_whoever_wants_no_more_is_not_kept_waiting(tmp_path: Path) -> None:
     results.close()
 
 
+def ends(trial: Trial) -> Result:
+    """Two trials are done, and then one is killed."""
+    done = Path(trial["folder"])
+    if trial["number"] == 2:
+        wait_for(done, 2)
+        time.sleep(2)  # until their results are where they are looked for
+        os.kill(os.getpid(), signal.SIGKILL)
+    (done / str(trial["number"])).touch()
+    return {"done": True}
+
+
+def test_a_worker_that_is_killed(tmp_path: Path) -> None:
+    """Among many of those that learn, one may need more memory than there is."""
+    wanted = [{"folder": str(tmp_path), "number": number} for number in (0, 1, 2)]
+    record = Record(tmp_path.parent / "killed.json", {})
+    with pytest.raises(ChildProcessError, match=r"was killed, perhaps for want of memory.*the same command goes on"):
+        list(carry_out(ends, wanted, record, 2))
+    assert [record.find(trial) for trial in wanted] == [{"done": True}] * 2 + [None]
+
+
+def test_two_processes_with_one_file(tmp_path: Path) -> None:
+    """One begins while another is at work: each keeps what the other has found."""
+    one, other = (Record(tmp_path / "file.json", {"steps": 1}) for _ in range(2))
+    for record, seed in ((one, 0), (other, 1), (one, 2)):
+        record.add({"seed": seed}, {"right": seed})
+    assert [trial["run"]["seed"] for trial in Record(tmp_path / "file.json", {"steps": 1}).trials] == [0, 1, 2]
+    (tmp_path / "file.json").write_text('{"settings": {"steps": 2}, "runs": []}')
+    with pytest.raises(ValueError, match="holds runs with steps of 2, not 1"):
+        one.add({"seed": 3}, {})
+
+
 def to_the_end(tuning: Generator[str, None, list[Tuned]]) -> tuple[list[str], list[Tuned]]:
     """Its lines, and what it found."""
     lines = []

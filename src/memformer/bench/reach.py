@@ -8,6 +8,7 @@ Texts are made while they are read, and read in parts.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import statistics
@@ -30,7 +31,7 @@ from ..device import choose_device
 from ..interface import SegmentModel
 from ..learning_rate import warmup_stable_decay
 from ..settings import ModelSettings
-from ..tasks import WORLDS, Episode, InProse, World, in_prose
+from ..tasks import WORLDS, Episode, InProse, World, in_prose, read_prose
 from .contestants import OWN, Build, Contestant, build, sizes
 from .learn import WARM_UP, descend, optimizing
 from .meters import machine
@@ -230,11 +231,18 @@ def _trained_with(settings: ReachBenchmark, tasks: Sequence[str]) -> dict[str, A
         "prose": [path.name for path in settings.prose],
         # Only where they are given: files of results from before know nothing of them.
         **{name: list(given) for name in ("include", "exclude") if (given := getattr(settings, name))},
+        **({"texts": _hash_of_texts(settings)} if settings.prose else {}),
         **{name: getattr(settings, name) for name in names},
         "easing": list(World.easing),
         **({"easing_of": own} if (own := _own_easing(tasks)) else {}),
         "model": sizes(settings.model),
     }
+
+
+def _hash_of_texts(settings: ReachBenchmark) -> str:
+    """Of the prose that was given: another folder may have the same name."""
+    texts = read_prose(settings.prose, include=settings.include, exclude=settings.exclude)
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def _fixed(settings: ReachBenchmark) -> dict[str, Any]:

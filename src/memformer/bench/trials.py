@@ -16,11 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 
 from .._installation import __version__
 from ..files import replace_file
@@ -52,26 +54,36 @@ class Record:
             return
         if not path.absolute().parent.is_dir():
             raise ValueError(f"out: expected a file in a folder that exists, got {path}")
-        if path.exists():
-            try:
-                held = json.loads(path.read_text(encoding="utf-8"))
-                there, self.trials = held["settings"], held["runs"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: not the results of a benchmark ({error!r})") from error
-            different = [name for name in self._settings | there if self._settings.get(name) != there.get(name)]
-            if different:
-                name = different[0]
-                raise ValueError(
-                    f"{path}: holds runs with {name} of {there.get(name)}, not {self._settings.get(name)}: choose "
-                    "another file, or the same settings to go on with it"
-                )
+        self._read()
+
+    def _read(self) -> None:
+        """Take what the file holds, and what is here beside that."""
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            held = json.loads(self.path.read_text(encoding="utf-8"))
+            there, trials = held["settings"], list(held["runs"])
+            known = [trial["run"] for trial in trials]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path}: not the results of a benchmark ({error!r})") from error
+        different = [name for name in self._settings | there if self._settings.get(name) != there.get(name)]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"{self.path}: holds runs with {name} of {there.get(name)}, not {self._settings.get(name)}: choose "
+                "another file, or the same settings to go on with it"
+            )
+        self.trials = trials + [trial for trial in self.trials if trial["run"] not in known]
 
     def find(self, trial: Trial) -> Result | None:
         """The result of a trial, if it is here."""
         return next((held["result"] for held in self.trials if held["run"] == trial), None)
 
-    def add(self, trial: Trial, result: Result) -> None:
-        """Keep a result; the file is replaced whole or not at all."""
+    def add(self, trial: Trial, result: Result) -> Result:
+        """Keep a result, and return what is kept: another process may have put one there meanwhile.
+
+        The file is replaced whole or not at all, with the trials of other processes.
+        """
         about = {
             "memformer": __version__,
             "machine": machine(torch.device("cpu")),
@@ -80,8 +92,11 @@ class Record:
         }
         self.trials.append({"run": trial, "result": result, "made": about})
         if self.path is not None:
-            text = json.dumps({"settings": self._settings, "runs": self.trials}, indent=1)
-            replace_file(self.path, text + "\n")
+            with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+                self._read()
+                text = json.dumps({"settings": self._settings, "runs": self.trials}, indent=1)
+                replace_file(self.path, text + "\n")
+        return next(held["result"] for held in self.trials if held["run"] == trial)
 
 
 def _command() -> str:
@@ -128,8 +143,7 @@ def carry_out(
         torch.set_num_threads(1)
         try:
             for trial in missing:
-                record.add(trial, work(trial))
-                yield trial, record.trials[-1]["result"]
+                yield trial, record.add(trial, work(trial))
         finally:
             torch.set_num_threads(threads)
         return
@@ -140,10 +154,17 @@ def carry_out(
         made = {pool.submit(work, trial): trial for trial in missing}
         try:
             for future in as_completed(made):
-                record.add(made[future], future.result())
-                yield made[future], record.trials[-1]["result"]
-        except BaseException:  # Ctrl-C, and whoever does not want more: trials at work would take minutes to end
+                yield made[future], record.add(made[future], future.result())
+        except BaseException as error:  # Ctrl-C, and whoever wants no more: trials at work would take minutes to end
+            for future, trial in made.items():
+                if future.done() and not future.cancelled() and not future.exception() and record.find(trial) is None:
+                    record.add(trial, future.result())
             alive.close()
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    "a trial's process was killed, perhaps for want of memory: fewer --jobs take less. What was done "
+                    "is kept, where there is an --out, and the same command goes on"
+                ) from error
             raise
         finally:
             pool.shutdown(cancel_futures=True)
