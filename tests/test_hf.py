@@ -258,6 +258,21 @@ def test_memory_replay_backprop_and_one_call() -> None:
     torch.testing.assert_close(two.memory, mems, rtol=0, atol=1e-12)
 
 
+def test_a_first_token_counts_neither_with_the_initial_memory_given() -> None:
+    """Nothing stands before it: not with the memory that None stands for, nor in a lane that had padding alone."""
+    model, tokens = model_of(), some_tokens()
+    initial = model.get_initial_mem(len(tokens))
+    given, plain = (memory_replay_backprop(model, tokens, mems=mems, reduction="mean")[0] for mems in (initial, None))
+    torch.testing.assert_close(given, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(tokens, initial, labels=tokens).loss, given, rtol=0, atol=1e-12)
+    kept = torch.ones_like(tokens, dtype=torch.bool)
+    kept[1] = False
+    _, mems = memory_replay_backprop(model, some_tokens(seed=3), src_mask=kept)
+    for labels in (None, tokens):
+        loss, _ = memory_replay_backprop(model, tokens, labels, mems=mems, reduction="mean")
+        torch.testing.assert_close(model(tokens, mems, labels=tokens).loss, loss, rtol=0, atol=1e-12)
+
+
 def test_lanes_do_not_see_each_others_padding() -> None:
     model, tokens = model_of("gemma2"), some_tokens()
     counts = [tokens.shape[1], 11, 20]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config
 
 from memformer.hf import MemoryForCausalLM, with_memory
 from test_hf import LENGTH, TOKENS, base_of, read_something, some_tokens
@@ -139,3 +139,61 @@ def test_a_folder_has_a_card(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "mine" / "README.md").read_text() == "my own words"
     model.save_pretrained("theirs", is_main_process=False)
     assert not (tmp_path / "theirs" / "README.md").exists()
+
+
+def test_a_base_that_was_changed_is_not_named(tmp_path: Path) -> None:
+    """Its weights would be lost, and what was written could not be loaded."""
+    model = with_memory(AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base")), 3, LENGTH, **SIZES)
+    model.trainable("memory").eval().save_pretrained(tmp_path / "memory", base="referenced")
+    with torch.no_grad():
+        model.base.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    with pytest.raises(
+        ValueError, match=r"base: expected the weights of .*base', .* got one that was trained or chang"
+    ):
+        model.save_pretrained(tmp_path / "again", base="referenced")
+    model.save_pretrained(tmp_path / "whole")
+    whole = MemoryForCausalLM.from_pretrained(tmp_path / "whole").trainable("memory").eval()
+    with pytest.raises(ValueError, match=r"base: expected the weights of .* got one that was saved with its memory"):
+        whole.save_pretrained(tmp_path / "again", base="referenced")
+    tokens = some_tokens()
+    assert torch.equal(whole(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(("saved", "asked"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16")])
+def test_a_memory_without_its_base_in_another_dtype(saved: str, asked: str, tmp_path: Path) -> None:
+    """As one that is saved whole."""
+    base = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base", getattr(torch, saved)))
+    model = read_something(with_memory(base, 3, LENGTH, **SIZES)).trainable("memory").eval()
+    model.save_pretrained(tmp_path / "memory", base="referenced")
+    model.save_pretrained(tmp_path / "whole")
+    load, dtype, tokens = AutoModelForCausalLM.from_pretrained, getattr(torch, asked), some_tokens()
+    whole, found = (load(tmp_path / folder, dtype=dtype) for folder in ("whole", "memory"))
+    torch.testing.assert_close(found(tokens).logits, whole(tokens).logits, rtol=0, atol=0)
+    assert found.dtype is dtype
+    assert {n: p.dtype for n, p in found.named_parameters()} == {n: p.dtype for n, p in whole.named_parameters()}
+    found.trainable("memory").save_pretrained(tmp_path / "again", base="referenced")
+    torch.testing.assert_close(load(tmp_path / "again")(tokens).logits, found(tokens).logits, rtol=0, atol=0)
+    saved_base(tmp_path / "other", getattr(torch, saved), seed=1)
+    with pytest.raises(ValueError, match=r"other weights than .* with --base$"):
+        load(tmp_path / "memory", base_model=tmp_path / "other", dtype=dtype)
+    base = load(tmp_path / "base", dtype=dtype)
+    if saved == "bfloat16":  # then float32 has the same numbers
+        given = load(tmp_path / "memory", base_model=base)
+        torch.testing.assert_close(given(tokens).logits, whole(tokens).logits, rtol=0, atol=0)
+        return
+    with pytest.raises(ValueError, match=f"other weights than .* They were {saved} there, and are {asked} here"):
+        load(tmp_path / "memory", base_model=base)
+
+
+def test_a_base_that_has_one_way_of_attending(tmp_path: Path) -> None:
+    """It is loaded with that, where none is asked for."""
+    sizes = dict(vocab_size=TOKENS, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    gemma = Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8, intermediate_size=32, max_position_embeddings=64)
+    for config in (gemma, BloomConfig(**sizes)):
+        model = with_memory(AutoModelForCausalLM.from_config(config), 3, LENGTH, **SIZES).eval()
+        model.save_pretrained(tmp_path / "memory")
+        for loader in (AutoModelForCausalLM, MemoryForCausalLM):
+            loaded, tokens = loader.from_pretrained(tmp_path / "memory"), some_tokens()
+            assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+        with pytest.raises(ValueError, match="does not support an attention implementation"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "memory", attn_implementation="sdpa")

@@ -78,3 +78,29 @@ def test_a_lora_that_has_rewritten_its_base_is_saved_with_it_alone(start: str, t
     model.save_pretrained(tmp_path / "memory")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_a_lora_in_another_state_than_it_is_loaded_in_is_not_saved(tmp_path: Path) -> None:
+    """Merged, it would be written into the weights and beside them, and loaded twice; switched off, it would be on."""
+    base_of(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    model = with_memory(adapted, 3, LENGTH, read_dim=8, read_heads=2, write_heads=2).trainable("lora").eval()
+    adapted.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match=r"lora: expected it .* on, as it will be loaded; it is switched off"):
+        model.save_pretrained(tmp_path / "memory", base="referenced")
+    adapted.base_model.enable_adapter_layers()
+    model.trainable("lora").save_pretrained(tmp_path / "memory", base="referenced")
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"lora: expected it beside .*; it is merged into them: unmerge_adapter\(\)"):
+        model.save_pretrained(tmp_path / "whole")
+    adapted.unmerge_adapter()
+    with pytest.raises(ValueError, match=r"got one that was trained or changed since"):  # by what rounding does
+        model.save_pretrained(tmp_path / "again", base="referenced")
+    model.save_pretrained(tmp_path / "whole")
+    tokens = some_tokens()
+    for folder in ("memory", "whole"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)

@@ -30,6 +30,7 @@ from ..nn import losses
 __all__ = [
     "CACHE",
     "add_adapter",
+    "check_adapter",
     "check_base",
     "check_length",
     "checkpoints_activations",
@@ -180,6 +181,20 @@ def _has_adapter_layers(base: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return any(isinstance(part, BaseTunerLayer) for part in base.modules())
+
+
+def check_adapter(base: nn.Module) -> None:
+    """Raise ValueError for a LoRA in another state than the one in which it is loaded: beside the weights, and on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [part for part in base.modules() if isinstance(part, BaseTunerLayer)]
+    wrong = {
+        "is merged into them: unmerge_adapter() first": any(layer.merged for layer in layers),
+        "is switched off: switch it on first": any(layer.disable_adapters for layer in layers),
+    }
+    for how, found in wrong.items():
+        if found:
+            raise ValueError(f"lora: expected it beside the base's weights and on, as it will be loaded; it {how}")
 
 
 def add_adapter(base: PreTrainedModel, settings: dict[str, Any]) -> None:

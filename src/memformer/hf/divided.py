@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..parallel import Ranks, full, like
 from .bases import decoder_of, layers_of
 from .model import MemoryForCausalLM
-from .reference import fingerprint
+from .reference import looks_of
 
 __all__ = ["check_frozen", "divide", "whole_state"]
 
@@ -32,7 +32,7 @@ def divide(model: MemoryForCausalLM, device: torch.device) -> None:
 
     check_frozen(model)
     ranks, base = Ranks(), model.base
-    ranks.agree({"base": fingerprint(base)})
+    ranks.agree({"base": looks_of(base)["fingerprint"]})
     decoder, head = decoder_of(base), base.get_output_embeddings()
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     kept = trained | {*decoder.parameters()} & {*head.parameters()}

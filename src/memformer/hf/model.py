@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -28,6 +27,7 @@ from ..state import MemoryState
 from .bases import (
     CACHE,
     add_adapter,
+    check_adapter,
     checkpoints_activations,
     decode,
     found,
@@ -42,7 +42,7 @@ from .configuration import MemoryConfig
 from .places import along, before_each, counted_labels, joined, kept_first
 from .reading import HALF, Readers, writer_of
 from .recording import Which, asked_for, looking
-from .reference import found_base, own_state, reference_to, weight_files
+from .reference import found_base, load_own, looks_of, own_state, reference_to
 
 __all__ = ["MemoryForCausalLM", "MemoryOutput", "PretrainedMemory", "memory_around"]
 
@@ -77,14 +77,15 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: MemoryConfig, base: PreTrainedModel | None = None):
+        attention = config._attn_implementation  # None where nobody asks for one: then the base chooses its own
         super().__init__(config)
         made = base is None
         if base is None:
-            attention = getattr(config, "_attn_implementation", None)
             base = AutoModelForCausalLM.from_config(config.base_config, attn_implementation=attention)
             if config.adapter is not None:
                 add_adapter(base, config.adapter)
         self.base, self.dim = base, config.hidden_size
+        self._base_looked: dict[str, str] | None = None  # when it got its memory; here it has no weights yet
         self.readers = Readers(layers_of(base), self.dim, config.read_dim, config.read_heads, config.slot_parts)
         self.write_norm = nn.LayerNorm(self.dim)
         self.writer = writer_of(config)
@@ -181,8 +182,10 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
 
         Raises:
             ValueError: another word, a base that cannot be referenced (it has no name, is not frozen, or is not as it
-                was loaded), or a quantised one that is to be saved.
+                was loaded), or a quantised one that is to be saved; or a LoRA that is merged or switched off.
         """
+        if self.config.adapter is not None:
+            check_adapter(self.base)
         quantised = getattr(self.base, "hf_quantizer", None) is not None
         base = base or ("referenced" if quantised else "saved")
         if base not in ("saved", "referenced"):
@@ -196,7 +199,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
         try:
             if base == "referenced":
                 state_dict = own_state(self.state_dict() if state_dict is None else state_dict)
-                self.config.reference = reference_to(self.base, self.config)
+                self.config.reference = reference_to(self.base, self.config, self._base_looked)
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)  # type: ignore[call-arg]
         finally:
             self.config.reference = before
@@ -234,20 +237,12 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
                 )
             return super().from_pretrained(folder, *args, config=given, **kwargs)  # type: ignore[call-arg]
         options = {"dtype": config.dtype} | {k: v for k, v in kwargs.items() if not hasattr(config, k)}
-        model = found_base(config.reference, base_model, folder, **options)
-        config.reference = None
+        reference, config.reference = config.reference, None
+        model = found_base(reference, base_model, folder, **options)
         if config.adapter is not None:
             add_adapter(model, config.adapter)
         made = memory_around(cls, model, config)
-        state = {name: x for file in weight_files(folder) for name, x in load_file(file).items()}
-        lacking = own_state(made.state_dict()).keys() ^ state.keys()
-        if lacking:
-            raise ValueError(
-                f"{folder}: expected the weights of its config.json; {', '.join(sorted(lacking))} do not fit"
-            )
-        for name, weight in state.items():
-            made.get_parameter(name).data = made.get_parameter(name).to(weight.dtype)
-        made.load_state_dict(state, strict=False)
+        load_own(made, folder, reference)
         return made.trainable("memory" if config.adapter is None else "lora").eval()
 
     # --- One call -----------------------------------------------------------------------------------------------------
@@ -586,6 +581,9 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
         found = [segment._replace(reset=as_mask("reset", segment.reset)) for segment in found]
         if mems is None:
             found[0] = found[0]._replace(reset=torch.ones(len(tokens), dtype=torch.bool, device=device))
+        else:  # a document's first token has nothing before it, also in lanes whose memory is the initial one
+            counted = counted_labels(self.target(found[0]), found[0].src_mask, mems.last.eq(0).all(-1))
+            found[0] = found[0]._replace(tgt=self.target(found[0]).where(counted, IGNORED))
         for s in found:
             self._check(s.src, None, s.src_mask, s.reset, s.tgt, names=("src", "src_mask", "tgt"))
         return found
@@ -692,6 +690,8 @@ def memory_around(kind: type[M], model: PreTrainedModel, config: MemoryConfig) -
         reader.to(next(layer.parameters()).device)
     if checkpoints is not None:
         made._set_gradient_checkpointing(True, checkpoints)
+    if model.name_or_path and device.type != "meta":
+        made._base_looked = looks_of(model)
     generation: Any = copy.deepcopy(model.generation_config)
     generation.cache_implementation = None  # it has its own
     made.generation_config = generation

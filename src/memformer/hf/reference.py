@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from .bases import text_config
 from .configuration import MemoryConfig
 
-__all__ = ["check_base", "fingerprint", "found_base", "own_state", "reference_to", "weight_files"]
+__all__ = ["check_base", "found_base", "load_own", "looks_of", "own_state", "reference_to"]
 
 _REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """How a LoRA's ``init_lora_weights`` begins where it takes its first weights out of those of the base."""
@@ -25,8 +26,11 @@ _SAMPLES = 4096
 """Numbers of each weight that a fingerprint looks at; training changes all of them."""
 
 
-def fingerprint(base: PreTrainedModel) -> str:
-    """A hash of a base's weights, but for a LoRA's: their names, shapes, and up to 4,096 numbers of each."""
+def looks_of(base: PreTrainedModel) -> dict[str, str]:
+    """By what a base is known again: its dtype, and a hash of its weights, but for a LoRA's.
+
+    The hash is of their names and shapes, and of up to 4,096 numbers of each.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted((_plain(name), p) for name, p in base.named_parameters() if "lora_" not in name):
         try:
@@ -35,7 +39,11 @@ def fingerprint(base: PreTrainedModel) -> str:
             flat = weight.detach().dequantize().flatten()
         some = flat[:: max(1, len(flat) // _SAMPLES)].to("cpu", torch.float64)
         digest.update(f"{name}\0{tuple(weight.shape)}\0".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
+    return {"fingerprint": digest.hexdigest(), "dtype": _dtype(base)}
+
+
+def _dtype(base: PreTrainedModel) -> str:
+    return str(base.dtype).removeprefix("torch.")
 
 
 def _plain(name: str) -> str:
@@ -47,12 +55,18 @@ def own_state(state: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in state.items() if not name.startswith("base.") or "lora_" in name}
 
 
-def reference_to(base: PreTrainedModel, config: MemoryConfig) -> dict[str, str | None]:
+def reference_to(
+    base: PreTrainedModel, config: MemoryConfig, before: Mapping[str, str] | None
+) -> dict[str, str | None]:
     """What :func:`found_base` needs of the base of a memory with that configuration.
 
+    Args:
+        before: its looks when it got the memory, which are compared unless it has another dtype since; None for one
+            that was made with its memory, of one folder.
+
     Raises:
-        ValueError: the base has no name, is being trained, or is not as it was loaded: its LoRA has begun with a part
-            of its weights, or its vocabulary is another one.
+        ValueError: the base has no name, is being trained, or is not as it was loaded: its weights have changed since
+            it has a memory, its LoRA has begun with a part of them, or its vocabulary is another one.
     """
     if not (name := base.name_or_path):
         raise ValueError(
@@ -71,7 +85,14 @@ def reference_to(base: PreTrainedModel, config: MemoryConfig) -> dict[str, str |
         )
     name = str(Path(name).absolute()) if Path(name).is_dir() else name
     _check_vocabulary(base, name, config.gguf_file)
-    return {"name": name, "gguf_file": config.gguf_file, "fingerprint": fingerprint(base)}
+    now = looks_of(base)
+    if before is None or (before["dtype"] == now["dtype"] and before != now):
+        got = "one that was saved with its memory" if before is None else "one that was trained or changed since"
+        raise ValueError(
+            f"base: expected the weights of {name!r}, because a referenced base is not written, got {got}; save it "
+            "with the memory (base='saved'), or by itself, load it from there, and call with_memory"
+        )
+    return {"name": name, "gguf_file": config.gguf_file, **now}
 
 
 def _check_vocabulary(base: PreTrainedModel, name: str, gguf_file: str | None) -> None:
@@ -94,46 +115,70 @@ def found_base(reference: dict[str, str | None], base: Any, folder: Any, **optio
     Args:
         base: where it is now, or the model itself; None: where the reference says.
         folder: of the memory, for messages.
-        options: of ``AutoModelForCausalLM.from_pretrained``.
+        options: of ``AutoModelForCausalLM.from_pretrained``. With another ``dtype`` than that of the reference it is
+            loaded twice: in that it is known again.
 
     Raises:
         FileNotFoundError: it is not there.
         ValueError: it is another one.
     """
-    model = base
-    if not isinstance(base, PreTrainedModel):
-        place = reference["name"] if base is None else str(base)
-        gguf = {"gguf_file": reference["gguf_file"]} if reference["gguf_file"] else {}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(place, **gguf, **options)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"{folder}: holds a memory alone; its base {place!r} was not found ({str(error).splitlines()[0]}). Say "
-                "where it is: from_pretrained(folder, base_model=...)"
-            ) from error
-    check_base(reference, fingerprint(model), model, folder)
+    if isinstance(base, PreTrainedModel):
+        check_base(reference, looks_of(base), base, folder)
+        return base
+    place = reference["name"] if base is None else str(base)
+    gguf = {"gguf_file": reference["gguf_file"]} if reference["gguf_file"] else {}
+    asked = options.pop("dtype", None)
+    known = reference.get("dtype") or asked  # what was written before does not say it
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, dtype=known, **gguf, **options)
+        check_base(reference, looks_of(model), model, folder)
+        if asked not in (known, "auto", model.dtype):
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=asked, **gguf, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{folder}: holds a memory alone; its base {place!r} was not found ({str(error).splitlines()[0]}). Say "
+            "where it is: from_pretrained(folder, base_model=...)"
+        ) from error
     return model
 
 
-def check_base(reference: Mapping[str, str | None], looked: str | None, model: PreTrainedModel, folder: Any) -> None:
+def check_base(reference: Mapping[str, Any], looks: Mapping[str, Any], model: PreTrainedModel, folder: Any) -> None:
     """Whether a base is that of a reference.
 
     Args:
-        looked: its fingerprint.
+        looks: the base's.
         folder: of the memory, for the message.
 
     Raises:
         ValueError: it is another one.
     """
-    if looked != reference["fingerprint"]:
+    if looks["fingerprint"] != reference["fingerprint"]:
+        there, here = reference.get("dtype"), looks["dtype"]
         raise ValueError(
             f"{folder}: the memory was trained around {reference['name']!r} with other weights than those of "
             f"{getattr(model, 'name_or_path', '') or type(model).__name__!r}; give that base, with base_model=... to "
             "from_pretrained, or with --base"
+            + ("" if there in (None, here) else f". They were {there} there, and are {here} here")
         )
 
 
-def weight_files(folder: str | Path) -> list[Path]:
+def load_own(model: PreTrainedModel, folder: Any, reference: Mapping[str, Any]) -> None:
+    """Load the weights of a memory that was saved without its base, in their own dtypes if the base has that of before.
+
+    Raises:
+        ValueError: the file holds other weights.
+    """
+    state = {name: x for file in _weight_files(folder) for name, x in load_file(file).items()}
+    lacking = own_state(model.state_dict()).keys() ^ state.keys()
+    if lacking:
+        raise ValueError(f"{folder}: expected the weights of its config.json; {', '.join(sorted(lacking))} do not fit")
+    if reference.get("dtype") in (None, _dtype(model)):
+        for name, weight in state.items():
+            model.get_parameter(name).data = model.get_parameter(name).to(weight.dtype)
+    model.load_state_dict(state, strict=False)
+
+
+def _weight_files(folder: str | Path) -> list[Path]:
     """The safetensors of a model's folder, or of the hub's."""
     if Path(folder).is_dir():
         return sorted(Path(folder).glob("model*.safetensors"))

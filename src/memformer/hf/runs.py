@@ -93,7 +93,7 @@ class AroundBase(MemoryForCausalLM):
         model: Self = around(cls, adapted, **sizes, gguf_file=settings.gguf)
         model.trainable(settings.trained)
         if not settings.train_base:
-            model.config.reference = reference_to(model.base, model.config)
+            model.config.reference = reference_to(model.base, model.config, model._base_looked)
         return model
 
     @staticmethod
@@ -179,7 +179,7 @@ class AroundBase(MemoryForCausalLM):
         if (there is None) != (here is None):
             raise ValueError(f"{folder}: of a run in which the base's own weights were trained, or the other way round")
         if there is not None and here is not None:  # which was taken of these weights, and they are frozen
-            check_base(there, here["fingerprint"], self.base, folder)
+            check_base(there, here, self.base, folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

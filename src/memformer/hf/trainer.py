@@ -67,16 +67,17 @@ class MemoryTrainer(Trainer):
         model: a :class:`MemoryForCausalLM`; :func:`with_memory` makes one.
         args: a :class:`MemoryTrainingArguments`.
         train_dataset: the documents: a sequence of one-dimensional arrays of token ids, or a dataset whose rows have
-            them as ``input_ids``; each row is a document, of any length. Other columns are not looked at. Where rows
-            can only be gone through (a stream), ``max_steps`` is needed, they are not shuffled, and resuming goes
-            through them again.
+            them as ``input_ids``; each row is a document, of any length. ``labels`` must be these tokens, and an
+            ``attention_mask`` without zeros; other columns are not looked at. Where rows can only be gone through (a
+            stream), ``max_steps`` is needed, they are not shuffled, and resuming goes through them again.
         eval_dataset: the same, or a dictionary of several. :meth:`evaluate` reads each document once, whole, with a
             memory of its own, and gives ``eval_loss`` in nats per token, ``eval_perplexity`` and ``eval_tokens``.
         processing_class, model_init, callbacks, optimizers, optimizer_cls_and_kwargs: as of ``Trainer``.
         data_collator, compute_loss_func, compute_metrics, preprocess_logits_for_metrics: refused.
 
     Raises:
-        ValueError: the model or the arguments are of another kind, or something is asked for that a memory cannot do.
+        ValueError: the model or the arguments are of another kind, or something is asked for that a memory cannot do;
+            when it is read, a row with padding, or with labels that leave out some of its tokens.
     """
 
     args: MemoryTrainingArguments
