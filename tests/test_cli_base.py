@@ -17,7 +17,7 @@ from memformer.around import BaseSettings
 from memformer.config import LATER
 from memformer.data import Document, encode_documents, load_tokenizer
 from memformer.evaluation import evaluate
-from memformer.hf import reference
+from memformer.hf import model, reference
 from memformer.hf.runs import AroundBase, load_base
 from memformer.settings import ModelSettings, TrainingConfig
 from memformer.training import assemble
@@ -232,8 +232,9 @@ def test_what_a_run_has_trained_goes_to_transformers_whole(folder: Path) -> None
 def test_a_base_is_looked_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fingerprint reads all weights: of a large base that takes a while."""
     looked: list[object] = []
-    of_base = reference.fingerprint
-    monkeypatch.setattr(reference, "fingerprint", lambda base: looked.append(base) or of_base(base))
+    of_base = reference.looks_of
+    for where in (reference, model):
+        monkeypatch.setattr(where, "looks_of", lambda base: looked.append(base) or of_base(base))
     AroundBase.from_pretrained(folder / "run")
     assert len(looked) == 1
 

@@ -56,13 +56,17 @@ def own_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference_to(
-    base: PreTrainedModel, config: MemoryConfig, before: Mapping[str, str] | None
+    base: PreTrainedModel,
+    config: MemoryConfig,
+    before: Mapping[str, str] | None,
+    now: Mapping[str, str] | None = None,
 ) -> dict[str, str | None]:
     """What :func:`found_base` needs of the base of a memory with that configuration.
 
     Args:
         before: its looks when it got the memory, which are compared unless it has another dtype since; None for one
             that was made with its memory, of one folder.
+        now: its looks; None for whoever has not looked.
 
     Raises:
         ValueError: the base has no name, is being trained, or is not as it was loaded: its weights have changed since
@@ -85,7 +89,7 @@ def reference_to(
         )
     name = str(Path(name).absolute()) if Path(name).is_dir() else name
     _check_vocabulary(base, name, config.gguf_file)
-    now = looks_of(base)
+    now = now or looks_of(base)
     if before is None or (before["dtype"] == now["dtype"] and before != now):
         got = "one that was saved with its memory" if before is None else "one that was trained or changed since"
         raise ValueError(

@@ -93,7 +93,8 @@ class AroundBase(MemoryForCausalLM):
         model: Self = around(cls, adapted, **sizes, gguf_file=settings.gguf)
         model.trainable(settings.trained)
         if not settings.train_base:
-            model.config.reference = reference_to(model.base, model.config, model._base_looked)
+            looks = model._base_looked  # a moment ago
+            model.config.reference = reference_to(model.base, model.config, looks, looks)
         return model
 
     @staticmethod
