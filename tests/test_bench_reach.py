@@ -168,6 +168,9 @@ def test_trials_are_kept_and_are_the_same_again(tmp_path, monkeypatch):
         ({"train_tokens": 64, "tasks": ("qa3",)}, "segments: the facts alone may fill 3 segments of 64, got 1"),
         ({"judge_temperature": 0.0}, r"judge_temperature: expected a number above 0, got 0\.0"),
         ({"judge_forgetting": -1.0}, r"judge_forgetting: expected a number of at least 0, got -1\.0"),
+        ({"judge_segment_tokens": 128}, r"judge_segment_tokens: expected at most segment_tokens \(64\), .* got 128"),
+        ({"judge_segment_tokens": 48}, r"judge_segment_tokens: .* lengths that it divides, got 48"),
+        ({"judge_segment_tokens": 0}, "judge_segment_tokens: expected"),
         (
             {"judge_forgetting": 0.1, "model": dataclasses.replace(TINY["model"], memory_writer="gated")},
             r"judge_forgetting: expected 0 with the writer gated, which has no bias vector, got 0\.1",
@@ -261,6 +264,29 @@ def test_texts_are_judged_with_a_sharper_writer_than_that_of_training(monkeypatc
         result = reach.train(settings(**changes), OWN, TRIAL)
         assert [judged["with"] for judged in result["lengths"].values()] == [expected] * 2
     assert seen == [(0.25, 0.001)] * 3
+
+
+def test_texts_may_be_judged_in_shorter_segments(monkeypatch):
+    """So fewer facts share one. The texts are of the same lengths, and training is what it was."""
+    read, tell = [], InProse.tell
+
+    def watched(task, count, generator, segments):
+        told = tell(task, count, generator, segments)
+        read.append((task.length, segments, told.tokens))
+        return told
+
+    monkeypatch.setattr(InProse, "tell", watched)
+    monkeypatch.setattr(reach, "_learn", lambda *given: {"curve": []})
+    whole, short = settings(), settings(judge_segment_tokens=16)
+    for given in (whole, short):
+        reach.train(given, OWN, TRIAL)
+    assert {(length, length * segments) for length, segments, _ in read} == {
+        (length, tokens) for length in (64, 16) for tokens in whole.lengths
+    }
+    tokens = [told for _, _, told in read]
+    assert tokens[: len(tokens) // 2] == tokens[len(tokens) // 2 :]
+    assert "judge_segment_tokens" not in reach._fixed(whole), "records of earlier versions are gone on with"
+    assert reach._fixed(short)["judge_segment_tokens"] == 16
 
 
 def test_the_rate_falls_while_the_task_itself_is_trained_on_and_graphs_are_kept_as_is_said(monkeypatch):

@@ -7,6 +7,7 @@ Texts are made while they are read, and read in parts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -86,6 +87,8 @@ class ReachBenchmark:
     """Temperature of the writing attention while texts are judged; in training it is --write-temperature."""
     judge_forgetting: float = 0.0
     """Forgetting of the normalised writer while texts are judged; in training it is --forgetting."""
+    judge_segment_tokens: int | None = None
+    """Tokens in a segment while texts are judged, at most --segment-tokens; None: as many."""
     depths: int = 10
     """Parts of a text, of one size, by which the place of the first needed fact is told."""
     steps: int = 3000
@@ -135,6 +138,13 @@ class ReachBenchmark:
             raise ValueError(f"learning_rates: expected numbers above 0, got {min(self.learning_rates)}")
         if min(self.seeds) < 0 or max(self.seeds) >= _LOOK:
             raise ValueError(f"seeds: expected whole numbers from 0 to {_LOOK - 1:,}")
+        if (short := self.judge_segment_tokens) is not None:
+            check_count("judge_segment_tokens", short)
+            if short > self.segment_tokens or any(n % short for n in self.lengths):
+                raise ValueError(
+                    f"judge_segment_tokens: expected at most segment_tokens ({self.segment_tokens}), and lengths that "
+                    f"it divides, got {short}"
+                )
         self.model.memformer_config(1, self.segment_tokens)
         if not 0 < self.judge_temperature < math.inf:
             raise ValueError(f"judge_temperature: expected a number above 0, got {self.judge_temperature}")
@@ -181,6 +191,7 @@ def run(settings: ReachBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterat
         f"anew after {len(prose.tokens):,}; batches of {settings.batch_size}, {settings.steps:,} steps; this model: "
         + ", ".join(f"{name} {value}" for name, value in sizes(settings.model).items())
         + f"; judged with write_temperature {settings.judge_temperature:g}, forgetting {settings.judge_forgetting:g}"
+        + ("" if settings.judge_segment_tokens is None else f", segments of {settings.judge_segment_tokens}")
     )
     pairs = [(task, contestant) for task in settings.tasks for contestant in settings.contestants]
     found = yield from tune(
@@ -249,6 +260,8 @@ def _fixed(settings: ReachBenchmark) -> dict[str, Any]:
     """What all trials of a file have in common."""
     names = ("episodes", "depths", "judge_temperature", "judge_forgetting")
     judged_with = {"lengths": list(settings.lengths), **{name: getattr(settings, name) for name in names}}
+    if settings.judge_segment_tokens is not None:  # of which files of before know nothing
+        judged_with["judge_segment_tokens"] = settings.judge_segment_tokens
     return {"benchmark": "reach"} | _trained_with(settings, settings.tasks) | judged_with | {"every": EVERY}
 
 
@@ -384,6 +397,7 @@ def _bits(nats: Tensor) -> float:
 def _judge(settings: ReachBenchmark, model: Contestant, task: InProse, tokens: int) -> dict[str, Any]:
     """How many answers are right after texts of so many tokens, in all and by depth."""
     begun = time.perf_counter()
+    task = dataclasses.replace(task, per_segment=settings.judge_segment_tokens or task.per_segment)
     right, nats, depths = _read(settings, model, task, tokens // task.length, settings.episodes, _JUDGE)
     where = (depths * settings.depths).long().clamp(max=settings.depths - 1)
     return {
