@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,15 @@ def test_a_step_that_is_interrupted_is_whole_or_not_at_all(
     assert [line["step"] for line in events(tmp_path / "run", "held_out")] == [2, 4]
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """To Ctrl-C, also where the suite runs in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_waits_for_the_end_of_an_update(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
