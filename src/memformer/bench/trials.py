@@ -5,6 +5,7 @@ A trial is one training, described by an object for JSON, and so is its result.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -92,11 +93,13 @@ class Record:
         }
         self.trials.append({"run": trial, "result": result, "made": about})
         if self.path is not None:
-            with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            with contextlib.ExitStack() as held:
+                with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks
+                    held.enter_context(FileLock(self.path.with_name(f".{self.path.name}.lock")))
                 self._read()
                 text = json.dumps({"settings": self._settings, "runs": self.trials}, indent=1)
                 replace_file(self.path, text + "\n")
-        return next(held["result"] for held in self.trials if held["run"] == trial)
+        return next(kept["result"] for kept in self.trials if kept["run"] == trial)
 
 
 def _command() -> str:
