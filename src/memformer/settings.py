@@ -166,7 +166,7 @@ class ModelSettings(Typed):
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"{name}: {getattr(self, name)} has no meaning with the architecture {self.architecture}, which "
-                    f"has {', '.join(_OWN[self.architecture])}; leave it out"
+                    f"has {', '.join(_OWN[self.architecture])}; leave one of the two out"
                 )
 
     def config(self, vocabulary: int, segment_length: int) -> ModelConfig:
