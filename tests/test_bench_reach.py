@@ -171,6 +171,7 @@ def test_trials_are_kept_and_are_the_same_again(tmp_path, monkeypatch):
         ({"judge_segment_tokens": 128}, r"judge_segment_tokens: expected at most segment_tokens \(64\), .* got 128"),
         ({"judge_segment_tokens": 48}, r"judge_segment_tokens: .* lengths that it divides, got 48"),
         ({"judge_segment_tokens": 0}, "judge_segment_tokens: expected"),
+        ({"judge_segment_tokens": 4}, "per_segment: questions and answers stand in one segment, .*, got 4"),
         (
             {"judge_forgetting": 0.1, "model": dataclasses.replace(TINY["model"], memory_writer="gated")},
             r"judge_forgetting: expected 0 with the writer gated, which has no bias vector, got 0\.1",

@@ -268,6 +268,8 @@ def test_a_first_token_counts_neither_with_the_initial_memory_given() -> None:
     kept = torch.ones_like(tokens, dtype=torch.bool)
     kept[1] = False
     _, mems = memory_replay_backprop(model, some_tokens(seed=3), src_mask=kept)
+    with pytest.raises(ValueError, match="tgt: expected"):
+        memory_replay_backprop(model, tokens, [tokens[:, :3]] + [None] * 4, mems=mems)
     for labels in (None, tokens):
         loss, _ = memory_replay_backprop(model, tokens, labels, mems=mems, reduction="mean")
         torch.testing.assert_close(model(tokens, mems, labels=tokens).loss, loss, rtol=0, atol=1e-12)

@@ -151,6 +151,11 @@ def test_a_base_that_was_changed_is_not_named(tmp_path: Path) -> None:
         ValueError, match=r"base: expected the weights of .*base', .* got one that was trained or chang"
     ):
         model.save_pretrained(tmp_path / "again", base="referenced")
+    named = with_memory(base_of(dtype=torch.float32), 3, LENGTH, **SIZES).trainable("memory")
+    named.base.save_pretrained(tmp_path / "later")
+    named.base.name_or_path = str(tmp_path / "later")  # a base that has a name since
+    named.save_pretrained(tmp_path / "named", base="referenced")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "named")
     model.save_pretrained(tmp_path / "whole")
     whole = MemoryForCausalLM.from_pretrained(tmp_path / "whole").trainable("memory").eval()
     with pytest.raises(ValueError, match=r"base: expected the weights of .* got one that was saved with its memory"):
@@ -195,5 +200,8 @@ def test_a_base_that_has_one_way_of_attending(tmp_path: Path) -> None:
         for loader in (AutoModelForCausalLM, MemoryForCausalLM):
             loaded, tokens = loader.from_pretrained(tmp_path / "memory"), some_tokens()
             assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+        made = MemoryForCausalLM(loaded.config)
+        made.load_state_dict(loaded.state_dict())
+        assert torch.equal(made.eval()(tokens).logits, model(tokens).logits)
         with pytest.raises(ValueError, match="does not support an attention implementation"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "memory", attn_implementation="sdpa")

@@ -104,3 +104,9 @@ def test_a_lora_in_another_state_than_it_is_loaded_in_is_not_saved(tmp_path: Pat
     for folder in ("memory", "whole"):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+    half = [AutoModelForCausalLM.from_pretrained(tmp_path / f, dtype=torch.bfloat16) for f in ("memory", "whole")]
+    dtypes, expected = ({name: p.dtype for name, p in one.named_parameters()} for one in half)
+    assert dtypes == expected
+    adapted.merge_and_unload()
+    with pytest.raises(ValueError, match=r"lora: expected it .* it is no longer there: call with_memory again"):
+        model.save_pretrained(tmp_path / "unloaded")

@@ -175,6 +175,8 @@ def run(settings: ReachBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterat
     if settings.weights is not None and not settings.weights.is_dir():
         raise ValueError(f"weights: expected a folder that exists, got {settings.weights}")
     tasks = {name: _tasks(settings, name) for name in settings.tasks}
+    for _, held_out in tasks.values():
+        _judged(settings, held_out)  # or refuses, before anything is trained
     for name, (task, held_out) in tasks.items():
         if min(settings.lengths) < held_out.least_segments * held_out.length:
             raise ValueError(
@@ -226,6 +228,17 @@ def _tasks(settings: ReachBenchmark, name: str) -> tuple[InProse, InProse]:
     )
 
 
+def _judged(settings: ReachBenchmark, held_out: InProse) -> InProse:
+    """The held-out task as it is judged: one question is asked, which may stand in a shorter segment.
+
+    Raises:
+        ValueError: the question is longer than that.
+    """
+    if settings.judge_segment_tokens is None:
+        return held_out
+    return dataclasses.replace(held_out, per_segment=settings.judge_segment_tokens, questions=1)
+
+
 def _config(settings: ReachBenchmark, task: InProse) -> Any:
     return settings.model.memformer_config(task.vocabulary, task.length)
 
@@ -269,6 +282,7 @@ def train(settings: ReachBenchmark, entrants: Mapping[str, Build], trial: Trial)
     """One trial: a contestant, a task, a learning rate, a seed; trained, or loaded, and judged."""
     device = choose_device(settings.device)
     task, held_out = _tasks(settings, trial["task"])
+    judged = _judged(settings, held_out)
     torch.manual_seed(trial["seed"])
     model = build(trial["contestant"], entrants, _config(settings, task)).to(device)
     file, about = None, {"settings": json.dumps(_trained_with(settings, (trial["task"],)) | trial, sort_keys=True)}
@@ -286,7 +300,7 @@ def train(settings: ReachBenchmark, entrants: Mapping[str, Build], trial: Trial)
     return learned | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "numbers_carried": _numbers_carried(model, task.length, device),
-        "lengths": {str(tokens): _judge(settings, model, held_out, tokens) for tokens in settings.lengths},
+        "lengths": {str(tokens): _judge(settings, model, judged, tokens) for tokens in settings.lengths},
     }
 
 
@@ -397,7 +411,6 @@ def _bits(nats: Tensor) -> float:
 def _judge(settings: ReachBenchmark, model: Contestant, task: InProse, tokens: int) -> dict[str, Any]:
     """How many answers are right after texts of so many tokens, in all and by depth."""
     begun = time.perf_counter()
-    task = dataclasses.replace(task, per_segment=settings.judge_segment_tokens or task.per_segment)
     right, nats, depths = _read(settings, model, task, tokens // task.length, settings.episodes, _JUDGE)
     where = (depths * settings.depths).long().clamp(max=settings.depths - 1)
     return {

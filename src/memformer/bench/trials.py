@@ -159,10 +159,10 @@ def carry_out(
             for future in as_completed(made):
                 yield made[future], record.add(made[future], future.result())
         except BaseException as error:  # Ctrl-C, and whoever wants no more: trials at work would take minutes to end
+            alive.close()
             for future, trial in made.items():
                 if future.done() and not future.cancelled() and not future.exception() and record.find(trial) is None:
                     record.add(trial, future.result())
-            alive.close()
             if isinstance(error, BrokenProcessPool):
                 raise ChildProcessError(
                     "a trial's process was killed, perhaps for want of memory: fewer --jobs take less. What was done "

@@ -189,6 +189,7 @@ def check_adapter(base: nn.Module) -> None:
 
     layers = [part for part in base.modules() if isinstance(part, BaseTunerLayer)]
     wrong = {
+        "is no longer there: call with_memory again, around the base as it is now": not layers,
         "is merged into them: unmerge_adapter() first": any(layer.merged for layer in layers),
         "is switched off: switch it on first": any(layer.disable_adapters for layer in layers),
     }

@@ -82,6 +82,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
         made = base is None
         if base is None:
             base = AutoModelForCausalLM.from_config(config.base_config, attn_implementation=attention)
+            config._attn_implementation = base.config._attn_implementation
             if config.adapter is not None:
                 add_adapter(base, config.adapter)
         self.base, self.dim = base, config.hidden_size
@@ -581,11 +582,11 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
         found = [segment._replace(reset=as_mask("reset", segment.reset)) for segment in found]
         if mems is None:
             found[0] = found[0]._replace(reset=torch.ones(len(tokens), dtype=torch.bool, device=device))
-        else:  # a document's first token has nothing before it, also in lanes whose memory is the initial one
-            counted = counted_labels(self.target(found[0]), found[0].src_mask, mems.last.eq(0).all(-1))
-            found[0] = found[0]._replace(tgt=self.target(found[0]).where(counted, IGNORED))
         for s in found:
             self._check(s.src, None, s.src_mask, s.reset, s.tgt, names=("src", "src_mask", "tgt"))
+        if mems is not None:  # a document's first token has nothing before it, also where the memory is the initial one
+            counted = counted_labels(self.target(found[0]), found[0].src_mask, mems.last.eq(0).all(-1))
+            found[0] = found[0]._replace(tgt=self.target(found[0]).where(counted, IGNORED))
         return found
 
     def of_stream(self, segment: Segment) -> Segment:
@@ -690,7 +691,7 @@ def memory_around(kind: type[M], model: PreTrainedModel, config: MemoryConfig) -
         reader.to(next(layer.parameters()).device)
     if checkpoints is not None:
         made._set_gradient_checkpointing(True, checkpoints)
-    if model.name_or_path and device.type != "meta":
+    if device.type != "meta":
         made._base_looked = looks_of(model)
     generation: Any = copy.deepcopy(model.generation_config)
     generation.cache_implementation = None  # it has its own

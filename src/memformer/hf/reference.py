@@ -167,7 +167,8 @@ def check_base(reference: Mapping[str, Any], looks: Mapping[str, Any], model: Pr
 
 
 def load_own(model: PreTrainedModel, folder: Any, reference: Mapping[str, Any]) -> None:
-    """Load the weights of a memory that was saved without its base, in their own dtypes if the base has that of before.
+    """Load the weights of a memory that was saved without its base; a LoRA's in their own dtypes, and all others if the
+    base has that of before.
 
     Raises:
         ValueError: the file holds other weights.
@@ -176,8 +177,8 @@ def load_own(model: PreTrainedModel, folder: Any, reference: Mapping[str, Any]) 
     lacking = own_state(model.state_dict()).keys() ^ state.keys()
     if lacking:
         raise ValueError(f"{folder}: expected the weights of its config.json; {', '.join(sorted(lacking))} do not fit")
-    if reference.get("dtype") in (None, _dtype(model)):
-        for name, weight in state.items():
+    for name, weight in state.items():
+        if "lora_" in name or reference.get("dtype") in (None, _dtype(model)):
             model.get_parameter(name).data = model.get_parameter(name).to(weight.dtype)
     model.load_state_dict(state, strict=False)
 

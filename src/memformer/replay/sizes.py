@@ -76,7 +76,7 @@ def noting_saved(run: Callable[[], T], note: Callable[[Tensor], object]) -> T:
     """What ``run()`` returns; each tensor that its graph saves is noted.
 
     Torch refuses hooks on saved tensors beside a ``torch.func.grad`` in a cell. Then it is run again without, and the
-    graph is asked.
+    graph of the result is asked, which knows nothing of graphs that replay keeps.
     """
 
     def pack(x: Tensor) -> Tensor:

@@ -146,7 +146,8 @@ def verify(
 
     Parameters, ``.grad``, buffers, and the generators of torch, Python, numpy and the cell are afterwards as before;
     nothing is copied but buffers. The cell runs about 10 times per segment and schedule, and a plain graph of all
-    segments is alive: give it three segments or so, as they come in training.
+    segments is alive: give it three segments or so, as they come in training. Beside ``torch.func.grad`` in a cell,
+    graphs that are kept are not counted.
 
     In float64 an error is an error. In float32 and below a wrong gradient that is small beside the others may hide
     within the tolerance: ask again with ``cell.double()``.
