@@ -82,6 +82,14 @@ def test_a_step_has_the_gradients_of_plain_autograd(settings: Settings) -> None:
     assert isinstance(run.model, CausalMemformer)
 
 
+@pytest.mark.parametrize(("horizon", "at_once"), [(2, False), (3, True)])
+def test_what_is_verified_runs_as_in_training(settings: Settings, horizon: int, at_once: bool) -> None:
+    """All layers at once pays from three segments and three layers on."""
+    verdict = Run(settings(horizon=horizon, depth=3)).verify()
+    assert verdict.ok
+    assert ("all layers at once" in verdict.summary) is at_once
+
+
 @pytest.mark.parametrize("memory", [True, False])
 def test_each_token_is_evaluated_once_and_documents_do_not_know_each_other(memory: bool) -> None:
     model = lively_causal(num_tokens=260, max_seq_len=8).float()

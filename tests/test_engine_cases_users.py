@@ -517,6 +517,11 @@ def test_one_weight_for_all_segments(weights, got):
         replay.memory_replay(cell, [torch.randn(2, 3)] * 2, torch.zeros(2, 4), segment_weights=weights)
 
 
+def test_weights_that_are_no_numbers():
+    with pytest.raises(ValueError, match="segment_weights: expected numbers, got 'ab'"):
+        replay.memory_replay(nn.GRUCell(3, 4), [torch.randn(2, 3)] * 2, torch.zeros(2, 4), segment_weights="ab")
+
+
 def test_a_burnt_in_memory_has_no_graph():
     weight = torch.randn(2, 4, requires_grad=True)
     memory = replay.burn_in(lambda x, m: (None, m), [1, 2], 2 * weight)

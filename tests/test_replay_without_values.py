@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -258,6 +259,9 @@ def test_what_does_not_fit() -> None:
         replay.Options(keep_values=False, readout_segments=3)
     with pytest.raises(ValueError, match="keep_values: expected True, False or None, got 'no'"):
         replay.Options(keep_values="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="keep_values: expected True, False or None, got 0"):
+        replay.Options(keep_values=0)  # type: ignore[arg-type]
+    assert replay.Options(readout_segments=np.int64(2)).readout_segments == 2  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"measure_at: expected one of the 2 segments, counted from 0, got 2"):
         replay.memory_replay(model, segments, memory, schedule=replay.Budget(10**9), measure_at=2)
     with pytest.raises(ValueError, match=r"scan: .* neither segment_weights nor readout_segments or keep_values"):

@@ -175,12 +175,11 @@ def run(settings: ReachBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterat
     if settings.weights is not None and not settings.weights.is_dir():
         raise ValueError(f"weights: expected a folder that exists, got {settings.weights}")
     tasks = {name: _tasks(settings, name) for name in settings.tasks}
-    for _, held_out in tasks.values():
-        _judged(settings, held_out)  # or refuses, before anything is trained
     for name, (task, held_out) in tasks.items():
-        if min(settings.lengths) < held_out.least_segments * held_out.length:
+        judged = _judged(settings, held_out)
+        if min(settings.lengths) < judged.least_segments * judged.length:
             raise ValueError(
-                f"lengths: the facts of {name} alone may have {held_out.least_segments * held_out.length} tokens, got "
+                f"lengths: the facts of {name} alone may have {judged.least_segments * judged.length} tokens, got "
                 f"{min(settings.lengths)}"
             )
         for who in settings.contestants:
@@ -234,9 +233,12 @@ def _judged(settings: ReachBenchmark, held_out: InProse) -> InProse:
     Raises:
         ValueError: the question is longer than that.
     """
-    if settings.judge_segment_tokens is None:
+    short = settings.judge_segment_tokens
+    if short is None:
         return held_out
-    return dataclasses.replace(held_out, per_segment=settings.judge_segment_tokens, questions=1)
+    return dataclasses.replace(
+        held_out, per_segment=short, segments=held_out.segments * held_out.per_segment // short, questions=1
+    )
 
 
 def _config(settings: ReachBenchmark, task: InProse) -> Any:

@@ -159,7 +159,7 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
     """
     adapters = getattr(base, "peft_config", None)  # transformers' add_adapter makes no wrapper, but this
     wrapped = hasattr(base, "get_base_model")
-    if not adapters or not (wrapped or _has_adapter_layers(base)):  # settings may be left of one that was merged
+    if not adapters or not (wrapped or _adapter_layers(base)):  # settings may be left of one that was merged
         return base, None
     if len(adapters) != 1:
         raise ValueError(f"base: expected one adapter, got {', '.join(adapters)}; merge or delete the others")
@@ -176,18 +176,16 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
     return inner, {**settings, "peft_type": kind, "adapter_name": name}
 
 
-def _has_adapter_layers(base: nn.Module) -> bool:
-    """Whether PEFT has put something into its layers."""
+def _adapter_layers(base: nn.Module) -> list[Any]:
+    """What PEFT has put into its layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return any(isinstance(part, BaseTunerLayer) for part in base.modules())
+    return [part for part in base.modules() if isinstance(part, BaseTunerLayer)]
 
 
 def check_adapter(base: nn.Module) -> None:
     """Raise ValueError for a LoRA in another state than the one in which it is loaded: beside the weights, and on."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [part for part in base.modules() if isinstance(part, BaseTunerLayer)]
+    layers = _adapter_layers(base)
     wrong = {
         "is no longer there: call with_memory again, around the base as it is now": not layers,
         "is merged into them: unmerge_adapter() first": any(layer.merged for layer in layers),

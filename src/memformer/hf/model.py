@@ -183,7 +183,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
 
         Raises:
             ValueError: another word, a base that cannot be referenced (it has no name, is not frozen, or is not as it
-                was loaded), or a quantised one that is to be saved; or a LoRA that is merged or switched off.
+                was loaded), or a quantised one that is to be saved; or a LoRA that is merged, unloaded or off.
         """
         if self.config.adapter is not None:
             check_adapter(self.base)

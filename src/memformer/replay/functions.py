@@ -246,9 +246,10 @@ def accumulate(
     inside = _inside(readout, weights, options)
     params, seen = _trained(cell, params, inside)
     owned = owners(cell, params)
+    called = [*owned, *owners(readout, ())]
     refuse_inside_wrapped("accumulate")
-    refuse_wrapped([*owned, *owners(readout, ())])
-    refuse_hooks_of([*owned, *owners(readout, ())])
+    refuse_wrapped(called)
+    refuse_hooks_of(called)
     rollout = Run(cell, taken, memory, options, None, owned, seen, sync, inside)
     values, memory = rollout.outputs(rollout.record())
     if inside is not None:
