@@ -1,4 +1,4 @@
-.PHONY: check lint types test package oldest docs notebooks
+.PHONY: check lint types test thorough package oldest docs notebooks
 
 check: lint types test  ## everything about the code that CI checks
 
@@ -11,6 +11,9 @@ types:
 
 test:  ## in two processes
 	pytest -n 2 --dist worksteal
+
+thorough:  ## further cases of what `test` has one of
+	pytest -n 2 --dist worksteal -m thorough
 
 package:  ## dist/: the sdist, and the wheel made from it, looked through
 	rm -rf dist

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ def two_processes(work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[
 def several_processes(count: int, work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:
     """Run ``work(rank, *args)`` in so many processes; returns what they returned, which goes through files."""
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    context = mp.get_context("spawn")
+    context = _context()
     processes = [context.Process(target=_process, args=(work, rank, count, folder, args)) for rank in range(count)]
     for process in processes:
         process.start()
@@ -33,6 +35,16 @@ def several_processes(count: int, work: Callable[..., Any], tmp_path: Path, *arg
     errors = [error for error, _ in results if error]
     assert not errors, "\n".join(errors)
     return [result for _, result in results]
+
+
+@functools.cache
+def _context() -> BaseContext:
+    """Processes that begin with everything imported, where there is such a start: a pair takes seconds else."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["memformer.training", "torch.distributed.fsdp", "pytest"])
+    return context
 
 
 def _process(work: Callable[..., Any], rank: int, count: int, folder: Path, args: tuple[Any, ...]) -> None:

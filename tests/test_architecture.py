@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import memformer
@@ -106,20 +106,24 @@ def room_of(file: Path) -> str:
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def rooms() -> set[str]:
-    return {room_of(file) for file in PACKAGE.rglob("*.py")}
+@functools.cache
+def rooms() -> frozenset[str]:
+    return frozenset(room_of(file) for file in PACKAGE.rglob("*.py"))
 
 
-def imports(file: Path) -> Iterator[str]:
+@functools.cache
+def imports(file: Path) -> frozenset[str]:
     """The absolute names of everything that a file imports, anywhere in it."""
+    found = set[str]()
     package = ("memformer", *file.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else ()
             name = ".".join([*start, *([node.module] if node.module else [])])
-            yield from (f"{name}.{alias.name}" for alias in node.names)
+            found.update(f"{name}.{alias.name}" for alias in node.names)
+    return frozenset(found)
 
 
 def own_imports(room: str) -> set[str]:

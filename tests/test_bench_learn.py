@@ -91,21 +91,21 @@ def test_held_out_episodes_are_not_those_of_training():
 
 
 def test_a_file_is_gone_on_with(tmp_path, monkeypatch):
-    out = tmp_path / "runs.json"
-    lines(learning_rates=(1e-3,), seeds=(0,), out=out)
+    out, few = tmp_path / "runs.json", {"contestants": ("memformer", "memory off")}
+    lines(learning_rates=(1e-3,), seeds=(0,), out=out, **few)
     first = json.loads(out.read_text())["runs"]
     made = []
     train = learn.train
     monkeypatch.setattr(learn, "train", lambda *given: made.append(given[-1]) or train(*given))
-    printed = lines(learning_rates=(1e-3, 3e-3), seeds=(0, 4), out=out)
+    printed = lines(learning_rates=(1e-3, 3e-3), seeds=(0, 4), out=out, **few)
     runs = json.loads(out.read_text())["runs"]
     assert runs[: len(first)] == first
-    assert [(run["learning_rate"], run["seed"]) for run in made[: len(OWN)]] == [(3e-3, 0)] * len(OWN)
-    assert [run["seed"] for run in made[len(OWN) :]] == [4] * len(OWN)
+    assert [(run["learning_rate"], run["seed"]) for run in made[:2]] == [(3e-3, 0)] * 2
+    assert [run["seed"] for run in made[2:]] == [4] * 2
     assert {"memformer", "machine", "date", "command"} <= runs[0]["made"].keys()
     made.clear()
     timed = ("s per run", "machine")
-    again = lines(learning_rates=(1e-3, 3e-3), seeds=(0, 4), out=out)
+    again = lines(learning_rates=(1e-3, 3e-3), seeds=(0, 4), out=out, **few)
     assert not made
     assert [line for line in again if line not in printed and not any(t in line for t in timed)] == []
     with pytest.raises(ValueError, match="holds runs with steps of 3, not 5"):

@@ -143,7 +143,11 @@ def test_the_peak(capsys: pytest.CaptureFixture[str], models: list[str]) -> None
     assert [line.split()[0] for line in lines[4:]] == [w for name in models for w in (name, name, "gradients")]
 
 
-@pytest.mark.parametrize("model", [MODEL, ["--architecture", "causal", "--depth", "1", *SIZES]])
+@pytest.mark.parametrize(
+    "model",
+    [MODEL, pytest.param(["--architecture", "causal", "--depth", "1", *SIZES], marks=pytest.mark.thorough)],
+    ids=["memformer", "causal"],
+)
 def test_the_exported_steps(capsys: pytest.CaptureFixture[str], model: list[str]) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

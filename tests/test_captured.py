@@ -4,6 +4,7 @@ What only a card can show is at the end, for ``--device cuda``, and in ``python 
 """
 
 import contextlib
+import gc
 import re
 import types
 import warnings
@@ -94,6 +95,29 @@ def test_it_is_the_function(pretend, method, clear):
     assert pretend.rehearsals == capture.REHEARSALS
     same = run(step, cell, [BATCHES[0]] * 2)
     assert same[0][0]["loss"] != same[1][0]["loss"]  # dropout
+
+
+@pytest.fixture
+def frozen():
+    """Everything alive is hidden from the garbage collector, as long trainings do to spare its time."""
+
+    def freeze():
+        gc.collect()
+        gc.freeze()
+
+    yield freeze
+    gc.unfreeze()
+
+
+def test_what_is_hidden_from_the_garbage_collector_is_trained_too(pretend, frozen):
+    cell = Cell().double()
+    frozen()
+    step = replay.captured(step_of(cell))
+    hidden = gc.get_freeze_count()
+    expected = run(step_of(cell), cell, BATCHES, "never")
+    assert_close(run(step, cell, BATCHES, "never"), expected, rtol=0, atol=0)
+    assert step.launches == len(BATCHES)
+    assert gc.get_freeze_count() >= hidden
 
 
 @pytest.mark.parametrize("schedule", [replay.EveryMemory(graphs=0), replay.Binomial(2), replay.EveryMemory(graphs=9)])
@@ -304,7 +328,8 @@ def test_tensors_on_two_devices_and_graphs(pretend):
         replay.captured(step_of(cell), most=0)
 
 
-def test_distributed_data_parallel_is_refused(pretend, monkeypatch):
+@pytest.mark.parametrize("hidden", [False, True])
+def test_distributed_data_parallel_is_refused(pretend, monkeypatch, frozen, hidden):
     class Parallel(nn.Module):
         pass
 
@@ -312,6 +337,8 @@ def test_distributed_data_parallel_is_refused(pretend, monkeypatch):
     cell, wrapped = Cell().double(), Parallel()
     replay.captured(step_of(cell), *BATCHES[0], mode="on")
     wrapped.module = cell
+    if hidden:
+        frozen()
     with pytest.raises(ValueError, match="what it trains is wrapped in DistributedDataParallel"):
         replay.captured(step_of(cell), *BATCHES[0], mode="on")
 

@@ -411,7 +411,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder):
     assert main(again) == 0
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.thorough)])
 def test_torchrun_trains_with_two_processes(folder, parallel):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = [*command, "-m", "memformer", "train", "--data", "text.txt", "--out", "run", *SMALL, "--parallel", parallel]

@@ -30,8 +30,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
-SLOW = {"texts"}
-"""Notebooks that take more than 20 seconds on one core."""
+MARKS = {"gru": [pytest.mark.thorough], "remember": [pytest.mark.thorough], "texts": [pytest.mark.slow]}
+"""Of notebooks that take more than ten seconds on one core."""
 INTERNAL = {"__init__", "__main__", "bench", "cli"}
 INTERNAL |= {"checks", "device", "files", "folders", "learning_rate", "parallel", "pictures"}
 """Modules and folders of the package that nobody needs to import: they have no page of reference."""
@@ -208,9 +208,7 @@ def code_of(cell: dict) -> str:
     return source
 
 
-@pytest.mark.parametrize(
-    "notebook", [pytest.param(n, marks=[pytest.mark.slow] * (n.stem in SLOW), id=n.stem) for n in NOTEBOOKS]
-)
+@pytest.mark.parametrize("notebook", [pytest.param(n, marks=MARKS.get(n.stem, []), id=n.stem) for n in NOTEBOOKS])
 def test_a_notebook_runs_as_it_stands(notebook, tmp_path, monkeypatch):
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = [code_of(cell) for cell in cells if cell["cell_type"] == "code"]

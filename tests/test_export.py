@@ -135,7 +135,7 @@ def assert_same_causal(model, steps, batch_size):
 KINDS = {"memformer": (small, assert_same_over_segments), "causal": (small_causal, assert_same_causal)}
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=["memformer", pytest.param("causal", marks=pytest.mark.thorough)])
 def kind(request):
     return request.param
 
@@ -204,6 +204,7 @@ def test_torch_export(tmp_path):
     assert_same_over_segments(model, load(tmp_path), batch_size=3)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, when it loads
 def test_torch_export_of_one_memory_for_all_layers(tmp_path):
     model = small_causal(memory="one", memory_writer="gated", positions="relative")
@@ -211,6 +212,7 @@ def test_torch_export_of_one_memory_for_all_layers(tmp_path):
     assert_same_causal(model, load(tmp_path), batch_size=3)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, when it loads
 def test_a_causal_model_without_an_overlap(tmp_path):
     model = small_causal(overlap=0, memory_writer="placed")

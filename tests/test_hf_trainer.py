@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import socket
@@ -71,15 +70,6 @@ def model_of(
 def documents(*lengths: int, seed: int = 1) -> list[np.ndarray]:
     generator = np.random.default_rng(seed)
     return [generator.integers(0, TOKENS, length) for length in lengths]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _frozen() -> Iterator[None]:
-    """Trainer collects garbage whenever it begins: it need not look through all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 TRAINING = documents(9, 17, 1, 23, 6, 12, 4)

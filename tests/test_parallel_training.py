@@ -87,8 +87,11 @@ ONE = {**CAUSAL, "memory_layout": "one"}
 
 @pytest.mark.parametrize(
     ("kind", "parallel", "schedule"),
-    [({}, "ddp", "budget:9MB"), ({}, "fsdp", "binomial:1"), (CAUSAL, "fsdp", "binomial:1")],
-    ids=["memformer-ddp", "memformer-fsdp", "causal-fsdp"],
+    [
+        pytest.param({}, "ddp", "budget:9MB", id="memformer-ddp"),
+        pytest.param({}, "fsdp", "binomial:1", id="memformer-fsdp", marks=pytest.mark.thorough),
+        pytest.param(CAUSAL, "fsdp", "binomial:1", id="causal-fsdp"),
+    ],
 )
 def test_two_processes_equal_one(settings, tmp_path, kind, parallel, schedule):
     """From a horizon of one on, where nothing reaches the writer; whichever memories and graphs are kept.
@@ -109,8 +112,12 @@ def test_two_processes_equal_one(settings, tmp_path, kind, parallel, schedule):
 
 @pytest.mark.parametrize(
     ("kind", "parallel"),
-    [({}, "ddp"), ({}, "fsdp"), (CAUSAL, "ddp"), (ONE, "fsdp")],
-    ids=["memformer-ddp", "memformer-fsdp", "causal-ddp", "one-fsdp"],
+    [
+        pytest.param({}, "ddp", id="memformer-ddp"),
+        pytest.param({}, "fsdp", id="memformer-fsdp", marks=pytest.mark.thorough),
+        pytest.param(CAUSAL, "ddp", id="causal-ddp", marks=pytest.mark.thorough),
+        pytest.param(ONE, "fsdp", id="one-fsdp"),
+    ],
 )
 def test_a_run_goes_on_with_another_number_of_processes(settings, tmp_path, kind, parallel):
     tied = parallel == "ddp"
@@ -156,7 +163,9 @@ def stopped_and_whole(rank, settings, again, whole):
     work(rank, whole)
 
 
-@pytest.mark.parametrize("kind", [{}, CAUSAL], ids=["memformer", "causal"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param({}, id="memformer", marks=pytest.mark.thorough), pytest.param(CAUSAL, id="causal")]
+)
 def test_the_parts_of_a_divided_model_are_written_and_read_by_those_who_have_them(settings, tmp_path, kind):
     """Bit for bit, and what a user loads has all of it."""
     options = dict(parallel="fsdp", tie_embeddings=False, steps=4, eval_every=2, **kind)

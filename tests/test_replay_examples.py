@@ -19,6 +19,7 @@ def printed(name: str, capsys) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_gru(capsys):
     out = printed("replay_gru.py", capsys)
     assert "Binomial     100 segments: " in out

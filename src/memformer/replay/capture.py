@@ -338,7 +338,8 @@ def _as_before(card: Card, modules: Sequence[nn.Module]) -> Iterator[Callable[[s
     """
     # A node that adds to a gradient belongs to the stream on which it was made: one that an eager step left behind in a
     # cycle would draw the default stream into the capture.
-    gc.collect()
+    with _nothing_frozen():
+        gc.collect()
     stashed = [(x, x.grad) for x in _leaves_with_gradients(card.device)]
     buffers = {id(b): (b, b.clone()) for module in modules for b in module.buffers() if b.device == card.device}
     on_card, on_cpu = card.generator.get_state(), torch.get_rng_state()
@@ -364,17 +365,32 @@ def _as_before(card: Card, modules: Sequence[nn.Module]) -> Iterator[Callable[[s
                 buffer.copy_(before)
 
 
+@contextlib.contextmanager
+def _nothing_frozen() -> Iterator[None]:
+    """With the garbage collector seeing what ``gc.freeze`` hides from it, as long trainings do to spare its time."""
+    frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        if frozen:
+            gc.freeze()
+
+
 def _leaves_with_gradients(device: torch.device) -> list[Tensor]:
     """All that are alive: a step need not say what it trains, and nothing that it trains is forgotten."""
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    with _nothing_frozen():
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
     leaves = [x for x in tensors if x.requires_grad and x.is_leaf and x.device == device]
     return [x for x in leaves if x.grad is not None]
 
 
 def _refuse_parallel(targets: Sequence[Tensor]) -> None:
     ids = {id(x) for x in targets}
-    for x in gc.get_objects() if ids else ():
-        if issubclass(type(x), DistributedDataParallel) and any(id(p) in ids for p in x.parameters()):
+    with _nothing_frozen():
+        wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+    for wrapper in wrappers:
+        if any(id(p) in ids for p in wrapper.parameters()):
             raise NotCapturedError(
                 "what it trains is wrapped in DistributedDataParallel, whose exchange of gradients is not captured: "
                 "exchange them after the step, or run it eagerly"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
@@ -231,7 +232,8 @@ class RolloutLoss(nn.Module):
             tally: takes down the losses, see :func:`~memformer.rollouts.rollout`.
         """
         if self._keeping is not None:  # measured once: whatever is kept, the gradients are the same
-            size = replay.measure(self.model.cell, segments[0], mems).graph_bytes
+            with _compiling():
+                size = replay.measure(self.model.cell, segments[0], mems).graph_bytes
             schedule = self._keeping(max(1, GRAPHS_BYTES // max(1, size)))
             self.options, self._keeping = dataclasses.replace(self.options, schedule=schedule), None
         method: replay.Method = replay.memory_replay
@@ -244,7 +246,7 @@ class RolloutLoss(nn.Module):
             method = functools.partial(replay.accumulate, sync=sync)
         at_once = layers_at_once(self.model, segments, self.options)
         options = dataclasses.replace(self.options, memory_gradients=None if at_once else watch)
-        try:
+        with _compiling():
             outcome = rollout(
                 self.model,
                 segments,
@@ -256,8 +258,15 @@ class RolloutLoss(nn.Module):
                 readout_tokens=self._readout_tokens,
                 tally=tally,
             )
-        except RuntimeError as error:
-            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise ValueError(f"compile: {compile_error(error)}. Leave --compile out to train without it") from error
-            raise
         return outcome.loss, outcome.memory
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """What compiles when it runs may fail: with a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise ValueError(f"compile: {compile_error(error)}. Leave --compile out to train without it") from error
+        raise
