@@ -343,6 +343,9 @@ def test_what_is_joined_is_learned_apart_first() -> None:
     of_two = TwoFacts(people=2, places=3, things=1)
     assert of_two.lessons[0] == SingleFacts(people=2, places=3, things=1)
     assert WORLDS["qa1"].lessons == (Whereabouts(most=2),)
+    assert WORLDS["needle"].lessons == (Values(each=1), Values(each=2), Values())
+    assert Values(each=3).lessons == (Values(each=1), Values(each=2), Values(each=3))
+    assert Values(each=1).lessons == (Values(each=1),)
 
 
 def test_the_easiest_texts_are_two_facts_and_nothing_else() -> None:

@@ -385,6 +385,12 @@ class Values(World):
         return self.each
 
     @property
+    def lessons(self) -> tuple[World, ...]:
+        """With one secret each, with two, and so on."""
+        fewer = (each for each in (1 << doubled for doubled in range(self.each)) if each < self.each)
+        return *(dataclasses.replace(self, each=each) for each in fewer), self
+
+    @property
     def chance(self) -> float:
         return 1 / math.perm(self.secrets, self.each)
 
