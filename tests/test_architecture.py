@@ -31,7 +31,6 @@ LAYERS = [
     },
     {
         "sampling",
-        "replay.capture",
         "replay.storage",
         "replay.gradients",
         "replay.boundary",
@@ -50,8 +49,8 @@ LAYERS = [
         "data.segments",
     },
     {"tasks.images", "tasks.symbols", "tasks.worlds"},
-    {"replay.options", "replay.readout", "replay.sizes", "nn.memory", "state"},
-    {"replay.engine", "interface", "nn.causal", "nn.stacked"},
+    {"replay.options", "replay.places", "replay.readout", "replay.sizes", "nn.memory", "state"},
+    {"replay.capture", "replay.engine", "interface", "nn.causal", "nn.stacked"},
     {"replay.functions", "network", "wavefront"},
     {"writing"},
     {"generation"},

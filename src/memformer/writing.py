@@ -225,6 +225,10 @@ class Stream(Iterator[Tensor]):
         self._ahead = AHEAD if self._waits and not choice.stops.numel() else 1
         self._unseen = 0
 
+    def __getstate__(self) -> dict[str, object]:
+        """For a copy, which goes on eagerly: a launch would write into the original's state."""
+        return {**vars(self), "_captured": None}
+
     @property
     def state(self) -> MemoryState:
         """Of all lanes, after the tokens that came so far; a copy."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import linecache
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +22,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 from .environment import left_alone
-from .inputs import Tree, captured_modules, name_of, owners
+from .inputs import Tree, captured_modules, holds_a_tensor, name_of, owners, version
+from .places import Places, Rehearsed
 from .schedules import at_least
 
 __all__ = ["Captured", "captured"]
@@ -43,9 +47,9 @@ def captured(function: Callable[..., Tree], *example: Tree, mode: Mode = "auto",
     numbers that the function would draw, and returns what it returns, detached.
 
     What the function does in Python happens when it is captured and not in a launch. So a number that differs from call
-    to call must be a tensor, and an input; and a weight may be changed in place, as optimizers and ``load_state_dict``
-    do, but what is not trained must not be put in another place. Before a capture the function is run three times;
-    gradients, random numbers and the buffers of its modules are afterwards as before.
+    to call must be a tensor, and an input. A weight may be changed in place, as optimizers and ``load_state_dict`` do;
+    where one, or a buffer, or a module, is replaced by another, it is captured anew. Before a capture the function is
+    run three times; gradients, random numbers and the buffers of its modules are afterwards as before.
 
     Args:
         function: ``function(*inputs)`` calls ``backward`` itself, if it is to, and returns a pytree of tensors.
@@ -53,7 +57,8 @@ def captured(function: Callable[..., Tree], *example: Tree, mode: Mode = "auto",
             Inputs are pytrees of tensors, all on one card, and of things that can be compared, such as numbers.
         mode: "auto" runs eagerly what cannot be captured, and warns once (not on a CPU); "on" raises; "off" always runs
             eagerly.
-        most: for how many sets of shapes; others run eagerly. Each keeps its inputs, outputs and gradients on the card;
+        most: for how many sets of shapes, and of modules that train and of weights that want a gradient; others run
+            eagerly. Each keeps its inputs, outputs and gradients on the card;
             what is in use only during a launch is shared among them.
 
     Raises:
@@ -80,8 +85,13 @@ class Captured:
         self.function, self.mode, self.most = function, mode, most
         self.launches = 0
         self._modules = [x for x in owners(function, ()) if isinstance(x, nn.Module)] + captured_modules(function)
+        self._places = Places(self._modules)
         self._graphs: dict[object, _Graph] = {}
         self._cards: dict[torch.device, Card] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which captures for itself: a graph reads and writes the tensors of the original."""
+        return {**vars(self), "_graphs": {}, "_cards": {}}
 
     @property
     def graphs(self) -> int:
@@ -99,6 +109,9 @@ class Captured:
         if graph is None:
             return tree_map(_detached, self.function(*inputs))
         self.launches += 1
+        for other in self._graphs.values():
+            if other is not graph:
+                other.let_go()
         return graph.launch(leaves)
 
     def forget(self) -> None:
@@ -118,6 +131,9 @@ class Captured:
             del found, self._graphs[key]
             if not self._graphs:
                 self.forget()
+        if not self._places.same():
+            self._places = Places(self._modules)
+            key = self._key(leaves, spec)
         if len(self._graphs) >= self.most:
             return None
         try:
@@ -129,22 +145,25 @@ class Captured:
             if self.mode == "on":
                 raise ValueError(f"captured: {reason}") from reason.__cause__
             self.mode = "off"
+            self.forget()
             warnings.warn(f"captured: {reason}. It runs eagerly", stacklevel=3)
         return None
 
     def _key(self, leaves: list[Any], spec: TreeSpec) -> object:
         """What a graph is for: shapes, and whatever else of the surroundings a launch could not follow."""
         described = tuple(
-            (x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else (type(x), x) for x in leaves
+            (x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else (type(x), x if x == x else None)
+            for x in leaves
         )
+        grad_enabled = torch.is_grad_enabled()
         kinds = {x.device.type for x in leaves if isinstance(x, Tensor)}
         autocast = tuple(
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in sorted(kinds)
             if torch.amp.is_autocast_available(kind)
         )
-        modes = tuple(module.training for module in self._modules)
-        key = described, str(spec), autocast, modes, torch.is_grad_enabled()
+        modes = self._places.modes(), self._places.trained() if grad_enabled else None
+        key = described, str(spec), autocast, modes, grad_enabled
         try:
             hash(key)
         except TypeError:
@@ -165,6 +184,11 @@ class Captured:
             raise NotCapturedError("expected a tensor among the inputs, which says on which card")
         if not cards:
             return None
+        for path, x in named:
+            if not isinstance(x, Tensor) and holds_a_tensor(x):
+                raise NotCapturedError(
+                    f"inputs{keystr(path)} is a {type(x).__name__}, whose tensors no launch would read anew: give these"
+                )
         return self._cards.setdefault(cards[0], Card(cards[0]))
 
 
@@ -193,25 +217,32 @@ class _Graph:
         inputs = tree_unflatten(self.inputs, spec)
         name = name_of(function)
         self.targets: list[Tensor] = []
+        given = [x for x in self.inputs if isinstance(x, Tensor)]
 
-        def run() -> list[Any]:
-            """Returns the leaves of the outputs, then the gradients."""
-            for x in self.targets:
-                x.grad = None
+        def run(*grads: Tensor) -> list[Any]:
+            """Returns the leaves of the outputs, then the gradients. ``grads``: what to add these to."""
+            for x, grad in itertools.zip_longest(self.targets, grads):
+                x.grad = grad
             with _own_casts():
                 outputs, self.spec = tree_flatten(function(*inputs))
             return [*map(_detached, outputs), *(x.grad for x in self.targets)]
 
         with _as_before(card, modules) as drawn:
-            card.rehearse(run)  # whatever it raises is not about capturing
+            rehearsed = Rehearsed(function, modules, NotCapturedError)
+            versions = [version(x) for x in given]
+            with _optimizers_refused(name):
+                card.rehearse(run)  # whatever it raises is not about capturing
+            rehearsed.once()
+            self.changed = [x for x, before in zip(given, versions, strict=True) if version(x) != before]
             sources = {id(x) for x in self.sources}
             others = [x for x in _leaves_with_gradients(card.device) if id(x) not in sources]
             self.targets = [*self.sources, *others]
             _refuse_parallel(self.targets)
             draws = drawn(name)
             try:
-                for i in range(1, REHEARSALS):
-                    card.rehearse(run, strict=i == REHEARSALS - 1)
+                card.rehearse(lambda: _refuse_clearing(name, self.targets, run))
+                rehearsed.twice()
+                card.rehearse(run, strict=True)
                 self.static, self.start = card.record(run, draws)
             except (RuntimeError, NotCapturedError) as error:
                 raise _explained(error, name) from error
@@ -220,14 +251,19 @@ class _Graph:
         for i, x in enumerate(self.outputs):
             if isinstance(x, Tensor) and x.device != card.device:
                 raise NotCapturedError(f"output {i} of {name} is on {x.device}, which no launch would change")
-        self.addresses = self._addresses()
+        self.places, self.addresses = Places(modules), self._addresses()
 
     def _addresses(self) -> list[int]:
         return [x.data_ptr() for x in self.targets]
 
     def moved(self) -> bool:
-        """Whether what it trains lies elsewhere now."""
-        return self.addresses != self._addresses()
+        """Whether what it reads or trains lies elsewhere now."""
+        return self.addresses != self._addresses() or not self.places.same()
+
+    def let_go(self) -> None:
+        """Of gradients that lie in its memory, which another graph's launch may use."""
+        for x, grad in zip(self.targets, self.grads, strict=True):
+            x.grad = _kept(x.grad, grad)
 
     def launch(self, leaves: list[Any]) -> Tree:
         with torch.no_grad():
@@ -239,19 +275,45 @@ class _Graph:
             # What the last launch left would be overwritten by this one.
             before = [_kept(x.grad, grad) for x, grad in zip(owners, self.grads, strict=True)]
             self.start()
-            for i, (x, grad, old) in enumerate(zip(owners, self.grads, before, strict=True)):
-                if grad is None:
-                    x.grad = old
-                elif old is not None:
-                    x.grad = old.add_(grad)
-                else:  # a caller's tensor outlives this graph's buffers
+            for x, old in zip(owners, before, strict=True):
+                x.grad = old
+            for static, x in zip(self.inputs, leaves, strict=True):
+                if any(static is changed for changed in self.changed):
+                    x.copy_(static)
+            for i, (x, grad) in enumerate(zip(owners, self.grads, strict=True)):
+                if grad is not None and x.grad is not None:  # that was there, or of the same tensor given twice
+                    x.grad.add_(grad)
+                elif grad is not None:  # a caller's tensor outlives this graph's buffers
                     x.grad = grad.clone() if i < len(sources) else grad
             outputs = [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]
         return tree_unflatten(outputs, self.spec)
 
 
 def _kept(grad: Tensor | None, static: Tensor | None) -> Tensor | None:
-    return grad.clone() if grad is not None and grad is static else grad
+    if grad is None or static is None or grad.data_ptr() != static.data_ptr():
+        return grad
+    return grad.clone()
+
+
+def _refuse_clearing(name: str, targets: Sequence[Tensor], run: Callable[..., object]) -> None:
+    """Run it where gradients are that stay visible whatever is added to them."""
+    run(*(torch.full_like(x, math.nan) for x in targets))
+    if not all(x.grad is not None and bool(x.grad.isnan().all()) for x in targets):
+        raise NotCapturedError(f"{name} clears gradients, and a launch adds to them: clear them before it")
+
+
+@contextlib.contextmanager
+def _optimizers_refused(name: str) -> Iterator[None]:
+    """Before they take a step, of which nothing could be put back."""
+
+    def refuse(*_: object) -> None:
+        raise NotCapturedError(f"{name} calls an optimizer, which the runs before a capture would: call it after it")
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Card:
@@ -406,7 +468,8 @@ def _taken_apart(inputs: tuple[Tree, ...]) -> tuple[list[Any], TreeSpec]:
 
 
 def _buffer(x: Tensor) -> Tensor:
-    return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
+    with torch.inference_mode(False):  # later calls may be outside of one, and write into it
+        return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
 
 
 def _detached(x: object) -> object:

@@ -99,7 +99,7 @@ PLAIN = (
 def check_leaves(leaves: Leaves, what: str, *, is_value: bool = False) -> None:
     """ValueError if a leaf is an object through which no gradient could flow; one without tensors may be in a value."""
     for leaf in leaves.leaves:
-        if type(leaf) is Tensor or isinstance(leaf, PLAIN) or (is_value and not _holds_a_tensor(leaf)):
+        if type(leaf) is Tensor or isinstance(leaf, PLAIN) or (is_value and not holds_a_tensor(leaf)):
             continue
         raise ValueError(
             f"{what} holds a {type(leaf).__name__}, through which no gradient could flow: expected a pytree of "
@@ -107,14 +107,14 @@ def check_leaves(leaves: Leaves, what: str, *, is_value: bool = False) -> None:
         )
 
 
-def _holds_a_tensor(thing: object, depth: int = 6) -> bool:
+def holds_a_tensor(thing: object, depth: int = 6) -> bool:
     """Whether an object, what it contains, its attributes or the variables that a function closes over are tensors."""
     if isinstance(thing, Tensor) or depth == 0:
         return True
     if isinstance(thing, (type, *PLAIN)):
         return False
     parts = list(thing.values()) if isinstance(thing, Mapping) and not isinstance(thing, dict) else []
-    return any(_holds_a_tensor(part, depth - 1) for part in [*parts, *_parts(thing)])
+    return any(holds_a_tensor(part, depth - 1) for part in [*parts, *_parts(thing)])
 
 
 def requires_grad(leaf: object) -> TypeGuard[Tensor]:
@@ -308,11 +308,19 @@ def names_seen_by(function: Any) -> dict[str, object]:
     function = innermost(inspect.unwrap(getattr(function, "__func__", function)))
     if not inspect.isfunction(function):
         return seen
+    scope = function.__globals__
+    inside = {name: scope[name] for name in _names_inside(function.__code__) & scope.keys()}
     try:
         found = inspect.getclosurevars(function)
     except ValueError:  # it closes over something that is not there yet
-        return seen
-    return {**found.globals, **found.nonlocals, **seen}
+        return {**inside, **seen}
+    return {**inside, **found.globals, **found.nonlocals, **seen}
+
+
+def _names_inside(code: types.CodeType) -> set[str]:
+    """Names that functions, generators and comprehensions within a function use."""
+    within = [x for x in code.co_consts if isinstance(x, types.CodeType)]
+    return {name for x in within for name in (*x.co_names, *_names_inside(x))}
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -320,7 +328,9 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 def captured_modules(function: object) -> list[nn.Module]:
     """Modules that a callable sees, besides its owners: also in lists, dicts, closures and attributes, of its owners,
-    too, a few levels deep (a trainer's models, a frozen backbone in a list that hides it from its module)."""
+    too, a few levels deep (a trainer's models, a frozen backbone in a list that hides it from its module), and by way
+    of functions that stand beside it."""
+    beside = getattr(innermost(function), "__globals__", None)
     owned = _owners(function)
     found: dict[int, nn.Module] = {}
     known: set[int] = set()
@@ -337,6 +347,8 @@ def captured_modules(function: object) -> list[nn.Module]:
                 parts += [x for items in own for name, x in items if name not in _OF_EVERY_MODULE]
             elif len(inside := _parts(thing)) < _MANY:
                 parts += inside
+                if beside is not None and getattr(thing, "__globals__", None) is beside:
+                    parts += names_seen_by(thing).values()
         level = parts
     return [module for module in found.values() if all(module is not owner for owner in owned)]
 
@@ -367,4 +379,5 @@ def _is_sharded(module: nn.Module) -> bool:
 
 def name_of(function: object) -> str:
     """What to call a callable in an error message."""
+    function = innermost(function)
     return getattr(function, "__qualname__", None) or type(function).__name__

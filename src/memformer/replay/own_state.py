@@ -26,6 +26,11 @@ class OwnState:
     def changed(self) -> list[str]:
         return [name for name, x in self._found().items() if self.before.get(name) != _fingerprint(x)]
 
+    def carried(self) -> list[str]:
+        """What of it changed, but for tensors with a graph: each run makes these anew, as old weight norms."""
+        found = self._found()
+        return [name for name in self.changed() if not getattr(found.get(name), "requires_grad", False)]
+
     def graphs_left(self) -> list[str]:
         """Where a run left a tensor with its graph."""
         return [name for name in self.changed() if getattr(self._found()[name], "grad_fn", None) is not None]
