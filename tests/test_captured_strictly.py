@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from helpers import lively
 from memformer import replay
 from strict_card import StrictCard, strict_card
 from test_captured import BATCHES, METHODS, Cell, run, step_of
+from test_captured_generation import START
 
 __all__ = ["strict_card"]
 
@@ -359,6 +361,24 @@ def test_a_copy_captures_for_itself(strict_card: Any) -> None:
         other.weight.mul_(2)
         assert_close(other.fast(X[1]), other(X[1]))
         assert_close(model.fast(X[1]), model(X[1]))
+
+
+@pytest.mark.parametrize("taken", [3, 6, 9])
+def test_a_copy_of_a_stream_and_the_stream_go_on_alike(strict_card: Any, taken: int) -> None:
+    model = lively()
+
+    def stream(mode: Any) -> Any:
+        prompts = [torch.tensor([1, 2, 3]), torch.tensor([4])]
+        return model.stream(prompts, 24, start=START, temperature=0, stop=[5], capture=mode)
+
+    expected = [x.tolist() for x in stream("off")]
+    original = stream("on")
+    for _ in range(taken):
+        next(original)
+    assert original.launches
+    other = copy.deepcopy(original)
+    assert [x.tolist() for x in other] == expected[taken:]
+    assert [x.tolist() for x in original] == expected[taken:]
 
 
 def test_what_fails_for_one_shape_holds_no_memory(strict_card: Any) -> None:

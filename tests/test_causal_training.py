@@ -393,6 +393,8 @@ def test_a_folder_says_which_model_it_holds(tmp_path: Path) -> None:
         Memformer.from_pretrained(tmp_path / "causal")
     with pytest.raises(ValueError, match=r"of a Memformer, expected that of a CausalMemformer"):
         CausalMemformer.from_pretrained(tmp_path / "memformer")
+    with pytest.raises(ValueError, match=r"base: the Memformer in .* is around no pretrained model; leave it out"):
+        load_model(tmp_path / "memformer", tmp_path)
     values = json.loads((tmp_path / "causal" / "config.json").read_text())
     (tmp_path / "causal" / "config.json").write_text(json.dumps({**values, "model": "Perceiver"}))
     with pytest.raises(

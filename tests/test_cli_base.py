@@ -253,8 +253,29 @@ def test_another_base_is_refused(folder: Path, capsys: pytest.CaptureFixture[str
     shutil.move(folder / "moved", folder / "again")
     model = AroundBase.from_pretrained(folder / "run", base_model=folder / "again")
     assert model.config.reference["name"] == str(folder / "again")
-    assert cli.main(["evaluate", "--checkpoint", "run"]) == 2
-    assert "moved is no folder" in error(capsys)
+    of_run = ["--checkpoint", "run"]
+    assert cli.main(["evaluate", *of_run]) == 2
+    assert "moved is no folder" in (said := error(capsys))
+    assert said.endswith("Where the base of a model has moved since, say so with --base, or base_model= in Python")
+    for command in (["evaluate"], ["generate", "--max-new-tokens", "2"], ["inspect"]):
+        assert cli.main([command[0], *of_run, *command[1:], "--base", "again"]) == 0, command
+        assert cli.main([command[0], *of_run, *command[1:], "--base", "other"]) == 2
+        assert "with other weights than those of" in error(capsys)
+
+
+def test_a_base_with_other_settings_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights are the same, and its numbers are not."""
+    file = folder / "base" / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"use_cache": False, "transformers_version": "5.99"}))
+    evaluate, resume = ["evaluate", "--checkpoint", "run"], ["train", "--resume", "--out", "run", "--steps", "6"]
+    assert cli.main([*evaluate, "--base", "base"]) == 0
+    name, value = next((n, x) for n, x in settings.items() if n.endswith("eps") or n.endswith("epsilon"))
+    file.write_text(json.dumps(settings | {name: 0.5}))
+    for command in (evaluate, resume):
+        assert cli.main([*command, "--base", "base"]) == 2
+        assert f"around a base with {name} {value}, and " in (said := error(capsys))
+        assert "has 0.5, with the same weights; put its config.json back" in said
 
 
 def error_of(command: list[str], last: str, capsys: pytest.CaptureFixture[str]) -> str:

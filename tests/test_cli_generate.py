@@ -17,10 +17,12 @@ import torch
 
 from helpers import lively
 from memformer.cli import main
-from memformer.cli.generate import _print
+from memformer.cli.generate import _last, _print
 from memformer.data import BPETokenizer, ByteTokenizer, TokenIds, Tokenizer
 from memformer.model import Memformer
 from memformer.state import MemoryState
+from memformer.writing import Stream
+from test_tokenizers import styled
 
 GREEDY = ["--temperature", "0", "--top-p", "1"]
 
@@ -192,7 +194,7 @@ def test_nothing_is_printed_after_a_stop_inside_a_token(capsys: pytest.CaptureFi
     texts = [tokenizer.decode([token]) for token in ids]
     assert " and" in texts
     tokens = iter(torch.tensor(ids)[:, None])
-    _print(tokens, tokenizer, ["no", "og a", "cat"])
+    _print(tokens, tokenizer.decoder(), ["no", "og a", "cat"])
     assert capsys.readouterr().out == "the dog a\n"
     assert len(list(tokens)) == len(ids) - texts.index(" and") - 1
 
@@ -220,9 +222,32 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(
     """A young model of bytes writes any of them; a pipe gets just these."""
     tokenizer, text = ByteTokenizer(), "a\x1b[2J\x0eb\tc\r\nd\x7f"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    _print(iter(torch.from_numpy(tokenizer.encode(text).astype("int64"))[:, None]), tokenizer, [])
+    _print(iter(torch.from_numpy(tokenizer.encode(text).astype("int64"))[:, None]), tokenizer.decoder(), [])
     shown = "a\ufffd[2J\ufffdb\tc\nd\ufffd" if terminal else text
     assert capsys.readouterr().out == shown + "\n"
+
+
+def test_spaces_between_a_prompt_and_what_follows(
+    generate: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some vocabularies write a space with the word behind it, and drop it at a text's beginning."""
+    library = pytest.importorskip("tokenizers")
+    tokenizer = styled("metaspace")
+    tokenizer._tokenizer.decoder = library.decoders.Metaspace(prepend_scheme="always")
+    save(tmp_path / "run", tokenizer)
+    wanted = iter(tokenizer.encode("a text with some words in it").tolist())
+    ids = tokenizer.encode("a text").tolist()
+    assert [next(wanted) for _ in ids] == ids
+    monkeypatch.setattr(Stream, "__next__", lambda stream: torch.tensor([next(wanted)]))
+    assert generate("--prompt", "a text") == "a text with some words in it\n"
+
+
+def test_the_last_tokens_of_a_state(model: Memformer) -> None:
+    for count in (0, 1, model.config.enc_max_seq_len, 3 * model.config.enc_max_seq_len + 2):
+        tokens = torch.arange(count)[None]
+        state = model.stream(tokens, 1, start=256).state
+        assert _last(state) == tokens[0, -len(_last(state)) :].tolist()
+        assert len(_last(state)) >= min(count, model.config.enc_max_seq_len)
 
 
 def test_any_tokenizer_of_a_checkpoint(generate: Callable[..., str], tmp_path: Path) -> None:

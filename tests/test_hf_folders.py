@@ -65,6 +65,12 @@ def test_a_memory_is_saved_without_its_base(lora: bool, dtype: torch.dtype, tmp_
     for base in (tmp_path / "moved", AutoModelForCausalLM.from_pretrained(tmp_path / "moved")):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "memory", base_model=base)
         torch.testing.assert_close(loaded(tokens).logits, expected.logits, rtol=0, atol=0)
+    # Not its settings.
+    settings = json.loads((tmp_path / "moved" / "config.json").read_text())
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.5}))
+    for base in (tmp_path / "moved", AutoModelForCausalLM.from_pretrained(tmp_path / "moved")):
+        with pytest.raises(ValueError, match=r"around a base with rms_norm_eps 1e-06, and .* has 0.5, with the same"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "memory", base_model=base)
 
 
 def test_a_quantised_base_is_not_written(tmp_path: Path) -> None:

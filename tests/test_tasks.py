@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 from memformer import Memformer, tasks
 from memformer.tasks import (
@@ -519,3 +520,21 @@ def test_an_exercise_has_up_to_all_segments_and_noise_in_every_third_batch() -> 
     # A third has fewer pairs, and of these one in n, for n segments, has all the same.
     assert 50 < noisy < 100
     assert {Copy().exercise(2, generator).tokens.shape[1] for _ in range(100)} == {3, 5, 7, 9}
+
+
+@pytest.mark.parametrize("name", ["retrieval", "rewrite", "one-fact", "pairs-16"])
+def test_the_default_dtype_does_not_matter(name: str) -> None:
+    expected = TASKS[name].draw(8, torch.Generator().manual_seed(3))
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert_close(TASKS[name].draw(8, torch.Generator().manual_seed(3)), expected, rtol=0, atol=0)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_what_is_no_generator_or_no_image_is_named() -> None:
+    with pytest.raises(ValueError, match=r"generator: expected a torch.Generator, like .*, got 0"):
+        Copy().draw(4, 0)
+    with pytest.raises(ValueError, match=r"images: expected a tensor, got ndarray: torch.from_numpy makes one"):
+        Pixels(images=torch.zeros(2, 8, dtype=torch.uint8).numpy(), levels=2, per_segment=4)

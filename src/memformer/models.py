@@ -29,8 +29,12 @@ def make_model(config: ModelConfig) -> SegmentModel:
     return kind(**config.to_dict())
 
 
-def load_model(folder: str | Path) -> SegmentModel:
+def load_model(folder: str | Path, base_model: str | Path | None = None) -> SegmentModel:
     """The model in a folder, of whichever kind: ``from_pretrained`` of the class that wrote it.
+
+    Args:
+        folder: of ``save_pretrained``, or of a training run's checkpoint.
+        base_model: of a memory around a pretrained model, the folder of that one where it has moved.
 
     >>> model.save_pretrained(folder)
     >>> type(load_model(folder)).__name__
@@ -38,10 +42,18 @@ def load_model(folder: str | Path) -> SegmentModel:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, does not fit the other, or is of a kind that this version does not know.
+        ValueError: a file is damaged, does not fit the other, or is of a kind that this version does not know; a
+            ``base_model`` for a model that has none.
     """
     folder = a_path("folder", folder)
-    return _kind_in(model_in(folder)).from_pretrained(folder)
+    kind: Any = _kind_in(model_in(folder))
+    if base_model is None:
+        loaded: SegmentModel = kind.from_pretrained(folder)
+    elif kind in KINDS.values():
+        raise ValueError(f"base: the {kind.__name__} in {folder} is around no pretrained model; leave it out")
+    else:
+        loaded = kind.from_pretrained(folder, base_model=base_model)
+    return loaded
 
 
 def of_transformers() -> Any:

@@ -43,6 +43,8 @@ class GenerationBenchmark:
         for name in ("tokens", "segment_tokens"):
             check_count(name, getattr(self, name))
         check_no_dropout(self.model)
+        if self.model.dec_overlap:
+            raise ValueError(f"dec_overlap: this benchmark is of a decoder without one, got {self.model.dec_overlap}")
 
 
 def run(settings: GenerationBenchmark) -> Iterator[str]:

@@ -80,13 +80,15 @@ class LearningBenchmark:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected one or more, all different, got {', '.join(map(str, values))}")
+        if len(set(self.contestants)) < len(self.contestants):
+            raise ValueError(f"contestants: expected each once, got {', '.join(self.contestants)}")
         for name in ("steps", "batch_size"):
             check_count(name, getattr(self, name))
         check_count("jobs", self.jobs, least=0)
         check_count("questions", self.questions)
         if self.questions > 1 and not any(isinstance(TASKS.get(name), KeyValue) for name in self.tasks):
             raise ValueError(f"questions: only tasks of pairs ask several, and tasks are {', '.join(self.tasks)}")
-        self.model.memformer_config(1, 1)  # which the others are compared with
+        self.model.memformer_config(1, 1 + self.model.dec_overlap)  # which the others are compared with
         if min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates: expected numbers above 0, got {min(self.learning_rates)}")
         if min(self.seeds) < 0 or max(self.seeds) >= _VALIDATION:
@@ -107,8 +109,9 @@ def run(settings: LearningBenchmark, entrants: Mapping[str, Build] = OWN) -> Ite
     pictures.check(settings.plot)
     tasks = {name: _tasks(settings, name) for name in settings.tasks}
     names = settings.contestants or tuple(entrants)
-    for name in names:  # whatever is missing is noticed before the first trial
-        _contestant(settings, name, entrants, tasks[settings.tasks[0]][0])
+    for name in names:  # whatever is missing, or does not fit, is noticed before the first trial
+        for task, _ in tasks.values():
+            _contestant(settings, name, entrants, task)
     record = Record(settings.out, _fixed(settings))
     yield machine(torch.device("cpu"))
     yield (

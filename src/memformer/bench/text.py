@@ -132,6 +132,18 @@ class TextBenchmark:
                 raise ValueError(f"{name}: expected {expected}, got {value}")
             if isinstance(value, tuple) and len(set(value)) < len(value):
                 raise ValueError(f"{name}: expected each once, got {value}")
+        for name, used in (
+            ("horizons", self.study == "horizon"),
+            ("slot_counts", self.study == "slots"),
+            ("overlaps", self.study == "overlap"),
+            ("contestants", self.study == "peers"),
+            ("contestant", self.study != "peers"),
+            ("bpe_size", self.tokenizer == "bpe"),
+            ("shakespeare", self.corpus == "shakespeare"),
+        ):
+            if not used and getattr(self, name) != getattr(TextBenchmark, name):
+                what = {"bpe_size": f"tokenizer {self.tokenizer}", "shakespeare": f"corpus {self.corpus}"}
+                raise ValueError(f"{name}: has no meaning with {what.get(name, f'study {self.study}')}; leave it out")
         for horizon in self.horizons if self.study == "horizon" else (self.horizon,):
             if self.window % horizon:
                 raise ValueError(f"horizon: expected a divisor of window, {self.window}, got {horizon}")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -42,6 +43,8 @@ class EvaluateCommand(DocumentOptions):
     """Type for autocast; auto is bf16 on an accelerator that computes it natively, as in training."""
     json: bool = False
     """Print one JSON object with every number, and nothing else."""
+    base: Path | None = None
+    """Of a memory around a pretrained model, the folder of that one where it has moved since the training."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
     writer: models.WriterOptions = field(default_factory=models.WriterOptions)
@@ -54,7 +57,7 @@ def run(command: EvaluateCommand) -> int:
     if command.limit < 0:
         raise ValueError(f"limit: expected a number of bytes of at least 0 (0: all), got {command.limit}")
     folder = checkpoints.find(command.checkpoint)
-    model, tokenizer = models.load(command.checkpoint, command.device, command.writer)
+    model, tokenizer = models.load(command.checkpoint, command.device, command.writer, command.base)
     documents = limited(command.documents(), command.limit)
     device = next(model.parameters()).device
     precision, found = choose_precision(command.precision, device), dict[str, object]()

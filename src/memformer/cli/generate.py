@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from ..data import TokenIds, Tokenizer
+from ..data import TextDecoder, TokenIds, Tokenizer, decoder_behind
 from ..generation import Filters, Sampling, stream
 from ..interface import SegmentModel
 from ..state import MemoryState
@@ -47,6 +47,8 @@ class GenerateCommand:
     """Stop after this text; may be given several times. A model that learned where documents end stops there, too."""
     seed: int = 0
     """Seed of the choices; a --state that goes on draws new numbers."""
+    base: Path | None = None
+    """Of a memory around a pretrained model, the folder of that one where it has moved since the training."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
     capture: Capture = "auto"
@@ -134,7 +136,7 @@ def _run(command: GenerateCommand, saving: _Saving) -> None:
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             lack = "cannot be written to" if folder.is_dir() else "is not a folder"
             raise ValueError(f"state: {folder} {lack}, so nothing could be saved there")
-    model, tokenizer = models.load(command.checkpoint, command.device, command.writer)
+    model, tokenizer = models.load(command.checkpoint, command.device, command.writer, command.base)
     state = None
     if command.state is not None and command.state.exists():
         state = MemoryState.load(command.state, model)
@@ -231,7 +233,8 @@ def _continue(
         with _Interrupts() as interrupts:
             if command.prompt is not None and not command.interactive:
                 sys.stdout.write(f"{text} " if isinstance(tokenizer, TokenIds) and text else text)
-            _print(_until(interrupts.whole(written), runs), tokenizer, () if runs else command.stop)
+            decoder = decoder_behind(tokenizer, ids if ids or state is None else _last(state))
+            _print(_until(interrupts.whole(written), runs), decoder, () if runs else command.stop)
     except (KeyboardInterrupt, OSError):  # whoever read it has left, or the disk is full
         saving.save(written.state, model)
         raise
@@ -257,9 +260,16 @@ def _until(tokens: Iterator[Tensor], runs: Sequence[Sequence[int]]) -> Iterator[
             return
 
 
-def _print(tokens: Iterator[Tensor], tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+def _last(state: MemoryState) -> list[int]:
+    """The last tokens that were read or written."""
+    position = int(state.position[0])
+    both = torch.cat([state.segment[0], state.pending[0, : position % state.length]])
+    return both[max(0, len(both) - position) :].tolist()
+
+
+def _print(tokens: Iterator[Tensor], decoder: TextDecoder, stops: Sequence[str]) -> None:
     """Each token's text as soon as its characters are whole, up to the end of the first stop."""
-    decoder, written = tokenizer.decoder(), ""
+    written = ""
     controls = _CONTROLS if sys.stdout.isatty() else {}
     before = max(map(len, stops), default=1) - 1  # so many characters of a stop may have been written already
     for token in tokens:

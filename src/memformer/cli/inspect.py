@@ -36,6 +36,8 @@ class InspectCommand(DocumentOptions):
     """How many documents to read side by side; the longest ones are taken."""
     plot: Path | None = None
     """Also draw the result into this PNG file."""
+    base: Path | None = None
+    """Of a memory around a pretrained model, the folder of that one where it has moved since the training."""
     device: str = "auto"
     """Where to run: cpu, cuda, ... ; auto takes an accelerator if there is one."""
 
@@ -47,7 +49,7 @@ def run(command: InspectCommand) -> int:
     pictures.check(command.plot)
     if command.life:
         return _show_life(command)
-    model, tokenizer = models.load(command.checkpoint, command.device)
+    model, tokenizer = models.load(command.checkpoint, command.device, base=command.base)
     longest = sorted(command.documents(), key=lambda document: -len(document))[: command.lanes]
     sequences = encode_documents(longest, tokenizer)
     # In a document of one segment no memory is read, and the shortest decides how far all of them are.

@@ -25,7 +25,9 @@ class WriterOptions:
     """Forgetting of the normalised writer, in place of that in training; 0: only what is written over is forgotten."""
 
 
-def load(checkpoint: Path, device: str, writer: WriterOptions | None = None) -> tuple[SegmentModel, Tokenizer]:
+def load(
+    checkpoint: Path, device: str, writer: WriterOptions | None = None, base: Path | None = None
+) -> tuple[SegmentModel, Tokenizer]:
     """A trained model, ready to use, and its tokenizer.
 
     Raises:
@@ -35,7 +37,7 @@ def load(checkpoint: Path, device: str, writer: WriterOptions | None = None) -> 
     folder = find(checkpoint)
     if folder != checkpoint:
         print(f"model       {described(checkpoint, folder)}", file=sys.stderr)
-    model, tokenizer = load_model(folder).to(choose_device(device)).eval(), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, base).to(choose_device(device)).eval(), load_tokenizer(folder)
     *_, (name, size) = model.config.vocabularies.items()
     if size != tokenizer.vocabulary:
         raise ValueError(

@@ -17,9 +17,10 @@ from types import FrameType
 from typing import Literal
 
 from ..checks import plural
-from ..data import Document, folders, order2_bits_per_byte, xz_bits_per_byte
+from ..data import Document, Tokenizer, folders, order2_bits_per_byte, xz_bits_per_byte
 from ..data.documents import limited
 from ..evaluation import HeldOut, evaluate
+from ..interface import SegmentModel
 from ..parallel import Ranks, joined
 from ..pretrained import divided
 from ..settings import RECIPES, TrainingConfig, build, read_yaml, to_plain
@@ -299,11 +300,18 @@ def _show_sample(training_run: Run) -> None:
     print("\nsample")
     try:
         # As it was saved: under FSDP the model at hand is in parts, and the other processes have left.
-        write(*models.load(checkpoints.find(settings.out), str(training_run.parts.device)), sample)
+        write(*_saved(training_run), sample)
     except BrokenPipeError:
         raise
     except Exception as error:
         print(f"memformer: no sample ({type(error).__name__}: {error})", file=sys.stderr)
+
+
+def _saved(training_run: Run) -> tuple[SegmentModel, Tokenizer]:
+    """The model of the best checkpoint, which may have been written before the base moved."""
+    settings = training_run.settings
+    folder = checkpoints.find(settings.out)
+    return models.load(folder, str(training_run.parts.device), base=settings.around.base)
 
 
 def _what_next(training_run: Run) -> list[str]:
@@ -323,7 +331,7 @@ def _tested(training_run: Run) -> list[str]:
         return []
     out = training_run.settings.out
     folder = checkpoints.find(out)
-    model, tokenizer = models.load(folder, str(training_run.parts.device))
+    model, tokenizer = _saved(training_run)
     result = evaluate(model, training_run.parts.test, tokenizer)
     per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits per byte, "
     read = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"

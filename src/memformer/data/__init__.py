@@ -12,6 +12,7 @@ from .tokenizers import (
     TextDecoder,
     TokenIds,
     Tokenizer,
+    decoder_behind,
     load_tokenizer,
     tokenizer_fingerprint,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "check_documents",
+    "decoder_behind",
     "encode_documents",
     "fingerprint",
     "from_rows",

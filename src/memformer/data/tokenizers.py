@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
@@ -36,6 +36,7 @@ __all__ = [
     "TextDecoder",
     "TokenIds",
     "Tokenizer",
+    "decoder_behind",
     "load_tokenizer",
     "tokenizer_fingerprint",
 ]
@@ -462,6 +463,18 @@ class _IdDecoder:
 
     def flush(self) -> str:
         return ""
+
+
+def decoder_behind(tokenizer: Tokenizer, tokens: Sequence[int]) -> TextDecoder:
+    """A decoder for text that goes on behind these tokens: some drop a space that stands at a text's beginning."""
+    decoder = tokenizer.decoder()
+    if not isinstance(tokenizer, TokenIds):  # each of which is written alike wherever it stands
+        decoder.decode(tokens[-_CONTEXT:])
+    return decoder
+
+
+_CONTEXT = 16
+"""So many tokens decide how those behind them are written: the bytes of the last characters."""
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -239,7 +239,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
             return super().from_pretrained(folder, *args, config=given, **kwargs)  # type: ignore[call-arg]
         options = {"dtype": config.dtype} | {k: v for k, v in kwargs.items() if not hasattr(config, k)}
         reference, config.reference = config.reference, None
-        model = found_base(reference, base_model, folder, **options)
+        model = found_base(reference, config.base_config, base_model, folder, **options)
         if config.adapter is not None:
             add_adapter(model, config.adapter)
         made = memory_around(cls, model, config)

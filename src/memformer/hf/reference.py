@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from .bases import text_config
+from .bases import settings_of, text_config
 from .configuration import MemoryConfig
 
 __all__ = ["check_base", "found_base", "load_own", "looks_of", "own_state", "reference_to"]
@@ -113,10 +113,13 @@ def _check_vocabulary(base: PreTrainedModel, name: str, gguf_file: str | None) -
         )
 
 
-def found_base(reference: dict[str, str | None], base: Any, folder: Any, **options: Any) -> PreTrainedModel:
+def found_base(
+    reference: dict[str, str | None], settings: PreTrainedConfig, base: Any, folder: Any, **options: Any
+) -> PreTrainedModel:
     """The base of a reference.
 
     Args:
+        settings: of the base, when the memory was saved.
         base: where it is now, or the model itself; None: where the reference says.
         folder: of the memory, for messages.
         options: of ``AutoModelForCausalLM.from_pretrained``. With another ``dtype`` than that of the reference it is
@@ -127,7 +130,7 @@ def found_base(reference: dict[str, str | None], base: Any, folder: Any, **optio
         ValueError: it is another one.
     """
     if isinstance(base, PreTrainedModel):
-        check_base(reference, looks_of(base), base, folder)
+        check_base(reference, looks_of(base), settings, base, folder)
         return base
     place = reference["name"] if base is None else str(base)
     gguf = {"gguf_file": reference["gguf_file"]} if reference["gguf_file"] else {}
@@ -135,7 +138,7 @@ def found_base(reference: dict[str, str | None], base: Any, folder: Any, **optio
     known = reference.get("dtype") or asked  # what was written before does not say it
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, dtype=known, **gguf, **options)
-        check_base(reference, looks_of(model), model, folder)
+        check_base(reference, looks_of(model), settings, model, folder)
         if asked not in (known, "auto", model.dtype):
             model = AutoModelForCausalLM.from_pretrained(place, dtype=asked, **gguf, **options)
     except OSError as error:
@@ -146,11 +149,18 @@ def found_base(reference: dict[str, str | None], base: Any, folder: Any, **optio
     return model
 
 
-def check_base(reference: Mapping[str, Any], looks: Mapping[str, Any], model: PreTrainedModel, folder: Any) -> None:
+def check_base(
+    reference: Mapping[str, Any],
+    looks: Mapping[str, Any],
+    settings: PreTrainedConfig,
+    model: PreTrainedModel,
+    folder: Any,
+) -> None:
     """Whether a base is that of a reference.
 
     Args:
         looks: the base's.
+        settings: those of the reference's.
         folder: of the memory, for the message.
 
     Raises:
@@ -164,6 +174,22 @@ def check_base(reference: Mapping[str, Any], looks: Mapping[str, Any], model: Pr
             "from_pretrained, or with --base"
             + ("" if there in (None, here) else f". They were {there} there, and are {here} here")
         )
+    before, now = settings_of(settings), settings_of(model.config)
+    for name in sorted(before.keys() & now.keys() - _OF_NO_WEIGHT):
+        if before[name] != now[name]:
+            raise ValueError(
+                f"{folder}: the memory was trained around a base with {name} {before[name]!r}, and "
+                f"{getattr(model, 'name_or_path', '') or type(model).__name__!r} has {now[name]!r}, with the same "
+                "weights; put its config.json back"
+            )
+
+
+_OF_NO_WEIGHT = {
+    *("transformers_version", "torch_dtype", "_name_or_path", "architectures", "quantization_config", "use_cache"),
+    *("output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "chunk_size_feed_forward"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "problem_type"),
+}
+"""Settings of a base that change no logits."""
 
 
 def load_own(model: PreTrainedModel, folder: Any, reference: Mapping[str, Any]) -> None:

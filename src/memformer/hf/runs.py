@@ -180,7 +180,8 @@ class AroundBase(MemoryForCausalLM):
         if (there is None) != (here is None):
             raise ValueError(f"{folder}: of a run in which the base's own weights were trained, or the other way round")
         if there is not None and here is not None:  # which was taken of these weights, and they are frozen
-            check_base(there, here, self.base, folder)
+            settings = MemoryConfig(**{name: saved[name] for name in FIELDS}).base_config
+            check_base(there, here, settings, self.base, folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -276,7 +277,10 @@ _TOKENIZER_FILES = (VOCABULARY_FILE, "tokenizer.model", "vocab.json", "vocab.txt
 def _loading(folder: Path, gguf: str | None, what: str) -> Iterator[None]:
     """What transformers says of a folder, in a sentence; its bars of progress are not shown."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"base: {folder} is no folder; expected one with {what} of transformers")
+        raise FileNotFoundError(
+            f"base: {folder} is no folder; expected one with {what} of transformers. Where the base of a model "
+            "has moved since, say so with --base, or base_model= in Python"
+        )
     if gguf is not None and not (folder / gguf).is_file():
         there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
         raise FileNotFoundError(f"gguf: no {gguf} in {folder}; the GGUF files there: {there}")

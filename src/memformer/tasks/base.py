@@ -93,6 +93,7 @@ class Task:
         segments = self.segments if segments is None else segments
         check_count("batch_size", batch_size)
         check_count("segments", segments)
+        check_generator(generator)
         with torch.device("cpu"):  # whatever the default device is
             return self._draw(batch_size, segments, generator)
 
@@ -112,6 +113,13 @@ class Task:
 def at_most(count: int, generator: torch.Generator) -> int:
     """One of 1 to ``count``."""
     return 1 + int(torch.randint(count, (), generator=generator, device="cpu"))
+
+
+def check_generator(generator: object) -> None:
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator: expected a torch.Generator, like torch.Generator().manual_seed(0), got {generator!r}"
+        )
 
 
 def stage(progress: float, first: float, others: float, count: int) -> int:

@@ -121,6 +121,8 @@ def digits(per_segment: int = 8) -> tuple[Pixels, Pixels]:
 
 
 def _check_images(name: str, images: Tensor, levels: int) -> None:
+    if not isinstance(images, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(images).__name__}: torch.from_numpy makes one")
     if images.dim() != 2 or images.numel() == 0 or images.is_floating_point() or images.dtype == torch.bool:
         got = f"{images.dtype} of shape {tuple(images.shape)}"
         raise ValueError(f"{name}: expected whole numbers of shape (count, pixels), got {got}")

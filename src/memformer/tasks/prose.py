@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..config import check_count
 from ..data.corpora import read_documents
-from .base import ASK, BLANK, SYMBOLS, Episode, Metric, Task, at_most, stage
+from .base import ASK, BLANK, SYMBOLS, Episode, Metric, Task, at_most, check_generator, stage
 from .worlds import NAMES, WORDS, WORLDS, Asked, World
 
 __all__ = ["InProse", "Prose", "Telling", "in_prose", "prose_of", "read_prose"]
@@ -78,6 +78,8 @@ def prose_of(texts: Iterable[str], words: int = 2000, held_out_share: int = 5) -
     Raises:
         ValueError: a number is out of range, or there are too few sentences.
     """
+    if isinstance(texts, str):
+        raise ValueError("texts: expected several, got one str: put it into a list")
     check_count("words", words, len(WORDS))
     check_count("held_out_share", held_out_share, 2)
     sentences = [s for text in texts for s in _sentences(text) if NAMES.isdisjoint(w.split("'")[0] for w in s)]
@@ -250,6 +252,8 @@ class InProse(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.world, World):
+            raise ValueError(f"world: expected a World, as in WORLDS, got {self.world!r}; in_prose takes its name")
         check_count("per_segment", self.per_segment)
         check_count("questions", self.questions)
         asked = self.questions * self._asked
@@ -351,6 +355,7 @@ class InProse(Task):
         segments = self.segments if segments is None else segments
         check_count("batch_size", batch_size)
         check_count("segments", segments, self.least_segments)
+        check_generator(generator)
         if depth is not None and self.apart:
             raise ValueError("depth: facts that are apart stand in any segments; leave it out")
         if depth is not None and not 0 <= depth <= 1:

@@ -15,6 +15,11 @@ from .base import ASK, BLANK, SYMBOLS, Episode, Metric, Task, at_most, stage
 __all__ = ["AssociativeRetrieval", "Copy", "KeyValue", "OneFact", "Reverse"]
 
 
+def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
+    """The same numbers whatever the default dtype is: half precision would draw some of them often."""
+    return torch.rand(*shape, generator=generator, dtype=torch.float32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Copy(Task):
     """Segments of random symbols, then a segment that asks, then the same segments again.
@@ -125,7 +130,7 @@ class AssociativeRetrieval(Task):
         if self.rewrite:
             keys = torch.randint(self.keys, (batch_size, pairs), generator=generator)
         else:
-            keys = torch.rand(batch_size, self.keys, generator=generator).argsort(1)[:, :pairs]
+            keys = _uniform(batch_size, self.keys, generator=generator).argsort(1)[:, :pairs]
         values = torch.randint(self.values, (batch_size, pairs), generator=generator)
         asked = keys.gather(1, torch.randint(pairs, (batch_size, 1), generator=generator))
         last = (keys == asked).long().mul(torch.arange(1, pairs + 1)).argmax(1, keepdim=True)
@@ -133,7 +138,7 @@ class AssociativeRetrieval(Task):
 
         first_value, first_noise = SYMBOLS + self.keys, SYMBOLS + self.keys + self.values
         tokens = first_noise + torch.randint(self.values, (batch_size, segments, 2), generator=generator)
-        places = torch.rand(batch_size, segments, generator=generator).argsort(1)[:, :pairs].sort(1).values
+        places = _uniform(batch_size, segments, generator=generator).argsort(1)[:, :pairs].sort(1).values
         bound = torch.stack([SYMBOLS + keys, first_value + values], -1)
         tokens = tokens.scatter(1, places[..., None].expand(-1, -1, 2), bound)
         question = torch.stack([torch.full_like(asked, ASK), SYMBOLS + asked], -1)
@@ -214,13 +219,13 @@ class KeyValue(Task):
         with torch.device("cpu"):
             tokens = torch.full((batch_size, segments + 1, self.length), BLANK)
             answers = torch.zeros_like(tokens, dtype=torch.bool)
-            keys = torch.rand(batch_size, self.symbols**2, generator=generator).topk(self.pairs).indices
+            keys = _uniform(batch_size, self.symbols**2, generator=generator).topk(self.pairs).indices
             values = torch.randint(self.symbols**2, (batch_size, self.pairs), generator=generator)
-            chosen = torch.rand(batch_size, self.pairs, generator=generator).topk(asked).indices
+            chosen = _uniform(batch_size, self.pairs, generator=generator).topk(asked).indices
             bound = torch.cat([self._two(keys), self._two(values)], 2)  # (batch, pairs, 4)
             lanes, told = torch.arange(batch_size)[:, None], torch.arange(self.length // 4).expand(batch_size, -1)
             if self.places > self.pairs:
-                told = torch.rand(batch_size, self.places, generator=generator).argsort(1) % self.pairs
+                told = _uniform(batch_size, self.places, generator=generator).argsort(1) % self.pairs
             tokens[:, 0] = bound[lanes, told].flatten(1)
             tokens[:, -1, : 4 * asked] = bound[lanes, chosen].flatten(1)
             answers[:, -1, : 4 * asked].unflatten(1, (asked, 4))[..., 2:] = True

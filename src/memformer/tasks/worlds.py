@@ -371,7 +371,8 @@ class Values(World):
 
     def __post_init__(self) -> None:
         _check_names(people=(self.people, 1, PEOPLE), secrets=(self.secrets, 1, SECRETS))
-        if not 1 <= self.each <= self.secrets:
+        check_count("each", self.each)
+        if self.each > self.secrets:
             raise ValueError(f"each: expected 1 to secrets ({self.secrets}), got {self.each!r}")
         for name in ("least", "most"):  # all are told
             object.__setattr__(self, name, self.people * self.each)

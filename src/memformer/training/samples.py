@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import Tokenizer
+from ..data import Tokenizer, decoder_behind
 from ..generation import Sampling, stream
 from ..interface import SegmentModel
 
@@ -32,7 +32,7 @@ def sample(model: SegmentModel, tokenizer: Tokenizer, prompt: str, tokens: int) 
             sampling=Sampling(temperature=0.9, top_p=0.95, never=tokenizer.special, stop=stop),
             generator=torch.Generator(device).manual_seed(0),
         )
-        decoder = tokenizer.decoder()
+        decoder = decoder_behind(tokenizer, ids)
         return prompt + "".join(decoder.decode([int(token)]) for token in written) + decoder.flush()
     finally:
         model.train(was_training)
