@@ -34,9 +34,6 @@ __all__ = ["Captured", "captured"]
 
 Mode = Literal["auto", "on", "off"]
 
-REHEARSALS = 3
-"""Runs before a capture: kernels are loaded and chosen in the first; in the last none may wait for the card."""
-
 Launch = Callable[[], None]
 
 
@@ -58,8 +55,8 @@ def captured(function: Callable[..., Tree], *example: Tree, mode: Mode = "auto",
         mode: "auto" runs eagerly what cannot be captured, and warns once (not on a CPU); "on" raises; "off" always runs
             eagerly.
         most: for how many sets of shapes, and of modules that train and of weights that want a gradient; others run
-            eagerly. Each keeps its inputs, outputs and gradients on the card;
-            what is in use only during a launch is shared among them.
+            eagerly. Each keeps its inputs, outputs and gradients on the card; what is in use only during a launch is
+            shared among them.
 
     Raises:
         ValueError: a wrong ``mode`` or ``most``; an input that has a graph. With "on" also whatever cannot be captured:
@@ -152,7 +149,9 @@ class Captured:
     def _key(self, leaves: list[Any], spec: TreeSpec) -> object:
         """What a graph is for: shapes, and whatever else of the surroundings a launch could not follow."""
         described = tuple(
-            (x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else (type(x), x if x == x else None)
+            (x.shape, x.dtype, x.device, x.requires_grad)
+            if isinstance(x, Tensor)
+            else (type(x), None if isinstance(x, float) and math.isnan(x) else x)
             for x in leaves
         )
         grad_enabled = torch.is_grad_enabled()
@@ -228,6 +227,7 @@ class _Graph:
             return [*map(_detached, outputs), *(x.grad for x in self.targets)]
 
         with _as_before(card, modules) as drawn:
+            # Kernels are loaded and chosen in the first of three runs; in the last none may wait for the card.
             rehearsed = Rehearsed(function, modules, NotCapturedError)
             versions = [version(x) for x in given]
             with _optimizers_refused(name):
