@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -286,7 +288,7 @@ def test_an_optimizer_is_refused_before_it_takes_a_step(strict_card: Any) -> Non
         return loss
 
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"step calls an optimizer, .*: call it after it"):
+    with pytest.raises(ValueError, match=r"step calls an optimizer, .*: do it after the call"):
         replay.captured(step, mode="on")(X[0])
     assert_close(model.state_dict(), before, rtol=0, atol=0)
 
@@ -296,8 +298,122 @@ def test_an_optimizer_is_refused_before_it_takes_a_step(strict_card: Any) -> Non
             model[0].weight.sub_(model[0].weight.grad)
         return loss
 
-    with pytest.raises(ValueError, match=r"by_hand changed the weight 'weight', .*: do that after it"):
+    with pytest.raises(ValueError, match=r"by_hand changes the weight 'weight' in each run, and no launch would"):
         replay.captured(by_hand, mode="on")(X[0])
+
+
+def test_a_scaler_is_refused_before_it_does_anything(strict_card: Any) -> None:
+    results = []
+    for mode in ("off", "auto"):
+        model = layers()
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu")
+
+        def step(x: Tensor, model: Any = model, optimizer: Any = optimizer, scaler: Any = scaler) -> Tensor:
+            loss = model(x).square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            return loss
+
+        call = replay.captured(step, mode=mode)
+        torch.manual_seed(1)
+        losses = []
+        for x in X:
+            optimizer.zero_grad()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                losses.append(call(x).detach())
+        results.append(losses)
+    assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_what_a_refused_step_has_rebound_is_put_back(strict_card: Any, mode: Any) -> None:
+    """Whatever it is refused for; what it left alone is not touched."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.count, self.mask = nn.Linear(2, 1), 0, torch.ones(2)
+            self.register_buffer("seen", torch.zeros(()))
+            self.expanded = torch.ones(1).expand(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            self.seen = self.seen + random.random()
+            return self.linear(x * self.mask) * self.count
+
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(x: Tensor) -> Tensor:
+        loss = plain_step(model, x)
+        optimizer.step()
+        return loss
+
+    pending = (model.mask * nn.Parameter(torch.ones(2))).sum()
+    random.seed(3)
+    state = random.getstate()
+    seen = model.seen
+    for function in (step, functools.partial(plain_step, model)):
+        call = replay.captured(function, mode=mode)
+        with contextlib.ExitStack() as stack:
+            if mode == "on":
+                stack.enter_context(pytest.raises(ValueError, match="captured: "))
+                call(X[0])
+            else:
+                stack.enter_context(pytest.warns(UserWarning, match="It runs eagerly"))
+                call.prepare(X[0])
+        assert (model.count, random.getstate()) == (0, state)
+        assert model.seen is seen
+        assert float(seen) == 0
+    pending.backward()
+
+
+def test_what_the_first_run_alone_does_is_no_state(strict_card: Any) -> None:
+    class Normed(nn.Module):
+        """Its scale is that of the first batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.begun = nn.Parameter(torch.ones(2)), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.begun:
+                self.begun = True
+                with torch.no_grad():
+                    self.scale.copy_(x.std(0))
+            return x * self.scale
+
+    for make in (Normed, lambda: nn.Sequential(nn.LazyLinear(2), nn.ReLU())):
+        step = replay.captured(functools.partial(plain_step, make()), mode="on")
+        for x in X:
+            step(x)
+        assert step.launches == len(X)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated in favor of:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_norms_of_torch_as_they_were(strict_card: Any, norm: Any, frozen: bool) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(norm(nn.Linear(2, 2)).requires_grad_(not frozen), nn.Linear(2, 1))
+
+    assert_same(lambda step, _: [step(x) for x in X], make=make)
+
+
+def test_graphs_of_what_is_gone_make_room(strict_card: type[StrictCard]) -> None:
+    model = layers()
+    step = replay.captured(functools.partial(plain_step, model), mode="on", most=2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            for x in (X[0], torch.cat(X[:2])):
+                step(x)
+            model.append(nn.Identity())
+    assert (step.launches, step.graphs) == (12, 2)
+    assert [str(w.message)[:38] for w in said] == ["captured: what plain_step reads or trai"[:38]]
 
 
 def test_gradients_that_are_cleared_inside_are_refused(strict_card: Any) -> None:
@@ -305,7 +421,7 @@ def test_gradients_that_are_cleared_inside_are_refused(strict_card: Any) -> None
         model.zero_grad()
         return plain_step(model, x)
 
-    with pytest.raises(ValueError, match="step clears gradients, and a launch adds to them: clear them before it"):
+    with pytest.raises(ValueError, match=r"step clears gradients, which each .*: do it before the call"):
         assert_same(lambda step, _: [step(x) for x in X], step)
 
 
@@ -328,6 +444,13 @@ def beside(x: Tensor) -> Tensor:
     return BESIDE(x).square().mean()
 
 
+class Called:
+    def __call__(self, x: Tensor) -> Tensor:
+        loss = beside(x)
+        loss.backward()
+        return loss
+
+
 @pytest.mark.parametrize("within", [beside, lambda x: sum(BESIDE(y).square().mean() for y in (x, x))])
 def test_modules_seen_through_functions_and_generators(strict_card: Any, within: Any) -> None:
     start = copy.deepcopy(BESIDE.state_dict())
@@ -343,13 +466,15 @@ def test_modules_seen_through_functions_and_generators(strict_card: Any, within:
         return loss
 
     results = []
-    for call in (step, replay.captured(step, mode="on")):
+    for call in (step, step, torch.enable_grad()(step), Called()):
         model = make()
         torch.manual_seed(1)
+        call = replay.captured(call, mode="on") if results else call
         losses = [call(X[0])]
         model.eval()
         results.append(found(model, [*losses, call(X[1])]))
-    assert_close(results[1], results[0])
+    for result in results[1:] if within is beside else results[1:3]:
+        assert_close(result, results[0])
 
 
 def test_a_copy_captures_for_itself(strict_card: Any) -> None:

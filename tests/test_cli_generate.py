@@ -18,7 +18,7 @@ import torch
 from helpers import lively
 from memformer.cli import main
 from memformer.cli.generate import _last, _print
-from memformer.data import BPETokenizer, ByteTokenizer, TokenIds, Tokenizer
+from memformer.data import BPETokenizer, ByteTokenizer, TokenIds, Tokenizer, decoder_behind
 from memformer.model import Memformer
 from memformer.state import MemoryState
 from memformer.writing import Stream
@@ -240,6 +240,14 @@ def test_spaces_between_a_prompt_and_what_follows(
     assert [next(wanted) for _ in ids] == ids
     monkeypatch.setattr(Stream, "__next__", lambda stream: torch.tensor([next(wanted)]))
     assert generate("--prompt", "a text") == "a text with some words in it\n"
+
+
+def test_a_character_that_two_calls_share_is_shown_once(generate: Callable[..., str], tmp_path: Path) -> None:
+    """The first shows half of it as U+FFFD, and has gone."""
+    tokenizer = ByteTokenizer()
+    tokens = tokenizer.encode("é€d").tolist()
+    shown = [decoder_behind(tokenizer, tokens[:n]).decode(tokens[n:]) for n in range(len(tokens) + 1)]
+    assert shown == ["é€d", "\ufffd€d", "€d", "\ufffd\ufffdd", "\ufffdd", "d", ""]
 
 
 def test_the_last_tokens_of_a_state(model: Memformer) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config
 
-from memformer.hf import MemoryForCausalLM, with_memory
+from memformer.hf import MemoryForCausalLM, reference, with_memory
 from test_hf import LENGTH, TOKENS, base_of, read_something, some_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -211,3 +211,12 @@ def test_a_base_that_has_one_way_of_attending(tmp_path: Path) -> None:
         assert torch.equal(made.eval()(tokens).logits, model(tokens).logits)
         with pytest.raises(ValueError, match="does not support an attention implementation"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "memory", attn_implementation="sdpa")
+
+
+def test_settings_of_parts_are_compared_one_by_one() -> None:
+    settings = {
+        "a": 1,
+        "dtype": "x",
+        "text_config": {"rope_theta": 2, "dtype": "x", "use_cache": True, "rope": {"b": 3}},
+    }
+    assert reference._leaves(settings) == {"a": 1, "text_config.rope_theta": 2, "text_config.rope.b": 3}

@@ -132,18 +132,18 @@ class TextBenchmark:
                 raise ValueError(f"{name}: expected {expected}, got {value}")
             if isinstance(value, tuple) and len(set(value)) < len(value):
                 raise ValueError(f"{name}: expected each once, got {value}")
-        for name, used in (
-            ("horizons", self.study == "horizon"),
-            ("slot_counts", self.study == "slots"),
-            ("overlaps", self.study == "overlap"),
-            ("contestants", self.study == "peers"),
-            ("contestant", self.study != "peers"),
-            ("bpe_size", self.tokenizer == "bpe"),
-            ("shakespeare", self.corpus == "shakespeare"),
+        study, tokens, corpus = f"study {self.study}", f"tokenizer {self.tokenizer}", f"corpus {self.corpus}"
+        for name, used, of in (
+            ("horizons", self.study == "horizon", study),
+            ("slot_counts", self.study == "slots", study),
+            ("overlaps", self.study == "overlap", study),
+            ("contestants", self.study == "peers", study),
+            ("contestant", self.study != "peers", study),
+            ("bpe_size", self.tokenizer == "bpe", tokens),
+            ("shakespeare", self.corpus == "shakespeare", corpus),
         ):
             if not used and getattr(self, name) != getattr(TextBenchmark, name):
-                what = {"bpe_size": f"tokenizer {self.tokenizer}", "shakespeare": f"corpus {self.corpus}"}
-                raise ValueError(f"{name}: has no meaning with {what.get(name, f'study {self.study}')}; leave it out")
+                raise ValueError(f"{name}: has no meaning with {of}; leave it out")
         for horizon in self.horizons if self.study == "horizon" else (self.horizon,):
             if self.window % horizon:
                 raise ValueError(f"horizon: expected a divisor of window, {self.window}, got {horizon}")

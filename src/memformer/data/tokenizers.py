@@ -467,10 +467,13 @@ class _IdDecoder:
 
 def decoder_behind(tokenizer: Tokenizer, tokens: Sequence[int]) -> TextDecoder:
     """A decoder for text that goes on behind these tokens: some drop a space that stands at a text's beginning."""
-    decoder = tokenizer.decoder()
-    if not isinstance(tokenizer, TokenIds):  # each of which is written alike wherever it stands
-        decoder.decode(tokens[-_CONTEXT:])
-    return decoder
+    if isinstance(tokenizer, TokenIds):  # each of which is written alike wherever it stands
+        return tokenizer.decoder()
+    decoder, other = tokenizer.decoder(), tokenizer.decoder()
+    for each in (decoder, other):
+        each.decode(tokens[-_CONTEXT:])
+    # A character that has begun was shown as U+FFFD already.
+    return tokenizer.decoder() if other.flush() else decoder
 
 
 _CONTEXT = 16

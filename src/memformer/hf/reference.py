@@ -174,8 +174,8 @@ def check_base(
             "from_pretrained, or with --base"
             + ("" if there in (None, here) else f". They were {there} there, and are {here} here")
         )
-    before, now = settings_of(settings), settings_of(model.config)
-    for name in sorted(before.keys() & now.keys() - _OF_NO_WEIGHT):
+    before, now = (_leaves(settings_of(config)) for config in (settings, model.config))
+    for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name]:
             raise ValueError(
                 f"{folder}: the memory was trained around a base with {name} {before[name]!r}, and "
@@ -184,10 +184,20 @@ def check_base(
             )
 
 
-_OF_NO_WEIGHT = {
-    *("transformers_version", "torch_dtype", "_name_or_path", "architectures", "quantization_config", "use_cache"),
-    *("output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "chunk_size_feed_forward"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "problem_type"),
+def _leaves(settings: Mapping[str, Any], of: str = "") -> dict[str, Any]:
+    """What changes logits, by names such as ``text_config.rope_theta``."""
+    found: dict[str, Any] = {}
+    for name, x in settings.items():
+        if name not in _CHANGE_NO_LOGITS:
+            found |= _leaves(x, f"{of}{name}.") if isinstance(x, Mapping) else {of + name: x}
+    return found
+
+
+_CHANGE_NO_LOGITS = {
+    *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "quantization_config"),
+    *("use_cache", "output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "problem_type"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "chunk_size_feed_forward", "initializer_range", "pretraining_tp"),
+    *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
 }
 """Settings of a base that change no logits."""
 

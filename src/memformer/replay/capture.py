@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import linecache
 import math
 import warnings
@@ -21,7 +20,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
@@ -35,6 +36,9 @@ __all__ = ["Captured", "captured"]
 Mode = Literal["auto", "on", "off"]
 
 Launch = Callable[[], None]
+
+MANY_MOVES = 5
+"""After so many captures for what was put in another place there is a warning."""
 
 
 def captured(function: Callable[..., Tree], *example: Tree, mode: Mode = "auto", most: int = 4) -> Captured:
@@ -80,7 +84,7 @@ class Captured:
             raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
         at_least("most", most)
         self.function, self.mode, self.most = function, mode, most
-        self.launches = 0
+        self.launches = self._moves = 0
         self._modules = [x for x in owners(function, ()) if isinstance(x, nn.Module)] + captured_modules(function)
         self._places = Places(self._modules)
         self._graphs: dict[object, _Graph] = {}
@@ -124,11 +128,9 @@ class Captured:
         found = self._graphs.get(key)
         if found is not None and not found.moved():
             return found
-        if found is not None:
-            del found, self._graphs[key]
-            if not self._graphs:
-                self.forget()
-        if not self._places.same():
+        if found is not None or not self._places.same():
+            del found
+            self._drop_the_moved()
             self._places = Places(self._modules)
             key = self._key(leaves, spec)
         if len(self._graphs) >= self.most:
@@ -145,6 +147,20 @@ class Captured:
             self.forget()
             warnings.warn(f"captured: {reason}. It runs eagerly", stacklevel=3)
         return None
+
+    def _drop_the_moved(self) -> None:
+        """Graphs of what is not there any more. Where that comes again and again, it is said once."""
+        kept = {key: graph for key, graph in self._graphs.items() if not graph.moved()}
+        self._moves += len(kept) < len(self._graphs)
+        if self._moves == MANY_MOVES and len(kept) < len(self._graphs):
+            warnings.warn(
+                f"captured: what {name_of(self.function)} reads or trains was replaced {MANY_MOVES} times, and each "
+                "time it was captured anew, which takes as long as some dozens of calls: change it in place",
+                stacklevel=4,
+            )
+        self._graphs = kept
+        if not kept:
+            self.forget()
 
     def _key(self, leaves: list[Any], spec: TreeSpec) -> object:
         """What a graph is for: shapes, and whatever else of the surroundings a launch could not follow."""
@@ -218,19 +234,18 @@ class _Graph:
         self.targets: list[Tensor] = []
         given = [x for x in self.inputs if isinstance(x, Tensor)]
 
-        def run(*grads: Tensor) -> list[Any]:
-            """Returns the leaves of the outputs, then the gradients. ``grads``: what to add these to."""
-            for x, grad in itertools.zip_longest(self.targets, grads):
-                x.grad = grad
+        def run() -> list[Any]:
+            """Returns the leaves of the outputs, then the gradients."""
+            for x in self.targets:
+                x.grad = None
             with _own_casts():
                 outputs, self.spec = tree_flatten(function(*inputs))
             return [*map(_detached, outputs), *(x.grad for x in self.targets)]
 
-        with _as_before(card, modules) as drawn:
+        with _as_before(card, modules) as drawn, Rehearsed(function, modules, NotCapturedError) as rehearsed:
             # Kernels are loaded and chosen in the first of three runs; in the last none may wait for the card.
-            rehearsed = Rehearsed(function, modules, NotCapturedError)
             versions = [version(x) for x in given]
-            with _optimizers_refused(name):
+            with _training_refused(name):
                 card.rehearse(run)  # whatever it raises is not about capturing
             rehearsed.once()
             self.changed = [x for x, before in zip(given, versions, strict=True) if version(x) != before]
@@ -240,7 +255,7 @@ class _Graph:
             _refuse_parallel(self.targets)
             draws = drawn(name)
             try:
-                card.rehearse(lambda: _refuse_clearing(name, self.targets, run))
+                card.rehearse(run)
                 rehearsed.twice()
                 card.rehearse(run, strict=True)
                 self.static, self.start = card.record(run, draws)
@@ -290,30 +305,35 @@ class _Graph:
 
 
 def _kept(grad: Tensor | None, static: Tensor | None) -> Tensor | None:
-    if grad is None or static is None or grad.data_ptr() != static.data_ptr():
+    if grad is None or static is None or grad.layout != static.layout:
         return grad
-    return grad.clone()
-
-
-def _refuse_clearing(name: str, targets: Sequence[Tensor], run: Callable[..., object]) -> None:
-    """Run it where gradients are that stay visible whatever is added to them."""
-    run(*(torch.full_like(x, math.nan) for x in targets))
-    if not all(x.grad is not None and bool(x.grad.isnan().all()) for x in targets):
-        raise NotCapturedError(f"{name} clears gradients, and a launch adds to them: clear them before it")
+    same = grad is static or (grad.layout == torch.strided and grad.data_ptr() == static.data_ptr())
+    return grad.clone() if same else grad
 
 
 @contextlib.contextmanager
-def _optimizers_refused(name: str) -> Iterator[None]:
-    """Before they take a step, of which nothing could be put back."""
+def _training_refused(name: str) -> Iterator[None]:
+    """Optimizers' steps and the clearing of gradients, before they do anything."""
 
-    def refuse(*_: object) -> None:
-        raise NotCapturedError(f"{name} calls an optimizer, which the runs before a capture would: call it after it")
+    def refusing(what: str, when: str) -> Callable[..., None]:
+        def refuse(*_: object, **__: object) -> None:
+            raise NotCapturedError(f"{name} {what}, which each run before a capture would do: do it {when} the call")
 
-    handle = register_optimizer_step_pre_hook(refuse)
+        return refuse
+
+    steps, clears = refusing("calls an optimizer", "after"), refusing("clears gradients", "before")
+    handle = register_optimizer_step_pre_hook(steps)
+    refused: list[tuple[type, str, Any]] = [(nn.Module, "zero_grad", clears), (Optimizer, "zero_grad", clears)]
+    refused += [(GradScaler, "unscale_", steps), (GradScaler, "step", steps)]
+    before = [getattr(owner, method) for owner, method, _ in refused]
+    for owner, method, refuse in refused:
+        setattr(owner, method, refuse)
     try:
         yield
     finally:
         handle.remove()
+        for (owner, method, _), own in zip(refused, before, strict=True):
+            setattr(owner, method, own)
 
 
 class Card:

@@ -330,11 +330,12 @@ def captured_modules(function: object) -> list[nn.Module]:
     """Modules that a callable sees, besides its owners: also in lists, dicts, closures and attributes, of its owners,
     too, a few levels deep (a trainer's models, a frozen backbone in a list that hides it from its module), and by way
     of functions that stand beside it."""
-    beside = getattr(innermost(function), "__globals__", None)
+    plain = _plain_function(function)
+    beside = getattr(plain, "__globals__", None)
     owned = _owners(function)
     found: dict[int, nn.Module] = {}
     known: set[int] = set()
-    level: list[object] = [*owned, *names_seen_by(function).values()]
+    level: list[object] = [*owned, *names_seen_by(function).values(), *names_seen_by(plain).values()]
     for _ in range(_DEPTH):
         parts: list[object] = []
         for thing in level:
@@ -351,6 +352,15 @@ def captured_modules(function: object) -> list[nn.Module]:
                     parts += names_seen_by(thing).values()
         level = parts
     return [module for module in found.values() if all(module is not owner for owner in owned)]
+
+
+def _plain_function(function: object) -> object:
+    """What runs when it is called: the function behind decorators, methods, modules and callable objects."""
+    called = innermost(function)
+    if not inspect.isroutine(called):
+        called = getattr(type(called), "forward" if isinstance(called, nn.Module) else "__call__", called)
+    called = inspect.unwrap(getattr(called, "__func__", called))  # type: ignore[arg-type]
+    return innermost(called)
 
 
 _DEPTH, _MANY = 6, 1000

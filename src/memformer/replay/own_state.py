@@ -27,7 +27,7 @@ class OwnState:
         return [name for name, x in self._found().items() if self.before.get(name) != _fingerprint(x)]
 
     def carried(self) -> list[str]:
-        """What of it changed, but for tensors with a graph: each run makes these anew, as old weight norms."""
+        """What of it changed, but for tensors with a graph, which each run makes anew."""
         found = self._found()
         return [name for name in self.changed() if not getattr(found.get(name), "requires_grad", False)]
 
@@ -47,7 +47,9 @@ class OwnState:
         for module in self.modules:
             for path, part in module.named_modules():
                 of = f"'{path}', a {type(part).__name__}" if path else f"{type(part).__name__}"
-                own = {name: x for name, x in vars(part).items() if name not in _OF_EVERY_MODULE}
+                # What torch's old norms compute before each call of the weight's parts is no state.
+                norms = {name.rsplit("_", 1)[0] for name in part._parameters if name.endswith(("_g", "_orig"))}
+                own = {name: x for name, x in vars(part).items() if name not in norms | _OF_EVERY_MODULE}
                 found |= {f"attribute '{name}' of {of}": x for name, x in own.items()}
         for function in self.functions:
             function = innermost(function)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .inputs import name_of, version
+from .inputs import innermost, name_of, version
 from .own_state import OwnState
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_SMALL = 1 << 26
+"""Bytes of a tensor that is no buffer up to which its value is kept while a function is rehearsed."""
 
 
 class Places:
@@ -49,56 +55,71 @@ class Places:
 
 
 class Rehearsed:
-    """What the runs of a function before a capture must not do, for no launch would: it is asked after each run.
+    """The runs of a function before a capture. If the block ends with an error, what they have rebound is put back:
+    buffers and attributes of its modules and of the object that it is a method of, with the values of these tensors,
+    and the states of generators. A list that grew, a weight or a variable that was changed stays so.
 
-    Raises:
-        error: it was done; the message says what, and what to do. Buffers and tensors among attributes are the ones
-            that were there, and so are the states of generators.
+    Args:
+        error: what is raised for state that no launch would change.
     """
 
     def __init__(self, function: Callable[..., object], modules: Sequence[nn.Module], error: type[Exception]):
         self._function, self._modules, self._error = function, list(modules), error
-        self._own = self._before = OwnState([function], self._modules)
         self._parts = Places(modules).parts
-        self._weights = [
-            (name, p, version(p)) for part in self._parts for name, p in part._parameters.items() if p is not None
+        self._begun = self._once = self._state()
+        owner = getattr(innermost(function), "__self__", None)
+        others = [vars(owner)] if hasattr(owner, "__dict__") and not isinstance(owner, nn.Module) else []
+        own = [(vars(part), _OF_EVERY_MODULE) for part in self._parts] + [(x, frozenset[str]()) for x in others]
+        self._bound: list[tuple[dict[str, Any], str, object]] = [
+            (names, name, x) for names, but in own for name, x in names.items() if name not in but
         ]
-        self._buffers = self._begun = self._buffers_now()
-        self._attributes = [
-            (vars(part), name, x, x.clone())
-            for part in self._parts
-            for name, x in vars(part).items()
-            if isinstance(x, Tensor) and not x.requires_grad
+        self._bound += [(part._buffers, name, x) for part in self._parts for name, x in part._buffers.items()]
+        self._values = [
+            (x, version(x), x.clone())
+            for _, _, x in self._bound
+            if isinstance(x, Tensor) and not x.requires_grad and not x.is_inference() and x.nbytes <= _SMALL
         ]
 
-    def _buffers_now(self) -> dict[tuple[int, str], Tensor | None]:
-        return {(i, name): x for i, part in enumerate(self._parts) for name, x in part._buffers.items()}
+    def _state(self) -> tuple[OwnState, dict[tuple[str, int, str], tuple[int, int]]]:
+        """Of its own, and of weights and buffers: which one it is, and of weights how often it was changed."""
+        weights = {
+            ("weight", i, name): (id(p), version(p))
+            for i, part in enumerate(self._parts)
+            for name, p in part._parameters.items()
+            if p is not None and not nn.parameter.is_lazy(p)
+        }
+        buffers = {("buffer", i, name): (id(x), 0) for i, p in enumerate(self._parts) for name, x in p._buffers.items()}
+        return OwnState([self._function], self._modules), weights | buffers
+
+    def __enter__(self) -> Rehearsed:
+        return self
 
     def once(self) -> None:
-        """After the first run. What it alone makes, such as a table, may stay."""
-        for name, weight, before in self._weights:
-            if version(weight) != before:
-                raise self._error(
-                    f"{name_of(self._function)} changed the weight '{name}', as each run before a capture would: do "
-                    "that after it"
-                )
-        self._own, self._buffers = OwnState([self._function], self._modules), self._buffers_now()
+        """After the first run. What it alone makes or changes, such as a table, may stay."""
+        self._once = self._state()
 
     def twice(self) -> None:
-        """After the second run: what it changed again is state."""
-        now = self._buffers_now()
-        replaced = [f"the buffer '{key[1]}'" for key, x in now.items() if x is not self._buffers.get(key)]
-        changed = [*replaced, *self._own.carried()]
-        if not changed:
+        """After the second run: what it changed again is state. Raises the error that says so."""
+        own, tensors = self._once
+        now = self._state()[1]
+        changed = [f"the {what} '{name}'" for (what, i, name), x in now.items() if tensors.get((what, i, name)) != x]
+        changed += own.carried()
+        if changed:
+            raise self._error(
+                f"{name_of(self._function)} changes {changed[0]} in each run, and no launch would: make it an input "
+                "and an output, or a buffer that is changed in place"
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if error is None:
             return
-        for (i, name), x in self._begun.items():
-            self._parts[i]._buffers[name] = x
-        for own, name, attribute, value in self._attributes:
-            own[name] = attribute
-            with torch.no_grad():
-                attribute.copy_(value)
-        self._before.restore()
-        raise self._error(
-            f"{name_of(self._function)} changes {changed[0]} in each run, and no launch would: make it an input and an "
-            "output, or a buffer that is changed in place"
-        )
+        self._begun[0].restore()
+        for names, name, x in self._bound:
+            if names.get(name) is not x:
+                names[name] = x
+        with torch.no_grad():
+            for tensor, before, value in self._values:
+                if version(tensor) != before:
+                    tensor.copy_(value)
