@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inputs import innermost, name_of, version
+from .inputs import innermost, name_of, names_seen_by, version
 from .own_state import OwnState
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -73,6 +73,7 @@ class Rehearsed:
         self._bound: list[tuple[dict[str, Any], str, object]] = [
             (names, name, x) for names, but in own for name, x in names.items() if name not in but
         ]
+        self._held: list[object] = []
         self._bound += [(part._buffers, name, x) for part in self._parts for name, x in part._buffers.items()]
         self._values = [
             (x, version(x), x.clone())
@@ -97,6 +98,9 @@ class Rehearsed:
     def once(self) -> None:
         """After the first run. What it alone makes or changes, such as a table, may stay."""
         self._once = self._state()
+        # As long as these are held, nothing that comes in their place has the number of one of them.
+        self._held = [x for part in self._parts for x in (*vars(part).values(), *part._buffers.values())]
+        self._held += names_seen_by(self._function).values()
 
     def twice(self) -> None:
         """After the second run: what it changed again is state. Raises the error that says so."""
