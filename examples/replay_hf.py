@@ -24,6 +24,7 @@ class RecurrentGPT2(nn.Module):
         config = GPT2Config(
             vocab_size=tokens, n_positions=128, n_embd=width, n_layer=2, n_head=4,
             resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, use_cache=False,
+            bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         self.gpt = GPT2Model(config)
         self.initial = nn.Parameter(torch.randn(slots, width) * 0.02)

@@ -25,12 +25,13 @@ def main() -> None:
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     period = torch.randint(0, 64, (4, 40))  # the text repeats itself after 40 tokens: more than two segments ago
-    text = period.repeat(1, 40)
+    text = period.repeat(1, 80)
     length, horizon = 16, 32
     mems = None
     for step in range(6):
-        source = text[:, : length * horizon]
-        targets = [text[:, (t + 1) * length - 1 : (t + 2) * length] for t in range(horizon)]
+        rest = text[:, step * length * horizon :]  # the memory is that of what was read before
+        source = rest[:, : length * horizon]
+        targets = [rest[:, (t + 1) * length - 1 : (t + 2) * length] for t in range(horizon)]
         optimizer.zero_grad()
         loss, mems = memory_replay_backprop(model, src=source, tgt=targets, mems=mems)
         optimizer.step()
