@@ -84,7 +84,8 @@ def test_held_out_documents_have_kinds(monkeypatch, tokenizer):
     if tokenizer == "bpe":
         pytest.importorskip("tokenizers")
     small(monkeypatch)
-    corpus = _corpus(TextBenchmark(tokenizer=tokenizer, bpe_size=300))
+    sizes = {"bpe_size": 300} if tokenizer == "bpe" else {}
+    corpus = _corpus(TextBenchmark(tokenizer=tokenizer, **sizes))
     assert [kinds.shape for kinds in corpus.kinds] == [ids.shape for ids in corpus.held_out]
     found = {KINDS[kind] for kinds in corpus.kinds for kind in kinds.tolist()}
     assert {"known, first", "known, near"} <= found
