@@ -543,3 +543,27 @@ def test_inputs_that_hold_tensors_out_of_sight_and_numbers_that_are_none(strict_
     for _ in range(3):
         step(X[0], float("nan"))
     assert step.graphs == 1
+
+
+def test_first_called_under_inference_mode(strict_card: type[StrictCard], monkeypatch: pytest.MonkeyPatch) -> None:
+    record = strict_card.record
+
+    def outside(card: StrictCard, function: Any, draws: bool) -> Any:
+        """A launch writes memory that is marked as that of inference: no operation does."""
+        with torch.inference_mode(False), torch.no_grad():
+            static, launch = record(card, function, draws)
+
+        def start() -> None:
+            with torch.inference_mode(False):
+                launch()
+
+        return static, start
+
+    monkeypatch.setattr(strict_card, "record", outside)
+    model = nn.Linear(2, 1)
+    step = replay.captured(model.forward, mode="on")
+    with torch.inference_mode():
+        step(X[0])
+    with torch.no_grad():
+        assert_close(step(X[1]), model(X[1]))
+    assert step.launches == 2
