@@ -37,7 +37,7 @@ oldest: package  ## the wheel in a fresh environment with the oldest versions, a
 	$(OLDEST)/pip install -q -c build/oldest.txt "$$(echo dist/*.whl)[bpe,tensorboard,onnx,plot,digits,hf,gguf]" \
 		$$(grep -E '^(pytest|pytest-xdist|hypothesis)==' constraints.txt)
 	$(OLDEST)/pip check
-	$(OLDEST)/pytest -n 2 --dist worksteal tests/test_package.py tests/test_saved_before.py tests/test_replay.py \
+	$(OLDEST)/pytest -n 2 --dist worksteal -m "not slow" tests/test_package.py tests/test_saved_before.py tests/test_replay.py \
 		tests/test_model.py tests/test_training.py tests/test_export.py tests/test_tokenizers.py tests/test_inspection.py tests/test_hf.py \
 		tests/test_hf_trainer.py tests/test_cli_base.py::test_a_gguf_of_an_unknown_architecture_is_refused \
 		tests/test_cli_base.py::test_a_gguf_is_the_base_that_it_was_made_of
