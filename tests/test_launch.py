@@ -254,7 +254,7 @@ def test_what_is_left_out_is_said_once(folder):
     (folder / "corpus" / "a.zip").write_bytes(b"PK")
     processes = started(folder, "--steps", "1")
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    assert ["1 archives" in text for text in said(folder)] == [True, False]
+    assert ["1 archive" in text for text in said(folder)] == [True, False]
 
 
 @pytest.mark.slow

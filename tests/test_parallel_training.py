@@ -213,7 +213,7 @@ def test_parts_are_read_by_more_and_by_fewer_processes(settings, tmp_path, then)
     again = settings(resume=True, parallel="fsdp", **options)
     several_processes(4, without_gathering, tmp_path, again, 3) if then == 4 else list(Run(again).train())
     if then == 4:
-        assert checkpoints.find(tmp_path / "run").name == "step-000004"
+        assert checkpoints.newest(tmp_path / "run").name == "step-000004"
         two_processes(work, tmp_path, settings(resume=True, parallel="ddp", **options))
     assert_same(tmp_path / "run", tmp_path / "alone", 1e-9)
 
