@@ -359,10 +359,14 @@ def resident_mb():
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc")
 @pytest.mark.parametrize("name", ["corpus.bin", "corpus.txt", "corpus.npy"])
 def test_two_gigabytes_stream_at_flat_memory(tmp_path, name):
-    """A sparse file takes no room on the disk; whoever maps it still pays for the pages that he touches."""
+    """Sparse arrays take no room on the disk; whoever maps them still pays for the pages that he touches."""
     file, size = tmp_path / name, 2 << 30
     if name.endswith(".npy"):
         np.lib.format.open_memmap(file, mode="w+", dtype=np.uint16, shape=(size // 2,))
+    elif name.endswith(".txt"):  # which has to be one
+        with open(file, "wb") as out:
+            for _ in range(size >> 20):
+                out.write(b"remember" * (1 << 17))
     else:
         with open(file, "wb") as out:
             out.truncate(size)
