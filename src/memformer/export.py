@@ -76,7 +76,8 @@ def export(
         What ``export.json`` holds.
 
     Raises:
-        ValueError: the format is unknown, or the model is in training mode or of a dtype that ONNX runs badly.
+        ValueError: the format is unknown, or the model is in training mode of a dtype that ONNX runs badly, or a
+            causal one without an overlap, which onnxruntime does not load.
         ImportError: the packages that write ONNX are missing.
     """
     inner = unwrapped(model)
@@ -92,6 +93,10 @@ def export(
         if dtypes != {torch.float32}:
             names = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"model: expected torch.float32 for ONNX, got {names}. Call float(), or export for torch")
+        if getattr(model.config, "overlap", None) == 0:
+            raise ValueError(
+                "overlap: onnxruntime loads no causal model without one (a reshape of nothing); export for torch"
+            )
         if importlib.util.find_spec("onnxscript") is None:
             raise ImportError("ONNX needs packages that are not installed: pip install 'memformer-replay[onnx]'")
     folder.mkdir(parents=True, exist_ok=True)
