@@ -149,6 +149,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(folder: Path, flags: list[str]
 
 def test_a_base_that_is_trained_is_saved_whole_and_needs_its_folder_no_more(folder: Path) -> None:
     assert train(folder, "--out", "all", "--train-base", "--steps", "2") == 0
+    with pytest.raises(ValueError, match=r"base: .* holds one, which was trained with its memory; leave it out"):
+        load_model(folder / "all", folder / "base")
     plain = LlamaForCausalLM.from_pretrained(folder / "base")
     shutil.rmtree(folder / "base")
     model = load_model(folder / "all")

@@ -1,5 +1,7 @@
 """The benchmark of generation: its equality, its table, its refusal."""
 
+import dataclasses
+
 import pytest
 
 from memformer.bench import generation
@@ -25,3 +27,5 @@ def test_a_wrong_cache_is_refused(monkeypatch):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="tokens: expected a whole number of at least 1, got 0"):
         generation.GenerationBenchmark(tokens=0)
+    with pytest.raises(ValueError, match="dec_overlap: this benchmark is of a decoder without one, got 4"):
+        generation.GenerationBenchmark(model=dataclasses.replace(generation.MODEL, dec_overlap=4))

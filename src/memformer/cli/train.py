@@ -310,8 +310,8 @@ def _show_sample(training_run: Run) -> None:
 def _saved(training_run: Run) -> tuple[SegmentModel, Tokenizer]:
     """The model of the best checkpoint, which may have been written before the base moved."""
     settings = training_run.settings
-    folder = checkpoints.find(settings.out)
-    return models.load(folder, str(training_run.parts.device), base=settings.around.base)
+    base = None if settings.around.train_base else settings.around.base  # a base that was trained is in the checkpoint
+    return models.load(checkpoints.find(settings.out), str(training_run.parts.device), base=base)
 
 
 def _what_next(training_run: Run) -> list[str]:

@@ -205,6 +205,8 @@ class AroundBase(MemoryForCausalLM):
         there, adapter = saved.get("reference"), saved.get("adapter")
         if there is not None:
             base = load_base(Path(base_model or there["name"]), there["gguf_file"])
+        elif base_model is not None:
+            raise ValueError(f"base: {folder} holds one, which was trained with its memory; leave it out")
         else:
             config = MemoryConfig(**{name: saved[name] for name in FIELDS}).base_config
             base = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

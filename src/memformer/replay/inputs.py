@@ -335,7 +335,9 @@ def captured_modules(function: object) -> list[nn.Module]:
     owned = _owners(function)
     found: dict[int, nn.Module] = {}
     known: set[int] = set()
-    level: list[object] = [*owned, *names_seen_by(function).values(), *names_seen_by(plain).values()]
+    level: list[object] = [*owned, *names_seen_by(function).values()]
+    if not inspect.isroutine(innermost(function)):  # of what is a function itself these are its names already
+        level += names_seen_by(plain).values()
     for _ in range(_DEPTH):
         parts: list[object] = []
         for thing in level:
