@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 import random
 import warnings
 from collections.abc import Callable
@@ -65,6 +66,68 @@ def test_a_rollout(strict_card: type[StrictCard], method: Any, clear: str) -> No
     expected = run(step_of(cell, method), cell, BATCHES, clear)
     assert_close(run(step, cell, BATCHES, clear), expected, rtol=0, atol=0)
     assert (step.launches, strict_card.records) == (len(BATCHES), 1)
+
+
+def clear_by_none(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = None
+
+
+def clear_in_place(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+
+
+def clip(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def halve(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = None if p.grad is None else p.grad / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(clear_by_none, None), (clear_in_place, None), (None, clip), (None, halve)],
+    ids=["none", "in place", "clipped", "halved"],
+)
+def test_what_changes_gradients_is_refused(
+    strict_card: type[StrictCard], before: Any, after: Any, dtype: torch.dtype
+) -> None:
+    """A launch has its own part of them alone: where some were there before, it would clear or change too little."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).to(dtype)
+
+    def step(x: Tensor) -> Tensor:
+        if before is not None:
+            before(model)
+        loss = plain_step(model, x)
+        if after is not None:
+            after(model)
+        return loss
+
+    with pytest.raises(ValueError, match=r"captured: .*step clears or changes \.grad, .*: do it outside"):
+        replay.captured(step, mode="on")(X[0].to(dtype))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("size", [1.0, math.inf, math.nan, 1e30])
+def test_gradients_of_any_size_are_added_to(strict_card: type[StrictCard], dtype: torch.dtype, size: float) -> None:
+    weight = torch.ones(3, dtype=dtype, requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        loss = (weight * x).real.sum()
+        loss.backward()
+        return loss
+
+    launched = replay.captured(step, mode="on")
+    for _ in range(2):
+        launched(torch.tensor([1.0, size, -size], dtype=dtype))
+    assert launched.launches == 2
+    assert_close(weight.grad, 2 * torch.tensor([1.0, size, -size], dtype=dtype), equal_nan=True)
 
 
 def change_mode(model: nn.Module) -> None:

@@ -242,6 +242,12 @@ class _Graph:
                 outputs, self.spec = tree_flatten(function(*inputs))
             return [*map(_detached, outputs), *(x.grad for x in self.targets)]
 
+        def run_with_marks() -> None:
+            for x in self.targets:
+                x.grad = torch.full_like(x, _mark(x))
+            with _own_casts():
+                function(*inputs)
+
         with _as_before(card, modules) as drawn, Rehearsed(function, modules, NotCapturedError) as rehearsed:
             # Kernels are loaded and chosen in the first of three runs; in the last none may wait for the card.
             versions = [version(x) for x in given]
@@ -255,8 +261,12 @@ class _Graph:
             _refuse_parallel(self.targets)
             draws = drawn(name)
             try:
-                card.rehearse(run)
+                card.rehearse(run_with_marks)
                 rehearsed.twice()
+                if not all(_only_added_to(x) for x in self.targets):
+                    raise NotCapturedError(
+                        f"{name} clears or changes .grad, of which a launch has its own part alone: do it outside"
+                    )
                 card.rehearse(run, strict=True)
                 self.static, self.start = card.record(run, draws)
             except (RuntimeError, NotCapturedError) as error:
@@ -302,6 +312,17 @@ class _Graph:
                     x.grad = grad.clone() if i < len(sources) else grad
             outputs = [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]
         return tree_unflatten(outputs, self.spec)
+
+
+def _mark(x: Tensor) -> complex | float:
+    """A gradient so large that nothing which is added changes it; in float16, whose numbers end too soon, infinite."""
+    large = math.inf if x.dtype is torch.float16 else 2.0 ** (math.frexp(torch.finfo(x.dtype).max)[1] - 2)
+    return complex(large, large) if x.is_complex() else large
+
+
+def _only_added_to(x: Tensor) -> bool:
+    """Whether its gradient, which was marked, is so still. One that is not finite says nothing."""
+    return x.grad is not None and not bool(((x.grad != _mark(x)) & x.grad.isfinite()).any())
 
 
 def _kept(grad: Tensor | None, static: Tensor | None) -> Tensor | None:
