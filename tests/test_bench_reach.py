@@ -167,6 +167,7 @@ def test_trials_are_kept_and_are_the_same_again(tmp_path, monkeypatch):
         ({"lengths": (64,), "tasks": ("qa3",)}, "lengths: the facts of qa3 alone may have 192 tokens, got 64"),
         ({"train_tokens": 64, "tasks": ("qa3",)}, "segments: the facts alone may fill 3 segments of 64, got 1"),
         ({"judge_temperature": 0.0}, r"judge_temperature: expected a number above 0, got 0\.0"),
+        ({"sharpen_from": 1.5}, r"sharpen_from: expected 0 to 1, got 1\.5"),
         ({"judge_forgetting": -1.0}, r"judge_forgetting: expected a number of at least 0, got -1\.0"),
         ({"judge_segment_tokens": 128}, r"judge_segment_tokens: expected at most segment_tokens \(64\), .* got 128"),
         ({"judge_segment_tokens": 48}, r"judge_segment_tokens: .* lengths that it divides, got 48"),
@@ -265,6 +266,37 @@ def test_texts_are_judged_with_a_sharper_writer_than_that_of_training(monkeypatc
         result = reach.train(settings(**changes), OWN, TRIAL)
         assert [judged["with"] for judged in result["lengths"].values()] == [expected] * 2
     assert seen == [(0.25, 0.001)] * 3
+
+
+def test_the_end_of_a_training_may_have_the_writer_of_judging(monkeypatch):
+    build, descend, models, seen = reach.build, reach.descend, [], []
+
+    def kept(*given):
+        models.append(build(*given))
+        return models[-1]
+
+    def watched(*given):
+        config = models[-1].network.config
+        seen.append((config.write_temperature, config.forgetting))
+        descend(*given)
+
+    monkeypatch.setattr(reach, "build", kept)
+    monkeypatch.setattr(reach, "descend", watched)
+    monkeypatch.setattr(reach, "_judge", lambda *given: {})
+    soft, sharp = (0.25, 0.001), (0.075, 0.0)
+    for share, expected in [
+        (1.0, [soft] * 4),
+        (0.75, [soft] * 3 + [sharp]),
+        (0.5, [soft] * 2 + [sharp] * 2),
+        (0.0, [sharp] * 4),
+    ]:
+        seen.clear()
+        reach.train(settings(steps=4, sharpen_from=share), OWN, TRIAL)
+        assert seen == expected
+    known = reach._trained_with(settings(), ("qa1",))
+    assert not {"sharpen_from", "judge_temperature"} & known.keys(), "weights of earlier versions are gone on with"
+    one, other = (reach._trained_with(settings(sharpen_from=0.5, judge_temperature=t), ("qa1",)) for t in (0.1, 0.2))
+    assert one != other, "then weights depend on it"
 
 
 def test_texts_may_be_judged_in_shorter_segments(monkeypatch):

@@ -63,7 +63,7 @@ def reader(text: str, question: str) -> list[str]:
         return [[who for _, who, what in took if what == match[1]][-1]]
     if match := re.fullmatch(r"where is (\w+) \?", question):
         return [[place for _, who, place in moved if who == match[1]][-1]]
-    if match := re.fullmatch(r"what are the secrets of (\w+) \?", question):
+    if match := re.fullmatch(r"secrets of (\w+) \?", question):
         return re.findall(rf"a secret of {match[1]} is (\w+) \.", text)
     if match := re.fullmatch(r"where is the (\w+) \?", question):
         # Backwards: who had it last, and the last place of that person until then or, if carried, at all.
@@ -315,6 +315,7 @@ def test_eased_texts_have_each_fact_whole_in_a_segment_of_its_own(world: World) 
             for place in places:
                 segment = " ".join(easier.prose.decode(episode.tokens[lane, place // easier.length].tolist()))
                 assert len(NAMES & set(segment.split())) == 2
+    assert easier.least_segments < easier.segments or world.least < easier.world.most, "some segments have no fact"
     assert task.eased(lessons + others + 0.01) is task
     assert task.eased(1) is task
 
@@ -325,7 +326,8 @@ def test_lessons_come_in_turn_and_are_right(world: World) -> None:
     task, lessons = task_of(world, segments=30, per_segment=100), world.lessons
     seen = [task.eased(world.easing[0] * (n + 0.5) / len(lessons)) for n in range(len(lessons))]
     assert tuple(easier.world for easier in seen) == lessons
-    assert len({easier.length for easier in seen}) == 1
+    for easier, lesson in zip(seen, lessons, strict=True):
+        assert easier.length == max(lesson.longest_fact, 1 + lesson.longest_question + lesson.answer_words)
     kinds = set()
     for easier in seen:
         for text, questions, answers in texts(easier, easier.exercise(40, generator())):
@@ -337,15 +339,19 @@ def test_lessons_come_in_turn_and_are_right(world: World) -> None:
 
 
 def test_what_is_joined_is_learned_apart_first() -> None:
-    """Things without places come before things that are carried, and few facts before many."""
-    assert WORLDS["qa2"].lessons == (SingleFacts(), TwoFacts(most=8), TwoFacts(most=16))
-    assert WORLDS["qa3"].lessons == (*WORLDS["qa2"].lessons, ThreeFacts(most=8))
+    """Things without places come before things that are carried, few names before many, and few facts before many."""
+    single = SingleFacts(people=2, places=3, things=2, most=2), SingleFacts(most=2), SingleFacts()
+    two = TwoFacts(people=2, things=2, most=4), TwoFacts(most=8), TwoFacts(most=16)
+    assert WORLDS["qa2"].lessons == (*single, *two)
+    assert WORLDS["qa3"].lessons == (*single, *two, ThreeFacts(people=2, things=2, most=8), ThreeFacts(most=8))
     of_two = TwoFacts(people=2, places=3, things=1)
-    assert of_two.lessons[0] == SingleFacts(people=2, places=3, things=1)
+    assert of_two.lessons[0] == SingleFacts(people=2, places=3, things=1, most=2)
     assert WORLDS["qa1"].lessons == (Whereabouts(most=2),)
-    assert WORLDS["needle"].lessons == (Values(each=1), Values(each=2), Values())
-    assert Values(each=3).lessons == (Values(each=1), Values(each=2), Values(each=3))
-    assert Values(each=1).lessons == (Values(each=1),)
+    few_names = Values(each=1, names=2), Values(each=1, names=4)
+    assert WORLDS["needle"].lessons == (*few_names, Values(each=1), Values(each=2), Values())
+    assert Values(each=3).lessons == (*few_names, Values(each=1), Values(each=2), Values(each=3))
+    assert Values(each=1, names=2).lessons == (Values(each=1, names=2),)
+    assert Values(people=3, names=7, each=1).lessons == tuple(Values(people=3, names=n, each=1) for n in (3, 6, 7))
 
 
 def test_the_easiest_texts_are_two_facts_and_nothing_else() -> None:
@@ -396,6 +402,8 @@ def test_prose_by_default_and_of_files(tmp_path: Path, monkeypatch: pytest.Monke
         (lambda: SingleFacts(places=9), "places: there are names for 8, got 9"),
         (lambda: ThreeFacts(things=0), "things: expected a whole number of at least 1, got 0"),
         (lambda: Values(each=5, secrets=4), r"each: expected 1 to secrets \(4\), got 5"),
+        (lambda: Values(names=9), "names: there are names for 8, got 9"),
+        (lambda: Values(people=3, names=2), "names: expected a whole number of at least 3, got 2"),
         (lambda: Values(each=2.0), r"each: expected a whole number of at least 1, got 2.0"),
         (lambda: tasks.prose_of("One text."), "texts: expected several, got one str: put it into a list"),
         (lambda: dataclasses.replace(task_of(WORLDS["qa1"]), world="qa1"), "world: expected a World, .*, got 'qa1'"),

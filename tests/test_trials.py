@@ -195,7 +195,9 @@ def test_the_committed_results_can_be_gone_on_with(path):
             learn.LearningBenchmark(steps=held["steps"], batch_size=held["batch_size"], model=model, **asked)
         )
     elif benchmark == "reach":
-        own = {name: held[name] for name in held.keys() - {"benchmark", "model", "every", "easing", "easing_of"}}
+        own = {
+            name: held[name] for name in held.keys() - {"benchmark", "model", "every", "easing", "easing_of", "lessons"}
+        }
         named = tuple(dict.fromkeys(run["run"]["task"] for run in results["runs"]))
         fixed = reach._fixed(reach.ReachBenchmark(**own, model=model, tasks=named))
     else:

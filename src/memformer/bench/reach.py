@@ -87,6 +87,8 @@ class ReachBenchmark:
     """Temperature of the writing attention while texts are judged; in training it is --write-temperature."""
     judge_forgetting: float = 0.0
     """Forgetting of the normalised writer while texts are judged; in training it is --forgetting."""
+    sharpen_from: float = 1.0
+    """Train with the writer of judging from this share of the training on; 1: not at all."""
     judge_segment_tokens: int | None = None
     """Tokens in a segment while texts are judged, at most --segment-tokens; None: as many."""
     depths: int = 10
@@ -148,6 +150,8 @@ class ReachBenchmark:
         self.model.memformer_config(1, self.segment_tokens)
         if not 0 < self.judge_temperature < math.inf:
             raise ValueError(f"judge_temperature: expected a number above 0, got {self.judge_temperature}")
+        if not 0 <= self.sharpen_from <= 1:
+            raise ValueError(f"sharpen_from: expected 0 to 1, got {self.sharpen_from}")
         if not 0 <= self.judge_forgetting < math.inf:
             raise ValueError(f"judge_forgetting: expected a number of at least 0, got {self.judge_forgetting}")
         if self.judge_forgetting and self.model.memory_writer != "normalised":
@@ -250,17 +254,25 @@ def _own_easing(tasks: Sequence[str]) -> dict[str, list[float]]:
     return {name: list(WORLDS[name].easing) for name in tasks if WORLDS[name].easing != World.easing}
 
 
+def _lessons(tasks: Sequence[str]) -> dict[str, str]:
+    """Of tasks that have more than one: which, in short."""
+    found = {name: WORLDS[name].lessons for name in tasks}
+    return {name: hashlib.sha256(repr(x).encode()).hexdigest()[:16] for name, x in found.items() if len(x) > 1}
+
+
 def _trained_with(settings: ReachBenchmark, tasks: Sequence[str]) -> dict[str, Any]:
     """What weights of these tasks depend on, but for the trial."""
     names = ("words", "segment_tokens", "train_tokens", "questions", "steps", "batch_size")
+    sharp = ("sharpen_from", "judge_temperature", "judge_forgetting") if settings.sharpen_from < 1 else ()
     return {
         "prose": [path.name for path in settings.prose],
         # Only where they are given: files of results from before know nothing of them.
         **{name: list(given) for name in ("include", "exclude") if (given := getattr(settings, name))},
         **({"texts": _hash_of_texts(settings)} if settings.prose else {}),
-        **{name: getattr(settings, name) for name in names},
+        **{name: getattr(settings, name) for name in (*names, *sharp)},
         "easing": list(World.easing),
         **({"easing_of": own} if (own := _own_easing(tasks)) else {}),
+        **({"lessons": several} if (several := _lessons(tasks)) else {}),
         "model": sizes(settings.model),
     }
 
@@ -296,14 +308,19 @@ def train(settings: ReachBenchmark, entrants: Mapping[str, Build], trial: Trial)
         learned = _learn(settings, trial, model, task, held_out)
         if file is not None:
             save_model(model, str(file), about | {"learned": json.dumps(learned)})
-    if isinstance(model.network, SegmentModel):  # others are judged as they were trained
-        forgetting = settings.judge_forgetting if settings.model.memory_writer == "normalised" else None
-        model.network.set_writer(write_temperature=settings.judge_temperature, forgetting=forgetting)
+    _sharpen(settings, model)
     return learned | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "numbers_carried": _numbers_carried(model, task.length, device),
         "lengths": {str(tokens): _judge(settings, model, judged, tokens) for tokens in settings.lengths},
     }
+
+
+def _sharpen(settings: ReachBenchmark, model: Contestant) -> None:
+    """Write as while texts are judged; contestants of other kinds have no such settings."""
+    if isinstance(model.network, SegmentModel):
+        forgetting = settings.judge_forgetting if settings.model.memory_writer == "normalised" else None
+        model.network.set_writer(write_temperature=settings.judge_temperature, forgetting=forgetting)
 
 
 def _numbers_carried(model: Contestant, length: int, device: torch.device) -> int:
@@ -353,6 +370,8 @@ def _learn(
     begun, diverged_at, tokens = time.perf_counter(), None, 0
     report = Report(trial, settings.steps)
     for step in range(1, settings.steps + 1):
+        if step - 1 >= settings.sharpen_from * settings.steps:
+            _sharpen(settings, model)
         told = task.eased((step - 1) / settings.steps).practice(settings.batch_size, generator)
         parts = [_to(part, device) for part in told.parts(settings.part)]
         loss = replay.memory_replay(cell, parts, None, schedule=schedule).loss

@@ -170,13 +170,15 @@ class RelativeEncoding(Positional):
 def _distance_to_key(x: Tensor, keys: int) -> Tensor:
     """(..., tokens, distances) -> (..., tokens, keys): row i is read from tokens - 1 - i on.
 
-    There are tokens + keys - 1 distances.
+    There are tokens + keys - 1 distances. One row after the other, each begins one entry earlier: a view.
     """
     tokens, distances = x.shape[-2:]
     if torch.compiler.is_exporting():
         return _from(tokens - 1 - torch.arange(tokens, device=x.device), keys, x)
-    flat = F.pad(x, (0, 1)).flatten(-2)[..., tokens - 1 : tokens - 1 + tokens * distances]
-    return flat.unflatten(-1, (tokens, distances))[..., :keys]
+    if tokens == 1:
+        return x
+    flat = x.flatten(-2)[..., tokens - 1 : tokens * distances - 1]
+    return flat.unflatten(-1, (tokens, distances - 1))[..., :keys]
 
 
 def _key_to_distance(x: Tensor) -> Tensor:
@@ -185,8 +187,10 @@ def _key_to_distance(x: Tensor) -> Tensor:
     distances = tokens + keys - 1
     if torch.compiler.is_exporting():
         return _from(torch.arange(tokens, device=x.device), distances, F.pad(x, (tokens - 1, tokens - 1)))
-    flat = F.pad(F.pad(x, (0, distances - keys)).flatten(-2), (tokens - 1, 1))
-    return flat.unflatten(-1, (tokens, distances + 1))[..., :distances]
+    if tokens == 1:
+        return x
+    flat = F.pad(F.pad(x, (0, tokens - 2)).flatten(-2), (tokens - 1, 1))
+    return flat.unflatten(-1, (tokens, distances))
 
 
 def _from(first: Tensor, count: int, x: Tensor) -> Tensor:

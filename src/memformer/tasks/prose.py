@@ -25,7 +25,7 @@ from torch import Tensor
 from ..config import check_count
 from ..data.corpora import read_documents
 from .base import ASK, BLANK, SYMBOLS, Episode, Metric, Task, at_most, check_generator, stage
-from .worlds import NAMES, WORDS, WORLDS, Asked, World
+from .worlds import NAMES, WORDS, WORLDS, Asked, World, doublings
 
 __all__ = ["InProse", "Prose", "Telling", "in_prose", "prose_of", "read_prose"]
 
@@ -256,7 +256,7 @@ class InProse(Task):
             raise ValueError(f"world: expected a World, as in WORLDS, got {self.world!r}; in_prose takes its name")
         check_count("per_segment", self.per_segment)
         check_count("questions", self.questions)
-        asked = self.questions * self._asked
+        asked = self.questions * _asked(self.world)
         if asked > self.per_segment:
             raise ValueError(
                 f"per_segment: questions and answers stand in one segment, and may have {asked} tokens, got "
@@ -267,11 +267,6 @@ class InProse(Task):
                 f"segments: the facts alone may fill {self.least_segments} segments of {self.per_segment}, got "
                 f"{self.segments}"
             )
-
-    @property
-    def _asked(self) -> int:
-        """Tokens of a question and its answer, at most."""
-        return 1 + self.world.longest_question + self.world.answer_words
 
     @property
     def least_segments(self) -> int:
@@ -303,20 +298,22 @@ class InProse(Task):
         Who is where is learned within minutes from segments that hold little else, and stays right in longer ones. From
         long ones a model learns which places were told, and no more.
         """
-        world, shortest = self.world, max(self.world.longest_fact, self._asked)
-        lengths = [n for i in range(self.per_segment.bit_length()) if (n := shortest << i) < self.per_segment]
+        world, shortest = self.world, _shortest(self.world)
+        lengths = doublings(shortest, self.per_segment)
         first, others = world.easing
         doubled = stage(progress, first, others, len(lengths))
         if doubled >= len(lengths):
             return self
         lessons = world.lessons
         easier = world.eased(doubled) if doubled else lessons[int(progress / first * len(lessons))]
+        length = lengths[doubled] if doubled else _shortest(easier)
         return dataclasses.replace(
             self,
             world=easier,
-            segments=easier.most,
-            per_segment=lengths[doubled],
-            questions=min(self.questions, lengths[doubled] // self._asked),
+            # Of longer segments some have no fact, even where stories have all the same number of them.
+            segments=max(easier.most, 2 * easier.least) if doubled else easier.most,
+            per_segment=length,
+            questions=min(self.questions, length // _asked(easier)),
             apart=True,
         )
 
@@ -408,6 +405,16 @@ class InProse(Task):
             tokens[lane, 1, : len(second)] = torch.tensor(second, device="cpu")
             answers[lane, 1, : len(wanted)] = torch.tensor(wanted, device="cpu")
         return Episode(tokens, answers)
+
+
+def _asked(world: World) -> int:
+    """Tokens of a question and its answer, at most."""
+    return 1 + world.longest_question + world.answer_words
+
+
+def _shortest(world: World) -> int:
+    """Tokens of the shortest segment that holds any fact, and any question with its answer."""
+    return max(world.longest_fact, _asked(world))
 
 
 def _whole(told: Telling) -> Episode:

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 from ..config import check_count
 
@@ -46,7 +46,7 @@ WORDS = (
     *sorted(NAMES),
     *sorted(set(" ".join((*MOVED, *TOOK, *LEFT, "where is was before what are secret secrets of a . ?")).split())),
 )
-"""All words of all worlds."""
+"""All words of all worlds. "what" and "are" are told no more, and stay: without them all words had other tokens."""
 
 
 class Asked(NamedTuple):
@@ -135,6 +135,11 @@ def _ask(*words: str) -> tuple[str, ...]:
     return tuple(" ".join((*words, "?")).split())
 
 
+def doublings(first: int, below: int) -> list[int]:
+    """The first number and what doubling makes of it, as long as it is below the other."""
+    return [number for i in range(below.bit_length()) if (number := first << i) < below]
+
+
 def _some(rng: random.Random, asked: Sequence[Asked], questions: int) -> list[Asked]:
     return rng.sample(asked, min(questions, len(asked)))
 
@@ -209,6 +214,10 @@ class _Things(World):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_names(people=(self.people, 1, PEOPLE), places=(self.places, 3, PLACES), things=(self.things, 1, THINGS))
+
+    def with_few_names(self) -> Self:
+        """As few facts as there are ever, of two people, or one, and of so many things."""
+        return dataclasses.replace(self, most=self.least, people=min(self.people, 2), things=min(self.things, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,8 +311,11 @@ class TwoFacts(_WithThings):
 
     @property
     def lessons(self) -> tuple[World, ...]:
+        """Single facts, of few names, then of all, then more of them; two facts joined, of two people, then of all, and
+        ever more of them. With all names from the start each takes many times as long."""
         single = SingleFacts(people=self.people, places=self.places, things=self.things)
-        return single, self.eased(1), self.eased(2)
+        few = dataclasses.replace(single.with_few_names(), places=3)
+        return few, single.eased(0), single, self.with_few_names(), self.eased(1), self.eased(2)
 
     @property
     def chance(self) -> float:
@@ -332,7 +344,7 @@ class ThreeFacts(_WithThings):
     @property
     def lessons(self) -> tuple[World, ...]:
         simpler = TwoFacts(people=self.people, places=self.places, things=self.things)
-        return *simpler.lessons, self.eased(0)
+        return *simpler.lessons, self.with_few_names(), self.eased(0)
 
     @property
     def chance(self) -> float:
@@ -357,6 +369,7 @@ class Values(World):
 
     Attributes:
         people: whose secrets are told, all of them, in any order.
+        names: how many there are, of which the people have some.
         each: secrets of each person.
         secrets: how many there are to choose from.
     """
@@ -364,13 +377,16 @@ class Values(World):
     least: int = field(init=False)
     most: int = field(init=False)
     people: int = 2
+    names: int = 8
     each: int = 4
     secrets: int = 16
     longest_fact: ClassVar[int] = 7
-    longest_question: ClassVar[int] = 7
+    longest_question: ClassVar[int] = 4
+    easing: ClassVar[tuple[float, float]] = (0.85, 0.15)
 
     def __post_init__(self) -> None:
         _check_names(people=(self.people, 1, PEOPLE), secrets=(self.secrets, 1, SECRETS))
+        _check_names(names=(self.names, self.people, PEOPLE))
         check_count("each", self.each)
         if self.each > self.secrets:
             raise ValueError(f"each: expected 1 to secrets ({self.secrets}), got {self.each!r}")
@@ -387,21 +403,24 @@ class Values(World):
 
     @property
     def lessons(self) -> tuple[World, ...]:
-        """With one secret each, with two, and so on."""
-        fewer = (each for each in (1 << doubled for doubled in range(self.each)) if each < self.each)
-        return *(dataclasses.replace(self, each=each) for each in fewer), self
+        """With one secret each and no more names than people, then with twice as many names, and so on; then with two
+        secrets each, with four. With many names from the start it is learned which secrets were told, not whose."""
+        names = (*doublings(self.people, self.names), self.names)
+        one = [dataclasses.replace(self, each=1, names=count) for count in names]
+        more = [dataclasses.replace(self, each=each) for each in (*doublings(2, self.each), self.each) if each > 1]
+        return *one, *more
 
     @property
     def chance(self) -> float:
         return 1 / math.perm(self.secrets, self.each)
 
     def _tell(self, rng: random.Random, count: int, questions: int) -> Story:
-        people = rng.sample(PEOPLE, self.people)
+        people = rng.sample(PEOPLE[: self.names], self.people)
         told = {who: rng.sample(SECRETS[: self.secrets], self.each) for who in people}
         turns = rng.sample([who for who in people for _ in range(self.each)], count)
         numbers = {who: [n for n, turn in enumerate(turns) if turn == who] for who in people}
         facts = [_sentence("a secret of", who, "is", told[who][numbers[who].index(n)]) for n, who in enumerate(turns)]
-        asked = [Asked(_ask("what are the secrets of", w), tuple(told[w]), tuple(numbers[w])) for w in people]
+        asked = [Asked(_ask("secrets of", w), tuple(told[w]), tuple(numbers[w])) for w in people]
         return Story(facts, _some(rng, asked, questions))
 
 
