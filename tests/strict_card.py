@@ -100,8 +100,8 @@ class StrictCard(capture.Card):
     def generator(self) -> torch.Generator:
         return torch.default_generator
 
-    def rehearse(self, function: Callable[[], object], strict: bool = False) -> None:
-        function()
+    def rehearse(self, function: Callable[[], Any], strict: bool = False) -> Any:
+        return function()
 
     def record(self, function: Callable[[], list[Any]], draws: bool) -> tuple[list[Any], Callable[[], None]]:
         tape, state = Tape(), torch.get_rng_state()

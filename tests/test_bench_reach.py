@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,28 @@ def test_weights_are_kept_and_judged_again_at_other_lengths(tmp_path, monkeypatc
     assert timeless[0] == timeless[1]
     with pytest.raises(ValueError, match=r"weights: .* was trained with other settings"):
         reach.train(dataclasses.replace(given, questions=1), OWN, TRIAL)
+    file.write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"weights: .*qa1-causal-0.001-0.safetensors is damaged \(.*trained again"):
+        reach.train(given, OWN, TRIAL)
+
+
+def test_weights_that_cannot_be_written_are_an_error_before_the_first_run(tmp_path, monkeypatch):
+    def refused(**_):
+        raise PermissionError("of another user")
+
+    monkeypatch.setattr(reach, "train", None)
+    monkeypatch.setattr(reach.tempfile, "TemporaryFile", refused)
+    with pytest.raises(PermissionError, match="of another user"):
+        list(reach.run(settings(weights=tmp_path)))
+
+
+def test_weights_that_are_not_written_whole_are_not_kept(tmp_path):
+    file = tmp_path / "gone" / "weights.safetensors"
+    with pytest.raises(OSError, match=r"weights: .*weights\.safetensors cannot be written"):
+        reach._keep(torch.nn.Linear(1, 1), file, {})
+    (tmp_path / "gone").mkdir()
+    reach._keep(torch.nn.Linear(1, 1), file, {})
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_trials_are_kept_and_are_the_same_again(tmp_path, monkeypatch):
@@ -181,6 +204,8 @@ def test_trials_are_kept_and_are_the_same_again(tmp_path, monkeypatch):
         ({"graphs": 0}, "graphs: expected a whole number of at least 1, got 0"),
         ({"seeds": (-1,)}, "seeds: expected whole numbers from 0"),
         ({"learning_rates": (0.0,)}, "learning_rates: expected numbers above 0"),
+        ({"learning_rates": (1e-3, math.inf)}, "learning_rates: expected numbers above 0, got inf"),
+        ({"learning_rates": (math.nan,)}, "learning_rates: expected numbers above 0, got nan"),
         ({"device": "moon"}, "device: 'moon' cannot be used here"),
         ({"weights": Path("nowhere")}, "weights: expected a folder that exists, got nowhere"),
         ({"plot": Path("a.gif")}, "plot: expected the name of a .png file"),

@@ -144,6 +144,22 @@ def test_a_stream_gives_each_token_as_it_comes(
     assert_close(heard, [token for token, _ in expected], rtol=0, atol=0)
 
 
+@both
+def test_a_weight_that_is_replaced_between_two_tokens(lively: Lively, pretend: Callable[[], object]) -> None:
+    """To capture anew would write tokens."""
+    found = []
+    for mode in ("off", "on"):
+        model = lively()
+        if mode == "on":
+            pretend()
+        stream = model.stream(BEGUN, 8, start=START, temperature=0.0, capture=mode)
+        tokens = [next(stream) for _ in range(4)]
+        model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+        found.append([*tokens, *stream])
+        assert stream.launches == (3 if mode == "on" else 0)
+    assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_one_lane_and_a_document_that_ends(pretend: Callable[[], object]) -> None:
     """The end is the start token: what goes on begins a new document."""
     model = lively()

@@ -119,6 +119,12 @@ def test_answers_follow_from_the_text_by_another_reader(world: World) -> None:
     assert all(len(questions) == 1 for _, questions, _ in texts(task, made[0]))
 
 
+@pytest.mark.parametrize("questions", [0, -1])
+def test_no_question_is_refused(questions):
+    with pytest.raises(ValueError, match=f"questions: expected a whole number of at least 1, got {questions}"):
+        task_of(WORLDS["qa1"]).tell(1, torch.Generator(), questions=questions)
+
+
 @each_world
 def test_the_needed_facts_suffice_and_stand_where_it_is_said(world: World) -> None:
     task = task_of(world)

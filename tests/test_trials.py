@@ -101,6 +101,13 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
     assert [record.find(trial) for trial in wanted] == [{"done": True}] * 2 + [None]
 
 
+@pytest.mark.parametrize("content", ['{"settings": [], "runs": []}', '{"settings": "x", "runs": []}', "[]", "junk"])
+def test_a_file_of_something_else(tmp_path: Path, content: str) -> None:
+    (tmp_path / "file.json").write_text(content)
+    with pytest.raises(ValueError, match=r"file\.json: not the results of a benchmark"):
+        Record(tmp_path / "file.json", {"steps": 1})
+
+
 def test_two_processes_with_one_file(tmp_path: Path) -> None:
     """One begins while another is at work: each keeps what the other has found."""
     one, other = (Record(tmp_path / "file.json", {"steps": 1}) for _ in range(2))

@@ -45,12 +45,17 @@ def is_tensor(x: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     return isinstance(x, Tensor) and tuple(x.shape) == shape and x.dtype == dtype
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether it stands for others: it is compiled or exported, on the meta device, or fake."""
+    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+
+
 def has_values(x: Tensor) -> bool:
-    """Whether Python may look at the values: a tensor that is traced, on the meta device or fake has none to show.
+    """Whether Python may look at the values: a traced tensor has none to show.
 
     One on a card has none where a step is captured, or where torch is told to refuse whatever waits for the card.
     """
-    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+    if is_traced(x):
         return False
     return not (x.is_cuda and (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() == 2))
 
@@ -123,13 +128,13 @@ def ignored_as_masked(tgt: Tensor, tgt_mask: Tensor | None) -> tuple[Tensor, Ten
     """Targets of :data:`IGNORED` as masked ones: they start nothing, are not seen, and are not predicted.
 
     ``tgt`` and ``tgt_mask`` (batch, tokens), the mask boolean; both come back as they are where nothing is ignored.
-    Where there are no values to read, ignored targets are looked for only beside a mask: to make one for any targets
-    would take the decoder off its fast path.
+    Where there are no values to read, there is a mask whatever they are, as some may be ignored; where targets are
+    traced, only if there was one: another would take the decoder off its fast path.
 
     Raises:
         ValueError: the mask is not boolean or not of the targets' shape.
     """
-    if not isinstance(tgt, Tensor) or (tgt_mask is None and not has_values(tgt)):
+    if not isinstance(tgt, Tensor) or (tgt_mask is None and is_traced(tgt)):
         return tgt, tgt_mask
     kept = tgt != IGNORED
     if has_values(tgt) and kept.all():

@@ -319,6 +319,7 @@ class Stream(Iterator[Tensor]):
         # Where no lane goes on nothing is written, however often it is run.
         noise = torch.ones_like(like) if self._choice.draws else None
         captured.prepare(torch.zeros_like(self._going), self._spoiled, noise)
+        captured.most = 0  # captured anew, where a weight was replaced, it would write tokens: it then runs eagerly
         if captured.graphs:
             self._captured = captured
 

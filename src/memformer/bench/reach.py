@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from .. import pictures, replay
 from ..checks import check_patterns
 from ..config import check_count
 from ..device import choose_device
+from ..files import move
 from ..interface import SegmentModel
 from ..learning_rate import warmup_stable_decay
 from ..settings import ModelSettings
@@ -65,7 +67,7 @@ class ReachBenchmark:
     tasks: tuple[str, ...] = ("qa1",)
     """Of qa1 (who is where), qa2 (where is a thing), qa3 (where was it before), needle (one key, four values)."""
     contestants: tuple[str, ...] = ("memformer",)
-    """Models to compare: causal, memformer, "causal memory off", "memory off"."""
+    """Models to compare: causal, memformer, "causal one memory", "causal in parts", "causal memory off", "memory off"."""
     prose: tuple[Path, ...] = ()
     """Files or folders of texts to scatter the facts in; none: Python's language reference, which comes with it."""
     include: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ class ReachBenchmark:
     judge_forgetting: float = 0.0
     """Forgetting of the normalised writer while texts are judged; in training it is --forgetting."""
     sharpen_from: float = 1.0
-    """Train with the writer of judging from this share of the training on; 1: not at all."""
+    """Train with the writer of judging (--judge-temperature) from this share of the training on; 1: not at all."""
     judge_segment_tokens: int | None = None
     """Tokens in a segment while texts are judged, at most --segment-tokens; None: as many."""
     depths: int = 10
@@ -137,8 +139,9 @@ class ReachBenchmark:
         for name in self.tasks:
             if name not in WORLDS:
                 raise ValueError(f"tasks: expected some of {', '.join(WORLDS)}, got {name!r}")
-        if min(self.learning_rates) <= 0:
-            raise ValueError(f"learning_rates: expected numbers above 0, got {min(self.learning_rates)}")
+        for rate in self.learning_rates:
+            if not 0 < rate < math.inf:
+                raise ValueError(f"learning_rates: expected numbers above 0, got {rate}")
         if min(self.seeds) < 0 or max(self.seeds) >= _LOOK:
             raise ValueError(f"seeds: expected whole numbers from 0 to {_LOOK - 1:,}")
         if (short := self.judge_segment_tokens) is not None:
@@ -173,12 +176,16 @@ def run(settings: ReachBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterat
         FileNotFoundError: a path of prose does not exist.
         ValueError: an unknown contestant, prose that is none, a pattern that matches nothing, or ``out`` or ``weights``
             hold what other settings made.
+        OSError: nothing can be written into ``weights``.
         ImportError: a package for a picture is missing.
     """
     pictures.check(settings.plot)
     device = choose_device(settings.device)
-    if settings.weights is not None and not settings.weights.is_dir():
-        raise ValueError(f"weights: expected a folder that exists, got {settings.weights}")
+    if settings.weights is not None:
+        if not settings.weights.is_dir():
+            raise ValueError(f"weights: expected a folder that exists, got {settings.weights}")
+        with tempfile.TemporaryFile(dir=settings.weights):
+            pass  # to learn now that nothing can be written there, and not after a training
     tasks = {name: _tasks(settings, name) for name in settings.tasks}
     for name, (task, held_out) in tasks.items():
         judged = _judged(settings, held_out)
@@ -308,7 +315,7 @@ def train(settings: ReachBenchmark, entrants: Mapping[str, Build], trial: Trial)
     else:
         learned = _learn(settings, trial, model, task, held_out)
         if file is not None:
-            save_model(model, str(file), about | {"learned": json.dumps(learned)})
+            _keep(model, file, about | {"learned": json.dumps(learned)})
     _sharpen(settings, model)
     return learned | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -329,9 +336,23 @@ def _numbers_carried(model: Contestant, length: int, device: torch.device) -> in
         return model.numbers_carried(length)
 
 
+def _keep(model: Contestant, file: Path, about: Mapping[str, str]) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    try:
+        save_model(model, str(unfinished), dict(about))
+        move(unfinished, file)
+    except SafetensorError as error:
+        raise OSError(f"weights: {file} cannot be written ({error})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def _loaded(model: Contestant, file: Path, about: Mapping[str, str]) -> Result:
-    with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
-        held = opened.metadata() or {}
+    try:
+        with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+            held = opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"weights: {file} is damaged ({error}); without it its trial is trained again") from error
     if held.get("settings") != about["settings"]:
         raise ValueError(
             f"weights: {file} was trained with other settings, {held.get('settings')}, not {about['settings']}: choose "

@@ -63,9 +63,9 @@ class Record:
             return
         try:
             held = json.loads(self.path.read_text(encoding="utf-8"))
-            there, trials = held["settings"], list(held["runs"])
+            there, trials = dict(held["settings"].items()), list(held["runs"])
             known = [trial["run"] for trial in trials]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path}: not the results of a benchmark ({error!r})") from error
         different = [name for name in self._settings | there if self._settings.get(name) != there.get(name)]
         if different:

@@ -10,6 +10,7 @@ card`` checks the rest on a card.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import linecache
 import math
@@ -28,7 +29,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from .environment import left_alone
 from .inputs import Tree, captured_modules, holds_a_tensor, name_of, owners, version
-from .places import Places, Rehearsed
+from .places import Places, Read, Rehearsed
 from .schedules import at_least
 
 __all__ = ["Captured", "captured"]
@@ -151,11 +152,15 @@ class Captured:
     def _drop_the_moved(self) -> None:
         """Graphs of what is not there any more. Where that comes again and again, it is said once."""
         kept = {key: graph for key, graph in self._graphs.items() if not graph.moved()}
-        self._moves += len(kept) < len(self._graphs)
-        if self._moves == MANY_MOVES and len(kept) < len(self._graphs):
+        dropped = [graph for key, graph in self._graphs.items() if key not in kept]
+        for graph in dropped:
+            graph.let_go()
+        self._moves += bool(dropped)
+        if self._moves == MANY_MOVES and dropped:
             warnings.warn(
-                f"captured: what {name_of(self.function)} reads or trains was replaced {MANY_MOVES} times, and each "
-                "time it was captured anew, which takes as long as some dozens of calls: change it in place",
+                f"captured: what {name_of(self.function)} reads or trains was replaced {MANY_MOVES} times (or is on "
+                "another device and was changed), and each time it was captured anew, which takes as long as some "
+                "dozens of calls: change it in place",
                 stacklevel=4,
             )
         self._graphs = kept
@@ -242,11 +247,12 @@ class _Graph:
                 outputs, self.spec = tree_flatten(function(*inputs))
             return [*map(_detached, outputs), *(x.grad for x in self.targets)]
 
-        def run_with_marks() -> None:
+        def run_with_marks() -> bool:
             for x in self.targets:
                 x.grad = torch.full_like(x, _mark(x))
             with _own_casts():
                 function(*inputs)
+            return all(map(_only_added_to, self.targets))
 
         with _as_before(card, modules) as drawn, Rehearsed(function, modules, NotCapturedError) as rehearsed:
             # Kernels are loaded and chosen in the first of three runs; in the last none may wait for the card.
@@ -261,21 +267,24 @@ class _Graph:
             _refuse_parallel(self.targets)
             draws = drawn(name)
             try:
-                card.rehearse(run_with_marks)
+                self._fill(leaves)  # what the run before has changed
+                only_added_to = card.rehearse(run_with_marks)
                 rehearsed.twice()
-                if not all(_only_added_to(x) for x in self.targets):
+                if not only_added_to:
                     raise NotCapturedError(
                         f"{name} clears or changes .grad, of which a launch has its own part alone: do it outside"
                     )
-                card.rehearse(run, strict=True)
+                self._fill(leaves)
+                with Read(card.device) as self._read:
+                    _refuse_elsewhere(card.rehearse(run, strict=True), card.device, name)
+                for x in self.targets:
+                    x.grad = None
+                self._read.keep()
                 self.static, self.start = card.record(run, draws)
             except (RuntimeError, NotCapturedError) as error:
                 raise _explained(error, name) from error
             self.grads = self.static[len(self.static) - len(self.targets) :]
             self.outputs = self.static[: len(self.static) - len(self.targets)]
-        for i, x in enumerate(self.outputs):
-            if isinstance(x, Tensor) and x.device != card.device:
-                raise NotCapturedError(f"output {i} of {name} is on {x.device}, which no launch would change")
         self.places, self.addresses = Places(modules), self._addresses()
 
     def _addresses(self) -> list[int]:
@@ -283,7 +292,13 @@ class _Graph:
 
     def moved(self) -> bool:
         """Whether what it reads or trains lies elsewhere now."""
-        return self.addresses != self._addresses() or not self.places.same()
+        return self.addresses != self._addresses() or not self.places.same() or self._read.changed()
+
+    def _fill(self, leaves: list[Any]) -> None:
+        with torch.no_grad():
+            for static, given in zip(self.inputs, leaves, strict=True):
+                if isinstance(static, Tensor):
+                    static.copy_(given)
 
     def let_go(self) -> None:
         """Of gradients that lie in its memory, which another graph's launch may use."""
@@ -291,10 +306,8 @@ class _Graph:
             x.grad = _kept(x.grad, grad)
 
     def launch(self, leaves: list[Any]) -> Tree:
+        self._fill(leaves)
         with torch.no_grad():
-            for static, given in zip(self.inputs, leaves, strict=True):
-                if isinstance(static, Tensor):
-                    static.copy_(given)
             sources = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
             owners = [*sources, *self.targets[len(sources) :]]
             # What the last launch left would be overwritten by this one.
@@ -312,6 +325,12 @@ class _Graph:
                     x.grad = grad.clone() if i < len(sources) else grad
             outputs = [x.clone() if isinstance(x, Tensor) else x for x in self.outputs]
         return tree_unflatten(outputs, self.spec)
+
+
+def _refuse_elsewhere(outputs: list[Any], device: torch.device, name: str) -> None:
+    for i, x in enumerate(outputs):
+        if isinstance(x, Tensor) and x.device != device:
+            raise NotCapturedError(f"output {i} of {name} is on {x.device}, which no launch would change")
 
 
 def _mark(x: Tensor) -> complex | float:
@@ -343,26 +362,21 @@ def _training_refused(name: str) -> Iterator[None]:
         return refuse
 
     steps, clears = refusing("calls an optimizer", "after"), refusing("clears gradients", "before")
-    handle = register_optimizer_step_pre_hook(steps)
-    refused: list[tuple[type, str, Any]] = [(nn.Module, "zero_grad", clears), (Optimizer, "zero_grad", clears)]
+    refused: list[tuple[Any, str, Any]] = [(nn.Module, "zero_grad", clears), (Optimizer, "zero_grad", clears)]
     refused += [(GradScaler, "unscale_", steps), (GradScaler, "step", steps)]
-    before = [getattr(owner, method) for owner, method, _ in refused]
-    for owner, method, refuse in refused:
-        setattr(owner, method, refuse)
+    handle = register_optimizer_step_pre_hook(steps)
     try:
-        yield
+        with _replaced(refused):
+            yield
     finally:
         handle.remove()
-        for (owner, method, _), own in zip(refused, before, strict=True):
-            setattr(owner, method, own)
 
 
 class Card:
-    """What is done with one CUDA device. A pool of memory and a stream are shared by all that is captured there."""
+    """What is done with one CUDA device. A pool of memory is shared by all that a function is captured for there."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream: Any = None
         self.pool: Any = None
 
     @property
@@ -370,15 +384,16 @@ class Card:
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         return torch.cuda.default_generators[index]
 
-    def rehearse(self, function: Callable[[], object], strict: bool = False) -> None:
+    def rehearse(self, function: Callable[[], Any], strict: bool = False) -> Any:
         """Run it, on the stream that captures. Strictly, whatever waits for the card is a RuntimeError."""
         with torch.cuda.device(self.device):
-            self.stream = self.stream or torch.cuda.Stream()
-            here = torch.cuda.current_stream()
-            self.stream.wait_stream(here)
-            with torch.cuda.stream(self.stream), _waiting_refused() if strict else contextlib.nullcontext():
-                function()
-            here.wait_stream(self.stream)
+            here, stream = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
+            stream.wait_stream(here)
+            try:
+                with torch.cuda.stream(stream), _waiting_refused() if strict else _waiting("default"):
+                    return function()
+            finally:  # whatever it raised: what is put back then comes after all that it has begun
+                here.wait_stream(stream)
 
     def record(self, function: Callable[[], list[Any]], draws: bool) -> tuple[list[Any], Launch]:
         """Capture it: what it returned, which a launch writes anew, and the launch. ``draws``: random numbers."""
@@ -386,7 +401,7 @@ class Card:
         # A capture that fails leaves the state of the generator unusable, so it gets one of its own. Whatever reads and
         # sets it inside (torch takes that since 2.10) sees how far the launch has come.
         own, here = generator.clone_state(), generator.graphsafe_get_state()
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(stream := _stream(torch.cuda.current_device())):
             # Kept if this succeeds: nobody knows what a capture that fails leaves in a pool.
             pool, self.pool = self.pool or torch.cuda.graph_pool_handle(), None
             graph = torch.cuda.CUDAGraph()
@@ -394,7 +409,7 @@ class Card:
             try:
                 with (
                     contextlib.nullcontext() if draws else left_alone(self.device),
-                    torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"),
+                    torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
                 ):
                     static = function()
             finally:
@@ -411,16 +426,49 @@ class Card:
         return static, launch
 
 
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """On which all captures of a card are made: cuBLAS keeps memory for each stream that it meets."""
+    return torch.cuda.Stream(index)
+
+
 @contextlib.contextmanager
-def _waiting_refused() -> Iterator[None]:
+def _waiting(mode: str) -> Iterator[None]:
+    """What torch does, inside, where Python waits for a card: "default" is to wait, "error" to raise."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is a prototype, and does not find everything
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@contextlib.contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """By torch, and by the calls that do nothing else, which it lets through and which would spoil the capture."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    waits: list[tuple[Any, str]] = [(torch.cuda, "synchronize")]
+    waits += [(kind, "synchronize") for kind in (torch.cuda.Event, torch.cuda.Stream)]
+    with _waiting("error"), _replaced([(owner, method, refuse) for owner, method in waits]):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(methods: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Of an owner, the attribute of this name by another, inside."""
+    before = [getattr(owner, name) for owner, name, _ in methods]
+    for owner, name, other in methods:
+        setattr(owner, name, other)
+    try:
+        yield
+    finally:
+        for (owner, name, _), own in zip(methods, before, strict=True):
+            setattr(owner, name, own)
 
 
 @contextlib.contextmanager

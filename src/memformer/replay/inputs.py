@@ -300,7 +300,8 @@ def innermost(function: object) -> Any:
 
 
 def names_seen_by(function: Any) -> dict[str, object]:
-    """What a callable finds by name: what it closes over, its globals, the attributes of what it is bound to."""
+    """What a callable finds by name: what it closes over, its globals, the defaults of its arguments, the attributes of
+    what it is bound to."""
     function = innermost(function)
     owner = getattr(function, "__self__", function)
     plain = inspect.isroutine(owner) or isinstance(owner, nn.Module)
@@ -308,6 +309,11 @@ def names_seen_by(function: Any) -> dict[str, object]:
     function = innermost(inspect.unwrap(getattr(function, "__func__", function)))
     if not inspect.isfunction(function):
         return seen
+    defaults = function.__defaults__ or ()
+    arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+    seen |= dict(zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)) | (
+        function.__kwdefaults__ or {}
+    )
     scope = function.__globals__
     inside = {name: scope[name] for name in _names_inside(function.__code__) & scope.keys()}
     try:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .inputs import innermost, name_of, names_seen_by, version
 from .own_state import OwnState
@@ -52,6 +57,51 @@ class Places:
     def trained(self) -> tuple[bool, ...]:
         """Which parameters want a gradient."""
         return tuple([p.requires_grad for part in self.parts for p in part._parameters.values() if p is not None])
+
+
+class Read(TorchDispatchMode):  # type: ignore[misc]
+    """What a run reads that outlives it, be it an attribute, a table in a cache, or what a function closes over.
+
+    Kernels read memory where it lay when they were captured, so after :meth:`keep` it stays there. What lies elsewhere
+    than on the card, such as a number that they were given, is as it was then: :meth:`changed` tells.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, device: torch.device):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+        self._storages: dict[int, StorageWeakRef] = {}
+        self._others: dict[int, weakref.ref[Tensor]] = {}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True  # what is compiled stays so: what it makes and reads by itself is not seen
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                self._note(x)
+        return function(*args, **(kwargs or {}))
+
+    def _note(self, x: Tensor) -> None:
+        if x.device == self._device and x.layout is torch.strided:
+            storage = StorageWeakRef(x.untyped_storage())
+            self._storages[storage.cdata] = storage
+        else:
+            self._others[id(x)] = weakref.ref(x)
+
+    def keep(self) -> None:
+        """After the run, of which nothing is held any more: what is still there."""
+        gc.collect()
+        found = [torch.UntypedStorage._new_with_weak_ptr(storage.cdata) for storage in self._storages.values()]
+        self._held = [storage for storage in found if storage is not None]
+        self._versions = [(x, version(x)) for reference in self._others.values() if (x := reference()) is not None]
+        self._storages, self._others = {}, {}
+
+    def changed(self) -> bool:
+        """Whether something that lies elsewhere was changed in place since then."""
+        return any(version(x) != before for x, before in self._versions)
 
 
 class Rehearsed:

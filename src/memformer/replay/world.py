@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from .inputs import has_hook, version
 
 BufferState = list[tuple[Tensor | None, Tensor | None]]
 """The buffers before some segment: the tensor that each was, and what stood in it."""
+
+
+_UNNOTICED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""Buffers that rollouts have seen change without a new version. One that may not wait for a card cannot look itself."""
 
 
 class World:
@@ -66,6 +71,7 @@ class World:
         """After a first run of the cell: finds buffers that it changes without a new version."""
         for buffer in self._changed_unnoticed():
             buffer.unnoticed = True
+            _UNNOTICED.setdefault(buffer.module, set()).add(buffer.name)
 
     def check_recorded(self, runs_again: bool) -> None:
         """After the recording.
@@ -197,7 +203,8 @@ class _Buffer:
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name
         # Running statistics change without a new version: those of torch's modules, and others after a look.
-        self.unnoticed = isinstance(module, _NormBase) and module.track_running_stats and module.training
+        of_torch = isinstance(module, _NormBase) and module.track_running_stats and module.training
+        self.unnoticed = of_torch or name in _UNNOTICED.get(module, ())
         self.changes = False
         self._look()
 

@@ -30,7 +30,7 @@ from .worlds import NAMES, WORDS, WORLDS, Asked, World, doublings
 __all__ = ["InProse", "Prose", "Telling", "in_prose", "prose_of", "read_prose"]
 
 UNKNOWN, FIRST_WORD = SYMBOLS, SYMBOLS + 1
-LONGEST, SHORTEST = 60, 3
+LONGEST, SHORTEST = 60, 4
 """Tokens of a sentence of prose, at most and at least: what is longer is a table or a program."""
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[.,;:!?]")
 
@@ -86,7 +86,7 @@ def prose_of(texts: Iterable[str], words: int = 2000, held_out_share: int = 5) -
     cut = len(sentences) - len(sentences) // held_out_share
     if len(sentences) < 2 * held_out_share:
         raise ValueError(
-            f"texts: expected {2 * held_out_share} sentences of prose or more, of {SHORTEST} to {LONGEST} words, in "
+            f"texts: expected {2 * held_out_share} sentences of prose or more, of {SHORTEST} to {LONGEST} tokens, in "
             f"paragraphs with blank lines between them, got {len(sentences)}"
         )
     counts = collections.Counter(word for sentence in sentences[:cut] for word in sentence)
@@ -105,7 +105,7 @@ def _sentences(text: str) -> Iterator[list[str]]:
         for token in [*_TOKEN.findall(paragraph.lower().replace("\u2019", "'")), "."]:
             sentence.append(token)
             if token in (".", "!", "?"):
-                if SHORTEST < len(sentence) <= LONGEST:
+                if SHORTEST <= len(sentence) <= LONGEST:
                     yield sentence
                 sentence = []
 
@@ -292,8 +292,8 @@ class InProse(Task):
     def eased(self, progress: float) -> InProse:
         """The world's lessons in turn, each fact alone in a segment that is as short as can be; then the world itself,
         with segments twice as long and twice as many facts, and so on; the task itself at last, if there is time left.
-        What has which share of the training says the world (``easing``): the lessons 0.4 and the task itself 0.3, if it
-        says nothing else.
+        The world says how they share the training (``easing``): the lessons have 0.4 and longer segments 0.3, if it
+        says nothing else; the task itself has the rest.
 
         Who is where is learned within minutes from segments that hold little else, and stays right in longer ones. From
         long ones a model learns which places were told, and no more.

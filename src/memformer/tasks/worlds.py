@@ -71,7 +71,8 @@ class World:
     Attributes:
         least, most: facts in a story; their number is drawn.
         longest_fact, longest_question: how many words they have at most.
-        easing: shares of a training: with the lessons, and then with longer segments and more facts up to the task.
+        easing: shares of a training: with the lessons, and then with longer segments and more facts up to the task,
+            which has the rest.
     """
 
     least: int = 2
@@ -100,7 +101,7 @@ class World:
         return (self.eased(0),)
 
     def eased(self, doubled: int) -> World:
-        """This world with as few facts as there are ever, at most, or with that doubled so many times."""
+        """This world with at most ``least * 2**doubled`` facts, and never more than ``most``."""
         most = min(self.most, self.least << doubled)
         return self if most == self.most else dataclasses.replace(self, most=most)
 
@@ -110,7 +111,12 @@ class World:
         raise NotImplementedError
 
     def tell(self, rng: random.Random, questions: int = 1) -> Story:
-        """A new story with so many questions, or fewer where it holds no more."""
+        """A new story with so many questions, or fewer where it holds no more.
+
+        Raises:
+            ValueError: no question is asked for.
+        """
+        check_count("questions", questions)
         while True:
             story = self._tell(rng, rng.randint(self.least, self.most), questions)
             if story.asked:

@@ -116,4 +116,5 @@ class LaunchedRollout:
 
 
 def _pinned(part: Tensor | None, device: torch.device) -> Tensor | None:
-    return part if part is None or device.type != "cuda" else part.pin_memory()
+    # What is not contiguous would be copied on its way, to memory that is not pinned.
+    return part if part is None or device.type != "cuda" else part.contiguous().pin_memory()
