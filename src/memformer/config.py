@@ -32,7 +32,7 @@ __all__ = [
 Positions = Literal["rotary", "relative", "bucketed"]
 """How attention knows positions: rotated queries and keys, learned encodings of distances, or learned biases."""
 Writer = Literal["normalised", "gated", "placed"]
-"""How slots are written: added and normalised (paper v2), or through a gate (paper v1)."""
+"""How slots are written: added and normalised (paper v2), so from places of its own, or gated (earlier library)."""
 MemoryLayout = Literal["layers", "one"]
 """Where a causal stack has its slots: some in each layer, or one memory that all layers read."""
 

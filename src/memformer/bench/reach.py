@@ -67,7 +67,8 @@ class ReachBenchmark:
     tasks: tuple[str, ...] = ("qa1",)
     """Of qa1 (who is where), qa2 (where is a thing), qa3 (where was it before), needle (one key, four values)."""
     contestants: tuple[str, ...] = ("memformer",)
-    """Models to compare: causal, memformer, "causal one memory", "causal in parts", "causal memory off", "memory off"."""
+    """Models to compare: memformer, "memory off", causal, "causal memory off", "causal one memory", "causal in parts".
+    """
     prose: tuple[Path, ...] = ()
     """Files or folders of texts to scatter the facts in; none: Python's language reference, which comes with it."""
     include: tuple[str, ...] = ()
