@@ -225,3 +225,18 @@ def test_parts_of_a_batch_are_contiguous_before_they_are_pinned(monkeypatch: pyt
     pinned = _pinned(torch.zeros(3, 5)[:, 1:], torch.device("cuda"))
     assert pinned is not None
     assert pinned.is_contiguous()
+
+
+def test_what_is_alive_is_found_by_its_class_alone() -> None:
+    class Posing:
+        """Says that it is a tensor, and would be found by ``isinstance``."""
+
+        __class__ = Tensor  # type: ignore[assignment]
+
+    class Kind(nn.Parameter):
+        pass
+
+    posing, kind = Posing(), Kind(torch.ones(1))
+    found = {id(x) for x in capture._alive(Tensor)}
+    assert id(kind) in found
+    assert id(posing) not in found

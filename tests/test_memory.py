@@ -186,6 +186,11 @@ def test_slots_that_hold_the_same_do_not_stay_the_same() -> None:
     assert (cosines.sum() - 8) / 56 < 0.5
 
 
+def test_an_unknown_writer_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind: expected normalised, placed or gated, got 'fast'"):
+        new_writer("fast", DIM, 2, 1, 0.25, 0.0, 4)
+
+
 def test_a_new_bias_vector_forgets_slowly() -> None:
     """Content that is kept is still the larger part after 100 segments."""
     writer = make("normalised")

@@ -76,6 +76,13 @@ def rollout(
             keep it busy, and on a card no more than half of the rollout.
         tally: called with the losses of each call of the decoder; twice in float16, where that runs twice. Without
             ``keep_values`` once, where a segment is run with a graph, maybe in backward.
+
+    Returns:
+        The loss, a scalar whose backward replays, and the memory after the last segment.
+
+    Raises:
+        ValueError: both ``readout_tokens`` and ``readout_segments``; a wavefront with ``segment_weights`` or
+            ``memory_gradients``; whatever the method refuses.
     """
     options = _with_readout(replay.Options.of(options, keywords), model, segments, readout_tokens)
     if tally is not None and options.keep_values is False and torch.is_grad_enabled():

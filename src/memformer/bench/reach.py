@@ -56,8 +56,8 @@ _LOOK, _JUDGE = 2_000_000, 2_000_001
 class ReachBenchmark:
     """Train on facts in prose, then ask after much longer texts: accuracy by their length and by depth.
 
-    Training begins with each fact alone in a short segment, and ends with the texts themselves, for 0.3 of its steps;
-    of the other tasks it has none in which facts share a segment, which in long texts they rarely do. Texts are judged
+    Training begins with each fact alone in a short segment, and ends with the texts themselves, for 0.3 of its steps.
+    qa2, qa3 and needle do not train on texts in which facts share a segment; in long texts that is rare. All are judged
     with a sharper writing attention than that of training. Depth is where in a text the first fact stands that the
     answer needs. The default trains on texts of up to 2k tokens, which takes 40 minutes of one core for each seed;
     --train-tokens 16384 is for an accelerator. qa2 asks for --enc-depth 2 --steps 5000, the needle for --steps 6000

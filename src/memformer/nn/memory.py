@@ -122,7 +122,7 @@ class SlotWriter(nn.Module):
         raise NotImplementedError
 
     def preference(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What the slots look at whatever it holds: added to the logits, see :func:`slot_attention`; None: nothing."""
+        """Where the slots look, whatever stands there: added to the logits of :func:`slot_attention`; None: nothing."""
         return None
 
     def attend(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -336,12 +336,18 @@ class GatedWriter(SlotWriter):
 def new_writer(
     kind: str, dim: int, slots: int, heads: int, temperature: float, forgetting: float, length: int
 ) -> SlotWriter:
-    """A writer by the name that a configuration has for it (``config.Writer``), for segments of so many tokens."""
+    """A writer by the name that a configuration has for it (``config.Writer``), for segments of ``length`` tokens.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     if kind == "placed":
         return PlacedWriter(dim, slots, heads, temperature, length)
     if kind == "gated":
         return GatedWriter(dim, slots, heads, temperature)
-    return NormalisedWriter(dim, slots, heads, temperature, forgetting)
+    if kind == "normalised":
+        return NormalisedWriter(dim, slots, heads, temperature, forgetting)
+    raise ValueError(f"kind: expected normalised, placed or gated, got {kind!r}")
 
 
 def _randn(slots: int, dim: int, generator: torch.Generator | None) -> Tensor:

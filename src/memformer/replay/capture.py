@@ -528,19 +528,25 @@ def _nothing_frozen() -> Iterator[None]:
             gc.freeze()
 
 
+def _alive(kind: type) -> list[Any]:
+    """All objects of a class that there are."""
+    with _nothing_frozen():
+        objects = gc.get_objects()
+    # There are a thousand times as many objects as types; what an object says of its class itself is not asked.
+    kinds = {id(of): of for of in map(type, objects)}
+    wanted = {number for number, of in kinds.items() if issubclass(of, kind)}
+    return [x for x in objects if id(type(x)) in wanted]
+
+
 def _leaves_with_gradients(device: torch.device) -> list[Tensor]:
     """All that are alive: a step need not say what it trains, and nothing that it trains is forgotten."""
-    with _nothing_frozen():
-        tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
-    leaves = [x for x in tensors if x.requires_grad and x.is_leaf and x.device == device]
+    leaves = [x for x in _alive(Tensor) if x.requires_grad and x.is_leaf and x.device == device]
     return [x for x in leaves if x.grad is not None]
 
 
 def _refuse_parallel(targets: Sequence[Tensor]) -> None:
     ids = {id(x) for x in targets}
-    with _nothing_frozen():
-        wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
-    for wrapper in wrappers:
+    for wrapper in _alive(DistributedDataParallel):
         if any(id(p) in ids for p in wrapper.parameters()):
             raise NotCapturedError(
                 "what it trains is wrapped in DistributedDataParallel, whose exchange of gradients is not captured: "

@@ -375,7 +375,7 @@ class Values(World):
 
     Attributes:
         people: whose secrets are told, all of them, in any order.
-        names: how many there are, of which the people have some.
+        names: how many there are; the people of a story have some of them.
         each: secrets of each person.
         secrets: how many there are to choose from.
     """
