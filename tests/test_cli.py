@@ -424,6 +424,16 @@ def test_torchrun_trains_with_two_processes(folder, parallel):
     assert checkpoints.find(folder / "run").name == "step-000004"
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_process_of_several_ends_with_all_that_is_done_at_an_end(processes):
+    """And without the interpreter's own, which gloo's threads would abort."""
+    program = "import atexit, memformer.__main__ as m; atexit.register(print, 'last', end=''); "
+    program += "m.main = lambda: print('done') or 3; m.run()"
+    environment = {**os.environ, "WORLD_SIZE": processes}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "done\nlast", "")
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(folder):
     steps = ["--steps", "100000", "--log-every", "1", "--save-every", "100000"]
     command = [sys.executable, "-m", "memformer", "train", "--data", "text.txt", "--out", "run", *SMALL, *steps]
