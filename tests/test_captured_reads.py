@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from helpers import lively
 from memformer import checks, memory_replay_backprop, replay
 from memformer.replay import capture
+from memformer.replay.inputs import captured_modules
 from memformer.replay.places import Read
 from memformer.training.capturing import _pinned
 from pretend_card import CPU, PretendCard, pretend_a_card
@@ -125,6 +126,20 @@ def test_a_buffer_that_changes_unseen(strict_card: type[StrictCard], method: Any
         losses = [call(torch.randn(4, 3, 2), torch.zeros(3, 2)).detach() for _ in range(3)]
         results.append((losses, [p.grad for p in cell.parameters()], cell.mean))
     assert_close(results[1], results[0])
+
+
+def test_defaults_of_arguments_are_seen_beside_attributes_of_the_same_name() -> None:
+    layer, last, own = (nn.Linear(1, 1) for _ in range(3))
+
+    class Step:
+        def __init__(self, model: nn.Module):
+            self.model = model
+
+        def step(self, x: Tensor, model: nn.Module = layer, *, other: nn.Module = last) -> Tensor:
+            return x
+
+    seen = captured_modules(Step(own).step)
+    assert all(any(x is module for x in seen) for module in (own, layer, last))
 
 
 def test_ignored_targets_are_masked_where_nobody_may_look(monkeypatch: pytest.MonkeyPatch) -> None:

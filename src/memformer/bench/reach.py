@@ -7,6 +7,7 @@ Texts are made while they are read, and read in parts.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -345,7 +346,8 @@ def _keep(model: Contestant, file: Path, about: Mapping[str, str]) -> None:
     except SafetensorError as error:
         raise OSError(f"weights: {file} cannot be written ({error})") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error before says what is wrong
+            unfinished.unlink(missing_ok=True)
 
 
 def _loaded(model: Contestant, file: Path, about: Mapping[str, str]) -> Result:

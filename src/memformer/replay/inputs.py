@@ -309,11 +309,9 @@ def names_seen_by(function: Any) -> dict[str, object]:
     function = innermost(inspect.unwrap(getattr(function, "__func__", function)))
     if not inspect.isfunction(function):
         return seen
-    defaults = function.__defaults__ or ()
-    arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
-    seen |= dict(zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)) | (
-        function.__kwdefaults__ or {}
-    )
+    given = inspect.signature(function).parameters.values()
+    # Another name than that of an attribute or variable, which they would hide.
+    seen |= {f"{argument.name}=": argument.default for argument in given if argument.default is not argument.empty}
     scope = function.__globals__
     inside = {name: scope[name] for name in _names_inside(function.__code__) & scope.keys()}
     try:
