@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memformer.replay import capture, environment, fingerprint, storage, world
-from pretend_card import CPU
+from pretend_card import CPU, look_at_little
 
 WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default}
 """Operations after which Python knows a value of the card."""
@@ -131,6 +131,7 @@ def strict_card(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> type[S
     """Makes the CPU a strict card for one test."""
     if device.type != "cpu":
         pytest.skip("the CPU stands for a card here")
+    look_at_little(monkeypatch)
     monkeypatch.setattr(capture, "Card", StrictCard)
     monkeypatch.setattr(capture, "can_capture", lambda device: device == CPU)
     monkeypatch.setattr(StrictCard, "records", 0)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from memformer import Memformer, checks, memory_replay_backprop, replay
 from memformer.replay import capture, environment, inputs, storage
-from pretend_card import CPU, PretendCard, pretend_a_card
+from pretend_card import CPU, NOTHING_FROZEN, PretendCard, pretend_a_card
 
 
 @pytest.fixture
@@ -98,8 +98,9 @@ def test_it_is_the_function(pretend, method, clear):
 
 
 @pytest.fixture
-def frozen():
+def frozen(monkeypatch):
     """Everything alive is hidden from the garbage collector, as long trainings do to spare its time."""
+    monkeypatch.setattr(capture, "_nothing_frozen", NOTHING_FROZEN)
 
     def freeze():
         gc.collect()

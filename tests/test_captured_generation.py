@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import warnings
 import weakref
@@ -19,7 +20,6 @@ from torch.utils._pytree import tree_map
 
 from helpers import VOCABULARY, lively, lively_causal
 from memformer import MemoryState, writing
-from memformer.replay import capture
 from memformer.sampling import Choice, Sampling
 from memformer.writing import Stream, Writing
 from pretend_card import PretendCard, pretend_a_card
@@ -65,13 +65,8 @@ def assert_same_state(actual: MemoryState, expected: MemoryState) -> None:
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[], type[PretendCard]]:
-    """Called, it makes the CPU a card: what is computed before is eager. Nobody looks for gradients, to save time."""
-
-    def begin() -> type[PretendCard]:
-        monkeypatch.setattr(capture, "_leaves_with_gradients", lambda device: [])
-        return pretend_a_card(monkeypatch)
-
-    return begin
+    """Called, it makes the CPU a card: what is computed before is eager."""
+    return functools.partial(pretend_a_card, monkeypatch)
 
 
 @pytest.fixture

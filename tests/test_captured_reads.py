@@ -20,7 +20,7 @@ from memformer.replay import capture
 from memformer.replay.inputs import captured_modules
 from memformer.replay.places import Read
 from memformer.training.capturing import _pinned
-from pretend_card import CPU, PretendCard, pretend_a_card
+from pretend_card import CPU, NOTHING_FROZEN, PretendCard, pretend_a_card
 from strict_card import StrictCard, strict_card
 
 __all__ = ["strict_card"]
@@ -48,7 +48,7 @@ def test_a_table_that_another_shape_replaces_stays_as_long_as_its_graph(pretend:
     launched = replay.captured(step, torch.ones(3), mode="on")
     first = StorageWeakRef(tables[0].untyped_storage())
     launched.prepare(torch.ones(5))
-    with capture._nothing_frozen():  # what stands for a graph refers to itself
+    with NOTHING_FROZEN():  # what stands for a graph refers to itself
         gc.collect()
         assert not first.expired()
         launched.forget()

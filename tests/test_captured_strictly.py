@@ -18,6 +18,8 @@ from torch.testing import assert_close
 
 from helpers import lively
 from memformer import replay
+from memformer.replay import capture
+from pretend_card import NOTHING_FROZEN
 from strict_card import StrictCard, strict_card
 from test_captured import BATCHES, METHODS, Cell, run, step_of
 from test_captured_generation import START
@@ -523,7 +525,10 @@ class Called:
 
 
 @pytest.mark.parametrize("within", [beside, lambda x: sum(BESIDE(y).square().mean() for y in (x, x))])
-def test_modules_seen_through_functions_and_generators(strict_card: Any, within: Any) -> None:
+def test_modules_seen_through_functions_and_generators(
+    strict_card: Any, monkeypatch: pytest.MonkeyPatch, within: Any
+) -> None:
+    monkeypatch.setattr(capture, "_nothing_frozen", NOTHING_FROZEN)  # among what was imported is what is trained
     start = copy.deepcopy(BESIDE.state_dict())
 
     def make() -> nn.Module:

@@ -262,9 +262,10 @@ class _Graph:
             rehearsed.once()
             self.changed = [x for x, before in zip(given, versions, strict=True) if version(x) != before]
             sources = {id(x) for x in self.sources}
-            others = [x for x in _leaves_with_gradients(card.device) if id(x) not in sources]
+            there = _alive(Tensor, DistributedDataParallel)
+            others = [x for x in _leaves_with_gradients(there, card.device) if id(x) not in sources]
             self.targets = [*self.sources, *others]
-            _refuse_parallel(self.targets)
+            _refuse_parallel(self.targets, there)
             draws = drawn(name)
             try:
                 self._fill(leaves)  # what the run before has changed
@@ -491,7 +492,7 @@ def _as_before(card: Card, modules: Sequence[nn.Module]) -> Iterator[Callable[[s
     # cycle would draw the default stream into the capture.
     with _nothing_frozen():
         gc.collect()
-    stashed = [(x, x.grad) for x in _leaves_with_gradients(card.device)]
+    stashed = [(x, x.grad) for x in _leaves_with_gradients(_alive(Tensor), card.device)]
     buffers = {id(b): (b, b.clone()) for module in modules for b in module.buffers() if b.device == card.device}
     on_card, on_cpu = card.generator.get_state(), torch.get_rng_state()
 
@@ -505,7 +506,7 @@ def _as_before(card: Card, modules: Sequence[nn.Module]) -> Iterator[Callable[[s
     try:
         yield drawn
     finally:
-        for x in _leaves_with_gradients(card.device):
+        for x in _leaves_with_gradients(_alive(Tensor), card.device):
             x.grad = None
         for x, grad in stashed:
             x.grad = grad
@@ -528,26 +529,31 @@ def _nothing_frozen() -> Iterator[None]:
             gc.freeze()
 
 
-def _alive(kind: type) -> list[Any]:
-    """All objects of a class that there are."""
+def _alive(*kinds: type) -> list[Any]:
+    """All objects of these classes that there are: a step need not say what it trains, and none of it is forgotten."""
     with _nothing_frozen():
         objects = gc.get_objects()
     # There are a thousand times as many objects as types; what an object says of its class itself is not asked.
-    kinds = {id(of): of for of in map(type, objects)}
-    wanted = {number for number, of in kinds.items() if issubclass(of, kind)}
-    return [x for x in objects if id(type(x)) in wanted]
+    wanted: dict[int, bool] = {}
+    found = []
+    for x in objects:
+        of = type(x)
+        if id(of) not in wanted:
+            wanted[id(of)] = issubclass(of, kinds)
+        if wanted[id(of)]:
+            found.append(x)
+    return found
 
 
-def _leaves_with_gradients(device: torch.device) -> list[Tensor]:
-    """All that are alive: a step need not say what it trains, and nothing that it trains is forgotten."""
-    leaves = [x for x in _alive(Tensor) if x.requires_grad and x.is_leaf and x.device == device]
-    return [x for x in leaves if x.grad is not None]
+def _leaves_with_gradients(there: Sequence[Any], device: torch.device) -> list[Tensor]:
+    tensors = [x for x in there if isinstance(x, Tensor)]
+    return [x for x in tensors if x.requires_grad and x.is_leaf and x.device == device and x.grad is not None]
 
 
-def _refuse_parallel(targets: Sequence[Tensor]) -> None:
+def _refuse_parallel(targets: Sequence[Tensor], there: Sequence[Any]) -> None:
     ids = {id(x) for x in targets}
-    for wrapper in _alive(DistributedDataParallel):
-        if any(id(p) in ids for p in wrapper.parameters()):
+    for wrapper in there:
+        if isinstance(wrapper, DistributedDataParallel) and any(id(p) in ids for p in wrapper.parameters()):
             raise NotCapturedError(
                 "what it trains is wrapped in DistributedDataParallel, whose exchange of gradients is not captured: "
                 "exchange them after the step, or run it eagerly"
