@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import POSITIONS, VOCABULARY, WRITERS, assert_same_grads, mask, memory, take_grads, tiny, tokens
+from helpers import (
+    POSITIONS,
+    VOCABULARY,
+    WRITERS,
+    assert_same_grads,
+    lively,
+    lively_causal,
+    mask,
+    memory,
+    take_grads,
+    tiny,
+    tokens,
+)
 from memformer import Memformer, memory_replay_backprop, replay, rollouts
 from memformer.data.segments import Segment, cut
 from memformer.model import token_losses
@@ -592,6 +604,14 @@ def test_the_live_graph_of_plain_bptt_does_grow() -> None:
 def test_a_call_that_does_not_fit(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         memory_replay_backprop(small(), **{"src": tokens(2, 7), **arguments})
+
+
+@pytest.mark.parametrize("run", [rollouts.rollout, rollouts.verify_rollout])
+@pytest.mark.parametrize("kind", [lively, lively_causal])
+def test_segments_may_be_any_iterable_but_one_is_needed(run: Any, kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"segments: expected at least one segment, got none"):
+        run(kind(), [])
+    run(kind(), (Segment(src, tgt=src) for src in [tokens(2, 3)] * 2))
 
 
 def test_nothing_to_train() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 import re
 import sys
@@ -322,7 +323,7 @@ def test_eased_texts_have_each_fact_whole_in_a_segment_of_its_own(world: World) 
                 segment = " ".join(easier.prose.decode(episode.tokens[lane, place // easier.length].tolist()))
                 assert len(NAMES & set(segment.split())) == 2
     assert easier.least_segments < easier.segments or world.least < easier.world.most, "some segments have no fact"
-    assert task.eased(lessons + others + 0.01) is task
+    assert task.eased(min(1, lessons + others + 0.01)) is task
     assert task.eased(1) is task
 
 
@@ -366,8 +367,22 @@ def test_the_easiest_texts_are_two_facts_and_nothing_else() -> None:
     stages = [task_of(WORLDS["qa1"], per_segment=100).eased(p) for p in (0.39, 0.41, 0.5, 0.6, 0.65, 0.71)]
     assert [task.length for task in stages] == [6, 12, 24, 48, 96, 100]
     assert [task.world.most for task in stages] == [2, 4, 8, 10, 10, 10]
-    short = task_of(WORLDS["qa1"], segments=10, per_segment=6)
-    assert short.eased(0) is short, "there is nothing shorter"
+
+
+@pytest.mark.parametrize("name", ["qa1", "qa2", "needle"])
+def test_lessons_come_where_no_segment_is_shorter(name: str) -> None:
+    shortest = task_of(WORLDS[name], per_segment=100).eased(0.99 * WORLDS[name].easing[0]).length
+    short = task_of(WORLDS[name], segments=30, per_segment=shortest)
+    first, _ = WORLDS[name].easing
+    assert short.eased(0).world == WORLDS[name].lessons[0]
+    assert short.eased(0.99 * first).world == WORLDS[name].lessons[-1]
+    assert short.eased(1.01 * first) is short
+
+
+def test_a_world_may_have_no_share_for_longer_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Whereabouts, "easing", (0.7, 0.0))
+    task = task_of(WORLDS["qa1"], per_segment=100)
+    assert [task.eased(progress).length for progress in (0, 0.69, 0.7, 1)] == [6, 6, 100, 100]
 
 
 def test_words_are_the_most_frequent_ones_of_the_training_prose() -> None:
@@ -421,6 +436,12 @@ def test_prose_by_default_and_of_files(tmp_path: Path, monkeypatch: pytest.Monke
         (lambda: task_of(WORLDS["qa3"], segments=1), "segments: the facts alone may fill 3 segments of 64, got 1"),
         (lambda: task_of(WORLDS["qa1"]).tell(1, generator(), depth=1.5), r"depth: expected 0 .* got 1.5"),
         (lambda: task_of(WORLDS["qa1"]).eased(0).tell(1, generator(), depth=0.5), "depth: facts that are apart"),
+        (lambda: task_of(WORLDS["qa1"]).eased(-0.1), r"progress: expected 0 .* to 1 .*, got -0.1"),
+        (lambda: task_of(WORLDS["qa1"]).eased(1.1), r"progress: expected 0 .* to 1 .*, got 1.1"),
+        (lambda: task_of(WORLDS["qa1"]).eased(math.nan), r"progress: expected 0 .* to 1 .*, got nan"),
+        (lambda: tasks.KeyValue(pairs=4).eased(math.nan), r"progress: expected 0 .* to 1 .*, got nan"),
+        (lambda: TRAIN.decode([4, 99999]), r"tokens: expected ids from 0 to \d+, got 99999"),
+        (lambda: TRAIN.decode([-1]), r"tokens: expected ids from 0 to \d+, got -1"),
         (
             lambda: task_of(WORLDS["qa3"]).draw(1, generator(), 2),
             "segments: expected a whole number of at least 3, got 2",

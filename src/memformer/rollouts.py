@@ -24,6 +24,7 @@ from .pretrained import divided
 from .replay.inputs import Cell, Readout, refuse_inside_wrapped, weight_list
 from .replay.options import OptionKeywords
 from .replay.schedules import at_least
+from .replay.segments import segment_list
 from .wavefront import Diagonal, Flight, Wavefront, pays
 
 __all__ = ["Tally", "keeps_outputs", "layers_at_once", "memory_replay_backprop", "rollout", "verify_rollout"]
@@ -81,9 +82,10 @@ def rollout(
         The loss, a scalar whose backward replays, and the memory after the last segment.
 
     Raises:
-        ValueError: both ``readout_tokens`` and ``readout_segments``; a wavefront with ``segment_weights`` or
-            ``memory_gradients``; whatever the method refuses.
+        ValueError: no segments; both ``readout_tokens`` and ``readout_segments``; a wavefront with
+            ``segment_weights`` or ``memory_gradients``; whatever the method refuses.
     """
+    segments = segment_list(segments)
     options = _with_readout(replay.Options.of(options, keywords), model, segments, readout_tokens)
     if tally is not None and options.keep_values is False and torch.is_grad_enabled():
         tally = functools.partial(_where_it_trains, tally)
@@ -112,8 +114,14 @@ def verify_rollout(
         segments: at least one with a target.
         mems: the memory before the first, as the model returns it; None for the learned initial memory.
         wavefront: as for :func:`rollout`, and what that decides where it is None.
+
+    Returns:
+        The verdict: ``verdict.ok``, ``print(verdict)``, ``verdict.raise_if_wrong()``.
+
+    Raises:
+        ValueError: no segments, none of them with a target, or nothing of the model is trained.
     """
-    readout = functools.partial(_total, model, None, None)
+    segments, readout = segment_list(segments), functools.partial(_total, model, None, None)
     at_once = _readout_segments(model, segments, None)
     if wavefront is None:
         wavefront = layers_at_once(model, segments, replay.Options())

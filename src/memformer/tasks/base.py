@@ -124,5 +124,13 @@ def check_generator(generator: object) -> None:
 
 def stage(progress: float, first: float, others: float, count: int) -> int:
     """At which of ``count`` easier tasks, counted from 0, a training is: at the first until a share of ``first`` is
-    done, at the others in equal parts of the share ``others`` after that; ``count`` or more from then on."""
-    return 0 if progress < first else 1 + int((progress - first) / others * max(0, count - 1))
+    done, at the others in equal parts of the share ``others`` after that; ``count`` or more from then on.
+
+    Raises:
+        ValueError: ``progress`` is no share of a training.
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress: expected 0 (a training begins) to 1 (it ends), got {progress}")
+    if progress < first:
+        return 0
+    return 1 + int((progress - first) / others * max(0, count - 1)) if others else max(1, count)

@@ -59,9 +59,16 @@ class Prose:
         return np.array([self.ids.get(word, UNKNOWN) for word in words], np.int64)
 
     def decode(self, tokens: Iterable[int]) -> list[str]:
-        """The words of token ids; what is no word is shown in brackets."""
-        special = ("[start]", "[ask]", "[blank]", "[unknown]")
-        return [special[token] if token < FIRST_WORD else self.words[token - FIRST_WORD] for token in tokens]
+        """The words of token ids; what is no word is shown in brackets.
+
+        Raises:
+            ValueError: there is no such token.
+        """
+        shown = ("[start]", "[ask]", "[blank]", "[unknown]", *self.words)
+        tokens = list(tokens)
+        if wrong := [token for token in tokens if not 0 <= token < len(shown)]:
+            raise ValueError(f"tokens: expected ids from 0 to {len(shown) - 1}, got {wrong[0]}")
+        return [shown[token] for token in tokens]
 
 
 def prose_of(texts: Iterable[str], words: int = 2000, held_out_share: int = 5) -> tuple[Prose, Prose]:
@@ -299,7 +306,7 @@ class InProse(Task):
         long ones a model learns which places were told, and no more.
         """
         world, shortest = self.world, _shortest(self.world)
-        lengths = doublings(shortest, self.per_segment)
+        lengths = doublings(shortest, max(self.per_segment, shortest + 1))  # the lessons come in any case
         first, others = world.easing
         doubled = stage(progress, first, others, len(lengths))
         if doubled >= len(lengths):
