@@ -228,17 +228,28 @@ def run(settings: ReachBenchmark, entrants: Mapping[str, Build] = OWN) -> Iterat
         yield f"plot in {settings.plot}"
 
 
+@contextlib.contextmanager
+def _errors_about(**options: str) -> Iterator[None]:
+    """A task's errors name what was given by the option that gave it."""
+    try:
+        yield
+    except ValueError as error:
+        name, colon, message = str(error).partition(": ")
+        raise ValueError(options.get(name, name) + colon + message) from error
+
+
 def _tasks(settings: ReachBenchmark, name: str) -> tuple[InProse, InProse]:
-    return in_prose(
-        name,
-        settings.prose,
-        include=settings.include,
-        exclude=settings.exclude,
-        words=settings.words,
-        segments=settings.train_tokens // settings.segment_tokens,
-        per_segment=settings.segment_tokens,
-        questions=settings.questions,
-    )
+    with _errors_about(per_segment="segment_tokens", segments="train_tokens", texts="prose"):
+        return in_prose(
+            name,
+            settings.prose,
+            include=settings.include,
+            exclude=settings.exclude,
+            words=settings.words,
+            segments=settings.train_tokens // settings.segment_tokens,
+            per_segment=settings.segment_tokens,
+            questions=settings.questions,
+        )
 
 
 def _judged(settings: ReachBenchmark, held_out: InProse) -> InProse:
@@ -250,9 +261,9 @@ def _judged(settings: ReachBenchmark, held_out: InProse) -> InProse:
     short = settings.judge_segment_tokens
     if short is None:
         return held_out
-    return dataclasses.replace(
-        held_out, per_segment=short, segments=held_out.segments * held_out.per_segment // short, questions=1
-    )
+    segments = held_out.segments * held_out.per_segment // short
+    with _errors_about(per_segment="judge_segment_tokens"):
+        return dataclasses.replace(held_out, per_segment=short, segments=segments, questions=1)
 
 
 def _config(settings: ReachBenchmark, task: InProse) -> Any:
