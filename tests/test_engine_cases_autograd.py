@@ -314,15 +314,21 @@ def test_gradients_inside_of_the_cell(how, schedule):
     hold_against_a_loop(make, schedule)
 
 
-def test_a_cell_that_differentiates_in_a_later_segment_alone():
-    cell = Energy("autograd")
-    segments = xs(2, 3)
+@every_schedule
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_cell_that_differentiates_in_a_later_segment_alone(first, schedule):
+    """The segments before it are run again, with graphs, and random numbers are drawn as before."""
 
-    def late(x, memory):
-        return cell(x, memory) if x is not segments[0] else (None, cell.linear(memory))
+    def make():
+        energy = Energy("autograd")
 
-    with pytest.raises(RuntimeError, match=r"recorded without a graph.*torch\.enable_grad"):
-        replay.memory_replay(late, segments, torch.zeros(2, 3).double(), params=cell)
+        def cell(segment, memory):
+            t, x = segment
+            return energy(x, memory) if t >= first else (None, F.dropout(energy.linear(memory) + x, 0.2))
+
+        return Case(cell, list(enumerate(xs(2, 3))), torch.zeros(2, 3).double(), params=energy, modules=[energy])
+
+    hold_against_a_loop(make, schedule)
 
 
 @every_schedule
@@ -379,7 +385,7 @@ def test_a_derived_tensor_that_is_named(schedule, hooks, monkeypatch):
 def test_a_derived_tensor_that_is_not_named_has_a_remedy(schedule):
     cell = StateSpace()
     rollout = replay.memory_replay(cell, xs(2, 3), torch.zeros(2, 3).double(), schedule=SCHEDULES[schedule])
-    with pytest.raises(RuntimeError, match=r"(?s)computed once, outside of it.*inside the cell, or name it in params"):
+    with pytest.raises(RuntimeError, match=r"(?s)computed once, outside of it.*in each of them, .*name it in params"):
         rollout.loss.backward()
     cell.prepare()
     with pytest.raises(RuntimeError, match="computed once, outside of it"):

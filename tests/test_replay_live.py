@@ -30,9 +30,10 @@ def segments(count):
 
 
 def test_visits_forward_without_graph_then_back_with_one():
+    """The first segment has one, which nobody keeps unless the cell does."""
     cell = Counted()
     replay.memory_replay(cell, segments(4), torch.zeros(2, 8)).loss.backward()
-    assert cell.visits == [(0, False), (1, False), (2, False), (3, True), (2, True), (1, True), (0, True)]
+    assert cell.visits == [(0, True), (1, False), (2, False), (3, True), (2, True), (1, True), (0, True)]
 
 
 def test_readout_runs_once_with_gradients_after_all_cells():

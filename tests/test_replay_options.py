@@ -435,7 +435,7 @@ def test_accumulate_refusals():
 
     def forgetful(x, memory):
         loss, memory = cell(x, memory.detach())
-        return (None if x is segments[0] else loss), memory.detach()
+        return (None if torch.equal(x, segments[0]) else loss), memory.detach()
 
     with pytest.raises(ValueError, match="no gradient reaches the first segment"):
         replay.accumulate(forgetful, segments, memory.detach(), sync=lambda last: None)

@@ -162,6 +162,40 @@ class BackPropagates(nn.Module):
         return self.call(self.part)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: run(c, options={"schedule": replay.Binomial(2)}), r"options: expected replay\.Options, got {'sched"),
+        (lambda c: run(c, options=replay.Binomial(2)), r"options: expected replay\.Options, got Binomial"),
+        (
+            lambda c: run(c, SEGMENTS, ZEROS, replay.Binomial(2)),
+            r"readout: expected a function .*, got Binomial.*schedule=",
+        ),
+        (lambda c: replay.full_bptt(c, SEGMENTS, ZEROS, 3), "readout: expected a function .*, got 3"),
+        (lambda c: replay.accumulate(c, SEGMENTS, ZEROS, 3), "readout: expected a function .*, got 3"),
+        (lambda c: run(c, params=None), "params: expected tensors or modules, got NoneType"),
+        (lambda c: run(c, params=3), "params: expected tensors or modules, got int"),
+        (lambda c: run(c, torch.tensor(1.0)), "segments: expected a sequence with one pytree per segment, got Tensor"),
+        (
+            lambda c: replay.verify(c, SEGMENTS, ZEROS, schedules=replay.Binomial(2)),
+            "schedules: expected a list of sched",
+        ),
+        (lambda c: replay.verify(c, SEGMENTS, ZEROS, schedules=[3]), "schedule: expected a schedule, .* got 3"),
+        (lambda c: replay.Offload("cpu"), "schedule: expected a schedule, such as .* got 'cpu'"),
+        (lambda c: replay.Offload(replay.Binomial), "schedule: expected a schedule, such as .* got <class"),
+        (lambda c: replay.Offload(replay.Binomial(2), to=3), "offload: expected cpu or a folder, got 3"),
+        (lambda c: replay.MemoryGradients("1"), "max_norm: expected a positive number or None, got '1'"),
+        (
+            lambda c: replay.reset((ZEROS, ZEROS), ZEROS, torch.tensor([True])),
+            "initial: expected the structure of the memory",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(Cell())
+
+
 @pytest.mark.parametrize("name", ["accumulate", "memory_replay_backprop"])
 def test_a_backward_in_the_forward_of_ddp(ddp, name):
     """DDP exchanges what is back-propagated after its forward; these gradients would stay each process's own."""

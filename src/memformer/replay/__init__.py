@@ -14,7 +14,8 @@ and nothing else of memformer.
 How it works. One ``torch.autograd.Function`` has the parameters, the initial memory and the segments as inputs, so that
 each gradient leaves it once: an optimizer, a gradient scaler, clipping and DistributedDataParallel see an ordinary
 loss. A schedule's plan lists the actions of its forward and of its backward (``Run`` in ``engine`` carries them out):
-by default forward stores the memory before each segment, and only the last segment is run with a graph, and not twice;
+by default forward stores the memory before each segment, and only the last segment is run with a graph, and not twice
+(the first one's is freed at once: it shows whether the cell keeps a tensor that it made there);
 backward walks from the last segment to the first and frees each graph before it builds the next.
 
 What is not known here: whether replaying a cell gives the same numbers as recording it. Random numbers of torch's own

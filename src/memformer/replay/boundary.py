@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_structure
 
 from .inputs import Cell, Tree, call_cell
 from .schedules import at_least
@@ -33,12 +33,16 @@ def reset(memory: Tree, initial: Tree, lanes: Tensor, dim: int = 0) -> Tree:
 
     Raises:
         ValueError: ``lanes`` is not one boolean for each lane of every tensor; a tensor has no such dimension;
-            ``initial`` has shapes that do not fit, or integers where the memory has not; ``dim`` is negative.
+            ``initial`` has another structure or shapes that do not fit, or integers where the memory has not; ``dim``
+            is negative.
     """
 
     at_least("dim", dim, 0)
     if not isinstance(lanes, Tensor):
         raise ValueError(f"lanes: expected a boolean tensor of shape (batch,), got {type(lanes).__name__}")
+
+    if (expected_tree := tree_structure(memory)) != (got := tree_structure(initial)):
+        raise ValueError(f"initial: expected the structure of the memory, {expected_tree}, got {got}")
 
     def choose(old: object, new: object) -> Any:
         if not isinstance(old, Tensor):

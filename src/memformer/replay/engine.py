@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,11 +97,15 @@ class Run:
         check_leaves(self.initial, "the initial memory")
         self.initial_wants = list(map(requires_grad, self.initial.leaves))  # whatever is done to them until backward
         self.in_place = parameters is None
+        self.loss_has_graph = True  # of a readout inside, where the cell has one
+        self.first_sources: list[Tensor] = []  # where the graph of the first segment's recording starts
+        self.measured: tuple[int, Fingerprint] | None = None
         self.parameters = parameters or []
         self.reach = Reach([cell, *([] if inside is None else [inside.readout])], self.parameters)
         given = [*self.initial.tensors(), *segments.tensors()]
         self.inputs = self.parameters + [x for x in given if x.requires_grad]
         used = [p for owner in owned if isinstance(owner, nn.Module) for p in owner.parameters()]  # tell the devices
+        self.sharded = any(hasattr(p, "placements") for p in used)  # by FSDP, which expects a backward of each graph
         self.environment = Environment([*self.parameters, *used, *given, *segments[0].tensors()])
         self.differentiable = self.environment.grad_enabled and bool(self.in_place or self.inputs)
         self.world = World(owned, self.parameters, captured=captured, watch_parameters=not self.in_place)
@@ -124,7 +128,7 @@ class Run:
         self.carrying: list[list[bool]] | None = None  # which leaves of a memory need a gradient, once that is known
         several = self.watch is not None and len(self.initial.tensors()) != 1  # of which some may be constant
         if self.environment.grad_enabled and (several or not self.differentiable or self.world.has_a_fast_path()):
-            self._record_with_graphs()
+            self.records_with_graph, self.carrying = True, [self.initial_wants]
         self.spent = False
         self.recorded: list[_Recorded] = []
         self.kept: list[list[object]] | None = [] if options.check else None
@@ -153,7 +157,11 @@ class Run:
             for t in range(measure_at):
                 with torch.enable_grad():  # a cell may differentiate something itself
                     _, memory = call_cell(self.cell, self.segments[t].tree(), detach(memory))
+            outcomes: list[Tree] = []
+            cell = functools.partial(_noted, cell, outcomes)
             sizes = measure(cell, self.segments[measure_at].tree(), memory, params=self.parameters)
+        if self.inside is None or measure_at == 0:  # otherwise a loss may have drawn numbers before
+            self.measured = measure_at, Fingerprint(Leaves(outcomes[-1]).leaves, self.environment.precision)
         return schedule.plan(count, *sizes)
 
     # Forward
@@ -211,6 +219,7 @@ class Run:
         del self.parameter_grads, self.carry, self.segment_grads, self.value_grads
         # Whoever keeps the loss, to log it, does not keep the texts.
         del self.segments, self.initial, self.memory, self.returned, self.inputs, self.compact, self.start, self.kept
+        del self.first_sources
         return grads
 
     # The actions
@@ -242,40 +251,44 @@ class Run:
         if self.records_with_graph:
             return self._advance_in_grad_mode(t, with_loss)
         try:
+            if self.recording and t == 0 and self.differentiable and not self.sharded:
+                # What a cell computes there and keeps (a weight, a context) has a graph, as by plain autograd. By that
+                # it is seen in later segments.
+                self.loss_has_graph = False
+                return self._advance_in_grad_mode(t, with_loss)
             self.casts_lack_graphs = True
             with torch.no_grad():
                 value, after = self._call_cell(t, self.segments[t].tree(), self.memory.tree(), with_loss)
         except RuntimeError as error:
             if not self.recording or not any(text in str(error) for text in _WANTS_A_GRAPH):
                 raise
-            if t:
-                raise RuntimeError(
-                    f"{error}\nSegments are recorded without a graph: wrap what differentiates inside the cell in "
-                    "torch.enable_grad()."
-                ) from error
-            self.environment.set_random_state(self.start[0])
-            self.world.put_buffers(self.start[1])
-            self._record_with_graphs()  # a cell that differentiates something itself
+            self.loss_has_graph = True
+            self._run_up_to(t)
+            self.records_with_graph = True  # a cell that differentiates something itself
             return self._advance_in_grad_mode(t, with_loss)
+        finally:
+            self.loss_has_graph = True
         return self._step(t, value, after, self.compact.copy, with_loss)
 
     def _advance_in_grad_mode(self, t: int, with_loss: bool) -> list[object]:
         """The same for a cell that needs grad mode, and where nothing is known that could need a gradient."""
         self._forget_casts_without_graphs()
-        with torch.enable_grad():
-            value, after, sources, _ = self._call_cut(t, with_loss)
+        with torch.enable_grad(), _explaining_changes_in_place(t):
+            value, after, *sources = self._call_cut(t, with_loss)
         if not self.differentiable:  # a tensor that the cell captured may need one nevertheless
-            self.reach([*value.leaves, *after.leaves], list(sources.values()))
+            self.reach([*value.leaves, *after.leaves], list(sources[0].values()))
+        if self.recording and t == 0:
+            self.first_sources = [x for found in sources for x in found.values()]
         return self._step(t, value, after, self.compact.copy, with_loss)
 
     def _build_graph(self, t: int) -> list[object]:
         """Run segment ``t`` with a graph that starts at the memory before it."""
         self._forget_casts_without_graphs()
         self.segments.fetch(t)  # an error in it is not the cell's
-        with torch.enable_grad():
+        with torch.enable_grad(), _explaining_changes_in_place(t):
             try:
                 value, after, memory_sources, segment_sources = self._call_cut(t)
-            except RuntimeError as error:
+            except (RuntimeError, AssertionError, BufferError) as error:
                 if isinstance(error, torch.OutOfMemoryError) or not self._learn_what_carries(t):
                     raise
                 value, after, memory_sources, segment_sources = self._call_cut(t)
@@ -284,13 +297,11 @@ class Run:
         if self.in_place:
             check_hooks(graph.outputs)
         else:
-            graph.parameters = self.reach(graph.outputs, graph.sources())
+            graph.parameters = self.reach(graph.outputs, graph.sources(), self.first_sources)
         self.graphs[t] = graph
+        if self.recording and t == 0:
+            self.first_sources = graph.sources()
         return self._step(t, value, after)
-
-    def _record_with_graphs(self) -> None:
-        """From the first segment on: only so is known which leaves of the memories need a gradient."""
-        self.records_with_graph, self.carrying = True, [self.initial_wants]
 
     def _forget_casts_without_graphs(self) -> None:
         """Of the weights that autocast has converted and kept; several segments' graphs may share what has one."""
@@ -314,8 +325,8 @@ class Run:
         """The leaves of value and memory, taken apart in the grad mode of the call."""
         if not self.recording and (self.memory.changed() or self.segments[t].changed()):
             raise RuntimeError(
-                f"segment {t} or the memory before it was changed in place after it was recorded, so it cannot be "
-                "replayed. Call backward first, or change a clone."
+                f"segment {t} or the memory before it was changed in place, by the cell itself or after it was "
+                "recorded, so it cannot be replayed. Change a clone, or call backward first."
             )
         with self.environment.restored():
             value, after = self._call_user(t, segment, memory, with_loss)
@@ -328,13 +339,17 @@ class Run:
             return value, after
         if not with_loss:
             return None, after
+        with contextlib.nullcontext() if self.loss_has_graph else torch.no_grad():
+            return self._loss(self.inside, t, value, segment), after
+
+    def _loss(self, inside: Inside, t: int, value: Tree, segment: Tree) -> Tensor | None:
         if not (self.recording and self.loss_leaves_no_trace):
-            return self.inside.loss(t, value, segment), after
-        (random, buffers), loss = self._trace(), self.inside.loss(t, value, segment)
+            return inside.loss(t, value, segment)
+        (random, buffers), loss = self._trace(), inside.loss(t, value, segment)
         random_after, buffers_after = self._trace()
         same = all(map(torch.equal, random, random_after)) and all(map(_is_same_state, buffers, buffers_after))
         self.loss_leaves_no_trace = same
-        return loss, after
+        return loss
 
     def _trace(self) -> tuple[list[Tensor], BufferState]:
         """What a readout could change for the cell."""
@@ -348,16 +363,21 @@ class Run:
         """
         if self.carrying is not None or t == 0 or not any(map(carries_grad, self.memory.tensors())):
             return False
+        self._run_up_to(t)
+        return True
+
+    def _run_up_to(self, t: int) -> None:
+        """Run the segments before ``t`` again, each with a graph: so ``carrying`` is known up to the memory there."""
         here, self.memory = self.memory, self.initial
         random, buffers = self.start
         self.environment.set_random_state(random)
         self.world.put_buffers(buffers)
         self.carrying = [self.initial_wants]
-        for s in range(t):
-            _, after, *_ = self._call_cut(s)
-            self.memory = after.detached()
+        with torch.enable_grad():
+            for s in range(t):
+                _, after, *_ = self._call_cut(s)
+                self.memory = after.detached()
         self.memory = here
-        return True
 
     def _step(
         self,
@@ -388,6 +408,8 @@ class Run:
                 self.world.look_closely()
             check_leaves(value, f"the value of segment {t}", is_value=True)
             check_leaves(self.memory, f"the memory after segment {t}")
+            if self.measured is not None and t == self.measured[0]:  # which a state of the cell's own would show in
+                self.measured[1].check(t, self.memory.leaves)
             self.recorded.append(recorded)
             if self.kept is not None:
                 self.kept.append([*value.detached().leaves, *self.memory.detached().leaves])  # not what autograd gets
@@ -453,6 +475,26 @@ class Run:
             grads = self.watch.passing(boundary, grads)
         self.carry = grads
         self.boundary = boundary
+
+
+@contextlib.contextmanager
+def _explaining_changes_in_place(t: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "a leaf Variable that requires grad is being used in an in-place operation" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}\nIn a replay each segment begins a graph of its own. The cell changed its memory, or an input, "
+            f"in place in segment {t}: use out-of-place operations, or work on a clone."
+        ) from error
+
+
+def _noted(cell: Cell, outcomes: list[Tree], segment: Tree, memory: Tree) -> tuple[Tree, Tree]:
+    """What the cell gives; the memory is added to the outcomes. A partial of this says whom it trains."""
+    value, memory = call_cell(cell, segment, memory)
+    outcomes.append(detach(memory))
+    return value, memory
 
 
 def _judged(

@@ -187,7 +187,11 @@ def _replayed(
 
 
 def _inside(readout: Readout | None, weights: list[float] | None, options: Options) -> Inside | None:
-    """The readout as a part of the cell, where the options say so; ValueError without one."""
+    """The readout as a part of the cell, where the options say so; ValueError without one, and if it is no function."""
+    if readout is not None and not callable(readout):
+        raise ValueError(
+            f"readout: expected a function of values and segments, got {readout!r}; a schedule is given by schedule="
+        )
     if readout is None and (options.readout_segments, options.keep_values) != (None, None):
         raise ValueError(
             "readout_segments, keep_values: say how a readout runs, and there is none: leave them out, or pass readout="

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ class MemoryGradients:
     """
 
     def __init__(self, max_norm: float | None = None):
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm: expected a positive number or None, got {max_norm}")
+        if max_norm is not None and not (isinstance(max_norm, numbers.Real) and max_norm > 0):
+            raise ValueError(f"max_norm: expected a positive number or None, got {max_norm!r}")
         self.max_norm = max_norm
         self._norms: list[Tensor | None] = []
 
@@ -280,8 +281,9 @@ def explain(error: RuntimeError) -> None:
     text = str(error)
     if "backward through the graph a second time" in text:
         raise RuntimeError(
-            f"{text}\nIn a replay: the cell uses a tensor that was computed once, outside of it (a weight derived from "
-            "a parameter?), in more than one segment. Compute it inside the cell, or name it in params=[...]."
+            f"{text}\nIn a replay: the cell uses a tensor that was computed once, outside of it or in its first "
+            "segment (a weight derived from a parameter?), in more than one segment. Compute it in each of them, "
+            "return it as part of the memory, or compute it outside and name it in params=[...]."
         ) from error
     if "use_reentrant" in text:
         raise RuntimeError(

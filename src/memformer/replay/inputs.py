@@ -207,6 +207,8 @@ def chunks(count: int, size: int) -> Iterator[slice]:
 
 def param_list(params: Params) -> list[Tensor | nn.Module]:
     """What is named in ``params``."""
+    if not isinstance(params, nn.Module | Tensor | Iterable):
+        raise ValueError(f"params: expected tensors or modules, got {type(params).__name__}")
     result: list[Tensor | nn.Module] = [params] if isinstance(params, nn.Module | Tensor) else list(params)
     for owner in result:
         if not isinstance(owner, nn.Module | Tensor):

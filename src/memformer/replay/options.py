@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from .gradients import MemoryGradients
 from .inputs import Weights
-from .schedules import EveryMemory, Schedule, at_least
+from .schedules import EveryMemory, Schedule, at_least, check_schedule
 
 __all__ = ["OptionKeywords", "Options"]
 
@@ -49,8 +49,7 @@ class Options:
     check: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.schedule, type) or not hasattr(self.schedule, "plan"):
-            raise ValueError(f"schedule: expected a schedule, such as replay.Binomial(8), got {self.schedule!r}")
+        check_schedule(self.schedule)
         if self.measure_at is not None:
             at_least("measure_at", self.measure_at, 0)
         if self.readout_segments is not None:
@@ -73,6 +72,8 @@ class Options:
         if unknown:
             known = ", ".join(field.name for field in dataclasses.fields(cls))
             raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}; the options are {known}")
+        if not isinstance(options, Options | None):
+            raise ValueError(f"options: expected replay.Options, got {options!r}; each of them is a keyword, too")
         return dataclasses.replace(options or cls(), **given)  # type: ignore[arg-type]
 
 

@@ -35,12 +35,12 @@ class Reach:
             starts = [following for node in self.derived_nodes for following, _ in node.next_functions]
             self.behind, _ = walk([x for x in starts if x is not None])
 
-    def __call__(self, outputs: Sequence[object], sources: Sequence[Tensor]) -> list[int]:
+    def __call__(self, outputs: Sequence[object], sources: Sequence[Tensor], first: Sequence[Tensor] = ()) -> list[int]:
         """Which of the parameters, by position, the outputs' graph ends in.
 
         Raises:
             ValueError: it ends in a leaf that is neither among them nor among ``sources``, or in a derived tensor and
-                behind it.
+                behind it; or among the sources of the ``first`` segment's recording, whose graph is not this one.
         """
         found: dict[int, None] = {}
         wanted = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
@@ -57,6 +57,11 @@ class Reach:
             elif id(leaf) not in own:
                 stray.append(leaf)
         leaf = None  # which would be a reference to the last one
+        if any(x is y for x in stray for y in first):
+            raise ValueError(
+                f"{self._names()} keeps a tensor that it computed from the first segment or the memory before it, and "
+                "uses it later, where no gradient could flow back through it. Return it as part of the memory."
+            )
         if stray and (lost := self._lost(stray, seen)):
             raise ValueError(
                 f"{self._names()} uses {', '.join(lost)}, which requires a gradient and would get none. "

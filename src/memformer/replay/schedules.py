@@ -330,13 +330,16 @@ class Offload:
             which each rollout makes a temporary folder of its own, and from which a thread of its own reads.
 
     Raises:
-        ValueError: ``to`` is the name of another device.
+        ValueError: ``schedule`` is none; ``to`` is no folder's name, or the name of another device.
     """
 
     schedule: Schedule
     to: str | PathLike[str] = "cpu"
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
+        if not isinstance(self.to, str | PathLike):
+            raise ValueError(f"offload: expected cpu or a folder, got {self.to!r}")
         if isinstance(self.to, str) and re.fullmatch(r"(cuda|gpu|mps|xpu|hpu|meta)(:\d+)?", self.to):
             raise ValueError(
                 f"offload: expected cpu or a folder, got {self.to!r}, which is a device; memories stay where they are "
@@ -443,6 +446,12 @@ def _advances(segments: int, memories: int) -> int:
     """The fewest runs without a graph that reverse ``segments``: Griewank and Walther's closed form."""
     r = _repetitions(segments, memories)
     return r * segments - _reach(memories + 1, r - 1) if r else 0
+
+
+def check_schedule(schedule: object) -> None:
+    """ValueError unless it is one."""
+    if isinstance(schedule, type) or not hasattr(schedule, "plan"):
+        raise ValueError(f"schedule: expected a schedule, such as replay.Binomial(8), got {schedule!r}")
 
 
 def at_least(name: str, value: int, least: int = 1) -> None:

@@ -20,7 +20,8 @@ _UNSEEN = -(2**63)
 
 def segment_list(segments: Iterable[Tree]) -> list[Tree]:
     """All of them; ValueError unless there is one."""
-    if isinstance(segments, (dict, str)) or not (isinstance(segments, Iterable) or _is_indexable(segments)):
+    scalar = isinstance(segments, Tensor) and segments.dim() == 0
+    if scalar or isinstance(segments, (dict, str)) or not (isinstance(segments, Iterable) or _is_indexable(segments)):
         raise ValueError(f"segments: expected a sequence with one pytree per segment, got {type(segments).__name__}")
     result = list(segments) if isinstance(segments, Iterable) else [segments[t] for t in range(len(segments))]
     if not result:

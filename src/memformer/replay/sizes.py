@@ -58,11 +58,12 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
     def run(wants_grad: Callable[[Tensor], bool]) -> tuple[Tree, Tree]:
         kept.clear()
         with world.restored(), environment.random_numbers_kept(), torch.enable_grad():
-            return noting_saved(lambda: call_cell(cell, segment, Leaves(memory).cut(wants_grad)[0]), count)
+            before, own = Leaves(memory).cut(wants_grad)[0], Leaves(segment).tree()  # containers that it may change
+            return noting_saved(lambda: call_cell(cell, own, before), count)
 
     try:
         value, after = run(carries_grad)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, BufferError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         value, after = run(requires_grad)  # some leaf of the memory cannot have a gradient: a table of weights

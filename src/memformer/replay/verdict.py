@@ -37,7 +37,7 @@ from .inputs import (
 )
 from .own_state import OwnState
 from .reach import walk
-from .schedules import Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule
+from .schedules import Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule, check_schedule
 from .segments import segment_list
 from .sizes import Sizes, measure, noting_saved
 from .storage import storages
@@ -161,10 +161,16 @@ def verify(
         The verdict: ``verdict.ok``, ``print(verdict)``, ``verdict.raise_if_wrong()``.
 
     Raises:
-        ValueError: no segments, or nothing that requires a gradient.
+        ValueError: no segments, no list of schedules, or nothing that requires a gradient.
         Exception: whatever the cell raises under plain autograd.
     """
     segments = segment_list(segments)
+    if schedules is not None:
+        if not isinstance(schedules, Iterable):
+            raise ValueError(f"schedules: expected a list of schedules, got {schedules!r}: put it into one")
+        schedules = list(schedules)
+        for schedule in schedules:
+            check_schedule(schedule)
     problem = _Problem(cell, segments, memory, readout, params, readout_segments)
     with torch.enable_grad(), problem.state_kept():
         plain = problem.run(problem.plain)
@@ -268,8 +274,9 @@ class _Problem:
         """The rollout by plain autograd: what replay has to equal."""
         values, memory, self.befores = [], self.memory, []
         for segment in self.segments:
-            self.befores.append(memory)
-            value, memory = call_cell(self.cell, segment, memory)
+            before = Leaves(memory)  # a cell may change its containers
+            self.befores.append(before.tree())
+            value, memory = call_cell(self.cell, Leaves(segment).tree(), before.tree())
             values.append(value)
         if self.readout is None:
             return values, memory

@@ -166,30 +166,38 @@ class World:
         self.check_unchanged()
         places = [place for place in self.parameter_places if place[1] in place[0]]
         others = [(of, name, p, of[name]) for of, name, p in places if of[name] is not p]
-        modes = [module for module, before in zip(self.modules, self.modes, strict=True) if module.training != before]
-        flags = zip(self.parameters, self.requires_grad, strict=True)
-        frozen = [p for p, before in flags if p.requires_grad != before and p.is_leaf]
+        modes = [module.training for module in self.modules]
+        leaves = [(p, before) for p, before in zip(self.parameters, self.requires_grad, strict=True) if p.is_leaf]
+        flags = [(p, p.requires_grad) for p, _ in leaves]
         found = self.buffer_state()
         try:
-            for module in modes:
-                module.training = not module.training
-            for p in frozen:
-                p.requires_grad_(not p.requires_grad)
+            _set_modes(self.modules, self.modes)
+            _set_flags(leaves)
             for of, name, own, _ in others:
                 of[name] = own
             yield
         finally:
             for of, name, _, other in others:
                 of[name] = other
-            for module in modes:
-                module.training = not module.training
-            for p in frozen:
-                p.requires_grad_(not p.requires_grad)
+            _set_modes(self.modules, modes)
+            _set_flags(flags)
             self.put_buffers(found)
 
     def put_buffers(self, state: BufferState) -> None:
         for buffer, then in zip(self.buffers, state, strict=True):
             buffer.put(*then)
+
+
+def _set_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> None:
+    for module, training in zip(modules, modes, strict=True):
+        if module.training != training:
+            module.training = training
+
+
+def _set_flags(flags: Sequence[tuple[Tensor, bool]]) -> None:
+    for leaf, wanted in flags:
+        if leaf.requires_grad != wanted:
+            leaf.requires_grad_(wanted)
 
 
 def drawn_by_cudnn(rnn: nn.RNNBase) -> bool:
