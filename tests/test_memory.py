@@ -10,14 +10,15 @@ import naive
 from helpers import WRITERS, mask
 from memformer.nn.attention import merge_heads, split_heads
 from memformer.nn.memory import (
+    SPEED,
     NormalisedWriter,
     PlacedWriter,
     SlotWriter,
-    SlowLinear,
     new_writer,
     normalise,
     slot_attention,
     slot_attention_weights,
+    slow_linear,
 )
 
 DIM, SLOTS, HEADS, BATCH, LENGTH = 8, 3, 2, 2, 5
@@ -203,17 +204,17 @@ def test_a_new_bias_vector_forgets_slowly() -> None:
 
 def test_a_slow_map_is_a_linear_map_that_adam_changes_more_slowly() -> None:
     torch.manual_seed(0)
-    slow, usual = SlowLinear(DIM, 3).double(), torch.nn.Linear(DIM, 3, bias=False).double()
+    slow, usual = slow_linear(DIM, 3).double(), torch.nn.Linear(DIM, 3, bias=False).double()
     with torch.no_grad():
         usual.weight.copy_(0.3 * slow.weight)
     before, x = usual.weight.detach().clone(), randn(BATCH, DIM)
-    torch.testing.assert_close(slow(x), usual(x))
-    for part in (slow, usual):
+    torch.testing.assert_close(SPEED * slow(x), usual(x))
+    for part, speed in ((slow, SPEED), (usual, 1)):
         optimizer = torch.optim.Adam(part.parameters(), lr=1e-3, eps=0)
-        part(x).square().sum().backward()
+        (speed * part(x)).square().sum().backward()
         optimizer.step()
     torch.testing.assert_close(0.3 * slow.weight - before, 0.3 * (usual.weight - before), rtol=1e-3, atol=1e-6)
-    std = 0.3 * SlowLinear(64, 1000).weight.std().item()
+    std = 0.3 * slow_linear(64, 1000).weight.std().item()
     assert std == pytest.approx((3 * 64) ** -0.5, rel=0.02), "it begins as any other"
 
 

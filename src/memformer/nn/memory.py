@@ -152,22 +152,21 @@ class SlotWriter(nn.Module):
         setattr(self, self.per_slot, nn.Parameter(torch.cat([old.detach()[:slots], new]), old.requires_grad))
 
 
-class SlowLinear(nn.Linear):
-    """A linear map without a bias whose matrix is ``speed`` times its parameter, which begins as much larger.
+SPEED = 0.3
+"""What a slow map's output is multiplied by."""
 
-    The outputs are those of any linear map, but an optimizer whose steps do not know a gradient's size (Adam) changes
-    them ``speed`` times as fast.
+
+def slow_linear(dim: int, out: int) -> nn.Linear:
+    """A linear map without a bias, which begins larger by as much as :data:`SPEED` makes its output smaller.
+
+    Together they are any linear map, but an optimizer whose steps do not know a gradient's size (Adam) changes it
+    ``SPEED`` times as fast. The module is a plain ``nn.Linear``, so that others (a LoRA that is merged) know what it
+    computes.
     """
-
-    speed: ClassVar[float] = 0.3
-
-    def __init__(self, dim: int, out: int):
-        super().__init__(dim, out, bias=False)
-        with torch.no_grad():
-            self.weight /= self.speed
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.speed * super().forward(x)
+    made = nn.Linear(dim, out, bias=False)
+    with torch.no_grad():
+        made.weight /= SPEED
+    return made
 
 
 class NormalisedWriter(SlotWriter):
@@ -190,12 +189,12 @@ class NormalisedWriter(SlotWriter):
         super().__init__(heads, temperature)
         self.scale = forgetting
         self.norm = nn.LayerNorm(dim)
-        self.slots_to_qk = SlowLinear(dim, 2 * dim)
-        self.segment_to_kv = SlowLinear(dim, 2 * dim)
+        self.slots_to_qk = slow_linear(dim, 2 * dim)
+        self.segment_to_kv = slow_linear(dim, 2 * dim)
         self.bias = nn.Parameter(self.new_slots(slots, dim))
         with torch.no_grad():
             # x has norm sqrt(dim); its values must be of the size of a slot, which is 1, or one write would erase it.
-            self.segment_to_kv.weight[dim:].normal_(std=1 / dim / SlowLinear.speed)
+            self.segment_to_kv.weight[dim:].normal_(std=1 / dim / SPEED)
             # Each slot's key is parallel to its query, so that it gives itself half of its attention or more at any
             # width; with independent ones it gives itself a few percent, and two writes leave all slots the same.
             query, own_key = self.slots_to_qk.weight.chunk(2)
@@ -214,8 +213,9 @@ class NormalisedWriter(SlotWriter):
     def projected(self, memory: Tensor, x: Tensor) -> list[Tensor]:
         # (1, slots, dim), each as long as a normalised slot.
         name = math.sqrt(memory.shape[-1]) * F.normalize(self.bias, dim=-1).unsqueeze(-3)
-        q, own_k = self.slots_to_qk((self.norm(memory) + name) / math.sqrt(2)).chunk(2, -1)  # (batch, slots, dim)
-        return [split_heads(part, self.heads) for part in (q, own_k, memory, *self.segment_to_kv(x).chunk(2, -1))]
+        of_slots = SPEED * self.slots_to_qk((self.norm(memory) + name) / math.sqrt(2))  # (batch, slots, 2 dim)
+        (q, own_k), (k, v) = of_slots.chunk(2, -1), (SPEED * self.segment_to_kv(x)).chunk(2, -1)
+        return [split_heads(part, self.heads) for part in (q, own_k, memory, k, v)]
 
     def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return normalise(self.attend(memory, x, mask), self.scale * self.bias.unsqueeze(-3))

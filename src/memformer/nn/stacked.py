@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .memory import SlowLinear
-
 __all__ = ["Stack", "difference", "stack", "twin"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -41,11 +39,6 @@ class _Linear(_Leaf):
         flat, weight = x.flatten(1, -2), self.weight.mT
         out = flat @ weight if self.bias is None else torch.baddbmm(self.bias[:, None], flat, weight)
         return out.view(*x.shape[:-1], -1)
-
-
-class _SlowLinear(_Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return SlowLinear.speed * super().forward(x)
 
 
 class _LayerNorm(_Leaf):
@@ -86,7 +79,6 @@ class _GRUCell(_Leaf):
 
 _LEAVES: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.Linear: _Linear,
-    SlowLinear: _SlowLinear,
     nn.LayerNorm: _LayerNorm,
     nn.Embedding: _Embedding,
     nn.GRUCell: _GRUCell,
