@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from memformer.hf import with_memory
+from memformer.hf import MemoryForCausalLM, with_memory
 from test_hf import LENGTH, base_of, model_of, some_tokens
 from test_hf_own import adapter, some
 
@@ -110,3 +111,40 @@ def test_a_lora_in_another_state_than_it_is_loaded_in_is_not_saved(tmp_path: Pat
     adapted.merge_and_unload()
     with pytest.raises(ValueError, match=r"lora: expected it .* it is no longer there: call with_memory again"):
         model.save_pretrained(tmp_path / "unloaded")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["segment_to_kv"], ["slots_to_qk"]])
+@pytest.mark.parametrize(
+    ("make", "tokens"),
+    [(model_of, some_tokens), (lambda: adapter("causal"), some), (lambda: adapter("memformer"), some)],
+    ids=["pretrained", "causal", "memformer"],
+)
+def test_a_lora_in_the_memory_is_the_same_model_merged(make: Callable, tokens: Callable, targets: Any) -> None:
+    lora = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    adapted, given = peft.get_peft_model(make(), lora).eval().double(), tokens(2, 30)
+    expected = adapted(given).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(given).logits, expected)
+
+
+def test_a_lora_that_came_after_the_memory_is_not_lost_on_saving(tmp_path: Path) -> None:
+    model = with_memory(base_of(dtype=torch.float32), 3, LENGTH, read_dim=8, read_heads=2, write_heads=2).eval()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"lora: this model got one after its memory, .* merge it"):
+        model.save_pretrained(tmp_path / "inner")
+    assert not (tmp_path / "inner").exists()
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged, tokens = adapted.merge_and_unload(), some_tokens()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(loaded(tokens).logits, merged(tokens).logits)
+
+
+@pytest.mark.parametrize("option", [{"subfolder": "x"}, {"variant": "fp16"}, {"output_loading_info": True}])
+def test_options_that_a_referenced_base_does_not_take(option: dict[str, Any], tmp_path: Path) -> None:
+    base_of(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = with_memory(base, 3, LENGTH, read_dim=8, read_heads=2, write_heads=2).trainable("memory")
+    folder = tmp_path / "memory" / option.get("subfolder", "")
+    model.save_pretrained(folder, base="referenced")
+    with pytest.raises(ValueError, match=rf"{next(iter(option))}: not known for a folder with the memory alone"):
+        MemoryForCausalLM.from_pretrained(tmp_path / "memory", **option)

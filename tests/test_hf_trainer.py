@@ -558,3 +558,17 @@ def test_measures_are_of_the_logits_alone(tmp_path):
         )
         trainer.evaluate()
         assert_close(torch.tensor(found[0]), model(tokens).logits)
+
+
+def test_smoothed_labels_are_those_of_the_next_tokens(tmp_path):
+    """Without a label's share for others the smoothed loss is the loss of the labels that both count."""
+    tokens = torch.tensor(np.stack(documents(9, 9)))
+    found = [
+        trainer_by_itself(tmp_path, model_of(), tokens, label_smoothing_factor=share).evaluate()["eval_loss"]
+        for share in (0.0, 1e-9)
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    model, given = adapter("causal"), some(2, 9)
+    expected = torch.nn.functional.cross_entropy(model(given).logits[:, :-1].flatten(0, 1), given[:, 1:].flatten())
+    smoothed = trainer_by_itself(tmp_path, model, given, label_smoothing_factor=1e-9).evaluate()["eval_loss"]
+    assert smoothed == pytest.approx(expected.item(), rel=1e-5)

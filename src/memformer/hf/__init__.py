@@ -25,6 +25,7 @@ from .own import (
     MemformerForCausalLM,
     StreamCache,
     as_transformers,
+    named_causal,
     register,
 )
 from .wrap import with_memory
@@ -52,6 +53,7 @@ __all__ = [
 
 transformers.AutoConfig.register(MemoryConfig.model_type, MemoryConfig, exist_ok=True)
 transformers.AutoModelForCausalLM.register(MemoryConfig, MemoryForCausalLM, exist_ok=True)
+named_causal(MemoryForCausalLM)
 register()
 
 

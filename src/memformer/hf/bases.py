@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "check_adapter",
     "check_base",
     "check_length",
+    "check_router",
     "checkpoints_activations",
     "decode",
     "decoder_of",
@@ -183,9 +185,31 @@ def _adapter_layers(base: nn.Module) -> list[Any]:
     return [part for part in base.modules() if isinstance(part, BaseTunerLayer)]
 
 
-def check_adapter(base: nn.Module) -> None:
-    """Raise ValueError for a LoRA in another state than the one in which it is loaded: beside the weights, and on."""
-    layers = _adapter_layers(base)
+def check_router(base: PreTrainedModel) -> None:
+    """Raise ValueError for a mixture of experts that asks for a loss of its router, which no memory computes."""
+    if getattr(text_config(base), "output_router_logits", False):
+        raise ValueError(
+            "trainable: expected a base without output_router_logits, because the loss of its router is not computed "
+            "with a memory; set base.config.output_router_logits = False to train all of it without that loss"
+        )
+
+
+def check_adapter(model: Any, known: bool) -> None:
+    """Raise ValueError for a LoRA in another state than the one in which it is loaded: beside the weights, and on.
+
+    Args:
+        model: a memory with its base.
+        known: whether its settings have one, in the base; another would be loaded by nobody.
+    """
+    layers = _adapter_layers(model.base if known else model) if known or "peft" in sys.modules else []
+    if not known:
+        if layers:
+            raise ValueError(
+                "lora: this model got one after its memory, and would be loaded without it. Save the PEFT model "
+                "around it (its save_pretrained), merge it (merge_and_unload), or put it into the base before "
+                "with_memory"
+            )
+        return
     wrong = {
         "is no longer there: call with_memory again, around the base as it is now": not layers,
         "is merged into them: unmerge_adapter() first": any(layer.merged for layer in layers),
@@ -257,7 +281,7 @@ def check_base(base: Any) -> None:
 
 def _try(base: PreTrainedModel, name: str) -> None:
     try:
-        seen, hidden, logits, whole = _run(base)
+        seen, shapes, hidden, placed, logits, whole = _run(base)
     except Exception as error:
         raise ValueError(
             f"base: {name} cannot be run as a memory runs it, its decoder first and its head after it, got "
@@ -271,13 +295,28 @@ def _try(base: PreTrainedModel, name: str) -> None:
         raise ValueError(f"base: in {name} a token sees those after it; a causal model is expected (is_decoder=True)")
     if seen != layers_of(base) or not torch.allclose(logits, whole, rtol=0, atol=atol):
         raise ValueError(f"base: {name} does not run its layers one after the other, and its head after them")
+    if others := sorted({shape for shape in shapes if shape != (*hidden.shape[:2], expected)}):
+        raise ValueError(
+            f"base: the layers of {name} give {others[0]} for tokens of {tuple(hidden.shape[:2])}; only models whose "
+            "layers give (batch, tokens, width) can get a memory"
+        )
+    if not torch.allclose(placed, hidden, rtol=0, atol=100 * torch.finfo(hidden.dtype).eps * float(hidden.abs().max())):
+        raise ValueError(
+            f"base: {name} does not count positions from 0; such a model cannot go on where it has stopped"
+        )
 
 
 @torch.no_grad()
-def _run(base: PreTrainedModel) -> tuple[list[nn.Module], Tensor, Tensor, Tensor]:
-    """The layers as they ran, the last hidden states, the logits that are made of them, and those of one call."""
-    layers, seen = layers_of(base), []
-    hooks = [layer.register_forward_hook(lambda layer, *_: seen.append(layer)) for layer in layers]
+def _run(base: PreTrainedModel) -> tuple[list[nn.Module], list[tuple[int, ...]], Tensor, Tensor, Tensor, Tensor]:
+    """The layers as they ran, the shapes that they gave, the last hidden states, the same with the positions given, the
+    logits that are made of them, and those of one call."""
+    layers, seen, shapes = layers_of(base), [], []
+
+    def note(layer: nn.Module, _: Any, output: Any) -> None:
+        seen.append(layer)
+        shapes.append(tuple((output if isinstance(output, Tensor) else output[0]).shape))
+
+    hooks = [layer.register_forward_hook(note) for layer in layers]
     tokens = torch.tensor([[1, 2, 1], [1, 2, 2]], device=base.get_input_embeddings().weight.device)
     with _evaluated(base):
         try:
@@ -285,9 +324,11 @@ def _run(base: PreTrainedModel) -> tuple[list[nn.Module], Tensor, Tensor, Tensor
         finally:
             for hook in hooks:
                 hook.remove()
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        placed = decode(base, tokens, positions=places)
         logits = logits_of(base, hidden)
         whole = base(input_ids=tokens, use_cache=False).logits
-    return seen, hidden, logits, whole
+    return seen, shapes, hidden, placed, logits, whole
 
 
 @contextmanager

@@ -69,6 +69,10 @@ class MemoryConfig(PreTrainedConfig):
         super().__init__(**others)
         if base is not None:  # transformers compares with a configuration of defaults alone
             self.check()
+            text = text_config(self.base_config)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                if getattr(self, name, None) is None:
+                    setattr(self, name, getattr(text, name, None))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -119,6 +123,7 @@ class MemoryConfig(PreTrainedConfig):
     num_attention_heads = _of_the_base("num_attention_heads")
     vocab_size = _of_the_base("vocab_size")
     tie_word_embeddings = _of_the_base("tie_word_embeddings")
+    max_position_embeddings = _of_the_base("max_position_embeddings")
 
     @property
     def vocabulary(self) -> int:

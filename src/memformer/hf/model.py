@@ -28,6 +28,7 @@ from .bases import (
     CACHE,
     add_adapter,
     check_adapter,
+    check_router,
     checkpoints_activations,
     decode,
     found,
@@ -146,15 +147,16 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
         The memory is what reads and writes it, and its first slots. Returns the model itself.
 
         Raises:
-            ValueError: another part, or ``"lora"`` for a base without one.
+            ValueError: another part, ``"lora"`` for a base without one, or ``"all"`` with a router's loss.
         """
         if part not in get_args(Part):
             raise ValueError(f"trainable: expected one of {', '.join(get_args(Part))}, got {part!r}")
         if part == "lora" and self.config.adapter is None:
             raise ValueError("trainable: the base has no LoRA; wrap it with peft.get_peft_model before with_memory")
+        if part == "all":
+            check_router(self.base)
         for name, parameter in self.named_parameters():
-            in_base = name.startswith("base.")
-            wanted = not in_base or part == "all" or (part == "lora" and "lora_" in name)
+            wanted = not name.startswith("base.") or part == "all" or (part == "lora" and "lora_" in name)
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_(wanted)
         return self
@@ -183,10 +185,10 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
 
         Raises:
             ValueError: another word, a base that cannot be referenced (it has no name, is not frozen, or is not as it
-                was loaded), or a quantised one that is to be saved; or a LoRA that is merged, unloaded or off.
+                was loaded), or a quantised one that is to be saved; or a LoRA that is merged, unloaded, off, or newer.
         """
-        if self.config.adapter is not None:
-            check_adapter(self.base)
+        check_adapter(self, known=self.config.adapter is not None)
+        self.config.base = settings_of(self.base.config)
         quantised = getattr(self.base, "hf_quantizer", None) is not None
         base = base or ("referenced" if quantised else "saved")
         if base not in ("saved", "referenced"):
@@ -206,10 +208,9 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
             self.config.reference = before
         if not kwargs.get("is_main_process", True):
             return
-        slots, length = self.config.slots, self.config.segment_length
-        about = f"{slots} memory slots, read beside each layer, written after each {length} tokens."
+        about = "{0.slots} memory slots, read beside each layer, written after each {0.segment_length} tokens."
         missing = " The weights of the base are not in this folder." if base == "referenced" else ""
-        write_card(save_directory, "A memory", about + missing, self.base.name_or_path)
+        write_card(save_directory, "A memory", about.format(self.config) + missing, self.base.name_or_path)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

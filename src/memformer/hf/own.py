@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..causal import CausalMemformer
 from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, check_tokens
@@ -525,11 +526,19 @@ def as_transformers(model: SegmentModel, tokenizer: Tokenizer | None = None) -> 
     raise ValueError(f"model: expected a CausalMemformer or a Memformer, got {type(model).__name__}")
 
 
+def named_causal(adapter: type[PreTrainedModel]) -> None:
+    """Let transformers know by its name that a model predicts the next token: ``Trainer`` then shifts labels when it
+    smooths them, and pipelines take it."""
+    kind: Any = adapter.config_class
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind.model_type] = adapter.__name__
+
+
 def register() -> None:
     """Let the Auto classes know these models, also in folders that transformers has not written."""
     for adapter in ADAPTERS:
         AutoConfig.register(adapter.config_class.model_type, adapter.config_class, exist_ok=True)
         AutoModelForCausalLM.register(adapter.config_class, adapter, exist_ok=True)
+        named_causal(adapter)
     plain = getattr(AutoConfig.from_pretrained, "__wrapped__", AutoConfig.from_pretrained)
 
     @functools.wraps(plain)

@@ -127,8 +127,14 @@ def found_base(
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it is another one.
+        ValueError: it is another one, or an option would be asked of the base that is meant for the memory's folder.
     """
+    for option in ("subfolder", "variant", "output_loading_info"):
+        if options.get(option):
+            raise ValueError(
+                f"{option}: not known for a folder with the memory alone, whose base is loaded from elsewhere; leave "
+                "it out, and give the path of the folder itself"
+            )
     if isinstance(base, PreTrainedModel):
         check_base(reference, looks_of(base), settings, base, folder)
         return base
