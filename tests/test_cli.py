@@ -250,6 +250,19 @@ def test_a_flag_is_repeated_on_resuming(folder, capsys):
     assert "from step 4" in capsys.readouterr().out
 
 
+def test_encoded_folders_are_read_as_they_are(folder, capsys):
+    """Flags that say how files are read would change nothing, and a folder that is given twice counts twice."""
+    assert main(["encode", "--data", "text.txt", "--out", "ids"]) == 0
+    assert main(["train", "--data", "ids", "--out", "run", *SMALL]) == 0
+    for flags in (["--include", "*.md"], ["--exclude", "*"], ["--separator", "5"], ["--strict"]):
+        for command in (["train", "--out", "other", *SMALL], ["evaluate", "--checkpoint", "run"]):
+            capsys.readouterr()
+            assert main([*command, "--data", "ids", *flags]) == 2
+            assert "has no meaning with folders of memformer encode alone" in capsys.readouterr().err
+    assert main(["train", "--data", "ids", "./ids", "--out", "other", *SMALL]) == 2
+    assert "ids: given twice, so one copy might be held out" in capsys.readouterr().err
+
+
 def test_files_that_are_left_out_are_mentioned(folder, capsys):
     (folder / "mixed").mkdir()
     (folder / "mixed" / "a.txt").write_text("To read a long text, remember it. " * 40)
@@ -326,6 +339,10 @@ def test_a_mistake_is_one_line(folder, capsys, arguments, message):
         ("train --data", "--data: an argument is empty"),
         ("train --data --out x", "--data: an argument is empty"),
         ("train --out=", "--out: an argument is empty"),
+        ("train --data a --data b", "--data: given twice, and only the last would count; give all values after one --"),
+        ("train --held-out-data=a --held_out_data b", "--held-out-data: given twice"),
+        ("evaluate --checkpoint a --exclude a --data c --exclude b", "--exclude: given twice"),
+        ("generate --checkpoint a --prompt -h3llo", "One that begins with a dash follows an equals sign: --prompt=-h3"),
         ("trian", "trian: no such command. Perhaps you meant train; memformer --help says more"),
         ("nonsense", "nonsense: no such command. There are train, encode, evaluate, "),
         ("generate", "Missing from memformer generate: --checkpoint PATH"),

@@ -238,6 +238,13 @@ def test_a_best_that_is_gone_is_not_found(tmp_path: Path) -> None:
     assert folders.model_in(tmp_path / "nowhere") == tmp_path / "nowhere"
 
 
+def test_a_run_is_found_before_what_else_is_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert folders.find(tmp_path) == tmp_path
+    write(tmp_path, 1)
+    assert folders.find(tmp_path) == tmp_path / "step-000001"
+
+
 def test_metrics_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     log = MetricsLog(tmp_path, 0)

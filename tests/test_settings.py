@@ -84,6 +84,8 @@ def test_a_file_says_only_what_differs(tmp_path):
         ("model: {positions: rotatory}", "positions: expected one of rotary, relative, bucketed, got 'rotatory'"),
         ("optimizer: {learning_rate: fast}", "learning_rate: expected a number, got 'fast'"),
         ("steps: [", "not YAML"),
+        ("optimizer: {warmup: 1}\nsteps: 3\noptimizer: {eps: 1}", r"not YAML \('optimizer' stands twice in .*, line 3"),
+        ("optimizer: {warmup: 1, warmup: 2}", r"not YAML \('warmup' stands twice"),
         ("a: " + "[" * 20000, "not YAML"),
         ("recipe: paper-v1", "recipe: unknown setting: --recipe is a flag"),
         ("seed: 9223372036854775808", r"seed: expected less than 2\*\*63"),

@@ -261,6 +261,15 @@ def test_a_run_is_never_overwritten(settings):
         Run(settings())
 
 
+def test_a_run_is_not_begun_in_the_folder_of_a_model(settings):
+    settings().out.mkdir(parents=True)
+    (settings().out / "config.json").write_text("{}")
+    with pytest.raises(
+        FileExistsError, match=r"holds a config\.json, so it is the folder of a model, .* another --out"
+    ):
+        Run(settings())
+
+
 def test_a_run_without_gradients_is_refused(settings, tmp_path):
     """Weight decay alone would change the weights, and every metric would be written."""
     run = Run(settings())

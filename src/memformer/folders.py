@@ -101,7 +101,8 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if path.name == BEST and path.is_file():  # where there are no links
         path = path.with_name(path.read_text(encoding="utf-8"))
-    folder = path if (path / "config.json").is_file() else best(path) or newest(path)
+    # What else a run's folder holds is not its model.
+    folder = best(path) or newest(path) or (path if (path / "config.json").is_file() else None)
     if folder is None:
         raise FileNotFoundError(f"{path}: no checkpoint there; expected config.json, or folders named step-000200")
     of_a_run = folder is not path or (folder / CHECKSUMS).is_file()  # else of save_pretrained, without checksums

@@ -30,7 +30,7 @@ from .config import (
     check_count,
 )
 from .learning_rate import warmup_constant, warmup_cosine, warmup_stable_decay
-from .trees import build, to_flat, to_plain
+from .trees import build, from_yaml, to_flat, to_plain
 
 __all__ = [
     "RECIPES",
@@ -633,7 +633,7 @@ def read_yaml(file: Path, base: TrainingConfig) -> TrainingConfig:
         OSError: it cannot be read.
     """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = from_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
     try:

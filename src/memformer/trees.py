@@ -8,14 +8,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_type_hints
 
+import yaml
+
 from .config import convert
 
-__all__ = ["build", "to_flat", "to_plain"]
+__all__ = ["build", "from_yaml", "to_flat", "to_plain"]
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in found:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+                found.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def from_yaml(text: str) -> Any:
+    """Plain values of YAML. Raises yaml.YAMLError, also for a key that stands twice."""
+    return yaml.load(text, _Loader)
 
 
 def to_plain(settings: DataclassInstance) -> dict[str, object]:

@@ -12,7 +12,7 @@ from ..data import Document, read_documents
 from ..data.tokenfiles import read_any
 from ..training import checkpoints, documents_for_test, documents_of, settings_of
 from ..training.resume import check_documents_of
-from .typed import check_fields
+from .typed import check_fields, check_reading
 
 __all__ = ["DocumentOptions"]
 
@@ -55,6 +55,9 @@ class DocumentOptions:
                 raise ValueError("test: reads the run's --test-data; leave --data out")
             fields = {"text_field": self.text_field, "bin_dtype": self.bin_dtype}
             check_fields(fields, self.data, self.include, self.exclude)
+            check_reading(
+                {name: getattr(self, name) for name in ("include", "exclude", "separator", "strict")}, self.data
+            )
             how: dict[str, Any] = {name: getattr(self, name) for name in reading}
             return read_any(self.data, functools.partial(read_documents, **how), check=True)
         for name, f in reading.items():

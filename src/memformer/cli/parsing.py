@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -68,7 +69,7 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise _refused_by_settings(stop) or ValueError(_sentence(shown.getvalue())) from None
+        raise _refused_by_settings(stop) or ValueError(_with_dashes(_sentence(shown.getvalue()), rest)) from None
     if default is not None:
         module.check_typed(command, default)
     return module.run, command
@@ -90,6 +91,10 @@ def _any_command() -> Any:
 def _refuse_empty(command: str, arguments: Sequence[str], cls: type) -> None:
     """A variable of the shell that is not set must not be taken for "nothing given"."""
     lists = set(_lists(cls))
+    names = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+    for name in sorted(lists):
+        if names.count(name) > 1:
+            raise ValueError(f"{name}: given twice, and only the last would count; give all values after one {name}")
     for before, argument, after in zip(["", *arguments], arguments, [*arguments[1:], "--"], strict=False):
         name, equals, value = argument.partition("=")
         empty = not argument and before != "--prompt"
@@ -100,10 +105,11 @@ def _refuse_empty(command: str, arguments: Sequence[str], cls: type) -> None:
 
 
 def _lists(kind: Any) -> Iterator[str]:
-    """The flags of a command that take any number of values."""
+    """The flags of a command that take any number of values at once, and are not repeated."""
     if dataclasses.is_dataclass(kind):
+        marked = get_type_hints(kind, include_extras=True)
         for name, hint in get_type_hints(kind).items():
-            if get_origin(hint) is tuple and get_args(hint)[-1:] == (...,):
+            if get_origin(hint) is tuple and get_args(hint)[-1:] == (...,) and marked[name] == hint:
                 yield f"--{name.replace('_', '-')}"
             yield from _lists(hint)
     else:
@@ -138,6 +144,16 @@ def _sentence(box: str) -> str:
     meant = [line.split()[0].rstrip(",") for p in paragraphs[1:] if p[0].startswith("Perhaps") for line in p[1:]
              if line.startswith("--")]  # fmt: skip
     return text + (f". Perhaps you meant {' or '.join(dict.fromkeys(meant))}" if meant else "")
+
+
+def _with_dashes(sentence: str, arguments: Sequence[str]) -> str:
+    """The same, with how to give a value that begins with a dash, where one was given."""
+    missing = re.match(r"Missing value for argument '(--[\w-]+)'", sentence)
+    for name, value in itertools.pairwise(arguments):
+        if missing and name.replace("_", "-") == missing[1] and value.startswith("-"):
+            example = f"{name}={shlex.quote(value)}"
+            return f"{sentence.rstrip(' .')}. One that begins with a dash follows an equals sign: {example}"
+    return sentence
 
 
 def _refused_by_settings(stop: SystemExit) -> ValueError | None:

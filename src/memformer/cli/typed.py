@@ -14,7 +14,7 @@ from ..data.kinds import KINDS, ROWS, kind_of
 from ..data.tokenfiles import is_token_folder
 from ..settings import TrainingConfig, to_flat
 
-__all__ = ["check_fields", "check_typed"]
+__all__ = ["check_fields", "check_reading", "check_typed"]
 
 
 def check_typed(command: TrainingConfig, default: TrainingConfig) -> None:
@@ -46,6 +46,31 @@ def check_fields(
     for name, value in given.items():
         if value != usual[f"documents.{name}"] and (why := _in_vain(name, _kinds(paths, include, exclude))):
             raise ValueError(f"{name}: {value} has no meaning {why}; leave it out")
+
+
+def check_reading(given: dict[str, object], paths: Sequence[Path]) -> None:
+    """Whether flags about how files are read have a meaning with data of those paths.
+
+    Args:
+        given: ``include``, ``exclude``, ``separator`` and ``strict``, or some of them.
+
+    Raises:
+        ValueError: one says something, and nothing is read that way.
+    """
+    for name, value in given.items():
+        if value and (why := _read_whole(paths)):
+            raise ValueError(f"{name}: has no meaning {why}; leave it out")
+
+
+def _read_whole(paths: Sequence[Path]) -> str:
+    """Beside what a flag about how files are read has no meaning, if all are ready to be learned from."""
+    whole = paths and all(map(is_token_folder, paths))
+    return "with folders of memformer encode alone, which are read as they are" if whole else ""
+
+
+def _files(settings: TrainingConfig) -> str:
+    how = settings.documents
+    return _read_whole([*settings.data, *how.held_out_data, *how.test_data])
 
 
 def _vocabulary(settings: TrainingConfig) -> str:
@@ -96,5 +121,6 @@ _WITHOUT: dict[str, Callable[[TrainingConfig], str]] = {
     "new_data": _new_data,
     "documents.text_field": functools.partial(_field, "text_field"),
     "documents.bin_dtype": functools.partial(_field, "bin_dtype"),
+    **dict.fromkeys(("documents.include", "documents.exclude", "documents.separator", "documents.strict"), _files),
 }
 """Beside what each of them has no meaning; nothing where it has one."""

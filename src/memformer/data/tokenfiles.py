@@ -155,11 +155,18 @@ def with_tokens(documents: Sequence[Document], files: TokenFiles) -> list[Docume
 def read_any(
     paths: Iterable[str | Path], read: Callable[[Sequence[str | Path]], Sequence[Document]], *, check: bool = False
 ) -> list[Document]:
-    """The documents of folders of token files, and what ``read`` makes of the other paths."""
+    """The documents of folders of token files, and what ``read`` makes of the other paths.
+
+    Raises:
+        ValueError: a folder is given twice; or as :func:`open_tokens` and ``read``.
+    """
     folders: list[str | Path] = []
     others: list[str | Path] = []
     for path in paths:
         (folders if is_token_folder(path) else others).append(path)
+    for folder in folders:
+        if sum(Path(folder).samefile(other) for other in folders) > 1:
+            raise ValueError(f"{folder}: given twice, so one copy might be held out and the other trained on")
     documents = [document for folder in folders for document in open_tokens(folder, check=check).documents]
     return [*documents, *(read(others) if others or not folders else ())]
 

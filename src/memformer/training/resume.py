@@ -151,7 +151,8 @@ def find_checkpoint(settings: TrainingConfig) -> tuple[Path | None, list[str]]:
     """``(checkpoint, refused)``: the one to go on from, and what is wrong with newer ones.
 
     Raises:
-        FileExistsError: the folder holds a run already, and neither ``resume`` nor ``auto_resume`` is set.
+        FileExistsError: the folder holds a run already, and neither ``resume`` nor ``auto_resume`` is set; or another
+            model.
         FileNotFoundError: ``resume`` is set, and there is no checkpoint.
         ValueError: all checkpoints are damaged.
     """
@@ -160,6 +161,11 @@ def find_checkpoint(settings: TrainingConfig) -> tuple[Path | None, list[str]]:
         if there is not None:
             raise FileExistsError(
                 f"{settings.out} holds a run already ({there.name}): add --resume to go on with it, or choose "
+                "another --out"
+            )
+        if (settings.out / "config.json").exists():
+            raise FileExistsError(
+                f"{settings.out} holds a config.json, so it is the folder of a model, or of something else: choose "
                 "another --out"
             )
         return None, []
