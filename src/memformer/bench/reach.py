@@ -61,8 +61,8 @@ class ReachBenchmark:
     qa2, qa3 and needle do not train on texts in which facts share a segment; in long texts that is rare. All are judged
     with a sharper writing attention than that of training. Depth is where in a text the first fact stands that the
     answer needs. The default trains on texts of up to 2k tokens, which takes 40 minutes of one core for each seed;
-    --train-tokens 16384 is for an accelerator. qa2 asks for --enc-depth 2 --steps 5000, the needle for --steps 6000
-    --sharpen-from 0.85 --judge-temperature 0.1.
+    --train-tokens 16384 is for an accelerator. qa2 asks for --enc-depth 2 --steps 5000, the needle for --steps 6000,
+    both for --sharpen-from 0.85 --judge-temperature 0.1.
     """
 
     tasks: tuple[str, ...] = ("qa1",)
