@@ -79,6 +79,7 @@ def test_a_file_says_only_what_differs(tmp_path):
         ("steps: 0", "steps: expected a whole number of at least 1, got 0"),
         ("resume: 1", "resume: expected true or false, got 1"),
         ("model: 3", "model: expected names with values, got 3"),
+        ("model: {dmi: 16}", r"dmi: unknown setting.* Perhaps you meant model\.dim$"),
         ("- 3", "expected names with values"),
         ("data: 3", "data: expected a list, got 3"),
         ("model: {positions: rotatory}", "positions: expected one of rotary, relative, bucketed, got 'rotatory'"),

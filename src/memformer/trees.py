@@ -97,7 +97,7 @@ def _suggestion(name: str, tree: type[DataclassInstance]) -> str:
     known = dict(reversed(_paths(tree, "")))  # a section before the setting of the same name
     if name in ("recipe", "config"):
         return f": --{name} is a flag"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(name, known, n=1)
     return f". Perhaps you meant {known[close[0]]}" if close else f"; there are {', '.join(sorted(known))}"
 
 
