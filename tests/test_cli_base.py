@@ -54,7 +54,8 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(folder: Path, *flags: str) -> int:
-    return cli.main(["train", "--base", str(folder / "base"), "--data", str(folder / "text.txt"), *SMALL, *flags])
+    data = [] if "--data" in flags else ["--data", str(folder / "text.txt")]
+    return cli.main(["train", "--base", str(folder / "base"), *data, *SMALL, *flags])
 
 
 def error(capsys: pytest.CaptureFixture[str]) -> str:

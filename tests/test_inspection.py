@@ -385,7 +385,8 @@ def test_the_command_prints_and_draws(folder: Path, capsys: pytest.CaptureFixtur
 def test_the_commands_mistakes(
     options: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", "--checkpoint", "model", "--data", "a.txt", *options]) == 2
+    data = [] if "--data" in options else ["--data", "a.txt"]
+    assert main(["inspect", "--checkpoint", "model", *data, *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("memformer: error: ")
     assert message in error

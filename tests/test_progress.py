@@ -22,7 +22,7 @@ SMALL = [
     "--steps", "4", "--dim", "16", "--slots", "2", "--enc-depth", "1", "--dec-depth", "1", "--heads", "2",
     "--lanes", "2", "--segment-length", "8", "--horizon", "2", "--log-every", "2", "--sample-tokens", "20",
 ]  # fmt: skip
-TRAIN = ["train", "--data", "déjà vu.txt", "--out", "my run", *SMALL]
+TRAIN = ["train", "--out", "my run", *SMALL, "--data", "déjà vu.txt"]
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def command(*arguments: str) -> list[str]:
 )
 def test_an_encoding_that_lacks_characters(folder: Path, environment: dict[str, str]) -> None:
     (folder / "text.txt").write_text("déjà vu. " * 99, encoding="utf-8")
-    arguments = [*TRAIN, "--data", "text.txt" if "LC_ALL" in environment else "déjà vu.txt"]
+    arguments = [*TRAIN[:-1], "text.txt" if "LC_ALL" in environment else "déjà vu.txt"]
     done = subprocess.run(command(*arguments), capture_output=True, env={**os.environ, **environment}, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"memformer generate --checkpoint 'my run'" in done.stdout

@@ -35,6 +35,8 @@ _DESCRIPTION = (
     "Train and use models that read sequences of any length with a memory of fixed size. "
     "memformer --version prints the version."
 )
+_WHAT_IS_READ = {"--data", "--held-out-data", "--test-data", "--prose", "--include", "--exclude"}
+"""Who gives one of these twice means both, and nobody would see that the first was lost."""
 _PLAIN = {
     r"invalid literal for int\(\) with base 10:": "expected a whole number, got",
     r"could not convert string to float:": "expected a number, got",
@@ -92,7 +94,7 @@ def _refuse_empty(command: str, arguments: Sequence[str], cls: type) -> None:
     """A variable of the shell that is not set must not be taken for "nothing given"."""
     lists = set(_lists(cls))
     names = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
-    for name in sorted(lists):
+    for name in sorted(lists & _WHAT_IS_READ):
         if names.count(name) > 1:
             raise ValueError(f"{name}: given twice, and only the last would count; give all values after one {name}")
     for before, argument, after in zip(["", *arguments], arguments, [*arguments[1:], "--"], strict=False):
