@@ -614,6 +614,29 @@ def test_segments_may_be_any_iterable_but_one_is_needed(run: Any, kind: Any) -> 
     run(kind(), (Segment(src, tgt=src) for src in [tokens(2, 3)] * 2))
 
 
+def test_a_data_set_reaches_the_engine_as_one() -> None:
+    """So its segments are fetched one at a time."""
+
+    class Data:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, t: int) -> Segment:
+            if t >= 2:
+                raise IndexError
+            return Segment(torch.full((2, 3), t), tgt=torch.full((2, 3), t))
+
+    data, seen = Data(), []
+
+    def method(cell: Any, segments: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(segments)
+        return replay.memory_replay(cell, segments, *arguments, **options)
+
+    held = rollouts.rollout(lively(), list(data)).loss
+    torch.testing.assert_close(rollouts.rollout(lively(), data, method=method).loss, held)
+    assert seen == [data]
+
+
 def test_nothing_to_train() -> None:
     with pytest.raises(ValueError, match=r"nothing to train: all parameters are frozen, or gradients are off"):
         memory_replay_backprop(small().requires_grad_(False), src=tokens(2, 7), tgt=tokens(2, 4))

@@ -85,7 +85,8 @@ def rollout(
         ValueError: no segments; both ``readout_tokens`` and ``readout_segments``; a wavefront with
             ``segment_weights`` or ``memory_gradients``; whatever the method refuses.
     """
-    segments = segment_list(segments)
+    if not hasattr(segments, "__len__") or not len(segments):  # a data set stays one, of which one segment is held
+        segments = segment_list(segments)
     options = _with_readout(replay.Options.of(options, keywords), model, segments, readout_tokens)
     if tally is not None and options.keep_values is False and torch.is_grad_enabled():
         tally = functools.partial(_where_it_trains, tally)
