@@ -73,6 +73,10 @@ def test_what_a_memory_cannot_do_is_refused(case: tuple[Any, Any]) -> None:
             dict(inputs_embeds=torch.zeros(1, 5, 16)),
             "inputs_embeds: expected none, .* give input_ids, got torch.float32",
         ),
+        (
+            dict(position_ids=torch.arange(3, 8)[None]),
+            "position_ids: expected none, .* leave them out, got torch.int64",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             model.generate(tokens(1, 5), max_new_tokens=3, **options)

@@ -59,12 +59,21 @@ LAYERS = ["q_proj", "v_proj"]
         (peft.OFTConfig(r=2, oft_block_size=0, target_modules=LAYERS), "OFT"),
         (peft.AdaLoraConfig(target_modules=LAYERS, total_step=9), "ADALORA"),
         (peft.LoraConfig(target_modules=LAYERS, trainable_token_indices=[1]), "LORA with trainable_token_indices"),
+        (peft.LoraConfig(target_modules=LAYERS, bias="all"), "LORA with bias"),
     ],
     ids=lambda x: x.replace(" ", "-") if isinstance(x, str) else "",
 )
 def test_only_a_lora_is_known_in_a_base(config: peft.PeftConfig, got: str) -> None:
     with pytest.raises(ValueError, match=f"base: expected a LoRA in its layers alone, got {got}; merge_and_unload it"):
         with_memory(peft.get_peft_model(base_of(dtype=torch.float32), config), 3, LENGTH)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # so does PEFT warn of it
+def test_a_lora_in_a_head_that_is_tied_is_refused() -> None:
+    base = base_of(dtype=torch.float32, tie_word_embeddings=True)
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"no LoRA in the head, .* leave it out of target_modules, got \{'lm_head'\}"):
+        with_memory(wrapped, 3, LENGTH)
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])

@@ -157,7 +157,7 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
     """A base out of PEFT's wrapper, where it has one, with its adapter in its layers; and the adapter's settings.
 
     Raises:
-        ValueError: an adapter that is no LoRA, or is not in the layers alone, or more than one.
+        ValueError: an adapter that is no LoRA, trains more than that or a head that is tied, or more than one.
     """
     adapters = getattr(base, "peft_config", None)  # transformers' add_adapter makes no wrapper, but this
     wrapped = hasattr(base, "get_base_model")
@@ -166,8 +166,8 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
     if len(adapters) != 1:
         raise ValueError(f"base: expected one adapter, got {', '.join(adapters)}; merge or delete the others")
     ((name, adapter),) = adapters.items()
-    kind, beside = adapter.peft_type.value, ("modules_to_save", "trainable_token_indices")
-    others = " and ".join(part for part in beside if getattr(adapter, part, None))
+    kind, beside = adapter.peft_type.value, ("modules_to_save", "trainable_token_indices", "bias")
+    others = " and ".join(part for part in beside if getattr(adapter, part, None) not in (None, [], "none"))
     if kind != "LORA" or others:
         raise ValueError(
             f"base: expected a LoRA in its layers alone, got {kind}{' with ' + others if others else ''}; "
@@ -175,6 +175,13 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
         )
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
     inner = base.get_base_model() if wrapped else base
+    if getattr(text_config(inner), "tie_word_embeddings", False) and inner.get_output_embeddings() in _adapter_layers(
+        inner
+    ):
+        raise ValueError(
+            "base: expected no LoRA in the head, whose weights are those of the embeddings; leave it out of "
+            f"target_modules, got {adapter.target_modules}"
+        )
     return inner, {**settings, "peft_type": kind, "adapter_name": name}
 
 

@@ -90,7 +90,13 @@ class CarriedGenerationMixin(GenerationMixin):
         return super()._prepare_cache_for_generation(generation_config, *args)
 
     def _prepare_model_inputs(self, inputs: Any = None, bos_token_id: Any = None, model_kwargs: Any = None) -> Any:
-        check_no_embeds((model_kwargs or {}).get("inputs_embeds"))
+        given = model_kwargs or {}
+        check_no_embeds(given.get("inputs_embeds"))
+        if given.get("position_ids") is not None:
+            raise ValueError(
+                "position_ids: expected none, because this model counts the places of a segment itself, from its "
+                f"attention_mask; leave them out, got {describe(given['position_ids'])}"
+            )
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

@@ -349,8 +349,9 @@ class ThreeFacts(_WithThings):
 
     @property
     def lessons(self) -> tuple[World, ...]:
+        """Those of two facts; three facts joined, of two people, then of all, and ever more of them."""
         simpler = TwoFacts(people=self.people, places=self.places, things=self.things)
-        return *simpler.lessons, self.with_few_names(), self.eased(0)
+        return *simpler.lessons, self.with_few_names(), self.eased(0), self.eased(1), self.eased(2)
 
     @property
     def chance(self) -> float:
