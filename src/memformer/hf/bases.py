@@ -175,9 +175,8 @@ def without_peft(base: Any) -> tuple[Any, dict[str, Any] | None]:
         )
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.to_dict().items()}
     inner = base.get_base_model() if wrapped else base
-    if getattr(text_config(inner), "tie_word_embeddings", False) and inner.get_output_embeddings() in _adapter_layers(
-        inner
-    ):
+    tied = getattr(text_config(inner), "tie_word_embeddings", False)
+    if tied and inner.get_output_embeddings() in _adapter_layers(inner):
         raise ValueError(
             "base: expected no LoRA in the head, whose weights are those of the embeddings; leave it out of "
             f"target_modules, got {adapter.target_modules}"
