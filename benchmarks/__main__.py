@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from . import card
 
@@ -17,36 +17,24 @@ if TYPE_CHECKING or importlib.util.find_spec("tyro") is not None:
 
     from . import earlier, export, generate, lanes, learn, loader, overhead, peak, pixels, positions, text, wavefront
 
-    _RUN: dict[type, Callable[[Any], Iterator[str]]] = {
-        learn.Learn: learn.run,
-        text.Text: text.run,
-        generate.Generate: generate.run,
-        earlier.EarlierLibrary: earlier.run,
-        overhead.Overhead: overhead.run,
-        peak.PeakBenchmark: peak.run,
-        positions.PositionsBenchmark: positions.run,
-        loader.Loader: loader.run,
-        lanes.LanesBenchmark: lanes.run,
-        export.Export: export.run,
-        pixels.PixelsBenchmark: pixels.run,
-        wavefront.WavefrontBenchmark: wavefront.run,
+    _COMMANDS: dict[str, tuple[type, Callable[[Any], Iterator[str]]]] = {
+        "learn": (learn.Learn, learn.run),
+        "text": (text.Text, text.run),
+        "generate": (generate.Generate, generate.run),
+        "earlier": (earlier.EarlierLibrary, earlier.run),
+        "overhead": (overhead.Overhead, overhead.run),
+        "peak": (peak.PeakBenchmark, peak.run),
+        "positions": (positions.PositionsBenchmark, positions.run),
+        "loader": (loader.Loader, loader.run),
+        "lanes": (lanes.LanesBenchmark, lanes.run),
+        "export": (export.Export, export.run),
+        "pixels": (pixels.PixelsBenchmark, pixels.run),
+        "wavefront": (wavefront.WavefrontBenchmark, wavefront.run),
+        "card": (card.Card, card.run),
     }
-
-    _Command = (
-        Annotated[learn.Learn, tyro.conf.subcommand("learn")]
-        | Annotated[text.Text, tyro.conf.subcommand("text")]
-        | Annotated[generate.Generate, tyro.conf.subcommand("generate")]
-        | Annotated[earlier.EarlierLibrary, tyro.conf.subcommand("earlier")]
-        | Annotated[overhead.Overhead, tyro.conf.subcommand("overhead")]
-        | Annotated[peak.PeakBenchmark, tyro.conf.subcommand("peak")]
-        | Annotated[positions.PositionsBenchmark, tyro.conf.subcommand("positions")]
-        | Annotated[loader.Loader, tyro.conf.subcommand("loader")]
-        | Annotated[lanes.LanesBenchmark, tyro.conf.subcommand("lanes")]
-        | Annotated[export.Export, tyro.conf.subcommand("export")]
-        | Annotated[pixels.PixelsBenchmark, tyro.conf.subcommand("pixels")]
-        | Annotated[wavefront.WavefrontBenchmark, tyro.conf.subcommand("wavefront")]
-        | Annotated[card.Card, tyro.conf.subcommand("card")]
-    )
+    _COMMAND: Any = Union[  # noqa: UP007
+        tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in _COMMANDS.items())
+    ]
 
 
 def _without_tyro(arguments: list[str]) -> card.Card:
@@ -64,18 +52,20 @@ def _without_tyro(arguments: list[str]) -> card.Card:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one benchmark and print its report; 2 for a user's mistake."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    run: Callable[[Any], Iterator[str]] = card.run
     try:
         if importlib.util.find_spec("tyro") is None:
             settings: Any = _without_tyro(given)
         else:
             settings = tyro.cli(
-                _Command,  # type: ignore[arg-type]
+                _COMMAND,
                 prog="python -m benchmarks",
                 description="Contests with other packages, and tables for the documents.",
                 args=given,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             )
-        for line in (card.run if isinstance(settings, card.Card) else _RUN[type(settings)])(settings):
+            run = dict(_COMMANDS.values())[type(settings)]
+        for line in run(settings):
             print(line, flush=True)
     except (ValueError, OSError, ImportError) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)

@@ -256,7 +256,7 @@ def test_pixels_are_compared_in_bits():
         ),
         ({"seeds": (1, 1)}, "seeds: expected one or more, all different, got 1, 1"),
         ({"learning_rates": ()}, "learning_rates: expected one or more"),
-        ({"learning_rates": (0.0,)}, "learning_rates: expected numbers above 0"),
+        ({"learning_rates": (0.0,)}, "learning_rates: expected a finite number above 0"),
         ({"questions": 2}, "questions: only tasks of pairs ask several, and tasks are retrieval"),
         ({"model": dataclasses.replace(MODEL, heads=3)}, "heads: "),
         ({"steps": 0}, "steps: expected a whole number of at least 1, got 0"),

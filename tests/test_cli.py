@@ -116,7 +116,7 @@ def test_evaluate_reads_a_limit_and_speaks_json(folder, capsys, monkeypatch):
     assert (found["write_temperature"], found["forgetting"]) == (0.25, 0.001)
     assert otherwise["memory_on"]["loss_nats"] != found["memory_on"]["loss_nats"]
     assert main([*command, "--write-temperature", "0"]) == 2
-    assert "write_temperature: expected a number above 0, got 0.0" in capsys.readouterr().err
+    assert "write_temperature: expected a finite number above 0, got 0.0" in capsys.readouterr().err
     monkeypatch.setattr("memformer.cli.evaluate.xz_bits_per_byte", lambda *_: float("nan"))
     assert main([*command, "--memory", "on", "--json"]) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["xz"]["bits_per_byte"] is None

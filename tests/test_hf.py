@@ -157,7 +157,7 @@ def test_it_can_be_written_otherwise_than_in_training(tmp_path: Path) -> None:
     loaded = MemoryForCausalLM.from_pretrained(tmp_path)
     assert (loaded.config.write_temperature, loaded.config.forgetting) == (0.075, 0.0)
     assert torch.equal(loaded(tokens).memory.slots, after)
-    with pytest.raises(ValueError, match="write_temperature: expected a number above 0, got 0"):
+    with pytest.raises(ValueError, match="write_temperature: expected a finite number above 0, got 0"):
         model.set_writer(write_temperature=0)
     assert (model.config.write_temperature, model.writer.temperature, model.writer.scale) == (0.075, 0.075, 0.0)
 
@@ -674,7 +674,7 @@ def test_wrong_settings_are_named() -> None:
         (dict(read_dim=10), "read_heads: must divide read_dim, got 4 heads for 10"),
         (dict(write_heads=3), "write_heads: must divide the base's width, got 3 heads for 16"),
         (dict(memory_writer="gru"), "memory_writer: expected one of normalised, gated, placed, got 'gru'"),
-        (dict(write_temperature=0), "write_temperature: expected a number above 0, got 0"),
+        (dict(write_temperature=0), "write_temperature: expected a finite number above 0, got 0"),
         (dict(forgetting=-1), "forgetting: expected a finite number of at least 0, got -1"),
         (dict(forgetting=0.0, memory_writer="placed"), r"forgetting: 0\.0 has no meaning with the writer placed"),
         (dict(slot_parts=3), "slot_parts: must divide the base's width, got 3 for 16"),
@@ -699,7 +699,10 @@ def test_wrong_inputs_are_named() -> None:
         ),
         (dict(labels=tokens[:, 1:]), r"labels: expected the shape of the tokens, \(2, 20\), got .* \(2, 19\)"),
         (dict(labels=tokens + TOKENS), "labels: token id"),
-        (dict(reset=torch.ones(3).bool()), r"reset: expected torch.bool of shape \(2,\), one per lane, got .*\(3,\)"),
+        (
+            dict(reset=torch.ones(3).bool()),
+            r"reset: expected torch.bool of shape \(2,\), one per lane of input_ids, got .*\(3,\)",
+        ),
         (dict(memory=tuple(memory)), "memory: expected that of this model .* a PretrainedMemory with .*, got tuple"),
         (dict(memory=memory.slots), "memory: expected that of this model and this batch, .* got torch.float64"),
         (

@@ -95,7 +95,7 @@ def test_a_model_from_before_is_its_own() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"write_temperature": 0.0}, r"write_temperature: expected a number above 0, got 0\.0"),
+        ({"write_temperature": 0.0}, r"write_temperature: expected a finite number above 0, got 0\.0"),
         ({"forgetting": -0.1}, r"forgetting: expected a finite number of at least 0, got -0\.1"),
         ({"forgetting": float("inf")}, "forgetting: expected a finite number of at least 0, got inf"),
         ({"forgetting": float("nan")}, "forgetting: expected a finite number of at least 0, got nan"),

@@ -16,11 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import generation
-from .checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, check_tokens, describe, is_tensor
+from .checks import (
+    IGNORED,
+    as_mask,
+    as_tokens,
+    check_labels,
+    check_mask,
+    check_reset,
+    check_tokens,
+    describe,
+    is_tensor,
+)
 from .config import CausalConfig, MemoryLayout, Positions, Writer
 from .data.segments import Segment, Targets, cut, each_as_tokens
 from .interface import Divisor, LanguageModel, Step, TokenLosses, as_pairs, as_tensor
-from .nn.attention import KeysValues
+from .nn.attention import KeysValues, visible_to
 from .nn.blocks import Block, embedding_table
 from .nn.causal import (
     CausalLayer,
@@ -29,7 +39,6 @@ from .nn.causal import (
     OneMemory,
     as_they_stood,
     tokens_first,
-    visible_to,
 )
 from .nn.losses import Head, each_loss, vocabulary_loss
 from .nn.memory import SlotWriter, new_writer
@@ -309,12 +318,6 @@ class CausalMemformer(LanguageModel):
                 check_labels("tgt", s.tgt, s.src, self.config.num_tokens)
         return found
 
-    def of_stream(self, segment: Segment) -> Segment:
-        """The tokens that a decoder would write of the segment: each of a document comes once."""
-        assert segment.tgt is not None
-        mask = None if segment.tgt_mask is None else segment.tgt_mask[:, 1:]
-        return Segment(segment.tgt[:, 1:], mask, segment.reset)
-
     def compile_parts(self) -> None:
         """The stack of all layers, which then run one after the other."""
         self.stack.compile()
@@ -328,9 +331,6 @@ class CausalMemformer(LanguageModel):
         return memory.slots
 
     # --- What generation asks for ---------------------------------------------------------------------------------
-
-    def check_writes(self, purpose: str) -> None:
-        """Every causal model writes text."""
 
     def packed(self, memory: CausalMemory) -> Tensor:
         """(batch, rows, dim): all slots, then what each layer got of the last tokens, then the output."""
@@ -458,10 +458,7 @@ class CausalMemformer(LanguageModel):
         batch = tokens.shape[0]
         if mems is not None:
             self._check_memory(mems, batch)
-        if reset is not None and not is_tensor(reset, (batch,), torch.bool):
-            raise ValueError(
-                f"reset: expected torch.bool of shape ({batch},), one per lane of {name}, got {describe(reset)}"
-            )
+        check_reset(reset, name, batch)
         if labels is not None:
             check_labels("labels", labels, tokens, config.num_tokens)
 

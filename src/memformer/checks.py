@@ -184,6 +184,14 @@ def check_mask(name: str, mask: Tensor | None, like: Tensor) -> None:
         )
 
 
+def check_reset(reset: Tensor | None, name: str, batch_size: int) -> None:
+    """Raise ValueError unless a reset has one boolean for each lane of the tokens of that name."""
+    if reset is not None and not is_tensor(reset, (batch_size,), torch.bool):
+        raise ValueError(
+            f"reset: expected torch.bool of shape ({batch_size},), one per lane of {name}, got {describe(reset)}"
+        )
+
+
 def plural(count: int, noun: str) -> str:
     """A number with its noun, for a message: "1 document", "1,332 bytes"."""
     return f"{count:,} {noun}" + "s" * (count != 1)

@@ -107,16 +107,12 @@ class ModelConfig(Typed):
 
     def _check_parts(self, stack_heads: list[str]) -> None:
         """Raise ValueError where a choice of parts is not one; ``stack_heads`` names the heads that know positions."""
-        dim, writer, positions, dropout, temperature, forgetting = (
-            getattr(self, field)
-            for field in ("dim", "memory_writer", "positions", "dropout", "write_temperature", "forgetting")
+        dim, writer, positions, dropout = (
+            getattr(self, field) for field in ("dim", "memory_writer", "positions", "dropout")
         )
-        for name, value, choices in (
-            ("memory_writer", writer, get_args(Writer)),
-            ("positions", positions, get_args(Positions)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        check_writing(writer, self.write_temperature, self.forgetting)
+        if positions not in get_args(Positions):
+            raise ValueError(f"positions: expected one of {', '.join(get_args(Positions))}, got {positions!r}")
         for name in stack_heads if positions == "rotary" else ():
             heads = getattr(self, name)
             if dim // heads % 2:
@@ -126,9 +122,6 @@ class ModelConfig(Typed):
                 )
         if not (isinstance(dropout, numbers.Real) and 0 <= float(dropout) < 1):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
-        if not (isinstance(temperature, numbers.Real) and float(temperature) > 0):
-            raise ValueError(f"write_temperature: expected a number above 0, got {temperature!r}")
-        check_forgetting(forgetting, writer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +282,15 @@ def as_before(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if (name, value) not in LATER.items()}
 
 
-def check_forgetting(value: object, writer: Writer) -> None:
+def check_writing(writer: object, temperature: object, forgetting: object) -> None:
+    """Raise ValueError, which begins with a setting's name, unless a memory can be written so."""
+    if writer not in get_args(Writer):
+        raise ValueError(f"memory_writer: expected one of {', '.join(get_args(Writer))}, got {writer!r}")
+    check_positive("write_temperature", temperature)
+    check_forgetting(forgetting, writer)
+
+
+def check_forgetting(value: object, writer: object) -> None:
     """Raise ValueError, which begins with the setting's name, unless it is one that such a writer can have."""
     check_number("forgetting", value)
     if not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
@@ -311,6 +312,12 @@ def check_number(name: str, value: object) -> None:
     """Raise ValueError, which begins with ``name``, unless ``value`` is a number (True and False are none)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name}: expected a number, got {value!r}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError, which begins with ``name``, unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) and 0 < float(value) < math.inf):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
 
 
 def a_path(name: str, value: object) -> Path:

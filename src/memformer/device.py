@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["check_compiler", "choose_device", "choose_precision", "compile_error", "seeded", "summing_device"]
+__all__ = [
+    "check_compiler",
+    "choose_device",
+    "choose_precision",
+    "compile_error",
+    "is_out_of_memory",
+    "seeded",
+    "summing_device",
+]
 
 
 def choose_device(name: str) -> torch.device:
@@ -55,6 +63,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             state = torch.Generator(device).manual_seed(seed).get_state()
             torch.get_device_module(device).set_rng_state(state, device)
         yield
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the CPU, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def summing_device(device: torch.device) -> torch.device:

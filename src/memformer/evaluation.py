@@ -14,9 +14,8 @@ from torch import Tensor
 from .config import is_count
 from .data import BPETokenizer, Document, Lanes, Tokenizer, Tokens, encode_documents
 from .device import summing_device
-from .interface import SegmentModel, in_evaluation
+from .interface import SegmentModel, in_evaluation, segment_model
 from .parallel import Ranks
-from .pretrained import unwrapped
 from .wavefront import read_segments
 
 __all__ = ["ByDepth", "Depth", "DepthSum", "HeldOut", "evaluate", "read_stream", "streamed_once"]
@@ -120,10 +119,7 @@ def evaluate(
     Raises:
         ValueError: no document, an empty one, or the model has another vocabulary than the tokenizer.
     """
-    inner = unwrapped(model)
-    if not isinstance(inner, SegmentModel):
-        raise ValueError(f"model: expected a Memformer or a CausalMemformer, got {type(inner).__name__}")
-    model = inner
+    model = segment_model(model)
     if not is_count(lanes, 1):
         raise ValueError(f"lanes: expected at least 1, got {lanes!r}")
     if not isinstance(documents, Sequence) or not all(isinstance(d, Document) for d in documents):

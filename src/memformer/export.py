@@ -22,8 +22,8 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import a_path
-from .interface import Axes, SegmentModel, Step
-from .pretrained import Pretrained, unwrapped
+from .interface import Axes, Step, segment_model
+from .pretrained import Pretrained
 
 __all__ = ["DescribedStep", "DescribedTensor", "Exported", "Format", "export"]
 
@@ -80,10 +80,7 @@ def export(
             causal one without an overlap, which onnxruntime does not load.
         ImportError: the packages that write ONNX are missing.
     """
-    inner = unwrapped(model)
-    if not isinstance(inner, SegmentModel):
-        raise ValueError(f"model: expected a Memformer or a CausalMemformer, got {type(inner).__name__}")
-    model, folder = inner, a_path("folder", folder)
+    model, folder = segment_model(model), a_path("folder", folder)
     if format not in get_args(Format):
         raise ValueError(f"format: expected one of {', '.join(get_args(Format))}, got {format!r}")
     if model.training:

@@ -132,10 +132,7 @@ def damage(folder: Path) -> str | None:
 def checksum(file: Path) -> str:
     """The SHA-256 of a file, as ``checksums.json`` has it."""
     with file.open("rb") as opened:
-        digest = hashlib.sha256()
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _list(sums: str | list[str]) -> list[str]:

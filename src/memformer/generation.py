@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Unpack, cast
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checks import as_mask, as_tokens, describe, is_tensor
 from .config import check_count
 from .device import summing_device
-from .interface import SegmentModel
-from .pretrained import unwrapped
+from .interface import SegmentModel, segment_model
 from .sampling import (
     Choice,
     Filters,
@@ -175,7 +174,7 @@ def read(
     Raises:
         ValueError: an argument does not fit the model or the others; the message says what was expected.
     """
-    model = _of_kind(model)
+    model = segment_model(model)
     lanes, state = _begin(model, tokens, state, start, mask)
     return read_lanes(model, lanes, state)
 
@@ -216,8 +215,7 @@ def stream(
             not depend on the other lanes. On the model's device.
         capture: whether the step of a token is captured on a card, as one CUDA graph that is launched for each token:
             "auto" where that pays and can be, with one warning where it cannot; "on" raises then; "off" never. Captured
-            or not, the same generators draw the same tokens. Lanes that have ended then stay in the batch. Not run on
-            a card yet.
+            or not, the same generators draw the same tokens. Lanes that have ended then stay in the batch.
 
     Raises:
         ValueError: as :func:`read`, and where the model cannot write. On a card, where the logits are no numbers it
@@ -225,7 +223,7 @@ def stream(
         TypeError: a keyword is unknown.
     """
     sampling = Sampling.of(sampling, keywords)
-    model = _of_kind(model)
+    model = segment_model(model)
     lanes, state = _begin(model, prompt, state, start, prompt_mask)
     _check_writing(model, max_new_tokens)
     check_capture(capture, model, state.position.device)
@@ -277,7 +275,7 @@ def generate(
         ValueError: as :func:`stream`, for anything that samples beside ``beams``, and for a penalty without them.
         TypeError: a keyword is unknown.
     """
-    model, sampling = _of_kind(model), Sampling.of(sampling, keywords)
+    model, sampling = segment_model(model), Sampling.of(sampling, keywords)
     if beams is None:
         if length_penalty != 1:
             raise ValueError(f"length_penalty: {length_penalty} has no meaning without beams; leave it out")
@@ -316,10 +314,6 @@ def generate(
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
-
-
-def _of_kind(model: nn.Module) -> SegmentModel:
-    return cast(SegmentModel, unwrapped(model))
 
 
 def _begin(

@@ -24,10 +24,9 @@ from .checks import describe, plural
 from .config import a_path, is_count
 from .data import Document, Lanes, Tokens
 from .data.segments import Segment
-from .interface import Memory, SegmentModel, in_evaluation
+from .interface import Memory, SegmentModel, in_evaluation, segment_model
 from .nn.memory import SlotWriter
 from .pictures import new_figure
-from .pretrained import unwrapped
 from .rollouts import rollout
 
 __all__ = ["KINDS", "Inspection", "MemoryHealth", "inspect", "kinds", "memory_health", "plot", "slot_diversity"]
@@ -125,10 +124,7 @@ def inspect(model: SegmentModel, documents: Sequence[Tokens], *, start: int, seg
     Raises:
         ValueError: no document, one of fewer than two whole segments, or with ids that the model does not have.
     """
-    inner = unwrapped(model)
-    if not isinstance(inner, SegmentModel):
-        raise ValueError(f"model: expected a Memformer or a CausalMemformer, got {type(inner).__name__}")
-    model = inner
+    model = segment_model(model)
     if not is_count(segments, 2):
         raise ValueError(f"segments: expected at least 2, for a gradient to reach back, got {segments!r}")
     if not isinstance(documents, Sequence) or isinstance(documents, str | bytes):

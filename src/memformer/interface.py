@@ -19,7 +19,7 @@ from .checks import IGNORED
 from .data.segments import Segment, Targets, padded
 from .nn.attention import KeysValues
 from .nn.memory import SlotWriter
-from .pretrained import Pretrained
+from .pretrained import Pretrained, unwrapped
 from .state import MemoryState
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "as_pairs",
     "as_tensor",
     "in_evaluation",
+    "segment_model",
 ]
 
 Memory = Any
@@ -286,6 +287,14 @@ class SegmentModel(Pretrained):
         """
 
 
+def segment_model(model: nn.Module) -> SegmentModel:
+    """A model out of its wrappers. Raises ValueError where it is none of this library."""
+    inner = unwrapped(model)
+    if not isinstance(inner, SegmentModel):
+        raise ValueError(f"model: expected a Memformer or a CausalMemformer, got {type(inner).__name__}")
+    return inner
+
+
 class LanguageModel(SegmentModel):
     """A model that predicts what it reads: its targets are labels, of the shape of their segment."""
 
@@ -303,6 +312,15 @@ class LanguageModel(SegmentModel):
         """The labels of segments of any length, and which of them count: both (segments * batch, length)."""
         labels = torch.cat([padded(self.target(segment), length, IGNORED) for segment in segments])
         return labels, torch.cat([padded(self.counted(segment), length, False) for segment in segments])
+
+    def of_stream(self, segment: Segment) -> Segment:
+        """The tokens that a decoder would write of the segment: each of a document comes once."""
+        assert segment.tgt is not None
+        mask = None if segment.tgt_mask is None else segment.tgt_mask[:, 1:]
+        return Segment(segment.tgt[:, 1:], mask, segment.reset)
+
+    def check_writes(self, purpose: str) -> None:
+        """Every such model writes text."""
 
     @staticmethod
     def refuse_mask_of_labels(tgt_mask: object) -> None:

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from . import generation
-from .checks import as_mask, as_tokens, check_mask, check_tokens, describe, has_values, ignored_as_masked, is_tensor
+from .checks import (
+    as_mask,
+    as_tokens,
+    check_mask,
+    check_reset,
+    check_tokens,
+    describe,
+    has_values,
+    ignored_as_masked,
+    is_tensor,
+)
 from .config import MemformerConfig, Positions, Writer
 from .data.segments import Segment, Targets, cut, each_as_tokens
 from .network import Decoder, Encoder, EncOnlyResults, Network, counted_targets, target_losses, token_losses
@@ -273,10 +283,7 @@ class Memformer(Network):
                     f"mems: expected {dtype}, that of the model, of shape {shape} (batch of src, num_memory_slots, "
                     f"dim), got {describe(mems)}"
                 )
-        if reset is not None and not is_tensor(reset, (batch,), torch.bool):
-            raise ValueError(
-                f"reset: expected torch.bool of shape ({batch},), one per lane of src, got {describe(reset)}"
-            )
+        check_reset(reset, "src", batch)
 
     def check_target(self, tgt: Tensor, tgt_mask: Tensor | None, batch_size: int) -> None:
         """Raise ValueError where a target does not fit a source of that batch size."""

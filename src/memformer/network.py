@@ -21,10 +21,10 @@ from .checks import IGNORED
 from .config import MemformerConfig
 from .data.segments import Segment
 from .interface import Divisor, SegmentModel, Step, TokenLosses, as_pairs, as_tensor
-from .nn.attention import ContextProjection, KeysValues, blocked, causal_mask
+from .nn.attention import ContextProjection, KeysValues, blocked, visible_to
 from .nn.blocks import Block, embedding_table
 from .nn.losses import VocabularyLoss, vocabulary_loss
-from .nn.memory import SlotWriter, new_writer
+from .nn.memory import SlotWriter, begun, new_writer, writes
 from .nn.positions import positions
 from .state import MemoryState
 
@@ -136,9 +136,7 @@ class Decoder(nn.Module):
         mask = None
         if tgt_mask is not None:
             x = x * tgt_mask[..., None]
-            tokens = tgt.shape[1]
-            itself = torch.eye(tokens, dtype=torch.bool, device=tgt.device)
-            mask = (tgt_mask[:, None, None, :] & causal_mask(tokens, tokens, tgt.device)) | itself  # (batch, 1, q, k)
+            mask = visible_to(tgt_mask)  # (batch, 1, queries, keys)
         context_mask = None if src_mask is None else _visible(src_mask)[:, None, None, :]  # (batch, 1, 1, source)
         for layer, context in zip(self.layers, self.context_projection(enc_out), strict=True):
             x = layer(x, context, mask, context_mask)
@@ -299,18 +297,9 @@ class Network(SegmentModel):
             src_mask: (batch, tokens) boolean, True for tokens that exist.
             reset: (batch,) boolean: lanes that start again from the learned initial memory.
         """
-        initial = self.get_initial_mem(src.shape[0])  # (batch, slots, dim)
-        mem = initial if mems is None else mems
-        if reset is not None:
-            mem = torch.where(reset[:, None, None], initial, mem)
+        mem = begun(mems, self.get_initial_mem(src.shape[0]), reset)  # (batch, slots, dim)
         enc_out = self.encoder(src, mem, src_mask)  # (batch, tokens, dim)
-        written = mem
-        for _ in range(self.config.num_mem_updates):
-            written = self.writer(written, enc_out, src_mask)
-        written = written.to(mem.dtype)
-        if src_mask is not None:
-            written = torch.where(src_mask.any(1)[:, None, None], written, mem)
-        return EncOnlyResults(enc_out, written)
+        return EncOnlyResults(enc_out, writes(self.writer, self.config.num_mem_updates, mem, enc_out, src_mask))
 
     # --- What a rollout asks for ------------------------------------------------------------------------------------
 

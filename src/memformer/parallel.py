@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .interface import SegmentModel
 from .pretrained import divided
 
-__all__ = ["Ranks", "as_rows", "full", "gradient_sync", "joined", "like", "shard"]
+__all__ = ["Ranks", "as_rows", "gradient_sync", "joined", "like", "shard"]
 
 T = TypeVar("T")
 
@@ -322,11 +322,6 @@ def gradient_sync(model: SegmentModel) -> Callable[[bool], None] | None:
             part.set_requires_gradient_sync(exchange)
 
     return switch
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, in every process."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def like(whole: Tensor, other: Tensor) -> Tensor:

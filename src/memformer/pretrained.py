@@ -27,6 +27,7 @@ __all__ = [
     "SHARDS",
     "Pretrained",
     "distinct",
+    "full",
     "plain_state",
     "read_config",
     "read_shards",
@@ -187,12 +188,15 @@ def divided(model: nn.Module) -> bool:
     return hasattr(next(model.parameters()), "full_tensor")
 
 
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor, in every process."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def plain_state(model: Pretrained) -> dict[str, Any]:
     """A model's ``state_dict`` with whole tensors, under the names that they have where no part of it is wrapped."""
     return {
-        ".".join(part for part in name.split(".") if part not in _WRAPPERS): x.full_tensor()
-        if hasattr(x, "full_tensor")
-        else x
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): full(x)
         for name, x in model.state_dict().items()
     }
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, check_count, check_number, is_count
+from .config import ModelConfig, check_count, check_number, check_positive, is_count
 
 __all__ = [
     "Choice",
@@ -70,9 +70,7 @@ def keep_allowed(logits: Tensor, never: Sequence[int] | Tensor) -> Tensor:
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Tokens in ``seen`` (batch, any number) become less likely for a ``penalty`` above 1 (Keskar et al., 2019)."""
-    check_number("repetition_penalty", penalty)
-    if not 0 < penalty < math.inf:
-        raise ValueError(f"repetition_penalty: expected a finite number above 0, got {penalty}")
+    check_positive("repetition_penalty", penalty)
     at_seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, seen, True)
     return torch.where(at_seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 

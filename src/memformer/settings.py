@@ -28,6 +28,7 @@ from .config import (
     Typed,
     Writer,
     check_count,
+    check_positive,
 )
 from .learning_rate import warmup_constant, warmup_cosine, warmup_stable_decay
 from .trees import build, from_yaml, to_flat, to_plain
@@ -91,7 +92,7 @@ class DocumentSettings(Typed):
         super().__post_init__()
         check_count("vocabulary", self.vocabulary)
         check_count("held_out", self.held_out, least=2)
-        if self.held_out_data and self.held_out != 48:
+        if self.held_out_data and self.held_out != type(self).held_out:
             raise ValueError(f"held_out: {self.held_out} has no meaning beside held_out_data; leave one of them out")
         for name in ("include", "exclude"):
             check_patterns(name, getattr(self, name))
@@ -387,8 +388,7 @@ class OptimizerSettings(Typed):
             object.__setattr__(self, "clip", 0.0)
         super().__post_init__()
         for name in ("learning_rate", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
+            check_positive(name, getattr(self, name))
         for name in ("weight_decay", "clip"):
             _check_not_negative(name, getattr(self, name))
         for name in ("warmup", "skip_non_finite"):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import IGNORED
 from .config import CausalConfig
 from .data.segments import Segment
 from .interface import Memory, SegmentModel
@@ -25,10 +26,10 @@ from .nn.causal import (
     MemoryInEachLayer,
     OneMemory,
     as_they_stood,
-    begun,
     predicting,
     tokens_first,
 )
+from .nn.memory import begun
 from .nn.stacked import call, difference, part, stack, twin
 from .pretrained import divided
 
@@ -230,6 +231,6 @@ def _alike(segments: Sequence[Segment]) -> list[Segment]:
             mask = F.pad(torch.ones_like(src, dtype=torch.bool) if mask is None else mask, (0, missing))
         if resets and reset is None:
             reset = torch.zeros_like(src[:, 0], dtype=torch.bool)
-        tgt = None if tgt is None else F.pad(tgt, (0, missing), value=-100)
+        tgt = None if tgt is None else F.pad(tgt, (0, missing), value=IGNORED)
         made.append(Segment(F.pad(src, (0, missing)), mask, reset, tgt))
     return made

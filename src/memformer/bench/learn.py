@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import pictures
-from ..config import check_count
+from ..config import check_count, check_positive
 from ..learning_rate import warmup_cosine
 from ..settings import ModelSettings
 from ..tasks import TASKS, Episode, KeyValue, Pixels, Task, digits
 from .contestants import OWN, Build, Contestant, EncoderDecoder, build, sizes
 from .meters import flops, machine
-from .trials import Record, Report, Result, Trial, Tuned, seeds_in_words, tune
+from .trials import Record, Report, Result, Trial, Tuned, check_different, seeds_in_words, tune
 
 __all__ = ["LearningBenchmark", "descend", "optimizing", "run", "train"]
 
@@ -77,9 +77,7 @@ class LearningBenchmark:
 
     def __post_init__(self) -> None:
         for name in ("tasks", "seeds", "learning_rates"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name}: expected one or more, all different, got {', '.join(map(str, values))}")
+            check_different(name, getattr(self, name))
         if len(set(self.contestants)) < len(self.contestants):
             raise ValueError(f"contestants: expected each once, got {', '.join(self.contestants)}")
         for name in ("steps", "batch_size"):
@@ -89,8 +87,8 @@ class LearningBenchmark:
         if self.questions > 1 and not any(isinstance(TASKS.get(name), KeyValue) for name in self.tasks):
             raise ValueError(f"questions: only tasks of pairs ask several, and tasks are {', '.join(self.tasks)}")
         self.model.memformer_config(1, 1 + self.model.dec_overlap)  # which the others are compared with
-        if min(self.learning_rates) <= 0:
-            raise ValueError(f"learning_rates: expected numbers above 0, got {min(self.learning_rates)}")
+        for rate in self.learning_rates:
+            check_positive("learning_rates", rate)
         if min(self.seeds) < 0 or max(self.seeds) >= _VALIDATION:
             raise ValueError(f"seeds: expected whole numbers from 0 to {_VALIDATION - 1:,}")
 

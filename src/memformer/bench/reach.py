@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .. import pictures, replay
 from ..checks import check_patterns
-from ..config import check_count
+from ..config import check_count, check_positive
 from ..device import choose_device
 from ..files import move
 from ..interface import SegmentModel
@@ -39,7 +39,7 @@ from ..tasks import WORLDS, Episode, InProse, World, in_prose, read_prose
 from .contestants import OWN, Build, Contestant, build, sizes
 from .learn import WARM_UP, descend, optimizing
 from .meters import machine
-from .trials import Record, Report, Result, Trial, Tuned, seeds_in_words, tune
+from .trials import Record, Report, Result, Trial, Tuned, check_different, seeds_in_words, tune
 
 __all__ = ["ReachBenchmark", "run", "train"]
 
@@ -105,7 +105,7 @@ class ReachBenchmark:
     part: int = 8
     """Segments that are read at once."""
     graphs: int = 3
-    """In training: of how many such parts the graph is there at a time. More than a text has are no faster."""
+    """In training: of how many such parts the graph is there at a time. More than a text has parts is no faster."""
     learning_rates: tuple[float, ...] = (1e-3,)
     """Each is tried with the first seed; the best one then with the other seeds."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -124,9 +124,7 @@ class ReachBenchmark:
 
     def __post_init__(self) -> None:
         for name in ("tasks", "contestants", "lengths", "seeds", "learning_rates"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name}: expected one or more, all different, got {', '.join(map(str, values))}")
+            check_different(name, getattr(self, name))
         for name in ("include", "exclude"):
             check_patterns(name, getattr(self, name))
         for name in ("segment_tokens", "questions", "episodes", "depths", "steps", "batch_size", "part", "graphs"):
@@ -142,8 +140,7 @@ class ReachBenchmark:
             if name not in WORLDS:
                 raise ValueError(f"tasks: expected some of {', '.join(WORLDS)}, got {name!r}")
         for rate in self.learning_rates:
-            if not 0 < rate < math.inf:
-                raise ValueError(f"learning_rates: expected numbers above 0, got {rate}")
+            check_positive("learning_rates", rate)
         if min(self.seeds) < 0 or max(self.seeds) >= _LOOK:
             raise ValueError(f"seeds: expected whole numbers from 0 to {_LOOK - 1:,}")
         if (short := self.judge_segment_tokens) is not None:
@@ -154,8 +151,7 @@ class ReachBenchmark:
                     f"it divides, got {short}"
                 )
         self.model.memformer_config(1, self.segment_tokens)
-        if not 0 < self.judge_temperature < math.inf:
-            raise ValueError(f"judge_temperature: expected a number above 0, got {self.judge_temperature}")
+        check_positive("judge_temperature", self.judge_temperature)
         if not 0 <= self.sharpen_from <= 1:
             raise ValueError(f"sharpen_from: expected 0 to 1, got {self.sharpen_from}")
         if not 0 <= self.judge_forgetting < math.inf:

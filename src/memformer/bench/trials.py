@@ -29,7 +29,7 @@ from .._installation import __version__
 from ..files import replace_file
 from .meters import machine
 
-__all__ = ["Record", "Report", "Result", "Trial", "Tuned", "carry_out", "seeds_in_words", "tune"]
+__all__ = ["Record", "Report", "Result", "Trial", "Tuned", "carry_out", "check_different", "seeds_in_words", "tune"]
 
 Trial = dict[str, Any]
 """What one training is made of."""
@@ -39,6 +39,12 @@ Result = dict[str, Any]
 
 REPORT_EVERY = 60.0
 """Seconds from one line on how far a trial is to the next."""
+
+
+def check_different(name: str, values: Sequence[object]) -> None:
+    """Raise ValueError, which begins with ``name``, unless there is a value, and none twice."""
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name}: expected one or more, all different, got {', '.join(map(str, values))}")
 
 
 class Record:

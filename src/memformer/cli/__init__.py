@@ -6,9 +6,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-import torch
-
 from .._installation import __version__
+from ..device import is_out_of_memory
 from .output import let_go, make_safe
 from .parsing import parse
 
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
             return _refuse(error)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):  # on the CPU
+            if is_out_of_memory(error):
                 return _refuse(error)
             raise
         except KeyboardInterrupt:

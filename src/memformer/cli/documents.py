@@ -10,6 +10,7 @@ from typing import Any
 
 from ..data import Document, read_documents
 from ..data.tokenfiles import read_any
+from ..folders import NUMBERS
 from ..training import checkpoints, documents_for_test, documents_of, settings_of
 from ..training.resume import check_documents_of
 from .typed import check_fields, check_reading
@@ -67,7 +68,7 @@ class DocumentOptions:
 
     def _of_the_run(self) -> list[Document]:
         folder = checkpoints.find(self.checkpoint)
-        if not (folder / "training.json").is_file():
+        if not (folder / NUMBERS).is_file():
             raise ValueError(f"{folder}: not of a run, which would have held documents out; give --data")
         settings = settings_of(folder)
         if self.test:

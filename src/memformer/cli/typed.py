@@ -63,7 +63,7 @@ def check_reading(given: dict[str, object], paths: Sequence[Path]) -> None:
 
 
 def _read_whole(paths: Sequence[Path]) -> str:
-    """Beside what a flag about how files are read has no meaning, if all are ready to be learned from."""
+    """Why a flag about how files are read has no meaning, as the end of a sentence; empty if it has one."""
     whole = paths and all(map(is_token_folder, paths))
     return "with folders of memformer encode alone, which are read as they are" if whole else ""
 
@@ -97,7 +97,7 @@ def _field(name: str, settings: TrainingConfig) -> str:
 
 
 def _in_vain(name: str, kinds: set[str]) -> str:
-    """Beside what a flag about fields has no meaning, if all files are of these kinds."""
+    """Why a flag about fields has no meaning with such files, as the end of a sentence; empty if it has one."""
     of, what = _FIELDS[name]
     return "" if of & kinds else f"with data that has no {what}"
 
@@ -123,4 +123,4 @@ _WITHOUT: dict[str, Callable[[TrainingConfig], str]] = {
     "documents.bin_dtype": functools.partial(_field, "bin_dtype"),
     **dict.fromkeys(("documents.include", "documents.exclude", "documents.separator", "documents.strict"), _files),
 }
-"""Beside what each of them has no meaning; nothing where it has one."""
+"""Of each of them why it has no meaning, as the end of a sentence; empty where it has one."""

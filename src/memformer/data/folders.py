@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..folders import NUMBERS
 from .unpacked import COMPRESSED
 
 __all__ = ["Found", "Tally", "find_files", "shown"]
@@ -153,7 +154,7 @@ def _walk(root: Path, own: set[Path], left_out: Tally) -> Iterator[Path]:
     for folder, folders, files in os.walk(root, onerror=cannot):
         here = Path(folder)
         runs = here.resolve() in own or "run.yaml" in files
-        if runs or {"training.json", "training.safetensors"} <= set(files):
+        if runs or {NUMBERS, "training.safetensors"} <= set(files):
             left_out.add("folder(s) of a run, whose own files are no data", shown(here))
             if here != root or not runs:
                 folders.clear()

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..files import flush_to_disk
+from ..folders import checksum
 from .corpora import _encode, fingerprint
 from .documents import Document, FileTokens, LazyTokens, Tokens, blocks
 from .tokenizers import BPETokenizer, Tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -244,7 +245,7 @@ def _fill(folder: Path, documents: Sequence[Document], tokenizer: Tokenizer, pro
             tokens += count
     tokenizer.save(folder)
     own = {name: digest.hexdigest() for name, digest in sums.items()}
-    others = {f.name: _checksum(f) for f in folder.iterdir() if f.name not in own}
+    others = {f.name: checksum(f) for f in folder.iterdir() if f.name not in own}
     header = {
         "format": _FORMAT,
         "dtype": dtype.str,
@@ -302,7 +303,7 @@ def open_tokens(folder: str | Path, *, check: bool = False) -> TokenFiles:
         for name, (size, digest) in header["files"].items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} has {(folder / name).stat().st_size:,} bytes, expected {size:,}")
-            if check and digest != _checksum(folder / name):
+            if check and digest != checksum(folder / name):
                 raise ValueError(f"{name}: another checksum")
         with open(folder / INDEX, encoding="utf-8") as lines:
             index = [(name, count, size, ends) for name, count, size, ends in map(json.loads, lines)]
@@ -313,8 +314,3 @@ def open_tokens(folder: str | Path, *, check: bool = False) -> TokenFiles:
         return TokenFiles(folder, header, index)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: damaged ({error})") from error
-
-
-def _checksum(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -13,8 +13,6 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ..config import check_count
 from ..folders import model_in
+from ..interface import in_evaluation
 from ..nn import losses
 
 __all__ = [
@@ -38,10 +37,10 @@ __all__ = [
     "checkpoints_activations",
     "decode",
     "decoder_of",
-    "found",
     "layers_of",
     "logits_of",
     "losses_of",
+    "model_folder",
     "settings_of",
     "without_peft",
 ]
@@ -54,7 +53,7 @@ ATTENDING = {"full_attention", "sliding_attention"}
 """The kinds of layers whose whole state is keys and values."""
 
 
-def found(name: Any) -> Any:
+def model_folder(name: Any) -> Any:
     """Where a run's folder has its model: its best checkpoint if it evaluates on its way, else its newest.
 
     Any other name, of a folder or of the hub, as it is.
@@ -324,7 +323,7 @@ def _run(base: PreTrainedModel) -> tuple[list[nn.Module], list[tuple[int, ...]],
 
     hooks = [layer.register_forward_hook(note) for layer in layers]
     tokens = torch.tensor([[1, 2, 1], [1, 2, 2]], device=base.get_input_embeddings().weight.device)
-    with _evaluated(base):
+    with in_evaluation(base):
         try:
             hidden = decode(base, tokens)
         finally:
@@ -335,18 +334,6 @@ def _run(base: PreTrainedModel) -> tuple[list[nn.Module], list[tuple[int, ...]],
         logits = logits_of(base, hidden)
         whole = base(input_ids=tokens, use_cache=False).logits
     return seen, shapes, hidden, placed, logits, whole
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and after it every part in the mode that it was in."""
-    modes = [(part, part.training) for part in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def settings_of(config: PreTrainedConfig) -> dict[str, Any]:

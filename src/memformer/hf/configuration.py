@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..config import Writer, as_before, check_count, check_forgetting, check_number
+from ..config import Writer, as_before, check_count, check_writing
 from .bases import CACHE, check_length, settings_of, text_config
 
 __all__ = ["MemoryConfig"]
@@ -93,14 +93,7 @@ class MemoryConfig(PreTrainedConfig):
         for name in ("slots", "read_dim", "read_heads", "write_heads", "slot_parts"):
             check_count(name, getattr(self, name))
         check_length(self.base_config, self.segment_length)
-        check_number("write_temperature", self.write_temperature)
-        if self.write_temperature <= 0:
-            raise ValueError(f"write_temperature: expected a number above 0, got {self.write_temperature}")
-        if self.memory_writer not in get_args(Writer):
-            raise ValueError(
-                f"memory_writer: expected one of {', '.join(get_args(Writer))}, got {self.memory_writer!r}"
-            )
-        check_forgetting(self.forgetting, self.memory_writer)
+        check_writing(self.memory_writer, self.write_temperature, self.forgetting)
         for name, width, of in (
             ("read_heads", self.read_dim, "read_dim"),
             ("write_heads", self.hidden_size, "the base's width"),

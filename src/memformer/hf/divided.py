@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..parallel import Ranks, full, like
+from ..parallel import Ranks, like
+from ..pretrained import full
 from .bases import decoder_of, layers_of
 from .model import MemoryForCausalLM
 from .reference import looks_of

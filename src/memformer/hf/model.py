@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 
-from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, check_tokens, describe, is_tensor
+from ..checks import IGNORED, as_mask, as_tokens, check_labels, check_mask, check_reset, check_tokens
 from ..config import check_count
 from ..data.segments import Segment, Targets, cut, each_as_tokens
 from ..interface import Divisor, LanguageModel, Step, TokenLosses
-from ..nn.memory import SlotWriter
+from ..nn.causal import along
+from ..nn.memory import SlotWriter, begun
 from ..state import MemoryState
 from .bases import (
     CACHE,
@@ -31,16 +32,16 @@ from .bases import (
     check_router,
     checkpoints_activations,
     decode,
-    found,
     layers_of,
     logits_of,
     losses_of,
+    model_folder,
     settings_of,
 )
 from .cache import CarriedGenerationMixin, MemoryCache, MemoryOutput, PretrainedMemory, check_memory, check_no_embeds
 from .card import TAGS, write_card
 from .configuration import MemoryConfig
-from .places import along, before_each, counted_labels, joined, kept_first
+from .places import before_each, counted_labels, joined, kept_first
 from .reading import HALF, Readers, writer_of
 from .recording import Which, asked_for, looking
 from .reference import found_base, load_own, looks_of, own_state, reference_to
@@ -226,7 +227,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
             FileNotFoundError: the base is not there.
             ValueError: the base is another one, or is given beside a folder that holds one.
         """
-        folder, given = found(pretrained_model_name_or_path), kwargs.pop("config", None)
+        folder, given = model_folder(pretrained_model_name_or_path), kwargs.pop("config", None)
         if (older := kwargs.pop("torch_dtype", None)) is not None:
             kwargs.setdefault("dtype", older)
         config = given
@@ -383,14 +384,8 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
     def _started(self, memory: PretrainedMemory | None, reset: Tensor | None, batch_size: int) -> PretrainedMemory:
         """The memory that a segment begins with."""
         initial = self.get_initial_mem(batch_size)
-        if memory is None:
-            return initial
-        if reset is None:
-            return memory
-        return PretrainedMemory(
-            torch.where(reset[:, None, None], initial.slots, memory.slots),
-            torch.where(reset[:, None], initial.last, memory.last),
-        )
+        before = (None, None) if memory is None else memory
+        return PretrainedMemory(*(begun(x, new, reset) for x, new in zip(before, initial, strict=True)))
 
     # --- Going on in a segment ----------------------------------------------------------------------------------------
 
@@ -590,12 +585,6 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
             found[0] = found[0]._replace(tgt=self.target(found[0]).where(counted, IGNORED))
         return found
 
-    def of_stream(self, segment: Segment) -> Segment:
-        """The tokens that a decoder would write of the segment: each of a document comes once."""
-        assert segment.tgt is not None
-        mask = None if segment.tgt_mask is None else segment.tgt_mask[:, 1:]
-        return Segment(segment.tgt[:, 1:], mask, segment.reset)
-
     def compile_parts(self) -> None:
         """Refused: what of a base may be compiled is not the same for all. Raises ValueError."""
         raise ValueError("compile: a memory around a pretrained model is not compiled yet; leave it out")
@@ -613,9 +602,6 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
         return memory.slots[:, None]
 
     # --- What generation of this library asks for ---------------------------------------------------------------------
-
-    def check_writes(self, purpose: str) -> None:
-        """Every such model writes text; :meth:`generate`, that of transformers, does it with a cache."""
 
     def new_state(self, batch_size: int, start: int) -> MemoryState:
         """Lanes that have read nothing. The start token fills up what a state has no tokens for, and is not read."""
@@ -670,8 +656,7 @@ class MemoryForCausalLM(PreTrainedModel, CarriedGenerationMixin, LanguageModel):
         batch = len(tokens)
         if memory is not None:
             self._check_memory(memory, batch, self.config.slots)
-        if reset is not None and not is_tensor(reset, (batch,), torch.bool):
-            raise ValueError(f"reset: expected torch.bool of shape ({batch},), one per lane, got {describe(reset)}")
+        check_reset(reset, names[0], batch)
         if labels is not None:
             check_labels(names[2], labels, tokens, vocabulary)
 

@@ -1,7 +1,7 @@
 """This library's own models as transformers expects them: with its configurations, its ``generate`` and its folders.
 
 An adapter holds a model and adds nothing to it. Whatever it is asked for is what the model was trained for: to continue
-text, each token from all before it. What is *not* known here: other languages models, see ``model.py``.
+text, each token from all before it. What is *not* known here: other language models, see ``model.py``.
 
 Shapes: tokens and masks (batch, tokens), logits (batch, tokens, vocabulary).
 """
@@ -30,15 +30,16 @@ from ..data.segments import cut
 from ..data.tokenizers import CONFIG, Tokenizer, load_tokenizer
 from ..interface import SegmentModel
 from ..model import Memformer
+from ..nn.causal import along
 from ..nn.losses import each_loss
 from ..nn.positions import Rotary
 from ..pretrained import SHARDS, distinct, read_config, read_shards
 from ..state import MemoryState
 from ..writing import Writing, read_lanes
-from .bases import CACHE, found
+from .bases import CACHE, model_folder
 from .cache import Carried, CarriedGenerationMixin, check_no_embeds
 from .card import TAGS, write_card
-from .places import along, kept_first
+from .places import kept_first
 from .recording import States, Which, asked_for, states_of, wants_some
 
 __all__ = [
@@ -93,7 +94,7 @@ class _OwnConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What is in ``config.json``, and what the tokenizer beside it says, if there is one."""
-        folder = found(pretrained_model_name_or_path)
+        folder = model_folder(pretrained_model_name_or_path)
         values, kwargs = super().get_config_dict(folder, **kwargs)
         if "start_token_id" not in values and (Path(folder) / CONFIG).is_file():
             values |= _ids(load_tokenizer(folder))
@@ -420,7 +421,7 @@ class _OwnForCausalLM(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
         """The model in a folder that this library or transformers wrote, in a run's folder, or of the hub."""
-        folder = found(pretrained_model_name_or_path)
+        folder = model_folder(pretrained_model_name_or_path)
         if folder is not None and (Path(folder) / SHARDS).is_dir():
             config = kwargs.pop("config", None) or cls.config_class.from_pretrained(folder)
             state = read_shards(Path(folder) / SHARDS, "model/")
@@ -543,7 +544,7 @@ def register() -> None:
 
     @functools.wraps(plain)
     def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        folder = found(pretrained_model_name_or_path)
+        folder = model_folder(pretrained_model_name_or_path)
         config_class = _config_class_in(folder)
         if config_class is None:
             return plain(folder, **kwargs)

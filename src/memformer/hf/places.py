@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import IGNORED
 from ..nn.causal import along
 
-__all__ = ["along", "before_each", "counted_labels", "joined", "kept_first"]
+__all__ = ["before_each", "counted_labels", "joined", "kept_first"]
 
 
 def before_each(hidden: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..nn.causal import along
 from .bases import decoder_of, layers_of
-from .places import along, joined
+from .places import joined
 
 __all__ = ["Seen", "States", "Which", "asked_for", "looking", "states_of", "wants_some"]
 

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from .bases import settings_of, text_config
 from .configuration import MemoryConfig
 
-__all__ = ["check_base", "found_base", "load_own", "looks_of", "own_state", "reference_to"]
+__all__ = ["check_same_base", "found_base", "load_own", "looks_of", "own_state", "reference_to"]
 
 _REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """How a LoRA's ``init_lora_weights`` begins where it takes its first weights out of those of the base."""
@@ -136,7 +136,7 @@ def found_base(
                 "it out, and give the path of the folder itself"
             )
     if isinstance(base, PreTrainedModel):
-        check_base(reference, looks_of(base), settings, base, folder)
+        check_same_base(reference, looks_of(base), settings, base, folder)
         return base
     place = reference["name"] if base is None else str(base)
     gguf = {"gguf_file": reference["gguf_file"]} if reference["gguf_file"] else {}
@@ -144,7 +144,7 @@ def found_base(
     known = reference.get("dtype") or asked  # what was written before does not say it
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, dtype=known, **gguf, **options)
-        check_base(reference, looks_of(model), settings, model, folder)
+        check_same_base(reference, looks_of(model), settings, model, folder)
         if asked not in (known, "auto", model.dtype):
             model = AutoModelForCausalLM.from_pretrained(place, dtype=asked, **gguf, **options)
     except OSError as error:
@@ -155,7 +155,7 @@ def found_base(
     return model
 
 
-def check_base(
+def check_same_base(
     reference: Mapping[str, Any],
     looks: Mapping[str, Any],
     settings: PreTrainedConfig,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,7 @@ from ..state import MemoryState
 from .bases import check_length, logits_of, text_config
 from .configuration import MemoryConfig
 from .model import MemoryForCausalLM
-from .reference import check_base, reference_to
+from .reference import check_same_base, reference_to
 from .wrap import around
 
 __all__ = ["AroundBase"]
@@ -144,7 +143,7 @@ class AroundBase(MemoryForCausalLM):
         """Write ``config.json`` and, in ``model.safetensors``, those of some weights that are trained."""
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         save_file({name: weights[name].detach().cpu().contiguous() for name in trained}, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(self.described(), indent=2) + "\n", encoding="utf-8")
+        self.write_config(folder)
 
     def described(self) -> dict[str, Any]:
         """What ``config.json`` holds."""
@@ -181,7 +180,7 @@ class AroundBase(MemoryForCausalLM):
             raise ValueError(f"{folder}: of a run in which the base's own weights were trained, or the other way round")
         if there is not None and here is not None:  # which was taken of these weights, and they are frozen
             settings = MemoryConfig(**{name: saved[name] for name in FIELDS}).base_config
-            check_base(there, here, settings, self.base, folder)
+            check_same_base(there, here, settings, self.base, folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -33,7 +33,7 @@ from ..data import Lanes
 from ..data.lanes import LanesState
 from ..data.segments import Segment
 from ..evaluation import read_stream, streamed_once
-from ..interface import SegmentModel
+from ..interface import SegmentModel, in_evaluation
 from ..parallel import Ranks
 from ..rollouts import rollout
 from ..training.parts import by_name, from_names
@@ -344,13 +344,8 @@ class MemoryTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         if callable(getattr(self.optimizer, "eval", None)):  # of optimizers that train other weights than they give
             self.optimizer.eval()
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.accelerator.autocast():
-                sums = read_stream(self.model, dataloader, True, self.args.device, report).sums
-        finally:
-            self.model.train(training)
+        with in_evaluation(self.model), torch.no_grad(), self.accelerator.autocast():
+            sums = read_stream(self.model, dataloader, True, self.args.device, report).sums
         nats, tokens = Ranks().sum(sums).sum(1).tolist()
         loss = nats / max(tokens, 1)
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(tokens)}

@@ -38,7 +38,7 @@ def with_memory(
         read_dim, read_heads: width and heads of the attention over the slots.
         memory_writer, write_heads, write_temperature, forgetting: how the slots are written, as in
             :class:`~memformer.Memformer`.
-        slot_parts: in how many parts a slot is read; ``write_heads``, or 1.
+        slot_parts: in how many parts a slot is read; must divide the base's width. 1 reads slots whole.
         gguf_file: from which the base was loaded, for a memory that is saved with a reference to it.
 
     Raises:

@@ -25,6 +25,7 @@ __all__ = [
     "in_parts",
     "merge_heads",
     "split_heads",
+    "visible_to",
 ]
 
 KeysValues = tuple[Tensor, Tensor]
@@ -62,6 +63,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 def causal_mask(tokens: int, keys: int, device: torch.device) -> Tensor:
     """(tokens, keys), True where query ``i``, at position ``keys - tokens + i``, may see key ``j``."""
     return relative_distance(tokens, keys, device) >= 0
+
+
+def visible_to(kept: Tensor) -> Tensor:
+    """(..., tokens), True for tokens that exist -> (..., 1, tokens, tokens): each sees those before it, and itself."""
+    tokens = kept.shape[-1]
+    itself = torch.eye(tokens, dtype=torch.bool, device=kept.device)
+    return (kept[..., None, None, :] & causal_mask(tokens, tokens, kept.device)) | itself
 
 
 def with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import ContextProjection, KeysValues, causal_mask
+from .attention import ContextProjection, KeysValues
 from .blocks import Block
-from .memory import SlotWriter
+from .memory import SlotWriter, begun, writes
 
 __all__ = [
     "Carried",
@@ -27,12 +27,9 @@ __all__ = [
     "Remembered",
     "along",
     "as_they_stood",
-    "begun",
     "last_rows",
     "predicting",
     "tokens_first",
-    "visible_to",
-    "writes",
 ]
 
 Remembered = tuple[Tensor, Tensor]
@@ -55,13 +52,6 @@ class CausalMemory(NamedTuple):
     slots: Tensor
     last: Tensor
     output: Tensor
-
-
-def visible_to(kept: Tensor) -> Tensor:
-    """(..., tokens), True for tokens that exist -> (..., 1, tokens, tokens): each sees those before it, and itself."""
-    tokens = kept.shape[-1]
-    itself = torch.eye(tokens, dtype=torch.bool, device=kept.device)
-    return (kept[..., None, None, :] & causal_mask(tokens, tokens, kept.device)) | itself
 
 
 def tokens_first(tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,34 +96,6 @@ def predicting(output: Tensor, x: Tensor, kept: Tensor | None) -> tuple[Tensor, 
 def along(rows: Tensor, places: Tensor) -> Tensor:
     """(..., rows, dim), at those places (..., any number)."""
     return rows.gather(-2, places[..., None].expand(*places.shape, rows.shape[-1]))
-
-
-def begun(memory: Tensor | None, initial: Tensor, reset: Tensor | None) -> Tensor:
-    """What is carried into a segment: ``initial`` where there is nothing yet, or a reset.
-
-    Args:
-        memory: (batch, ...), after the segment before; None for nothing.
-        initial: what a document begins with, of that shape.
-        reset: (batch,), True in lanes that begin anew; None for none.
-    """
-    if memory is None:
-        return initial
-    return memory if reset is None else torch.where(reset.view(-1, *[1] * (memory.dim() - 1)), initial, memory)
-
-
-def writes(writer: SlotWriter, updates: int, memory: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
-    """The slots after some writes of a segment; where nothing of it is kept, the slots as they were.
-
-    Args:
-        memory: (..., batch, slots, dim), before the segment.
-        x: (..., batch, tokens, dim), what is written of it.
-        kept: (..., batch, tokens), True for tokens that exist; None for all.
-    """
-    written = memory
-    for _ in range(updates):
-        written = writer(written, x, kept)
-    written = written.to(memory.dtype)
-    return written if kept is None else torch.where(kept.any(-1)[..., None, None], written, memory)
 
 
 class CausalLayer(nn.Module):

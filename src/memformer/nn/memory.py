@@ -22,10 +22,12 @@ __all__ = [
     "NormalisedWriter",
     "PlacedWriter",
     "SlotWriter",
+    "begun",
     "new_writer",
     "normalise",
     "slot_attention",
     "slot_attention_weights",
+    "writes",
 ]
 
 
@@ -352,3 +354,31 @@ def new_writer(
 
 def _randn(slots: int, dim: int, generator: torch.Generator | None) -> Tensor:
     return torch.randn(slots, dim, generator=generator, device=None if generator is None else generator.device)
+
+
+def begun(memory: Tensor | None, initial: Tensor, reset: Tensor | None) -> Tensor:
+    """What is carried into a segment: ``initial`` where there is nothing yet, or a reset.
+
+    Args:
+        memory: (batch, ...), after the segment before; None for nothing.
+        initial: what a document begins with, of that shape.
+        reset: (batch,), True in lanes that begin anew; None for none.
+    """
+    if memory is None:
+        return initial
+    return memory if reset is None else torch.where(reset.view(-1, *[1] * (memory.dim() - 1)), initial, memory)
+
+
+def writes(writer: SlotWriter, updates: int, memory: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
+    """The slots after some writes of a segment; where nothing of it is kept, the slots as they were.
+
+    Args:
+        memory: (..., batch, slots, dim), before the segment.
+        x: (..., batch, tokens, dim), what is written of it.
+        kept: (..., batch, tokens), True for tokens that exist; None for all.
+    """
+    written = memory
+    for _ in range(updates):
+        written = writer(written, x, kept)
+    written = written.to(memory.dtype)
+    return written if kept is None else torch.where(kept.any(-1)[..., None, None], written, memory)

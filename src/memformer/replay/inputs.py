@@ -329,7 +329,8 @@ def _names_inside(code: types.CodeType) -> set[str]:
     return {name for x in within for name in (*x.co_names, *_names_inside(x))}
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that every module has, of torch's own."""
 
 
 def captured_modules(function: object) -> list[nn.Module]:
@@ -353,7 +354,7 @@ def captured_modules(function: object) -> list[nn.Module]:
             if isinstance(thing, nn.Module):
                 found[id(thing)] = thing
                 own = (vars(module).items() for module in thing.modules())
-                parts += [x for items in own for name, x in items if name not in _OF_EVERY_MODULE]
+                parts += [x for items in own for name, x in items if name not in OF_EVERY_MODULE]
             elif len(inside := _parts(thing)) < _MANY:
                 parts += inside
                 if beside is not None and getattr(thing, "__globals__", None) is beside:

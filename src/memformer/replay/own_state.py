@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inputs import innermost, name_of, names_seen_by
+from .inputs import OF_EVERY_MODULE, innermost, name_of, names_seen_by
 
 
 class OwnState:
@@ -49,7 +49,7 @@ class OwnState:
                 of = f"'{path}', a {type(part).__name__}" if path else f"{type(part).__name__}"
                 # What torch's old norms compute before each call of the weight's parts is no state.
                 norms = {name.rsplit("_", 1)[0] for name in part._parameters if name.endswith(("_g", "_orig"))}
-                own = {name: x for name, x in vars(part).items() if name not in norms | _OF_EVERY_MODULE}
+                own = {name: x for name, x in vars(part).items() if name not in norms | OF_EVERY_MODULE}
                 found |= {f"attribute '{name}' of {of}": x for name, x in own.items()}
         for function in self.functions:
             function = innermost(function)
@@ -59,9 +59,6 @@ class OwnState:
             seen = names_seen_by(getattr(function, "__func__", function))
             found |= {f"'{name}' that {name_of(function)} uses": x for name, x in seen.items()}
         return found
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _fingerprint(x: object) -> object:

@@ -15,10 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .inputs import innermost, name_of, names_seen_by, version
+from .inputs import OF_EVERY_MODULE, innermost, name_of, names_seen_by, version
 from .own_state import OwnState
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _SMALL = 1 << 26
 """Bytes of a tensor that is no buffer up to which its value is kept while a function is rehearsed."""
 
@@ -119,7 +118,7 @@ class Rehearsed:
         self._begun = self._once = self._state()
         owner = getattr(innermost(function), "__self__", None)
         others = [vars(owner)] if hasattr(owner, "__dict__") and not isinstance(owner, nn.Module) else []
-        own = [(vars(part), _OF_EVERY_MODULE) for part in self._parts] + [(x, frozenset[str]()) for x in others]
+        own = [(vars(part), OF_EVERY_MODULE) for part in self._parts] + [(x, frozenset[str]()) for x in others]
         self._bound: list[tuple[dict[str, Any], str, object]] = [
             (names, name, x) for names, but in own for name, x in names.items() if name not in but
         ]

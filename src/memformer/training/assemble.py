@@ -63,7 +63,7 @@ def assemble(
     saved = None
     if checkpoint is not None:
         saved = resume.load(checkpoint, settings, corpus.fingerprint, corpus.held_out_fingerprint, model)
-    rollouts = _parallel(model, settings, ranks, device)  # from here on FSDP has divided the parameters
+    rollouts = _parallel(model, settings, ranks, device, divided)  # from here on FSDP has divided the parameters
     averaged = trained(model) if settings.optimizer.ema else ()
     parts = Parts(
         ranks=ranks,
@@ -152,19 +152,21 @@ def _start_from(model: SegmentModel, other: SegmentModel) -> None:
     model.load_state_dict(other.state_dict())
 
 
-def _parallel(model: SegmentModel, settings: TrainingConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+def _parallel(
+    model: SegmentModel, settings: TrainingConfig, ranks: Ranks, device: torch.device, divided: bool
+) -> nn.Module:
     """The module whose call is a rollout: on its device, compiled and shared among processes as the settings say."""
     if settings.compute.compile:
         model.compile_parts()
-    if ranks.size > 1 and settings.compute.parallel == "fsdp":
+    if divided:
         shard(model, device)
     else:
         model.to(device)
-    how, divided = settings.rollout, ranks.size > 1 and settings.compute.parallel == "fsdp"
+    how = settings.rollout
     # Under FSDP a graph's size is not what it is made of: weights are gathered for it.
     unsaid = (how.schedule, how.graphs, how.offload) == ("every", None, None)
     keeping = how.replay_schedule if unsaid and not divided else None
     rollouts = RolloutLoss(model, replay.Options(schedule=how.replay_schedule()), keeping, how.readout_tokens)
-    if ranks.size > 1 and settings.compute.parallel == "ddp":
+    if ranks.size > 1 and not divided:
         return DistributedDataParallel(rollouts)
     return rollouts

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..folders import all_checkpoints, step_of
 from ..pictures import new_figure
 from .metrics import read_metrics
 
@@ -46,7 +47,7 @@ def life(out: Path) -> list[Moment]:
     lines = read_metrics(out)
     steps = {line["step"]: line for line in lines if line.get("event") == "step"}
     held_out = {line["step"]: line for line in lines if line.get("event") == "held_out"}
-    kept = {int(f.name.removeprefix("step-")) for f in out.glob("step-*") if (f / "config.json").is_file()}
+    kept = {step_of(folder) for folder in all_checkpoints(out) if (folder / "config.json").is_file()}
     if not steps and not held_out:
         raise ValueError(f"{out / 'metrics.jsonl'}: no line of metrics in it")
     moments: list[Moment] = []

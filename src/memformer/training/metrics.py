@@ -38,8 +38,8 @@ __all__ = [
 class StepMetrics:
     """One line of metrics: averages since the previous line, unless marked as the last step's, or as of the whole run.
 
-    A number that is not finite is null in the file. Of steps that were left
-    out because their loss is not finite, no loss counts.
+    A number that is not finite is null in the file. Of steps that were left out because their loss is not finite, no
+    loss counts.
     """
 
     step: int

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from .. import folders, replay
 from ..data.segments import Segment
-from ..device import seeded, summing_device
+from ..device import is_out_of_memory, seeded, summing_device
 from ..evaluation import HeldOut, evaluate
 from ..files import replace_file
 from ..inspection import memory_health
 from ..interface import Memory, SegmentModel
 from ..models import make_model
-from ..parallel import Ranks, full, gradient_sync
+from ..parallel import Ranks, gradient_sync
+from ..pretrained import full
 from ..rollouts import verify_rollout
 from ..settings import TrainingConfig, to_yaml
 from . import checkpoints, resume
@@ -340,7 +341,7 @@ class Run:
         try:
             return self.evaluate()
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            if is_out_of_memory(error):
                 raise MemoryError(
                     f"{where} ran out of memory ({str(error).splitlines()[0]}). {saved}: with --eval-every 0 at the "
                     "end only, with a smaller --eval-limit over less"

@@ -9,7 +9,7 @@ import torch
 
 from ..data import Tokenizer, decoder_behind
 from ..generation import Sampling, stream
-from ..interface import SegmentModel
+from ..interface import SegmentModel, in_evaluation
 
 __all__ = ["add_sample", "sample"]
 
@@ -21,9 +21,7 @@ def sample(model: SegmentModel, tokenizer: Tokenizer, prompt: str, tokens: int) 
     """
     device = next(model.parameters()).device
     ids, stop = tokenizer.encode(prompt).tolist() if prompt else [], [] if tokenizer.end is None else [tokenizer.end]
-    was_training = model.training
-    model.eval()
-    try:
+    with in_evaluation(model):
         written = stream(
             model,
             torch.tensor([ids], dtype=torch.int64, device=device),
@@ -34,8 +32,6 @@ def sample(model: SegmentModel, tokenizer: Tokenizer, prompt: str, tokens: int) 
         )
         decoder = decoder_behind(tokenizer, ids)
         return prompt + "".join(decoder.decode([int(token)]) for token in written) + decoder.flush()
-    finally:
-        model.train(was_training)
 
 
 def add_sample(out: Path, step: int, text: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..interface import SegmentModel
-from ..parallel import full
+from ..pretrained import full
 from ..settings import TrainingConfig
 from . import checkpoints
 from .parts import Parts, trained
