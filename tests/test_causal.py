@@ -228,6 +228,8 @@ def test_input_that_does_not_fit() -> None:
         model(tokens(2, 7))
     with pytest.raises(ValueError, match=r"labels: expected the shape of the tokens, \(2, 6\), got torch"):
         model(text, labels=text[:, 1:])
+    with pytest.raises(ValueError, match=r"labels: expected token ids, .* got torch.bool of shape \(2, 6\)"):
+        model(text, labels=text > 3)
     with pytest.raises(ValueError, match=r"mems: expected slots of torch.float64, .* \(2, 3, 3, 16\)"):
         model(text, model.get_initial_mem(3))
     with pytest.raises(ValueError, match=r"mems: expected a CausalMemory, as this model returns it, got"):

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from helpers import WRITERS, lively, lively_causal, take_grads, tokens, training_settings
 from memformer import CausalMemformer, Memformer, load_model, memory_replay_backprop, replay, rollouts
+from memformer.causal import CausalMemory
 from memformer.cli.inspect import describe
 from memformer.data import ByteTokenizer, Lanes, encode_documents
 from memformer.data.documents import Document
@@ -299,7 +300,40 @@ def _normalises(model: CausalMemformer) -> None:
         torch.nn.utils.parametrizations.weight_norm(attention.to_out)
 
 
+def _normalises_without_a_bias(model: CausalMemformer) -> None:
+    for layer in model.stack.layers:
+        layer.norm = torch.nn.LayerNorm(layer.norm.normalized_shape, bias=False, dtype=layer.norm.weight.dtype)
+
+
+def _normalises_without_weights(model: CausalMemformer) -> None:
+    for layer in model.stack.layers:
+        layer.norm = torch.nn.LayerNorm(layer.norm.normalized_shape, elementwise_affine=False)
+
+
+def _normalises_by_place(model: CausalMemformer) -> None:
+    for layer in model.stack.layers:
+        layer.block.feed_forward[1] = torch.nn.Softmax(dim=1)
+
+
+def _changes_what_the_stack_gives(model: CausalMemformer) -> None:
+    model.stack.register_forward_hook(lambda module, args, output: (output[0] * 0.5, *output[1:]))
+
+
+def _steps_otherwise(model: CausalMemformer) -> None:
+    class Louder(CausalMemformer):
+        def step(self, *args: Any) -> tuple[torch.Tensor, CausalMemory]:
+            hidden, after = super().step(*args)
+            return hidden * 1.5, after
+
+    model.__class__ = Louder
+
+
 CHANGES = {
+    "norms without a bias": (_normalises_without_a_bias, "'norm' is a LayerNorm without a weight or a bias"),
+    "norms without weights": (_normalises_without_weights, "'norm' is a LayerNorm without a weight or a bias"),
+    "a dimension by its place": (_normalises_by_place, "'block.feed_forward.1' is a Softmax, which is not known"),
+    "a hook on the stack": (_changes_what_the_stack_gives, "'stack' has a hook"),
+    "a step of its own": (_steps_otherwise, "the model has a step of its own"),
     "a hook on one": (_halves_one, "'block.self_attention' has a hook"),
     "a hook on a leaf": (_halves_a_leaf, "'block.self_attention.to_out' has a hook"),
     "another writer": (_writes_otherwise, "'writer' is not the same in all of them"),
@@ -330,6 +364,28 @@ def test_layers_of_which_one_cannot_stand_for_all_run_one_by_one(kind: str) -> N
     assert_close([p.grad for p in model.parameters()], expected)
     with pytest.raises(ValueError, match=f"wavefront: one layer stands for all of them, and .*{re.escape(message)}"):
         rollout(model, [Segment(piece) for piece in text.split(5, 1)], wavefront=True)
+
+
+class Capped(CausalMemformer):
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 0.5 * torch.tanh(super().head(hidden) / 0.5)
+
+
+def test_a_head_of_ones_own_counts_in_a_rollout() -> None:
+    model = lively_causal(depth=3, dropout=0.0)
+    model.__class__ = Capped
+    text, loss, mems = tokens(2, 20), 0.0, None
+    for piece in text.split(5, 1):
+        _, mems, one = model(piece, mems, labels=piece)
+        loss += one
+    loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    assert_close(memory_replay_backprop(model, text)[0], loss.detach())
+    assert_close([p.grad for p in model.parameters()], expected)
+    segments = [Segment(piece) for piece in text.split(5, 1)]
+    weighed = rollout(model, segments, divisor=torch.tensor(7.0)).loss
+    assert_close(weighed, loss.detach() * (2 * 5) / 7, rtol=0.2, atol=0)  # of a document's first token there is no loss
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which dynamo looks at

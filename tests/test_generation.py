@@ -455,6 +455,21 @@ def test_what_must_not_come_never_comes(how: dict[str, Any]) -> None:
     assert not torch.isin(torch.cat(tokens), torch.tensor([START, 2, 3])).any()
 
 
+def test_what_ends_a_text_may_come_though_it_must_not() -> None:
+    """As a tokenizer has it whose special tokens, one of which is the end, must not be written."""
+    model = lively()
+    with torch.no_grad():
+        model.decoder.to_logits.bias[2] += 100.0
+    found = model.generate(prompts(2, 7), 30, start=START, never=[2, 3], stop=[2]).tokens
+    assert [lane.tolist() for lane in found] == [[2], [2]]
+
+
+def test_a_prompt_by_itself_with_its_mask() -> None:
+    model, prompt, kept = lively(), torch.tensor([1, 2, 3, 4]), torch.tensor([1, 0, 1, 1])
+    found = model.generate(prompt, 9, start=START, prompt_mask=kept, temperature=0).tokens
+    assert_close(found, model.generate(prompt[kept.bool()], 9, start=START, temperature=0).tokens)
+
+
 def test_the_encoder_must_be_able_to_read_what_is_written() -> None:
     model = lively(dec_num_tokens=VOCABULARY + 3)
     with torch.no_grad():

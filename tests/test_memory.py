@@ -236,6 +236,17 @@ def test_a_segment_is_divided_among_the_heads_of_slots() -> None:
     assert torch.equal(of_kept[..., 0], half[..., 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_places_are_the_same_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    expected = PlacedWriter(64, 32, 8, 1.0, 512).places
+    torch.set_default_dtype(dtype)
+    try:
+        places = PlacedWriter(64, 32, 8, 1.0, 512).places
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(places.float(), expected)
+
+
 def test_a_new_placed_slot_takes_most_from_its_place() -> None:
     writer = PlacedWriter(64, 4, 2, 0.25, 32)
     memory, x = writer.initial(8), torch.nn.functional.layer_norm(torch.randn(8, 32, 64), (64,))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_model
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import naive
 from helpers import POSITIONS, VOCABULARY, WRITERS, assert_same_grads, mask, memory, take_grads, tiny, tokens
@@ -619,6 +620,7 @@ def test_a_decode_that_does_not_fit(arguments: dict[str, Any], message: str) -> 
         ({"enc_heads": 8}, r"rotary needs an even width per head, got dim 8 / enc_heads 8 = 1"),
         ({"dec_num_tokens": None}, r"dec_num_tokens: a decoder needs it, got None\. Set it, or encoder_only=True"),
         ({"dec_max_seq_len": 0}, r"dec_max_seq_len: expected a whole number of at least 1, got 0"),
+        ({"dec_max_seq_len": 1}, r"dec_max_seq_len: expected a whole number of at least 2, got 1"),
         ({"enc_max_seq_len": None}, r"enc_max_seq_len: expected a whole number of at least 1, got None"),
         ({"dec_max_seq_len": None}, r"dec_max_seq_len: a decoder needs it, got None"),
         ({"dec_overlap": -1}, r"dec_overlap: expected a whole number of at least 0, got -1"),
@@ -654,6 +656,33 @@ def test_decoder_settings_without_a_decoder_are_pointed_out() -> None:
         tiny(encoder_only=True, dec_num_tokens=11)
     with pytest.warns(UserWarning, match="the decoder's settings .* have no effect"):
         tiny(encoder_only=True, dec_overlap=2)
+
+
+@pytest.mark.filterwarnings("ignore:encoder_only=True")
+def test_decoder_settings_without_a_decoder_have_no_effect() -> None:
+    plain, given = tiny(encoder_only=True), tiny(encoder_only=True, dec_num_tokens=7, dec_max_seq_len=0)
+    for name in ("segment_length", "vocabulary"):
+        assert getattr(given.config, name) == getattr(plain.config, name)
+    given.load_state_dict(plain.state_dict())
+    text = tokens(2, 20)
+    assert torch.equal(given.read(text, start=0).memory, plain.read(text, start=0).memory)
+
+
+def test_gradients_of_each_sample_by_vmap() -> None:
+    model, src, tgt = tiny().double(), tokens(3, 6), tokens(3, 5)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor], src: torch.Tensor, tgt: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (src[None], tgt[None])).dec_out
+
+    with sdpa_kernel(SDPBackend.MATH):
+        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, src, tgt)
+        for lane in range(3):
+            model.zero_grad()
+            loss(parameters, src[lane], tgt[lane]).backward()
+            for name, parameter in parameters.items():
+                expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                torch.testing.assert_close(found[name][lane], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -133,6 +133,17 @@ def test_buckets_are_those_of_t5(causal: bool) -> None:
     assert actual == [naive.bucket(d, causal) for d in distances.tolist()]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_buckets_are_the_same_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    bucket, distances = BucketedBias(HEADS, causal=True).bucket, torch.arange(2000)
+    expected = bucket(distances)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(bucket(distances), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_buckets_tell_past_from_future() -> None:
     bucket = BucketedBias(HEADS, causal=False).bucket
     past, future = bucket(torch.arange(1, 400)), bucket(-torch.arange(1, 400))

@@ -221,6 +221,15 @@ def test_the_size_of_the_readout_changes_nothing(readout_tokens: int) -> None:
     assert_same_grads(take_grads(model), grads)
 
 
+def test_one_mask_for_several_targets_is_refused() -> None:
+    model, mask = small(), torch.ones(2, LENGTH, dtype=torch.bool)
+    src, targets = tokens(2, 3 * LENGTH), [tokens(2, LENGTH) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"tgt_mask: expected one \(or None\) for each .* 3 targets, got one alone"):
+        memory_replay_backprop(model, src, targets, tgt_mask=mask)
+    last = memory_replay_backprop(model, src, [None, None, targets[2]], tgt_mask=mask)
+    assert_same(last, memory_replay_backprop(model, src, targets[2], tgt_mask=mask))
+
+
 def test_divisor_weighs_tokens_alike() -> None:
     """With one divisor for all segments, a token counts the same in a short target and in a long one."""
     model, src, targets = small(), tokens(2, 2 * LENGTH), [tokens(2, 2), tokens(2, 5)]

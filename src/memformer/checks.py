@@ -46,8 +46,10 @@ def is_tensor(x: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether it stands for others: it is compiled or exported, on the meta device, or fake."""
-    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+    """Whether it stands for others: it is compiled or exported, on the meta device, fake, or in a torch.func."""
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return True
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def has_values(x: Tensor) -> bool:
@@ -171,7 +173,7 @@ def check_labels(name: str, labels: Any, tokens: Tensor, vocabulary: int) -> Non
     """Raise ValueError unless ``labels`` are like their tokens: ids below ``vocabulary``, or -100, which is ignored."""
     if not isinstance(labels, Tensor) or labels.shape != tokens.shape:
         raise ValueError(f"{name}: expected the shape of the tokens, {tuple(tokens.shape)}, got {describe(labels)}")
-    known = labels.where(labels != IGNORED, 0) if has_values(labels) else labels
+    known = labels.masked_fill(labels == IGNORED, 0) if has_values(labels) else labels
     check_tokens(name, known, vocabulary, labels.shape[1], "")
 
 

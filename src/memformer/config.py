@@ -167,6 +167,7 @@ class MemformerConfig(ModelConfig):
         for name in counts:
             check_count(name, getattr(self, name))
         if not self.encoder_only:
+            check_count("dec_max_seq_len", self.dec_max_seq_len, least=2)  # a start token, and one to predict
             self._check_overlap()
         self._check_slot_parts()
         for name in [*stack_heads, "mem_update_attn_heads"]:
@@ -197,14 +198,16 @@ class MemformerConfig(ModelConfig):
     @property
     def segment_length(self) -> int:
         """Tokens per segment: what the encoder can read, and what a decoder can write after its start token."""
-        if self.dec_max_seq_len is None:
+        if self.encoder_only or self.dec_max_seq_len is None:
             return self.enc_max_seq_len
         return min(self.enc_max_seq_len, self.dec_max_seq_len - 1)
 
     @property
     def vocabulary(self) -> int:
         """How many tokens can be both read and written: ids from 0."""
-        return min(self.enc_num_tokens, self.dec_num_tokens or self.enc_num_tokens)
+        if self.encoder_only or self.dec_num_tokens is None:
+            return self.enc_num_tokens
+        return min(self.enc_num_tokens, self.dec_num_tokens)
 
     @property
     def vocabularies(self) -> dict[str, int | None]:

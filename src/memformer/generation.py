@@ -326,8 +326,10 @@ def _begin(
         tokens = state.pending.new_empty(state.batch_size, 0)
     if isinstance(tokens, np.ndarray) or (isinstance(tokens, Sequence) and len(tokens)):
         tokens = as_tokens(tokens)
-    if isinstance(tokens, Tensor) and tokens.dim() == 1 and mask is None:
+    mask = as_mask("mask", mask, None if not isinstance(tokens, Tensor) else tokens.device)
+    if isinstance(tokens, Tensor) and tokens.dim() == 1 and (mask is None or mask.dim() == 1):
         tokens = tokens[None]  # of one lane, as tokenizer.encode gives them
+        mask = None if mask is None else mask[None]
     if isinstance(tokens, str | bytes):
         raise ValueError("tokens: expected token ids, got text: tokenizer.encode makes ids of it")
     if not isinstance(tokens, Tensor | Sequence) or (isinstance(tokens, Tensor) and tokens.dim() == 0):
@@ -351,7 +353,6 @@ def _begin(
         raise ValueError(
             f"state: expected {names} {_words(sizes)} for this model and these tokens, got {_words(given)}"
         )
-    mask = as_mask("mask", mask, None if not isinstance(tokens, Tensor) else tokens.device)
     if mask is not None and not (isinstance(tokens, Tensor) and is_tensor(mask, tuple(tokens.shape), torch.bool)):
         raise ValueError(
             "mask: expected torch.bool of the tokens' shape (batch, tokens), True for tokens that exist, "

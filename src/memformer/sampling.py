@@ -124,8 +124,8 @@ class Sampling(Filters):
             state holds.
         stop: a lane ends with any of these token ids, which is its last. The start token among them is the end of a
             document (a tokenizer's ``end``): what then goes on from the lane's state begins a new one.
-        never: token ids that are not generated, such as a tokenizer's ``special``. The start token is always among
-            them unless ``stop`` has it, and so is what the encoder could not read.
+        never: token ids that are not generated, such as a tokenizer's ``special``, unless ``stop`` has them. The start
+            token is always among them, and so is what the encoder could not read.
 
     Raises:
         ValueError: a number is out of range; the message names it.
@@ -195,7 +195,7 @@ class Choice:
         check_ids("never", sampling.never, config)
         check_ids("stop", sampling.stop, config)
         self.sampling, self.readable, self.start = sampling, config.vocabulary, start
-        never = [x for x in (start, *sampling.never) if x != start or start not in sampling.stop]
+        never = [x for x in (start, *sampling.never) if x not in sampling.stop]
         if len(set(never)) == self.readable:
             raise ValueError("never: no token is left that may be generated")
         self.never, self.stops = (torch.tensor(x, dtype=torch.int64, device=device) for x in (never, sampling.stop))

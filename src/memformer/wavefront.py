@@ -30,7 +30,7 @@ from .nn.causal import (
     tokens_first,
 )
 from .nn.memory import begun
-from .nn.stacked import call, difference, part, stack, twin
+from .nn.stacked import call, difference, has_hook, part, stack, twin
 from .pretrained import divided
 
 __all__ = ["Diagonal", "Flight", "Wavefront", "pays", "read_segments"]
@@ -108,7 +108,7 @@ class Wavefront:
                 "wavefront: FSDP divides this model, whose layers are gathered one after the other; leave it out"
             )
         layers = list(stacked.layers)
-        if (why := difference(layers)) is not None:
+        if (why := _changed(model, stacked) or difference(layers)) is not None:
             raise ValueError(f"wavefront: one layer stands for all of them, and {why}; leave it out")
         assert isinstance(layers[0], CausalLayer)
         self.model, self.depth = cast(_Layered, model), len(layers)
@@ -185,7 +185,20 @@ def pays(model: SegmentModel, segments: int) -> bool:
         return False
     if len(stacked.layers) < 3 or segments < 3 or divided(model):
         return False
-    return difference(list(stacked.layers)) is None
+    return (_changed(model, stacked) or difference(list(stacked.layers))) is None
+
+
+def _changed(model: SegmentModel, stacked: nn.Module) -> str | None:
+    """What of a model's ways around its layers, which are not gone here, is not this library's; None where all is."""
+    if type(stacked) is not MemoryInEachLayer or has_hook(stacked):
+        return "'stack' has a hook, or a forward of its own"
+    for name in ("cell", "step"):
+        if name in vars(model) or not getattr(type(model), name).__module__.startswith(_OWN):
+            return f"the model has a {name} of its own"
+    return None
+
+
+_OWN = __name__.partition(".")[0] + "."
 
 
 def read_segments(

@@ -53,10 +53,16 @@ def cut(
     ``reset`` is one tensor, for the first segment, or such a sequence.
 
     Raises:
-        ValueError: the sequences' lengths differ from the number of segments.
+        ValueError: the sequences' lengths differ from the number of segments, or a mask alone is given for several
+            targets.
     """
     sources = src.split(length, 1)
     count = len(sources)
+    targets = 0 if tgt is None or isinstance(tgt, Tensor) else sum(x is not None for x in tgt)
+    if isinstance(tgt_mask, Tensor) and targets > 1:
+        raise ValueError(
+            f"tgt_mask: expected one (or None) for each segment, as there are {targets} targets, got one alone"
+        )
     return list(
         map(
             Segment,

@@ -259,8 +259,10 @@ class PlacedWriter(SlotWriter):
     def _new_places(self, slots: int, length: int) -> Tensor:
         """(slots, heads, 1 + length). Stretches overlap by half a token at either end, and none is empty."""
         pieces = slots * self.heads
-        centre = (torch.arange(pieces) + 0.5) * length / pieces
-        distance = (centre[:, None] - (torch.arange(length) + 0.5)).abs()  # (pieces, length), in tokens
+        # Half precision, if that is the default, cannot tell far places apart.
+        centre = (torch.arange(pieces, dtype=torch.float32) + 0.5) * length / pieces
+        middle = torch.arange(length, dtype=torch.float32) + 0.5
+        distance = (centre[:, None] - middle).abs()  # (pieces, length), in tokens
         near = distance <= max(length / pieces / 2, 0.5) + 0.5
         places = F.pad(self.strength * near, (1, 0), value=self.strength / 2)
         return places.to(torch.get_default_dtype()).view(slots, self.heads, -1)

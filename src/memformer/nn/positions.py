@@ -113,7 +113,7 @@ class BucketedBias(Positional):
             offset = (distance < 0) * buckets
             distance = distance.abs()
         exact = buckets // 2
-        ratio = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
+        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
         far = (exact + ratio * (buckets - exact)).long().clamp(max=buckets - 1)
         return offset + torch.where(distance < exact, distance, far)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Stack", "difference", "stack", "twin"]
+__all__ = ["Stack", "difference", "has_hook", "stack", "twin"]
 
 M = TypeVar("M", bound=nn.Module)
 Stack = dict[str, Tensor]
@@ -95,15 +95,15 @@ def difference(layers: Sequence[nn.Module]) -> str | None:
     todo: list[tuple[str, Sequence[nn.Module]]] = [("", layers)]
     for name, parts in todo:
         kind, first = type(parts[0]), vars(parts[0])
-        known = kind in _LEAVES or kind.__module__.startswith(_OWN)
-        if not (known or (kind.__module__.startswith("torch.nn.modules.") and not first["_parameters"])):
+        if not (kind in _LEAVES or kind in _ALIKE or kind.__module__.startswith(_OWN)):
             return f"'{name}' is a {kind.__name__}, which is not known here"
+        if kind in _LEAVES and kind is not nn.Linear and None in first["_parameters"].values():
+            return f"'{name}' is a {kind.__name__} without a weight or a bias, which is not known here"
         plain = [(key, x) for key, x in first.items() if key not in _OF_EVERY_MODULE and isinstance(x, _PLAIN)]
         shapes = _shapes(first)
         for part in parts:
             own = vars(part)
-            hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
-            if hooks or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own:
+            if has_hook(part):
                 return f"'{name}' has a hook, or a forward of its own"
             if part is parts[0]:
                 continue
@@ -113,6 +113,13 @@ def difference(layers: Sequence[nn.Module]) -> str | None:
                 return f"'{name}' is not the same in all of them"
         todo += [(f"{name}.{key}".strip("."), [vars(x)["_modules"][key] for x in parts]) for key in _names(first)]
     return None
+
+
+def has_hook(module: nn.Module) -> bool:
+    """Whether a module does more in its call than its class says: it has a hook, or a forward of its own."""
+    own = vars(module)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
 
 
 def _names(own: dict[str, Any]) -> list[str]:
@@ -125,6 +132,11 @@ def _shapes(own: dict[str, Any]) -> dict[str, object]:
     return {name: p if p is None else (p.shape, p.dtype) for name, p in own["_parameters"].items()}
 
 
+_ALIKE = {
+    *(nn.ModuleList, nn.Sequential, nn.Identity, nn.Dropout),
+    *(nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus),
+}
+"""Torch's modules that compute with one dimension more as they do without."""
 _OWN = __name__.partition(".")[0] + "."
 """How the modules begin whose classes compute with one dimension more as they do without."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
