@@ -77,16 +77,22 @@ def assert_same(actual: list[Tensor | None], expected: list[Tensor | None], rtol
 
 
 def hold_against_a_loop(
-    make: Callable[[], Case], schedule: str, *, accumulate: bool = True, on_memory: bool = True, rtol: float = 1e-12
+    make: Callable[[], Case],
+    schedule: str | replay.Schedule,
+    *,
+    accumulate: bool = True,
+    on_memory: bool = True,
+    rtol: float = 1e-12,
 ) -> None:
     """``make`` builds the same case anew each time, so that buffers and modes start alike."""
+    chosen = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
 
     def replayed(case: Case) -> replay.Rollout:
-        options = {"schedule": SCHEDULES[schedule], "params": case.params}
+        options = {"schedule": chosen, "params": case.params}
         return replay.memory_replay(case.cell, case.segments, case.memory, case.readout, **options)
 
     def accumulated(case: Case) -> replay.Rollout:
-        options = {"schedule": SCHEDULES[schedule], "params": case.params}
+        options = {"schedule": chosen, "params": case.params}
         return replay.accumulate(case.cell, case.segments, case.memory, case.readout, **options)
 
     expected = outcome(fresh(make), by_loop, on_memory)

@@ -47,9 +47,8 @@ def is_tensor(x: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 def is_traced(x: Tensor) -> bool:
     """Whether it stands for others: it is compiled or exported, on the meta device, fake, or in a torch.func."""
-    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
-        return True
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return traced or x.is_meta or isinstance(x, FakeTensor)
 
 
 def has_values(x: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from .inputs import (
     carries_grad,
     check_leaves,
     requires_grad,
+    version,
 )
 from .options import Options
 from .reach import Reach, check_hooks
@@ -76,7 +78,7 @@ class Run:
     by each leaf of the memory after the segment that is next. ``parameters`` are None where gradients are added to
     ``.grad`` on the spot (:func:`accumulate`); ``owned`` and ``captured`` hold the modules whose modes and
     buffers the cell sees. With ``inside`` the losses are the values, and whatever the readout is and trains is to be
-    among these, too.
+    among these, too. A cell that is ``alone`` has no readout behind it, which could be all that a loss is to train.
     """
 
     def __init__(
@@ -90,8 +92,9 @@ class Run:
         captured: Sequence[nn.Module] = (),
         sync: Callable[[bool], None] | None = None,
         inside: Inside | None = None,
+        alone: bool = True,
     ):
-        self.cell, self.inside = cell, inside
+        self.cell, self.inside, self.alone = cell, inside, alone
         self.segments = segments
         self.initial = self.memory = Leaves(memory)
         check_leaves(self.initial, "the initial memory")
@@ -106,7 +109,9 @@ class Run:
         self.inputs = self.parameters + [x for x in given if x.requires_grad]
         used = [p for owner in owned if isinstance(owner, nn.Module) for p in owner.parameters()]  # tell the devices
         self.sharded = any(hasattr(p, "placements") for p in used)  # by FSDP, which expects a backward of each graph
-        self.environment = Environment([*self.parameters, *used, *given, *segments[0].tensors()])
+        self.environment = Environment([*self.parameters, *used, *given, *segments.first().tensors()])
+        leaves = {id(p): p for p in (*self.parameters, *used) if p.is_leaf}
+        self.grads_before = [(p, p.grad, version(p.grad)) for p in leaves.values()]
         self.differentiable = self.environment.grad_enabled and bool(self.in_place or self.inputs)
         self.world = World(owned, self.parameters, captured=captured, watch_parameters=not self.in_place)
         self.plan = self._plan(options.schedule, options.measure_at or 0)
@@ -129,7 +134,7 @@ class Run:
         several = self.watch is not None and len(self.initial.tensors()) != 1  # of which some may be constant
         if self.environment.grad_enabled and (several or not self.differentiable or self.world.has_a_fast_path()):
             self.records_with_graph, self.carrying = True, [self.initial_wants]
-        self.spent = False
+        self.spent = self.arrived = False
         self.recorded: list[_Recorded] = []
         self.kept: list[list[object]] | None = [] if options.check else None
         # A segment that is run again for its memory alone needs no loss, unless that draws numbers for what comes next.
@@ -156,10 +161,12 @@ class Run:
             memory = self.initial.tree()
             for t in range(measure_at):
                 with torch.enable_grad():  # a cell may differentiate something itself
-                    _, memory = call_cell(self.cell, self.segments[t].tree(), detach(memory))
+                    _, memory = call_cell(self.cell, self.segments.cut(t)[0], detach(memory))
+                self.world.look_closely()
             outcomes: list[Tree] = []
             cell = functools.partial(_noted, cell, outcomes)
             sizes = measure(cell, self.segments[measure_at].tree(), memory, params=self.parameters)
+        self.segments.draw_again()
         if self.inside is None or measure_at == 0:  # otherwise a loss may have drawn numbers before
             self.measured = measure_at, Fingerprint(Leaves(outcomes[-1]).leaves, self.environment.precision)
         return schedule.plan(count, *sizes)
@@ -175,11 +182,23 @@ class Run:
         # A weight that autocast converted here must not serve others: it may lack a graph, or keep ours alive.
         torch.clear_autocast_cache()
         self.world.check_recorded(self.runs_again)
+        self._check_no_backward_inside()
         self.recording, self.casts_lack_graphs = False, True
         self.segments.let_go()
         leaves = values + self.memory.leaves
         self.memory = self.returned = self.initial
         return leaves
+
+    def _check_no_backward_inside(self) -> None:
+        """ValueError if the cell has called backward, and is run more than once."""
+        ran_again = self.runs_again or self.measured is not None or self.carrying is not None
+        if ran_again and any(p.grad is not grad or version(p.grad) != before for p, grad, before in self.grads_before):
+            raise ValueError(
+                "the cell itself calls backward: a parameter's gradient changed while it was recorded, and each replay "
+                "would add to it again. Return that loss with the value, or keep all graphs "
+                "(schedule=EveryMemory(graphs=len(segments)), or replay.full_bptt)."
+            )
+        del self.grads_before
 
     def outputs(self, leaves: Sequence[object]) -> tuple[list[Tree], Tree]:
         """The trees of :meth:`record`'s leaves, after these went through the autograd function."""
@@ -212,6 +231,12 @@ class Run:
         with self.world.restored(), self.environment.random_numbers_kept(), kept, self.parameter_grads:
             for action in self.plan.replay:
                 self._do(action)
+        if self.alone and not self.arrived and any(grad is not None for grad in output_grads):
+            warnings.warn(
+                "no gradient reaches the cell: everything that it returned is detached (a detach, torch.no_grad or "
+                ".data inside?)",
+                stacklevel=2,
+            )
         of_memory = itertools.compress(self.carry, self.initial_wants)
         of_segments = [grad for grads in reversed(self.segment_grads) for grad in grads]
         grads = [*self.parameter_grads.totals(), *of_memory, *of_segments]
@@ -232,6 +257,7 @@ class Run:
             self.buffers[t] = self.world.buffer_state()
         elif kind == "load":
             self.memory = self.returned = self.shelf.get(t)
+            self.segments.draw_again()
             self.environment.set_random_state(self.shelf.random_states[t])
             self.world.put_buffers(self.buffers[t])
         elif kind == "drop":
@@ -258,7 +284,7 @@ class Run:
                 return self._advance_in_grad_mode(t, with_loss)
             self.casts_lack_graphs = True
             with torch.no_grad():
-                value, after = self._call_cell(t, self.segments[t].tree(), self.memory.tree(), with_loss)
+                value, after = self._call_cell(t, self.segments.cut(t)[0], self.memory.tree(), with_loss)
         except RuntimeError as error:
             if not self.recording or not any(text in str(error) for text in _WANTS_A_GRAPH):
                 raise
@@ -442,6 +468,7 @@ class Run:
         outputs = [] if graph is None else zip(graph.outputs, [*self.value_grads[t], *self.carry], strict=True)
         pairs = [(x, g) for x, g in outputs if g is not None and requires_grad(x)]
         if graph is not None and pairs:
+            self.arrived = True
             grads = self._gradients(graph, [x for x, _ in pairs], [g for _, g in pairs], last=t == 0)
             for i, grad in zip(graph.memory_sources, grads, strict=False):
                 of_memory[i] = grad

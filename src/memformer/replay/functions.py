@@ -33,7 +33,7 @@ from .inputs import (
     weight_list,
 )
 from .options import OptionKeywords, Options
-from .reach import refuse_hooks_of
+from .reach import check_hooks, refuse_hooks_of
 from .readout import ReadOut, ReadoutRun
 from .segments import Segments, segment_list, trees
 
@@ -145,7 +145,7 @@ def memory_replay(
     weights = weight_list(options.segment_weights, len(parts))
     params = param_list(params)
     inside = _inside(readout, weights, options)
-    values, memory = _replayed(cell, parts, memory, options, params, inside)
+    values, memory = _replayed(cell, parts, memory, options, params, inside, alone=readout is None)
     if readout is None or inside is not None:
         return Rollout(sum_of_losses(values, None if inside else weights), memory)
     trained, owned = trained_tensors(readout, params), owners(readout, params)
@@ -179,10 +179,17 @@ def scan(
 
 
 def _replayed(
-    cell: Cell, segments: Segments, memory: Tree, options: Options, params: Params, inside: Inside | None = None
+    cell: Cell,
+    segments: Segments,
+    memory: Tree,
+    options: Options,
+    params: Params,
+    inside: Inside | None = None,
+    alone: bool = True,
 ) -> tuple[list[Tree], Tree]:
     params, seen = _trained(cell, params, inside)
-    run = Run(cell, segments, memory, options, trained_tensors(cell, params), owners(cell, params), seen, inside=inside)
+    trained, owned = trained_tensors(cell, params), owners(cell, params)
+    run = Run(cell, segments, memory, options, trained, owned, seen, inside=inside, alone=alone)
     return run.outputs(Replay.apply(run, *run.inputs))  # type: ignore[no-untyped-call]
 
 
@@ -254,7 +261,7 @@ def accumulate(
     refuse_inside_wrapped("accumulate")
     refuse_wrapped(called)
     refuse_hooks_of(called)
-    rollout = Run(cell, taken, memory, options, None, owned, seen, sync, inside)
+    rollout = Run(cell, taken, memory, options, None, owned, seen, sync, inside, alone=readout is None)
     values, memory = rollout.outputs(rollout.record())
     if inside is not None:
         if values[0] is None:
@@ -276,6 +283,8 @@ def accumulate(
             if sync is not None:
                 sync(part == parts[-1])
         if loss is not None and loss.requires_grad:
+            if readout is not None:
+                check_hooks([loss])
             loss.backward()  # type: ignore[no-untyped-call]
         elif sync is not None and readout is not None and part == parts[-1] and rollout.environment.grad_enabled:
             raise ValueError(

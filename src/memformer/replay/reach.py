@@ -107,7 +107,7 @@ class Reach:
     def _lost(self, leaves: list[Tensor], graph: Container[object]) -> list[str]:
         """What to call those of some leaves whose gradient somebody could miss: more than the graph holds them, or a
         tensor that was derived from them. A leaf that a cell makes for itself loses none."""
-        held = _held_by_somebody(leaves)
+        held = held_by_somebody(leaves)
         found = []
         for leaf, elsewhere in zip(leaves, held, strict=True):
             names = [name for f in self.functions if (name := _name_in(f, leaf, graph)) is not None]
@@ -121,7 +121,7 @@ class Reach:
         return next((name for name in found if name), "a tensor") + f" of shape {tuple(leaf.shape)}"
 
 
-def _held_by_somebody(leaves: list[Tensor]) -> list[bool]:
+def held_by_somebody(leaves: list[Tensor]) -> list[bool]:
     """Which are alive besides for the graph and this list.
 
     Their references are counted, beside those of a leaf that only a graph holds.

@@ -65,6 +65,7 @@ class ReadoutRun:
             self.world.refuse_masks_of_cudnn()
         self.buffers = self.world.buffer_state()
         self.grads: Grads | None = None
+        self.has_graph = False
 
     def forward(self) -> Tensor:
         if not self.environment.grad_enabled:
@@ -92,6 +93,7 @@ class ReadoutRun:
                     loss = self._call(part, cut)
                 losses.append(None if loss is None else loss.detach())
                 if loss is not None and loss.requires_grad:
+                    self.has_graph = True
                     used = self.reach([loss], sources)
                     kept = sums.with_those_of_a_backward_inside() if runs_functions([loss]) else nullcontext()
                     with kept:
@@ -129,7 +131,10 @@ class ReadOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: ReadoutRun, *inputs: Tensor) -> Tensor:
         ctx.run = run
-        return run.forward()
+        loss = run.forward()
+        if not run.has_graph:  # a detached loss is one, as by plain autograd
+            ctx.mark_non_differentiable(loss)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:

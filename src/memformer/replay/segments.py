@@ -53,6 +53,7 @@ class Segments:
         self._want_grad = [list(map(requires_grad, leaves.leaves)) for leaves in self.held]
         self.digests = array.array("q", [_UNSEEN]) * (self.count if not self.held else 0)
         self.latest: tuple[int, Leaves] | None = None
+        self.draw = False  # random numbers, when they are fetched
 
     def __len__(self) -> int:
         return self.count
@@ -65,6 +66,20 @@ class Segments:
         if isinstance(t, slice):
             return self.held[t] if self.held else [self._taken(i) for i in range(*t.indices(self.count))]
         return self.fetch(t)
+
+    def first(self) -> Leaves:
+        """Segment 0 before the recording, which fetches it anew, and so does each replay, if that draws random numbers:
+        so the cell finds those that come after them."""
+        with torch.random.fork_rng(devices=[]):
+            before, leaves = torch.get_rng_state(), self.fetch(0)
+            self.draw = not self.held and not torch.equal(torch.get_rng_state(), before)
+        self.draw_again()
+        return leaves
+
+    def draw_again(self) -> None:
+        """Hold none where a fetch draws random numbers: the next one is to draw them, too."""
+        if self.draw:
+            self.let_go()
 
     def fetch(self, t: int) -> Leaves:
         """A segment, which is then the one that is held."""

@@ -58,8 +58,11 @@ def measure(cell: Cell, segment: Tree, memory: Tree, *, params: Params = ()) -> 
     def run(wants_grad: Callable[[Tensor], bool]) -> tuple[Tree, Tree]:
         kept.clear()
         with world.restored(), environment.random_numbers_kept(), torch.enable_grad():
-            before, own = Leaves(memory).cut(wants_grad)[0], Leaves(segment).tree()  # containers that it may change
-            return noting_saved(lambda: call_cell(cell, own, before), count)
+            # Containers that it may change, and tensors that it may put hooks on.
+            before, own = Leaves(memory).cut(wants_grad)[0], Leaves(segment).cut(requires_grad)[0]
+            outcome = noting_saved(lambda: call_cell(cell, own, before), count)
+            world.look_closely()
+            return outcome
 
     try:
         value, after = run(carries_grad)

@@ -36,7 +36,7 @@ from .inputs import (
     sum_of_losses,
 )
 from .own_state import OwnState
-from .reach import walk
+from .reach import held_by_somebody, walk
 from .schedules import Binomial, Budget, EveryKth, EveryMemory, Offload, Plan, Schedule, check_schedule
 from .segments import segment_list
 from .sizes import Sizes, measure, noting_saved
@@ -471,11 +471,13 @@ def _named(name: str, tree: Tree) -> dict[str, Tensor]:
 
 
 def _captured(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The leaves that a graph ends in besides the known ones, with names."""
+    """The leaves that a graph ends in besides the known ones, and besides those that a cell made for itself, with
+    names."""
     _, ends = walk([x.grad_fn for x in outputs if x.grad_fn is not None])
     ids = {id(x) for x in known}
-    others = {id(node.variable): node.variable for node in ends if id(node.variable) not in ids}
-    return {f"captured tensor {i} of shape {tuple(leaf.shape)}": leaf for i, leaf in enumerate(others.values(), 1)}
+    others = list({id(node.variable): node.variable for node in ends if id(node.variable) not in ids}.values())
+    held = list(itertools.compress(others, held_by_somebody(others)))
+    return {f"captured tensor {i} of shape {tuple(leaf.shape)}": leaf for i, leaf in enumerate(held, 1)}
 
 
 def _upstream(x: Tensor) -> Tensor:

@@ -251,8 +251,20 @@ class _Buffer:
         if tensor is not None and content is not None:
             # The same numbers return before anybody else looks: a graph that saved the buffer need not know.
             with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tensor):  # type: ignore[attr-defined]
-                tensor.copy_(content)
+                _put(tensor, content)
         self.version = version(tensor)
+
+
+def _put(tensor: Tensor, content: Tensor) -> None:
+    """Give a tensor the numbers of another, and its shape: it may have grown since."""
+    if tensor.shape != content.shape:
+        tensor.data = content.clone()
+    elif not any(stride == 0 and size > 1 for stride, size in zip(_strides(tensor), tensor.shape, strict=True)):
+        tensor.copy_(content)  # one that was expanded is as it was, for nobody can write into it
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride() if x.layout is torch.strided else (1,) * x.dim()
 
 
 def _bits(x: Tensor) -> Tensor:
