@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -294,6 +295,17 @@ def test_samples_change_nothing(settings: Settings, tmp_path: Path, ema: float) 
     assert [sample["step"] for sample in samples] == [1, 2, 3, 4]
     assert all(sample["text"] for sample in samples)
     assert not (tmp_path / "plain" / "samples.jsonl").exists()
+
+
+def test_samples_of_steps_that_were_lost_go(settings: Settings, tmp_path: Path) -> None:
+    options = dict(sample_tokens=12, sample_every=1, save_every=2)
+    list(Run(settings(**options)).train())
+    shutil.rmtree(tmp_path / "run" / "step-000004")  # as if it had been killed before
+    file = tmp_path / "run" / "samples.jsonl"
+    with file.open("a") as samples:
+        samples.write('{"step": 5, "te')
+    list(Run(settings(resume=True, **options)).train())
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_training_does_not_fail_by_a_sample(

@@ -1,6 +1,7 @@
 """What a run reads: encoded once, by one process; the tokenizer that fits, and is the same for all."""
 
 import dataclasses
+import errno
 import re
 import shutil
 import warnings
@@ -224,6 +225,26 @@ def test_encode_and_its_folders_refuse_by_a_sentence(folder, capsys):
     assert main(run) == 2
     assert "encoded: damaged (tokens.bin: another checksum)" in capsys.readouterr().err
     assert not (folder / "new").exists()
+
+
+def test_ids_beside_text_are_left_out_as_in_training(folder, capsys):
+    np.save(folder / "texts" / "ids.npy", np.arange(9, dtype=np.uint16))
+    encoded(folder)
+    assert "1 token ids beside text" in capsys.readouterr().err
+    assert main(["train", "--data", "texts", "--out", "run", *SMALL.split()]) == 0
+    assert main(["evaluate", "--checkpoint", "run", "--data", "texts"]) == 0
+    assert "1 token ids beside text" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_another_run_has_made_meanwhile_is_taken(folder, monkeypatch):
+    def beaten(source, target):
+        shutil.copytree(source, target)
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(target))
+
+    monkeypatch.setattr("memformer.training.corpus.os.replace", beaten)
+    run = Run(settings_for(folder))
+    assert run.tokenizer.ordinary
+    assert [found.name for found in (run.settings.out / "tokens").glob(".*unfinished*")] == []
 
 
 def test_text_beside_token_files_is_encoded_by_their_tokenizer(folder):

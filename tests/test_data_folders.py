@@ -85,6 +85,12 @@ def test_what_a_run_wrote_is_no_data(tmp_path: Path) -> None:
         assert names(tmp_path, out=tmp_path / "new") == ["a.txt", "run.yaml/not-a-run.txt"]
 
 
+def test_token_files_in_a_folder_are_to_be_given_themselves(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "old/tokens.json", "old/tokens.bin", "old/documents.jsonl", "old/tokenizer.json")
+    with pytest.warns(UserWarning, match=r"1 folder of token files, to be given themselves \(.*old\)"):
+        assert names(tmp_path) == ["a.txt"]
+
+
 def test_a_run_beside_its_data(tmp_path: Path) -> None:
     """As with ``--data . --out .``: the same documents before and after."""
     write(tmp_path, "a.txt", "b/best/c.txt")

@@ -81,6 +81,23 @@ def test_a_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_text_that_was_not_quoted_is_not_cut(tmp_path: Path, name: str, separator: str) -> None:
+    rows = ["id,text", "1,Hello, world, and more", '2,"quoted, fine"', "3,plain", ""]
+    (tmp_path / name).write_text("\n".join(rows).replace(",", separator))
+    message = rf"rows left out: 1 with more cells than the header \(.*{name}, line 2\)"
+    with pytest.warns(UserWarning, match=message):
+        assert read(tmp_path / name) == [f"quoted{separator} fine".encode(), b"plain"]
+    with pytest.raises(ValueError, match=rf"{name}, line 2: 2 cells more than the header; .* has to be quoted"):
+        read_documents(tmp_path / name, strict=True)
+
+
+def test_a_header_that_names_the_text_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,text\nthis,or that\n")
+    with pytest.raises(ValueError, match=r"a\.csv: its header names 'text' more than once"):
+        read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
 def test_a_quote_that_is_never_closed(tmp_path: Path, name: str, separator: str) -> None:
     """It would make one text of all rows that follow."""
     rows = ["id,text", '1,one "word" in it', '2,"two', "3,three", ""]

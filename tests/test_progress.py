@@ -281,6 +281,27 @@ def test_no_output_at_all(folder: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 4, 4]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("where", [">/dev/full", "2>/dev/full"])
+def test_a_log_on_a_full_disk(folder: Path, where: str) -> None:
+    """The run is trained and saved all the same; so is one that is resumed, and one that is stopped."""
+    (folder / "more").mkdir()
+    for name in ("a.txt", "b.pdf"):  # so that there is a warning
+        (folder / "more" / name).write_text("Once upon a time. " * 99)
+    start = command(*TRAIN, "more")
+
+    def status(*more: str) -> int:
+        script = f'"$@" {where}'
+        return subprocess.run(["bash", "-c", script, "-", *start, *more], capture_output=True, check=False).returncode
+
+    assert status() == 0
+    assert checkpoints.newest(folder / "my run") == Path(folder / "my run" / "step-000004")
+    assert status("--resume", "--steps", "6") == 0
+    script = f'"$@" {where} & sleep 6; kill -TERM $!; wait $!'
+    long = [*start, "--resume", "--steps", "100000"]
+    assert subprocess.run(["bash", "-c", script, "-", *long], capture_output=True, check=False).returncode == 130
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 @pytest.mark.parametrize(("steps", "status"), [("100000", 141), ("4", 0)])
 def test_a_pipe_that_closes(folder: Path, steps: str, status: int) -> None:

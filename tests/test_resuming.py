@@ -396,6 +396,12 @@ def test_the_newest_checkpoint_that_is_finite_is_named(settings: Settings, tmp_p
     next(iter(tensors.values()))[0] = math.inf
     save_file(tensors, file)
     assert checkpoints.newest_finite(tmp_path / "run") == tmp_path / "run" / "step-000002"
+    shards = tmp_path / "run" / "step-000002" / "shards"  # as under FSDP, where no process has all of it
+    shards.mkdir()
+    for name in ("model", "training"):
+        (shards.parent / f"{name}.safetensors").rename(shards / f"{name}-0.safetensors")
+    assert checkpoints.newest_finite(tmp_path / "run") == shards.parent
+    assert "--out 'a b' --learning-rate" in checkpoints.after_divergence((tmp_path / "run").rename("a b"), 0.3)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is open")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .._installation import __version__
 from ..device import is_out_of_memory
-from .output import let_go, make_safe
+from .output import complain, let_go, make_safe
 from .parsing import parse
 
 __all__ = ["main"]
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_safe()
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        warnings.showwarning = lambda message, *_, **__: print(f"memformer: warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
         try:
             if arguments[:1] == ["--version"]:
                 print(f"memformer {__version__}")
@@ -50,5 +50,5 @@ def _refuse(error: Exception) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    print(f"memformer: error: {text}", file=sys.stderr)
+    complain(f"error: {text}")
     return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,5 +44,5 @@ def run(command: AverageCommand) -> int:
     load_tokenizer(folders[-1]).save(command.out)
     shutil.copyfile(folders[-1] / NUMBERS, command.out / NUMBERS)  # what the run held out
     print(f"{command.out}  the mean of {', '.join(folder.name for folder in folders)}. Try:")
-    print(f"  memformer evaluate --checkpoint {command.out}")
+    print(f"  memformer evaluate --checkpoint {shlex.quote(str(command.out))}")
     return 0

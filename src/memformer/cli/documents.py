@@ -12,6 +12,7 @@ from ..data import Document, read_documents
 from ..data.tokenfiles import read_any
 from ..folders import NUMBERS
 from ..training import checkpoints, documents_for_test, documents_of, settings_of
+from ..training.documents import CONTENT
 from ..training.resume import check_documents_of
 from .typed import check_fields, check_reading
 
@@ -60,6 +61,9 @@ class DocumentOptions:
                 {name: getattr(self, name) for name in ("include", "exclude", "separator", "strict")}, self.data
             )
             how: dict[str, Any] = {name: getattr(self, name) for name in reading}
+            folder = checkpoints.find(self.checkpoint)
+            if (folder / NUMBERS).is_file():
+                how["content"] = CONTENT.get(settings_of(folder).documents.tokenizer)
             return read_any(self.data, functools.partial(read_documents, **how), check=True)
         for name, f in reading.items():
             if getattr(self, name) != f.default:

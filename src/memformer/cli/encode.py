@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def run(command: EncodeCommand) -> int:
             f"vocabulary: {command.vocabulary} has no meaning with a tokenizer that is there; leave it out"
         )
     check_fields({"text_field": command.text_field}, command.data)
-    documents = read_documents(command.data, text_field=command.text_field)
+    documents = read_documents(command.data, text_field=command.text_field, content="text")
     if ids := next((document for document in documents if not document.text), None):
         raise ValueError(f"{ids.name}: holds token ids, which are encoded already: give it to memformer train")
     size = sum(map(len, documents))
@@ -69,7 +70,7 @@ def run(command: EncodeCommand) -> int:
     print(f"tokenizer   {tokenizer.ordinary:,} tokens")
     per_token = f"{size / files.num_tokens:.3f} bytes per token" if files.num_tokens else "none at all"
     print(f"tokens      {files.num_tokens:,}, {per_token}")
-    print(f"\nwritten to  {command.out}. Try:\n  memformer train --data {command.out}")
+    print(f"\nwritten to  {command.out}. Try:\n  memformer train --data {shlex.quote(str(command.out))}")
     return 0
 
 

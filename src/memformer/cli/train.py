@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import shlex
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from ..training.parts import trained
 from . import models
 from .evaluate import describe, perplexity
 from .generate import GenerateCommand, write
-from .output import let_go
+from .output import complain, if_heard, let_go
 from .progress import duration, shown
 from .typed import check_typed
 
@@ -145,12 +144,14 @@ def _follow(command: TrainCommand) -> int:
 def _lead(command: TrainCommand) -> int:
     settings = command.settings()
     source = ", ".join(map(folders.shown, settings.data)) or "the Python standard library"
-    print(f"reading     {source}", flush=True)
+    with if_heard():
+        print(f"reading     {source}")
     with shown(settings.steps) as display:
         training_run = Run(settings, callbacks=[display])
         if command.verify:
             _verify(training_run)
-        _introduce(training_run)
+        with if_heard():
+            print("\n".join(_introduction(training_run)))
         result: HeldOut | None = None
         with _stopping(training_run):
             for metrics in training_run.train():
@@ -159,15 +160,16 @@ def _lead(command: TrainCommand) -> int:
         if _interrupted(training_run):
             return _stopped(training_run, display.unheard)
         if result is None:  # --auto-resume
-            print(f"\n{_at_its_end(training_run)}")
+            with if_heard():
+                print(f"\n{_at_its_end(training_run)}")
             return 0
         display.phase("comparing")
         with contextlib.suppress(BrokenPipeError):  # the training is done and saved, whoever listens
             report = [*_report(training_run, result), *_tested(training_run)]
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError), if_heard():
         print("\n".join(report), flush=True)
         _show_sample(training_run)
-        print("\n" + "\n".join(_what_next(training_run)), flush=True)
+        print("\n" + "\n".join(_what_next(training_run)))
     let_go()
     return 0
 
@@ -175,17 +177,18 @@ def _lead(command: TrainCommand) -> int:
 def _verify(training_run: Run) -> None:
     verdict = training_run.verify()
     if not training_run.parts.ranks.rank:
-        print(verdict)
+        with if_heard():
+            print(verdict)
     if not verdict.ok:
         raise ValueError("verify: replay is wrong for this model, as printed above, so nothing was trained")
 
 
-def _introduce(training_run: Run) -> None:
+def _introduction(training_run: Run) -> Iterator[str]:
     settings = training_run.settings
     for reason in training_run.parts.refused:
-        print(f"refused     {reason}; going on from the one before")
+        yield f"refused     {reason}; going on from the one before"
     for change in training_run.parts.changes:
-        print(f"changed     {change} from step {training_run.step:,} on")
+        yield f"changed     {change} from step {training_run.step:,} on"
     # With a limit, what is evaluated is not all that is kept from the training.
     limit, whole = settings.evaluation.eval_limit, training_run.parts.all_held_out
     limited_to = f", of which the first {limit:,} are evaluated" if 0 < limit < sum(map(len, whole)) else ""
@@ -195,7 +198,7 @@ def _introduce(training_run: Run) -> None:
     )
     stretches = training_run.parts.stream.stretches
     cut = "" if stretches in (None, len(training_run.training)) else f" in {stretches:,} stretches"
-    print(f"data        {training}{cut} to train on, {held_out} held out{_held_out_of(training_run)}{limited_to}")
+    yield f"data        {training}{cut} to train on, {held_out} held out{_held_out_of(training_run)}{limited_to}"
     parameters = sum(p.numel() for p in training_run.model.parameters())
     ranks = training_run.parts.ranks
     where = f"{training_run.parts.device}" + (
@@ -207,8 +210,8 @@ def _introduce(training_run: Run) -> None:
         named = settings.around.base / (settings.around.gguf or "")
         count, how = sum(p.numel() for _, p in trained(training_run.model)), settings.around.trained
         what = "trained" if how == "all" else "frozen" if how == "memory" else "frozen under a LoRA"
-        print(f"base        {named}, {what}; {count:,} parameters are trained")
-    print(f"model       {parameters:,} parameters, {training_run.tokenizer.vocabulary:,} tokens, {slots}, on {where}")
+        yield f"base        {named}, {what}; {count:,} parameters are trained"
+    yield f"model       {parameters:,} parameters, {training_run.tokenizer.vocabulary:,} tokens, {slots}, on {where}"
     shape = settings.rollout
     rollouts = " x ".join(
         [plural(shape.lanes, "lane"), plural(shape.horizon, "segment"), plural(shape.segment_length, "token")]
@@ -217,7 +220,7 @@ def _introduce(training_run: Run) -> None:
     if training_run.parts.changes:
         start += f" at a learning rate of {training_run.learning_rate(training_run.step):.1e}"
     steps = plural(settings.steps, "step")
-    print(f"training    {steps} of {rollouts}{start}; metrics in {settings.out / 'metrics.jsonl'}", flush=True)
+    yield f"training    {steps} of {rollouts}{start}; metrics in {settings.out / 'metrics.jsonl'}"
 
 
 def _at_its_end(training_run: Run) -> str:
@@ -233,10 +236,12 @@ def _stopped(training_run: Run, unheard: bool) -> int:
     out, step = shlex.quote(str(training_run.settings.out)), training_run.step
     again = f"stopped and saved at step {step:,}. Go on with:\n  memformer train --resume --out {out}"
     if unheard:
-        print(f"memformer: whoever read the output has left: {again}", file=sys.stderr)
+        complain(f"whoever read the output has left: {again}")
         let_go()
         return 141
-    print(f"\n{again}")
+    with if_heard():
+        print(f"\n{again}")
+    let_go()
     return 130
 
 
@@ -304,7 +309,7 @@ def _show_sample(training_run: Run) -> None:
     except BrokenPipeError:
         raise
     except Exception as error:
-        print(f"memformer: no sample ({type(error).__name__}: {error})", file=sys.stderr)
+        complain(f"no sample ({type(error).__name__}: {error})")
 
 
 def _saved(training_run: Run) -> tuple[SegmentModel, Tokenizer]:

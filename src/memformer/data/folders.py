@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 from ..folders import NUMBERS
 from .unpacked import COMPRESSED
 
-__all__ = ["Found", "Tally", "find_files", "shown"]
+__all__ = ["HEADER", "Found", "Tally", "find_files", "shown"]
 
+HEADER = "tokens.json"
+"""The file that makes a folder one of token files."""
 _OF_A_RUN = re.compile(
     r"run\.yaml|(metrics|samples)\.jsonl|(wandb|trackio)-run\.txt|best|tensorboard|tokens|(damaged-)?step-\d+"
 )
@@ -161,6 +163,10 @@ def _walk(root: Path, own: set[Path], left_out: Tally) -> Iterator[Path]:
                 continue
             folders[:] = [name for name in folders if not _OF_A_RUN.fullmatch(name)]
             files = [name for name in files if not _OF_A_RUN.fullmatch(name)]
+        if HEADER in files and here != root:
+            left_out.add("folder(s) of token files, to be given themselves", shown(here))
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if (here / name).is_symlink()]
         yield from (here / name for name in (*files, *links) if not name.startswith("."))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import plural
 from .documents import Document, FileTokens, LazyTokens, ParsedText
 from .folders import Found, Tally, shown
 from .unpacked import COMPRESSED, TextStore, unpack
@@ -382,8 +383,12 @@ def _csv(source: _Source, how: Reading, delimiter: str = ",") -> Iterator[Docume
         try:
             with source.content.open(encoding="utf-8-sig", newline="") as file:
                 table = csv.DictReader(file, delimiter=delimiter, strict=True)
+                if (table.fieldnames or []).count(how.text_field) > 1:
+                    raise UnreadableError(
+                        "table(s) with a field twice", f"{source}: its header names {how.text_field!r} more than once"
+                    )
                 for row in table:
-                    yield table.line_num, functools.partial(row_text, row, how.text_field)
+                    yield table.line_num, functools.partial(_of_table, row, how.text_field)
         except UnicodeDecodeError as error:
             raise UnreadableError("not UTF-8 text", f"{source}: not UTF-8 text ({error.reason})") from error
         except csv.Error as error:
@@ -395,6 +400,16 @@ def _csv(source: _Source, how: Reading, delimiter: str = ",") -> Iterator[Docume
             csv.field_size_limit(before)
 
     yield from _stored(rows(), source, "line", how)
+
+
+def _of_table(row: dict[str | None, Any], field: str) -> str:
+    """The text in a row. Raises what is counted where it has more cells than the header: then a text was cut."""
+    if None in row:
+        raise _RowError(
+            "with more cells than the header",
+            f"{plural(len(row[None]), 'cell')} more than the header; a text with a separator in it has to be quoted",
+        )
+    return row_text(row, field)
 
 
 def _pyarrow(source: _Source, module: str) -> ModuleType:

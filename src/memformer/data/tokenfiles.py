@@ -26,12 +26,11 @@ from ..files import flush_to_disk
 from ..folders import checksum
 from .corpora import _encode, fingerprint
 from .documents import Document, FileTokens, LazyTokens, Tokens, blocks
+from .folders import HEADER
 from .tokenizers import BPETokenizer, Tokenizer, load_tokenizer, tokenizer_fingerprint
 
 __all__ = ["HEADER", "TokenFiles", "is_token_folder", "open_tokens", "read_any", "with_tokens", "write_tokens"]
 
-HEADER = "tokens.json"
-"""The file that makes a folder one of token files."""
 IDS, INDEX = "tokens.bin", "documents.jsonl"
 
 _FORMAT = 1

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -143,10 +144,10 @@ def newest_finite(out: Path) -> Path | None:
     """The newest checkpoint that is sound and has no weight, moment or memory that is infinite or no number."""
     for folder in reversed(all_checkpoints(out)):
         try:
-            files = [load_file(folder / name) for name in ("model.safetensors", "training.safetensors")]
+            files = [load_file(file) for file in folder.rglob("*.safetensors")]  # FSDP has a file for each process
         except (OSError, SafetensorError):
             continue
-        if all(bool(tensor.isfinite().all()) for tensors in files for tensor in tensors.values()):
+        if files and all(bool(tensor.isfinite().all()) for tensors in files for tensor in tensors.values()):
             return folder
     return None
 
@@ -156,7 +157,7 @@ def after_divergence(out: Path, rate: float) -> str:
     sound = newest_finite(out)
     if sound is None:
         return "Lower --learning-rate; there is no checkpoint yet"
-    command = f"memformer train --resume --out {out} --learning-rate {rate / 3:.1g}"
+    command = f"memformer train --resume --out {shlex.quote(str(out))} --learning-rate {rate / 3:.1g}"
     return f"Lower --learning-rate; the newest checkpoint, from before, is {sound}. Go on with: {command}"
 
 

@@ -169,8 +169,14 @@ def _trained(settings: TrainingConfig, training: Sequence[Document], ranks: Rank
             tokenizer = train_bpe(training, how.vocabulary)
             unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.unfinished")
             unfinished.mkdir(parents=True)
-            tokenizer.save(unfinished)
-            os.replace(unfinished, folder)
+            try:
+                tokenizer.save(unfinished)
+                os.replace(unfinished, folder)
+            except OSError:
+                if not folder.is_dir():  # another run, begun at the same moment, had the same documents
+                    raise
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     report("training a BPE")
     ranks.first(train)

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from ..data import Document, held_out_split, read_documents, standard_library
 from ..data.documents import limited
@@ -15,7 +16,7 @@ from ..settings import TrainingConfig
 
 __all__ = ["documents_for_test", "documents_of", "evaluated"]
 
-_CONTENT = {"bytes": "text", "bpe": "text", "ids": "ids"}
+CONTENT: dict[str, Literal["text", "ids"]] = {"bytes": "text", "bpe": "text", "ids": "ids"}
 """What a tokenizer is for; one that comes from a file takes both."""
 
 
@@ -66,7 +67,7 @@ def _read(settings: TrainingConfig, paths: Sequence[Path], all_match: bool = Tru
         include=how.include,
         exclude=how.exclude,
         strict=how.strict,
-        content=_CONTENT.get(how.tokenizer),  # type: ignore[arg-type]
+        content=CONTENT.get(how.tokenizer),
         out=settings.out,
         all_match=all_match,
     )

@@ -160,6 +160,8 @@ class Pace:
 class MetricsLog:
     """Appends metrics to ``OUT/metrics.jsonl``, after those of its first ``step`` steps; what a lost step wrote goes.
 
+    So do its samples, in ``OUT/samples.jsonl``.
+
     Each line is JSON as other programs read it: a number that is not finite becomes null.
 
     Args:
@@ -171,13 +173,11 @@ class MetricsLog:
 
     def __init__(self, out: Path, step: int, again: Collection[str] = ()):
         self._file = out / "metrics.jsonl"
-        if self._file.is_file():
-            kept = [
-                line
-                for line in _lines(self._file)
-                if line["step"] < step or (line["step"] == step and line.get("event") not in again)
-            ]
-            replace_file(self._file, "".join(as_json(line) for line in kept))
+        for file in (self._file, out / "samples.jsonl"):
+            if file.is_file():
+                lines = [line for line in _lines(file) if line["step"] <= step]
+                kept = [line for line in lines if line["step"] < step or line.get("event") not in again]
+                replace_file(file, "".join(as_json(line) for line in kept))
 
     def write(self, event: str, metrics: StepMetrics | HeldOut | Changed) -> None:
         """One more line, of an event such as "step"."""
