@@ -167,7 +167,7 @@ def test_the_commands_of_a_page_parse(page):
 def parses(arguments: list[str]) -> bool:
     try:
         if arguments[:1] == ["benchmarks"]:
-            tyro.cli(benchmarks._Command, args=arguments[1:], config=CONFIG)
+            tyro.cli(benchmarks._COMMAND, args=arguments[1:], config=CONFIG)
         else:
             # What a run left behind cannot be looked up here: the flags are parsed against the defaults.
             looked_up = {"--resume": "--auto-resume", "--init-from": "--offload"}

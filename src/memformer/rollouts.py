@@ -14,7 +14,6 @@ from typing import Any, Literal, Unpack, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from . import replay
 from .checks import describe
@@ -224,7 +223,7 @@ def memory_replay_backprop(
         weights = weight_list(options.segment_weights, len(segments)) or [1.0] * len(segments)
         options = dataclasses.replace(options, segment_weights=None)
         outputs, memory = replay.scan(functools.partial(_read, model), segments, mems, options=options)
-        return _backprop_own_loss(loss_fn, outputs, weights, scale), _detached(memory)
+        return _backprop_own_loss(loss_fn, outputs, weights, scale), replay.detach(memory)
     outcome = rollout(
         model,
         segments,
@@ -236,7 +235,7 @@ def memory_replay_backprop(
     if not outcome.loss.requires_grad:
         raise ValueError("nothing to train: all parameters are frozen, or gradients are off here (torch.no_grad?)")
     _scaled(outcome.loss, scale).backward()
-    return outcome.loss.detach(), _detached(outcome.memory)
+    return outcome.loss.detach(), replay.detach(outcome.memory)
 
 
 def _divisor(model: SegmentModel, segments: Sequence[Segment], reduction: Reduction) -> Tensor | float | None:
@@ -340,10 +339,6 @@ def _readout_segments(model: SegmentModel, segments: Sequence[Segment], tokens: 
         return math.ceil(ENOUGH_TOKENS / most)
     # There the graph of the readout is what the memory goes to.
     return max(1, min(math.ceil(ENOUGH_ON_A_CARD / most), len(segments) // 2))
-
-
-def _detached(memory: Memory) -> Memory:
-    return tree_map(Tensor.detach, memory)
 
 
 def _read(model: SegmentModel, segment: Segment, memory: Memory | None) -> tuple[Tensor, Memory]:

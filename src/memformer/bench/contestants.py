@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from .. import replay
 from ..causal import CausalMemformer
 from ..config import MemformerConfig, MemoryLayout, as_before
 from ..data.segments import Segment
@@ -77,8 +78,7 @@ class Contestant(nn.Module):
             raise ValueError("answers: expected none in the first segment, for nothing stands before it")
         logits, state, extra_loss = self.read(episode, state)
         wanted = episode.answers[:, episode.answers.any(2).any(0)]
-        detached = tree_map_only(Tensor, Tensor.detach, state)
-        return Outcome(logits[wanted], detached, extra_loss)
+        return Outcome(logits[wanted], replay.detach(state), extra_loss)
 
     def read(self, episode: Episode, state: Any) -> tuple[Tensor, Any, Tensor]:
         """Logits (batch, segments with an answer, length, vocabulary), the state, and an extra loss.

@@ -287,7 +287,7 @@ class MemoryTrainer(Trainer):
                 schedule=self.args.replay_schedule(),
                 readout_tokens=self.args.readout_tokens,
             )
-        self._memory = tree_map(Tensor.detach, outcome.memory)
+        self._memory = replay.detach(outcome.memory)
         # The gradients that accumulate has added are there: Trainer's backward has nothing left to do.
         return outcome.loss.requires_grad_() if self._divided else outcome.loss
 

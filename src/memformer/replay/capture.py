@@ -25,8 +25,9 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from .boundary import detach
 from .environment import left_alone
 from .inputs import Tree, captured_modules, holds_a_tensor, name_of, owners, version
 from .places import Places, Read, Rehearsed
@@ -109,7 +110,7 @@ class Captured:
         leaves, spec = _taken_apart(inputs)
         graph = self._graph(leaves, spec)
         if graph is None:
-            return tree_map(_detached, self.function(*inputs))
+            return detach(self.function(*inputs))
         self.launches += 1
         for other in self._graphs.values():
             if other is not graph:
@@ -245,7 +246,7 @@ class _Graph:
                 x.grad = None
             with _own_casts():
                 outputs, self.spec = tree_flatten(function(*inputs))
-            return [*map(_detached, outputs), *(x.grad for x in self.targets)]
+            return [*detach(list(outputs)), *(x.grad for x in self.targets)]
 
         def run_with_marks() -> bool:
             for x in self.targets:
@@ -571,10 +572,6 @@ def _taken_apart(inputs: tuple[Tree, ...]) -> tuple[list[Any], TreeSpec]:
 def _buffer(x: Tensor) -> Tensor:
     with torch.inference_mode(False):  # later calls may be outside of one, and write into it
         return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
-
-
-def _detached(x: object) -> object:
-    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _hashable(x: object) -> bool:

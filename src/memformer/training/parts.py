@@ -143,7 +143,7 @@ def differentiate(
         loss, memory = parts.rollouts(segments, memory, divisor, last, watch, tally)
     if loss.requires_grad:
         parts.scaler.scale(loss).backward()
-    return loss.detach(), tree_map(Tensor.detach, memory)
+    return loss.detach(), replay.detach(memory)
 
 
 @dataclass(frozen=True, kw_only=True)
