@@ -161,7 +161,7 @@ class Run:
             memory = self.initial.tree()
             for t in range(measure_at):
                 with torch.enable_grad():  # a cell may differentiate something itself
-                    _, memory = call_cell(self.cell, self.segments.cut(t)[0], detach(memory))
+                    _, memory = call_cell(self.cell, self.segments.tree(t), detach(memory))
                 self.world.look_closely()
             outcomes: list[Tree] = []
             cell = functools.partial(_noted, cell, outcomes)
@@ -284,7 +284,7 @@ class Run:
                 return self._advance_in_grad_mode(t, with_loss)
             self.casts_lack_graphs = True
             with torch.no_grad():
-                value, after = self._call_cell(t, self.segments.cut(t)[0], self.memory.tree(), with_loss)
+                value, after = self._call_cell(t, self.segments.tree(t), self.memory.tree(), with_loss)
         except RuntimeError as error:
             if not self.recording or not any(text in str(error) for text in _WANTS_A_GRAPH):
                 raise

@@ -106,6 +106,11 @@ class Segments:
         """A segment cut from its graph, and by position those of its tensors that are to have a gradient."""
         return self.fetch(t).cut(self._want_grad[t] if self.held else requires_grad)
 
+    def tree(self, t: int) -> Tree:
+        """A segment for a run without a graph: what requires a gradient is cut, for the cell may put hooks on it."""
+        leaves = self.fetch(t)
+        return self.cut(t)[0] if self.gradients(t) else leaves.tree()
+
     def _taken(self, t: int) -> Leaves:
         leaves = Leaves(self.source[t])
         if any(map(requires_grad, leaves.leaves)):
