@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from memformer import CausalMemformer, Memformer, replay
 from memformer.data.segments import Segment, cut
 from memformer.interface import SegmentModel
-from memformer.parallel import full, shard
+from memformer.parallel import shard
+from memformer.pretrained import full
 from memformer.rollouts import rollout
 from memformer.training.parts import RolloutLoss
 from processes import WORLD, two_processes
