@@ -82,7 +82,7 @@ def test_a_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
 def test_a_text_that_was_not_quoted_is_not_cut(tmp_path: Path, name: str, separator: str) -> None:
-    rows = ["id,text", "1,Hello, world, and more", '2,"quoted, fine"', "3,plain", ""]
+    rows = ["id,text", "1,Hello, world, and more", '2,"quoted, fine"', "3,plain,", ""]
     (tmp_path / name).write_text("\n".join(rows).replace(",", separator))
     message = rf"rows left out: 1 with more cells than the header \(.*{name}, line 2\)"
     with pytest.warns(UserWarning, match=message):

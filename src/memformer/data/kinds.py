@@ -404,10 +404,10 @@ def _csv(source: _Source, how: Reading, delimiter: str = ",") -> Iterator[Docume
 
 def _of_table(row: dict[str | None, Any], field: str) -> str:
     """The text in a row. Raises what is counted where it has more cells than the header: then a text was cut."""
-    if None in row:
+    if surplus := [cell for cell in row.get(None, ()) if cell]:  # an empty one is a separator at the end of a line
         raise _RowError(
             "with more cells than the header",
-            f"{plural(len(row[None]), 'cell')} more than the header; a text with a separator in it has to be quoted",
+            f"{plural(len(surplus), 'cell')} more than the header; a text with a separator in it has to be quoted",
         )
     return row_text(row, field)
 

@@ -70,9 +70,11 @@ class Segments:
     def first(self) -> Leaves:
         """Segment 0 before the recording, which fetches it anew, and so does each replay, if that draws random numbers:
         so the cell finds those that come after them."""
+        if self.held:
+            return self.held[0]
         with torch.random.fork_rng(devices=[]):
             before, leaves = torch.get_rng_state(), self.fetch(0)
-            self.draw = not self.held and not torch.equal(torch.get_rng_state(), before)
+            self.draw = not torch.equal(torch.get_rng_state(), before)
         self.draw_again()
         return leaves
 
