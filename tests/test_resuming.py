@@ -401,7 +401,7 @@ def test_the_newest_checkpoint_that_is_finite_is_named(settings: Settings, tmp_p
     for name in ("model", "training"):
         (shards.parent / f"{name}.safetensors").rename(shards / f"{name}-0.safetensors")
     assert checkpoints.newest_finite(tmp_path / "run") == shards.parent
-    assert "--out 'a b' --learning-rate" in checkpoints.after_divergence((tmp_path / "run").rename("a b"), 0.3)
+    assert "/a b' --learning-rate" in checkpoints.after_divergence((tmp_path / "run").rename(tmp_path / "a b"), 0.3)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is open")
