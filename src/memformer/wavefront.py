@@ -30,7 +30,7 @@ from .nn.causal import (
     tokens_first,
 )
 from .nn.memory import begun
-from .nn.stacked import call, difference, has_hook, part, stack, twin
+from .nn.stacked import OWN, call, difference, has_hook, part, stack, twin
 from .pretrained import divided
 
 __all__ = ["Diagonal", "Flight", "Wavefront", "pays", "read_segments"]
@@ -193,12 +193,9 @@ def _changed(model: SegmentModel, stacked: nn.Module) -> str | None:
     if type(stacked) is not MemoryInEachLayer or has_hook(stacked):
         return "'stack' has a hook, or a forward of its own"
     for name in ("cell", "step"):
-        if name in vars(model) or not getattr(type(model), name).__module__.startswith(_OWN):
+        if name in vars(model) or not getattr(type(model), name).__module__.startswith(OWN):
             return f"the model has a {name} of its own"
     return None
-
-
-_OWN = __name__.partition(".")[0] + "."
 
 
 def read_segments(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Stack", "difference", "has_hook", "stack", "twin"]
+__all__ = ["OWN", "Stack", "difference", "has_hook", "stack", "twin"]
 
 M = TypeVar("M", bound=nn.Module)
 Stack = dict[str, Tensor]
@@ -95,7 +95,7 @@ def difference(layers: Sequence[nn.Module]) -> str | None:
     todo: list[tuple[str, Sequence[nn.Module]]] = [("", layers)]
     for name, parts in todo:
         kind, first = type(parts[0]), vars(parts[0])
-        if not (kind in _LEAVES or kind in _ALIKE or kind.__module__.startswith(_OWN)):
+        if not (kind in _LEAVES or kind in _ALIKE or kind.__module__.startswith(OWN)):
             return f"'{name}' is a {kind.__name__}, which is not known here"
         if kind in _LEAVES and kind is not nn.Linear and None in first["_parameters"].values():
             return f"'{name}' is a {kind.__name__} without a weight or a bias, which is not known here"
@@ -137,7 +137,7 @@ _ALIKE = {
     *(nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus),
 }
 """Torch's modules that compute with one dimension more as they do without."""
-_OWN = __name__.partition(".")[0] + "."
+OWN = __name__.partition(".")[0] + "."
 """How the modules begin whose classes compute with one dimension more as they do without."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, str, tuple, type(None), FunctionType, BuiltinFunctionType)

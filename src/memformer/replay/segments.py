@@ -68,8 +68,8 @@ class Segments:
         return self.fetch(t)
 
     def first(self) -> Leaves:
-        """Segment 0 before the recording, which fetches it anew, and so does each replay, if that draws random numbers:
-        so the cell finds those that come after them."""
+        """Segment 0, before the recording. If its fetch draws random numbers, these are put back, and the recording
+        fetches it anew, as does each replay: then the cell finds the generator where plain autograd would."""
         if self.held:
             return self.held[0]
         with torch.random.fork_rng(devices=[]):
